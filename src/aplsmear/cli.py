@@ -1,0 +1,121 @@
+"""The command `aplsmear`, for what is not a stage of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from aplsmear.params import Params, ParamsError, read_params
+
+app = typer.Typer(
+    help="Recognise acute promyelocytic leukaemia in smears. The pipeline itself is run by dvc.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",
+)
+
+PARAMS = Path("params.yaml")
+_MIN_BOX = 8  # px; where no params.yaml says otherwise
+
+
+@app.callback()
+def main() -> None:
+    """Recognise acute promyelocytic leukaemia in smears. The pipeline itself is run by dvc."""
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds wsi.csv.")],
+    params: Annotated[
+        Path | None,
+        typer.Option(help="Whose tasks must find their labels. Default: params.yaml here, if there is one."),
+    ] = None,
+) -> None:
+    """Is this folder a valid data set? Says what it holds, or all that is to be mended (exit code 1).
+
+    Example: `aplsmear check /data/our_smears`
+    """
+    from aplsmear.dataset import DataSetError, print_problems, read_data_set
+
+    knobs = _knobs(params)
+    try:
+        found = read_data_set(
+            folder,
+            knobs.tasks if knobs else {},
+            min_box=knobs.dataset.min_box if knobs else _MIN_BOX,
+            skip_bad_images=knobs.dataset.skip_bad_images if knobs else False,
+        )
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    Console().print(_summary(found.report))
+    if knobs is None:
+        typer.echo("No params.yaml here: whether its tasks find their labels was not checked.")
+
+
+@app.command("demo-data")
+def demo_data(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    patients: Annotated[int, typer.Option(min=3, help="A third each healthy, AML and APL.")] = 30,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other patients.")] = 1,
+) -> None:
+    """Draw synthetic smears of any number of patients, in the Kaggle layout.
+
+    Example: `aplsmear demo-data /tmp/smears --patients 200 --seed 7`
+    """
+    from aplsmear.demo import draw_data_set
+
+    try:
+        draw_data_set(folder, patients, seed, progress=True)
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _knobs(path: Path | None) -> Params | None:
+    """The parameters asked for, or those of the working directory if it has any."""
+    if path is None and not PARAMS.exists():
+        return None
+    try:
+        return read_params(path or PARAMS)
+    except (ParamsError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(message, err=True)
+    raise typer.Exit(1) from None
+
+
+def _summary(report: Mapping[str, Any]) -> Table:
+    """What a data set holds and what was left out, for people."""
+    table = Table(title="A valid data set", title_justify="left", show_header=False, box=None)
+    table.add_row("smears", f"{report['smears']:,} of {report['patients']:,} patients")
+    table.add_row("cells", f"{report['cells']:,}, {report['cells_with_type']:,} of them with a type")
+    for diagnosis, counts in report["by_diagnosis"].items():
+        table.add_row(diagnosis, ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    for task, counts in report["tasks"].items():
+        table.add_row(f"task {task}", f"{counts['positive']:,} positive, {counts['negative']:,} negative")
+    for what, left in report["left_out"].items():
+        if left["count"]:
+            table.add_row("left out", f"{left['count']:,} {what.replace('_', ' ')}")
+    clipped = report["changed"]["boxes_clipped"]["count"]
+    if clipped:
+        table.add_row("changed", f"{clipped:,} boxes cut at the edge of their image")
+    for label, count in report["changed"]["labels_dropped"].items():
+        table.add_row("changed", f"{count:,} times the label {label!r} dropped")
+    for column, counts in report["unknown_labels"].items():
+        for label, count in counts.items():
+            table.add_row("no task asks for", f"{label!r} in {column}, {count:,} times")
+    for remark in report["remarks"]:
+        table.add_row("remark", remark)
+    return table
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,22 @@
+"""What depends on the CPU, pinned in one place, so that the same input gives the same bytes on any x86-64 with AVX2.
+
+OpenBLAS, NumPy, OpenCV and oneDNN choose their kernels by the processor, and kernels sum in different orders. Here all
+of them are told to use what every such machine has. Threads of linear algebra are one, for the same reason; processes
+and TensorFlow's own thread pools use the cores.
+"""
+
+import os
+
+PINNED = {
+    "OPENBLAS_CORETYPE": "Haswell",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
+    "OPENCV_CPU_DISABLE": "AVX512-SKX,AVX512-ICL",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def pin() -> None:
+    """Set the environment that these libraries read when they are first imported (so: call it before that)."""
+    os.environ.update(PINNED)

@@ -1,0 +1,1063 @@
+"""Synthetic marrow smears in the layout of the Kaggle data set, of any size, the same bytes everywhere.
+
+Nothing here is copied from a patient: every cell is drawn. The drawings keep what a haematologist reads in a
+May-Grünwald-Giemsa smear (nucleus to cytoplasm ratio, nuclear shape, chromatin, nucleoli, granules, Auer
+rods), so a network has something real to learn, and what misleads in practice (stain, light, focus, crowding,
+a burden of abnormal cells that differs widely between patients). Only the cells depend on the diagnosis.
+
+Three layers, each usable without the next: *sampling* (`sample_patient`, `sample_cells`: who has which cells,
+tables only), *drawing* (`draw_smear`), *writing* (`draw_data_set`).
+
+Same bytes on every x86-64 machine: pixels are made in integers. Dyes absorb light (Beer-Lambert), so optical
+densities add up in fixed point and one table turns them into grey values at the end; random numbers come from
+Philox streams seeded by (seed, patient, smear).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, get_args
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+Diagnosis = Literal["healthy", "aml", "apl"]
+DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
+
+HEIGHT, WIDTH = 480, 640
+CELL_SIZE = 64
+CELLS_PER_SMEAR = 30
+JPEG_QUALITY = 86
+TWO_SMEARS_SHARE = 0.07  # of the patients
+FLAW_EVERY = 20  # patients: one row without a box, one with a box of one pixel
+
+SMEAR_COLUMNS = ("id", "imgName", "label", "patient")
+CELL_COLUMNS = (
+    "id",
+    "segmentationSetId",
+    "wsi",
+    "cellType",
+    "segmentationQuality",
+    "specialCharacteristics",
+    "objectType",
+    "bbox",
+    "convexArea",
+    "eccentricity",
+    "equivalentDiameter",
+    "perimeter",
+    "meanIntensity",
+    "eulerNumber",
+    "extent",
+)
+
+_Points = NDArray[np.float64]
+_Mask = NDArray[np.uint8]
+_Density = NDArray[np.int32]
+_Rgb = tuple[float, float, float]
+
+_UNIT = 1024  # optical density 1.0 (natural logarithm) in fixed point
+_SHIFT = 4  # OpenCV draws at 1/16 pixel
+
+
+# --- what cells look like ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How one kind of cell is drawn: lengths over the cell's radius, colours as optical density (R, G, B)."""
+
+    cell_type: str | None  # the data set's word, None: an object that annotators do not type
+    diameter: tuple[float, float]  # mean and spread, in units of `cell_size`
+    nuclear: tuple[float, float]  # nuclear radius over cell radius, mean and spread
+    shapes: tuple[str, ...]  # nuclear shapes, one is picked
+    nucleus: _Rgb
+    cytoplasm: _Rgb
+    grain: float  # chromatin: size of the clumps, pixels at a cell of 64 px
+    contrast: float  # chromatin: depth of the clumps
+    granules: tuple[float, float] = (0.0, 0.0)  # azurophilic granules, share of pixels: lowest, highest
+    specific: float = 0.0  # fine pinkish granules of the maturing granulocyte
+    nucleoli: tuple[int, int] = (0, 0)
+    hof: float = 0.0  # pale Golgi zone beside the nucleus
+    eccentric: float = 0.3  # how far the nucleus sits from the middle, 1: at the wall
+    rough: float = 0.035  # unevenness of the outline
+
+
+_LOOKS: dict[str, _Look] = {
+    "myeloblast": _Look(
+        "Myeloblast", (0.86, 0.09), (0.84, 0.035), ("round", "round", "oval", "notched"),
+        (0.52, 0.92, 0.30), (0.42, 0.33, 0.10), 1.0, 0.16, (0.0, 0.02), nucleoli=(1, 3), eccentric=0.5,
+    ),
+    "monoblast": _Look(
+        "Monoblast", (1.04, 0.09), (0.74, 0.05), ("folded", "kidney", "oval"),
+        (0.46, 0.80, 0.27), (0.36, 0.29, 0.13), 1.3, 0.20, (0.0, 0.03), nucleoli=(0, 2), rough=0.055,
+    ),
+    "lymphoblast": _Look(
+        "Lymphoblast", (0.70, 0.06), (0.88, 0.03), ("round", "notched"),
+        (0.60, 1.02, 0.34), (0.46, 0.36, 0.10), 1.4, 0.20, nucleoli=(0, 1),
+    ),
+    "promyelocyte": _Look(
+        "Promyelocyte", (1.04, 0.10), (0.69, 0.05), ("round", "oval", "oval", "notched"),
+        (0.55, 0.96, 0.32), (0.36, 0.33, 0.12), 1.3, 0.20, (0.06, 0.20), nucleoli=(0, 2), hof=0.55,
+        eccentric=0.75,
+    ),
+    "abnormal promyelocyte": _Look(
+        "Promyelocyte", (0.98, 0.12), (0.70, 0.06),
+        ("bilobed", "bilobed", "kidney", "kidney", "notched", "oval"),
+        (0.64, 1.08, 0.40), (0.22, 0.36, 0.13), 1.1, 0.17, (0.12, 0.36), nucleoli=(0, 1),
+        hof=0.15, rough=0.055,
+    ),
+    "myelocyte": _Look(
+        "Myelocyte", (0.88, 0.08), (0.63, 0.04), ("oval", "round", "notched"),
+        (0.66, 1.10, 0.40), (0.16, 0.27, 0.12), 1.8, 0.28, (0.01, 0.05), 0.30, hof=0.25, eccentric=0.8,
+    ),
+    "metamyelocyte": _Look(
+        "Metamyelocyte", (0.82, 0.07), (0.62, 0.04), ("kidney",),
+        (0.70, 1.16, 0.42), (0.10, 0.22, 0.11), 2.0, 0.30, (0.0, 0.02), 0.34, eccentric=0.6,
+    ),
+    "granulocyte": _Look(
+        "Granulocyte", (0.77, 0.06), (0.70, 0.04), ("segmented", "segmented", "band"),
+        (0.80, 1.30, 0.50), (0.07, 0.18, 0.10), 2.2, 0.26, (0.0, 0.01), 0.36, eccentric=0.2,
+    ),
+    "lymphocyte": _Look(
+        "Lymphocyte", (0.58, 0.06), (0.86, 0.04), ("round", "notched"),
+        (0.78, 1.22, 0.46), (0.38, 0.26, 0.06), 2.4, 0.30, (0.0, 0.01), eccentric=0.7,
+    ),
+    "erythroblast": _Look(
+        "Erythroblast", (0.58, 0.08), (0.66, 0.07), ("round",),
+        (0.92, 1.42, 0.60), (0.34, 0.36, 0.20), 2.6, 0.36, eccentric=0.35, rough=0.02,
+    ),
+    "plasma cell": _Look(
+        "Plasma cell", (0.90, 0.07), (0.48, 0.03), ("round", "oval"),
+        (0.82, 1.28, 0.48), (0.74, 0.62, 0.18), 2.6, 0.36, hof=0.75, eccentric=0.95, rough=0.05,
+    ),
+    "smudge": _Look(
+        None, (1.02, 0.14), (0.95, 0.03), ("smudge",),
+        (0.40, 0.72, 0.24), (0.16, 0.24, 0.08), 2.0, 0.40, rough=0.12,
+    ),
+}  # fmt: skip
+KINDS: tuple[str, ...] = tuple(_LOOKS)
+
+_GRANULE: _Rgb = (0.31, 0.96, 0.28)
+_SPECIFIC: _Rgb = (0.10, 0.34, 0.12)
+_ROD: _Rgb = (0.22, 1.10, 0.62)
+_NUCLEOLUS: _Rgb = (-0.17, -0.44, -0.16)
+_RED_CELL: _Rgb = (0.11, 0.36, 0.33)
+_PLASMA: _Rgb = (0.035, 0.06, 0.025)
+
+# Differential count of a normal marrow, per cent of nucleated cells.
+_NORMAL = {
+    "myeloblast": 3.0,
+    "monoblast": 0.7,
+    "lymphoblast": 0.5,
+    "promyelocyte": 5.5,
+    "abnormal promyelocyte": 1.0,
+    "myelocyte": 15.0,
+    "metamyelocyte": 14.0,
+    "granulocyte": 19.0,
+    "lymphocyte": 12.0,
+    "erythroblast": 23.0,
+    "plasma cell": 2.0,
+    "smudge": 4.0,
+}
+# FAB class of an AML other than APL: how common, and what its blasts are.
+_FAB: dict[str, tuple[float, dict[str, float]]] = {
+    "m0": (5, {"myeloblast": 0.92, "lymphoblast": 0.08}),
+    "m1": (17, {"myeloblast": 0.95, "promyelocyte": 0.05}),
+    "m2": (27, {"myeloblast": 0.74, "promyelocyte": 0.22, "abnormal promyelocyte": 0.04}),
+    "m4": (19, {"myeloblast": 0.50, "monoblast": 0.42, "promyelocyte": 0.08}),
+    "m5": (14, {"monoblast": 0.86, "myeloblast": 0.14}),
+    "m6": (5, {"erythroblast": 0.52, "myeloblast": 0.48}),
+    "m7": (2, {"myeloblast": 0.84, "lymphoblast": 0.16}),
+    "not_classified": (11, {"myeloblast": 0.80, "monoblast": 0.10, "promyelocyte": 0.10}),
+}
+
+
+# --- sampling: tables only -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stain:
+    """How a patient's slide was stained and photographed; carries no diagnosis.
+
+    `mix` is the (3, 3) factor from drawn to seen optical density, `red` the red cells' and `light` the white
+    point's optical density (R, G, B), `vignette` how much darker the corners are and `centre` where it is
+    brightest, `blur` the focus in pixels, `noise` the camera's in grey levels, `cover` the share of the field
+    under red cells, `pallor` how hollow they are, `film` the tint of the plasma.
+    """
+
+    mix: NDArray[np.float64]
+    red: NDArray[np.float64]
+    light: NDArray[np.float64]
+    vignette: float
+    centre: tuple[float, float]
+    blur: float
+    noise: float
+    cover: float
+    pallor: float
+    film: float
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What a patient's smears have in common: `mix` is the share of each kind of cell, all shares sum to 1.
+
+    `rods` is the chance that an immature myeloid cell holds Auer rods, `faggots` that an abnormal
+    promyelocyte is a faggot cell; `granularity` scales the granules of abnormal promyelocytes (low: the
+    microgranular variant).
+    """
+
+    diagnosis: Diagnosis
+    fab: str | None
+    mix: dict[str, float]
+    rods: float
+    faggots: float
+    granularity: float
+    stain: Stain
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One cell before it is drawn; `typed`: an annotator named it (untyped rows have a box only)."""
+
+    kind: str
+    typed: bool
+    rods: int
+    faggot: bool
+    bilobed: bool
+    mitosis: bool
+    granularity: float
+
+    @property
+    def cell_type(self) -> str | None:
+        """The data set's word for this kind, None where an annotator left it open."""
+        return _LOOKS[self.kind].cell_type if self.typed else None
+
+    @property
+    def characteristics(self) -> tuple[str, ...]:
+        """The special characteristics of a typed cell, sorted: ('None',) if it has none; () if untyped."""
+        if not self.typed:
+            return ()
+        flags = {
+            "Auer rods": self.rods > 0,
+            "Bilobed": self.bilobed,
+            "Faggot cell": self.faggot,
+            "Mitosis": self.mitosis,
+        }
+        return tuple(name for name, is_set in flags.items() if is_set) or ("None",)
+
+
+def generator(*key: int) -> np.random.Generator:
+    """The random stream of one item: the same for the same key, independent of every other."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
+
+
+def diagnosis_of(patient: int, seed: int) -> Diagnosis:
+    """The diagnosis of patient 1, 2, ...: every three in a row hold one of each, in a shuffled order.
+
+    So a third of the patients has each diagnosis, an id says nothing of it, and it does not depend on how
+    many are drawn.
+    """
+    block, place = divmod(patient - 1, len(DIAGNOSES))
+    return DIAGNOSES[int(generator(seed, 0, block).permutation(len(DIAGNOSES))[place])]
+
+
+def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
+    """Draw a patient: burden of abnormal cells, FAB class, differential count, stain.
+
+    The burden is wide on purpose: some APL marrows hold hardly any abnormal promyelocyte, some other AML make
+    promyelocytes, some healthy marrows are shifted to the left.
+    """
+    stain = _sample_stain(rng)
+    mix = {kind: share / 100 for kind, share in _NORMAL.items()}
+    shift = float(rng.beta(1.0, 4.0))  # left shift: immature cells at the expense of the mature
+    clone: dict[str, float] = {}
+    burden, rods, faggots, fab = 0.0, 0.0, 0.0, None
+    granularity = float(rng.uniform(0.4, 1.1))
+    if diagnosis == "apl":
+        fab = "m3"
+        burden = _sample_burden(rng)
+        blasts = float(rng.beta(1.3, 8.0))
+        normal = float(rng.beta(2.0, 7.0))
+        clone = {
+            "abnormal promyelocyte": (1 - blasts) * (1 - normal),
+            "promyelocyte": (1 - blasts) * normal,
+            "myeloblast": blasts,
+        }
+        granularity = float(rng.uniform(0.4, 1.2))
+        rods, faggots = 0.165 * float(rng.beta(1.2, 1.8)), 0.22 * float(rng.beta(0.9, 1.6))
+    elif diagnosis == "aml":
+        names = list(_FAB)
+        weights = np.array([_FAB[name][0] for name in names])
+        fab = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        burden = _sample_burden(rng)
+        clone = dict(_FAB[fab][1])
+        rods = 0.12 * float(rng.beta(1.2, 2.0)) if rng.random() < 0.5 else 0.004
+        faggots = 0.0015
+    for kind, extra in (("promyelocyte", 0.18), ("myeloblast", 0.08), ("abnormal promyelocyte", 0.02)):
+        mix[kind] += shift * extra
+    total = sum(mix.values())
+    shares = np.array([(1 - burden) * mix[k] / total + burden * clone.get(k, 0.0) for k in KINDS])
+    shares = rng.dirichlet(np.maximum(shares * 60, 0.05))
+    return Patient(
+        diagnosis, fab, dict(zip(KINDS, shares.tolist(), strict=True)), rods, faggots, granularity, stain
+    )
+
+
+def _sample_burden(rng: np.random.Generator) -> float:
+    """Share of the marrow that the clone holds: mostly half and more, in one patient of ten hardly any."""
+    low, high = float(rng.uniform(0.05, 0.27)), 0.42 + 0.53 * float(rng.beta(1.7, 1.1))
+    return low if rng.random() < 0.1 else high
+
+
+def _sample_stain(rng: np.random.Generator) -> Stain:
+    strength = math.exp(rng.normal(0.0, 0.09))
+    mix = np.diag(strength * np.exp(rng.normal(0.0, 0.045, 3))) + rng.normal(0.0, 0.02, (3, 3))
+    red = np.array(_RED_CELL) * math.exp(rng.normal(0.0, 0.14)) * np.exp(rng.normal(0.0, 0.10, 3))
+    light = rng.uniform(0.02, 0.11) + rng.normal(0.0, 0.016, 3)
+    return Stain(
+        mix=mix,
+        red=red,
+        light=np.maximum(light, 0.0),
+        vignette=float(rng.uniform(0.0, 0.16)),
+        centre=(float(rng.uniform(0.35, 0.65)), float(rng.uniform(0.35, 0.65))),
+        blur=float(rng.uniform(0.35, 0.85)),
+        noise=float(rng.uniform(0.8, 2.2)),
+        cover=float(rng.uniform(0.22, 0.62)),
+        pallor=float(rng.uniform(0.45, 0.9)),
+        film=float(rng.uniform(0.3, 1.6)),
+    )
+
+
+_IMMATURE = frozenset({"myeloblast", "monoblast", "promyelocyte", "abnormal promyelocyte"})
+TYPED_SHARE = 0.6
+
+
+def sample_cells(patient: Patient, n_cells: int, rng: np.random.Generator) -> list[CellPlan]:
+    """Draw the cells of one smear of `patient`: kinds, Auer rods, and which of them an annotator typed."""
+    shares = np.array([patient.mix[kind] for kind in KINDS])
+    plans = []
+    for index in rng.choice(len(KINDS), size=n_cells, p=shares / shares.sum()):
+        kind = KINDS[int(index)]
+        luck = rng.random(6)
+        immature = kind in _IMMATURE
+        promyelocyte = kind == "abnormal promyelocyte"
+        faggot = bool(promyelocyte and luck[0] < patient.faggots)
+        has_rods = faggot or bool(immature and luck[1] < patient.rods)
+        mitosis = bool(not has_rods and (immature or kind == "erythroblast") and luck[2] < 0.008)
+        typed = bool(
+            _LOOKS[kind].cell_type is not None and luck[3] < (0.85 if has_rods else TYPED_SHARE + 0.01)
+        )
+        plans.append(
+            CellPlan(
+                kind=kind,
+                typed=typed,
+                rods=_faggot_rods(rng) if faggot else (1 + int(rng.random() < 0.3) if has_rods else 0),
+                faggot=faggot,
+                bilobed=bool(promyelocyte and luck[4] < 0.03),
+                mitosis=mitosis,
+                granularity=patient.granularity if promyelocyte else 1.0,
+            )
+        )
+    return plans
+
+
+def _faggot_rods(rng: np.random.Generator) -> int:
+    return int(rng.integers(9, 18))
+
+
+# --- drawing -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A drawn cell. `box` is (y0, x0, y1, x1) in pixels, end exclusive, clipped to the smear.
+
+    `mask` and `rods` are boolean arrays of the box's shape: where the cell is, and where its Auer rods are
+    (all False without rods).
+    """
+
+    plan: CellPlan
+    box: tuple[int, int, int, int]
+    mask: NDArray[np.bool_]
+    rods: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Smear:
+    """A drawn field of view: `image` (height, width, 3) uint8 RGB and its cells in reading order."""
+
+    image: NDArray[np.uint8]
+    cells: list[Cell] = field(default_factory=list)
+
+
+def draw_smear(
+    diagnosis: Diagnosis,
+    rng: np.random.Generator,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    n_cells: int = CELLS_PER_SMEAR,
+    *,
+    cell_size: int = CELL_SIZE,
+    patient: Patient | None = None,
+) -> Smear:
+    """Draw one smear.
+
+    Args:
+        diagnosis: healthy, aml (other than APL) or apl.
+        rng: the smear's own random stream; the picture depends on nothing else.
+        size: (height, width) in pixels.
+        n_cells: nucleated cells wanted; fewer are drawn when the field has no more room.
+        cell_size: diameter of a promyelocyte in pixels; every other length follows from it.
+        patient: whose smear it is; drawn from `rng` when None.
+
+    Returns:
+        The smear, its cells ordered from top to bottom.
+
+    Raises:
+        ValueError: the field is too small to hold a cell, or `patient` has another diagnosis.
+    """
+    _check_size(size, cell_size)
+    if patient is None:
+        patient = sample_patient(diagnosis, rng)
+    elif patient.diagnosis != diagnosis:
+        raise ValueError(
+            f"The patient has the diagnosis {patient.diagnosis!r}, the smear is to show {diagnosis!r}."
+        )
+    stain = patient.stain
+    density = _background(size, cell_size, stain, rng)
+    drawn = []
+    plans = sample_cells(patient, n_cells, rng)
+    radii = [_radius(plan, cell_size, rng) for plan in plans]
+    # a label must be true of what is in the picture: the edge never cuts a cell with rods
+    whole = [plan.rods > 0 for plan in plans]
+    for plan, radius, centre in zip(plans, radii, _places(radii, whole, size, rng), strict=True):
+        if centre is not None:
+            patch = _draw_cell(plan, radius, cell_size, stain, rng)
+            drawn.append(_place_cell(density, patch, plan, centre))
+    image = _photograph(density, stain, rng)
+    cells = sorted((cell for cell in drawn if cell is not None), key=lambda cell: cell.box)
+    return Smear(image, cells)
+
+
+def _check_size(size: tuple[int, int], cell_size: int) -> None:
+    if cell_size < 24 or min(size) < 2 * cell_size:
+        raise ValueError(
+            f"A smear of {size[0]}x{size[1]} px with cells of {cell_size} px cannot be drawn: cells need at "
+            "least 24 px and the smear two cells each way. Ask for a larger smear or smaller cells."
+        )
+
+
+def _fill(mask: _Mask, points: _Points, value: int = 255) -> None:
+    """Fill the polygon `points` (n, 2), x then y in pixels, into `mask`, with smooth edges."""
+    corners = np.rint(points * (1 << _SHIFT)).astype(np.int32)
+    cv2.fillPoly(mask, [corners], value, lineType=cv2.LINE_AA, shift=_SHIFT)
+
+
+def _blur(mask: _Mask, sigma: float) -> _Mask:
+    """Gaussian blur; on bytes OpenCV computes it in fixed point, so that every machine gives the same."""
+    if sigma < 0.2:
+        return mask
+    blurred: _Mask = cv2.GaussianBlur(mask, (0, 0), round(sigma, 3))
+    return blurred
+
+
+def _texture(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> _Density:
+    """Smooth noise around 0, standard deviation about 64, in int32; `sigma` is the grain in pixels."""
+    noise = rng.integers(0, 256, size=shape, dtype=np.uint8)
+    smooth = _blur(noise, sigma).astype(np.int32) - 128
+    gain = 64.0 / 74.0 * max(1.0, 2.0 * math.sqrt(math.pi) * sigma)
+    return (smooth * round(gain * 256)) >> 8
+
+
+def _outline(radius: float, rough: float, rng: np.random.Generator, squash: float = 0.0) -> _Points:
+    """A closed, slightly uneven outline around the origin, (n, 2) x then y; `squash` makes it oval."""
+    n_points = 40
+    angle = np.arange(n_points) * (2 * math.pi / n_points)
+    scale = np.ones(n_points)
+    for wave in range(2, 6):
+        scale += rough / (wave - 1) * rng.normal() * np.cos(wave * angle + rng.uniform(0, 2 * math.pi))
+    points = (
+        radius
+        * scale[:, None]
+        * np.column_stack([np.cos(angle) * (1 + squash), np.sin(angle) * (1 - squash)])
+    )
+    return _turn(points, rng.uniform(0, 2 * math.pi))
+
+
+def _turn(points: _Points, angle: float) -> _Points:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return np.column_stack([points[:, 0] * cos - points[:, 1] * sin, points[:, 0] * sin + points[:, 1] * cos])
+
+
+def _background(size: tuple[int, int], cell_size: int, stain: Stain, rng: np.random.Generator) -> _Density:
+    """Optical density (3, height, width) of the plasma film, the red cells, platelets and vacuoles."""
+    height, width = size
+    density = np.zeros((3, height, width), np.int32)
+    film = np.maximum(256 + _texture_wide(size, cell_size, rng) * 2, 0)
+    _add(density, film, np.array(_PLASMA) * stain.film)
+    typical = cell_size * 0.235  # radius: 7.5 µm where a promyelocyte measures 16 µm
+    n_cells = round(stain.cover * height * width / (math.pi * typical**2))
+    spread = rng.uniform(0.05, 0.10)
+    layers = 3
+    for _ in range(layers):
+        body = np.zeros(size, np.uint8)
+        hollow = np.zeros(size, np.uint8)
+        for _ in range(n_cells // layers):
+            radius = typical * math.exp(rng.normal(0.0, spread))
+            centre = np.array([rng.uniform(-radius, width + radius), rng.uniform(-radius, height + radius)])
+            shape = _outline(radius, 0.035, rng, abs(rng.normal(0.0, 0.05)))
+            depth = round(215 + 26 * rng.uniform(-1, 1))
+            _fill(hollow, centre + shape, 0)
+            _fill(body, centre + shape, depth)
+            pale = min(255, round(255 * stain.pallor * rng.uniform(0.55, 1.1)))
+            _fill(hollow, centre + rng.normal(0, 0.06 * radius, 2) + shape * rng.uniform(0.42, 0.62), pale)
+        pale_zone = _blur(hollow, typical * 0.2).astype(np.int32)
+        thick = _blur(body, 0.6).astype(np.int32) * (255 - pale_zone) // 255
+        _add(density, thick, stain.red)
+    _platelets(density, cell_size, stain, rng)
+    return density
+
+
+def _texture_wide(size: tuple[int, int], cell_size: int, rng: np.random.Generator) -> _Density:
+    """Noise as wide as a few cells: drawn small, enlarged exactly."""
+    small = (size[0] // cell_size + 3, size[1] // cell_size + 3)
+    noise = _blur(rng.integers(0, 256, size=small, dtype=np.uint8), 1.0)
+    wide = cv2.resize(noise, (size[1], size[0]), interpolation=cv2.INTER_LINEAR_EXACT)
+    return np.asarray(wide, np.int32) - 128
+
+
+def _platelets(density: _Density, cell_size: int, stain: Stain, rng: np.random.Generator) -> None:
+    height, width = density.shape[1:]
+    mask = np.zeros((height, width), np.uint8)
+    for _ in range(rng.poisson(height * width / (cell_size**2) * 0.09)):
+        middle = np.array([rng.uniform(0, width), rng.uniform(0, height)])
+        for _ in range(1 + rng.poisson(0.5)):
+            spot = middle + rng.normal(0, cell_size * 0.08, 2)
+            _fill(
+                mask,
+                spot + _outline(cell_size * rng.uniform(0.045, 0.085), 0.12, rng),
+                int(rng.integers(110, 210)),
+            )
+    _add(density, _blur(mask, 0.7).astype(np.int32), stain.mix @ np.array((0.40, 0.66, 0.24)))
+
+
+def _add(density: _Density, weight: _Density, colour: NDArray[np.float64]) -> None:
+    """Add `weight` / 255 times `colour` (optical density R, G, B) to `density`."""
+    for channel in range(3):
+        density[channel] += weight * round(float(colour[channel]) * _UNIT) // 255
+
+
+def _radius(plan: CellPlan, cell_size: int, rng: np.random.Generator) -> float:
+    mean, spread = _LOOKS[plan.kind].diameter
+    return 0.5 * cell_size * float(np.clip(rng.normal(mean, spread), mean - 2 * spread, mean + 2 * spread))
+
+
+def _places(
+    radii: list[float], whole: list[bool], size: tuple[int, int], rng: np.random.Generator
+) -> list[tuple[float, float] | None]:
+    """A centre (y, x) for each cell such that cells touch at most; None where no room was found.
+
+    A few centres lie so near the edge that the field cuts the cell, as in a photograph; never a `whole` cell.
+    """
+    height, width = size
+    taken = np.empty((0, 3))
+    places: list[tuple[float, float] | None] = []
+    for radius, is_whole in zip(radii, whole, strict=True):
+        inset = radius * (0.35 if rng.random() < 0.12 and not is_whole else 1.06)
+        found = None
+        for _ in range(60):
+            y, x = rng.uniform(inset, height - inset), rng.uniform(inset, width - inset)
+            reach = taken[:, 2] + radius
+            if np.all((taken[:, 0] - y) ** 2 + (taken[:, 1] - x) ** 2 >= (1.02 * reach) ** 2):
+                found = (float(y), float(x))
+                taken = np.vstack([taken, [y, x, radius]])
+                break
+        places.append(found)
+    return places
+
+
+@dataclass(frozen=True)
+class _Patch:
+    density: _Density  # (3, side, side)
+    cover: _Mask  # (side, side), 255 where the cell is
+    rods: _Mask
+
+
+def _draw_cell(
+    plan: CellPlan, radius: float, cell_size: int, stain: Stain, rng: np.random.Generator
+) -> _Patch:
+    look = _vary(_LOOKS[plan.kind], plan, rng)
+    scale = cell_size / CELL_SIZE
+    side = 2 * math.ceil(radius * 1.45) + 4
+    middle = np.array([side / 2, side / 2])
+    body = np.zeros((side, side), np.uint8)
+    _fill(body, middle + _outline(radius, look.rough, rng, abs(rng.normal(0.0, 0.045))))
+    ratio = float(np.clip(rng.normal(*look.nuclear), 0.3, 0.93))
+    if plan.faggot:
+        ratio = min(ratio, 0.62)
+    away = rng.uniform(0, 2 * math.pi)
+    offset = radius * (1 - ratio) * look.eccentric * rng.uniform(0.5, 1.0)
+    heart = middle + offset * np.array([math.cos(away), math.sin(away)])
+    shape = (
+        "mitosis"
+        if plan.mitosis
+        else "bilobed"
+        if plan.bilobed
+        else look.shapes[int(rng.integers(len(look.shapes)))]
+    )
+    nucleus = np.zeros_like(body)
+    _draw_nucleus(nucleus, heart, radius * ratio, shape, away, rng=rng)
+    nucleus = np.minimum(nucleus, body)
+    if shape == "smudge":
+        nucleus, body = _smear_out(nucleus, scale, rng), _smear_out(body, scale, rng)
+    soft = _blur(nucleus, 0.55 * scale).astype(np.int32)
+    inside = _blur(body, 0.6 * scale).astype(np.int32)
+
+    # cytoplasm: cloudy, deeper blue towards the wall, paler in the Golgi zone
+    cloud = 256 + (_texture(body.shape, 2.2 * scale, rng) * 34 >> 6)
+    wall = 255 - _blur(body, 3.2 * scale).astype(np.int32)
+    cloud += wall * 150 // 255
+    if look.hof:
+        hof = np.zeros_like(body)
+        beside = heart - 1.15 * radius * ratio * np.array([math.cos(away), math.sin(away)])
+        _fill(hof, beside + _outline(radius * 0.42, 0.06, rng))
+        cloud -= _blur(hof, 2.4 * scale).astype(np.int32) * round(look.hof * 200) // 255
+    plain = np.zeros((3, side, side), np.int32)
+    _add(plain, np.maximum(cloud, 40), stain.mix @ np.array(look.cytoplasm))
+
+    # nucleus: chromatin clumps, a darker membrane, pale nucleoli
+    chromatin = 256 + (_texture(body.shape, look.grain * scale, rng) * round(look.contrast * 256) >> 6)
+    edge = np.clip(soft - _blur(nucleus, 2.0 * scale).astype(np.int32), 0, 255)
+    chromatin += edge * 50 // 100
+    dark = np.zeros_like(plain)
+    _add(dark, np.clip(chromatin, 90, 460), stain.mix @ np.array(look.nucleus))
+    spots = _nucleoli(nucleus, heart, radius * ratio, look, rng)
+    _add(dark, _blur(spots, 0.8 * scale).astype(np.int32), stain.mix @ np.array(_NUCLEOLUS))
+    density = (plain * (255 - soft) + dark * soft) // 255
+
+    # granules lie over the cytoplasm and, where they crowd, over the nucleus
+    share = rng.uniform(*look.granules) * plan.granularity
+    veil = 255 - soft * round(225 - 70 * min(1.0, 3 * share)) // 255
+    fine = _scatter(body.shape, share, 0.62 * scale, rng) * veil // 255
+    coarse = _scatter(body.shape, 0.16 * share, 1.05 * scale, rng) * veil // 255
+    _add(density, np.minimum(fine + coarse, 255), stain.mix @ np.array(_GRANULE))
+    if look.specific:
+        _add(density, _scatter(body.shape, look.specific, 0.6 * scale, rng) * (255 - soft) // 255,
+             stain.mix @ np.array(_SPECIFIC))  # fmt: skip
+
+    rods = np.zeros_like(body)
+    if plan.rods:
+        rods = _draw_rods(body, nucleus, radius, scale=scale, faggot=plan.faggot, count=plan.rods, rng=rng)
+        _add(density, rods.astype(np.int32), stain.mix @ np.array(_ROD))
+    density = np.maximum(density, 0) * inside // 255
+    return _Patch(density, inside.astype(np.uint8), rods)
+
+
+def _vary(look: _Look, plan: CellPlan, rng: np.random.Generator) -> _Look:
+    """The look of this very cell: a little colour of its own; erythroblasts mature from blue to pink."""
+    tint = np.exp(rng.normal(0.0, 0.07, 3))
+    tone = math.exp(rng.normal(0.0, 0.10))
+    cytoplasm = np.array(look.cytoplasm)
+    nuclear = look.nuclear
+    if plan.kind == "erythroblast":
+        age = rng.random()
+        cytoplasm = (1 - age) * np.array((0.56, 0.48, 0.14)) + age * np.array((0.16, 0.40, 0.30))
+        nuclear = (0.78 - 0.2 * age, 0.03)
+    elif plan.kind in {"promyelocyte", "abnormal promyelocyte"} and plan.faggot:
+        cytoplasm = np.array((0.20, 0.34, 0.14))
+    red, green, blue = (cytoplasm * tint).tolist()
+    deep = [value * tone for value in look.nucleus]
+    return replace(look, cytoplasm=(red, green, blue), nucleus=(deep[0], deep[1], deep[2]), nuclear=nuclear)
+
+
+def _draw_nucleus(
+    mask: _Mask, centre: _Points, radius: float, shape: str, away: float, *, rng: np.random.Generator
+) -> None:
+    if shape in {"round", "smudge"}:
+        _fill(mask, centre + _outline(radius, 0.03, rng, 0.02))
+    elif shape == "oval":
+        _fill(mask, centre + _outline(radius, 0.035, rng, rng.uniform(0.06, 0.14)))
+    elif shape in {"notched", "kidney", "folded"}:
+        depth = {"notched": 0.22, "folded": 0.34, "kidney": 0.58}[shape] * rng.uniform(0.75, 1.2)
+        points = _outline(radius * 1.04, 0.07 if shape == "folded" else 0.03, rng, 0.05)
+        angle = np.arctan2(points[:, 1], points[:, 0])
+        notch = away + math.pi + rng.normal(0.0, 0.5)
+        for turn in (0.0, rng.uniform(1.8, 2.8)) if shape == "folded" else (0.0,):
+            gap = np.angle(np.exp(1j * (angle - notch - turn)))
+            points *= 1 - depth * np.exp(-0.5 * (gap / rng.uniform(0.38, 0.55)) ** 2)[:, None]
+        _fill(mask, centre + points)
+    elif shape == "bilobed":
+        axis = rng.uniform(0, 2 * math.pi)
+        bend = rng.uniform(0.15, 0.5)
+        part = rng.uniform(0.48, 0.62)
+        for side in (-1.0, 1.0):
+            lobe = _turn(
+                _ellipse(radius * rng.uniform(0.48, 0.58), radius * rng.uniform(0.78, 0.94)), side * bend
+            )
+            _fill(mask, centre + _turn(lobe + np.array([side * part * radius, 0.0]), axis))
+    elif shape == "band":
+        _stroke(mask, centre + _arc(radius * 0.72, rng.uniform(3.4, 4.3), away, 24), radius * 0.27)
+    elif shape == "segmented":
+        n_lobes = int(rng.choice([2, 3, 4, 5], p=[0.2, 0.42, 0.3, 0.08]))
+        path = _arc(radius * 0.66, 1.25 * n_lobes * rng.uniform(0.9, 1.1), away, n_lobes)
+        path = path + rng.normal(0.0, 0.07 * radius, path.shape)
+        _stroke(mask, centre + path, radius * 0.08)
+        for spot in path:
+            _fill(
+                mask,
+                centre + spot + _outline(radius * rng.uniform(0.30, 0.42), 0.06, rng, rng.uniform(0.0, 0.15)),
+            )
+    else:
+        axis = rng.uniform(0, 2 * math.pi)
+        plates = (0.0,) if rng.random() < 0.6 else (-0.42, 0.42)
+        for place in plates:
+            bar = _ellipse(radius * 0.20, radius * rng.uniform(0.62, 0.8))
+            bar += rng.normal(0.0, 0.05 * radius, bar.shape)
+            _fill(mask, centre + _turn(bar + np.array([place * radius, 0.0]), axis))
+
+
+def _ellipse(across: float, along: float) -> _Points:
+    angle = np.arange(28) * (2 * math.pi / 28)
+    return np.column_stack([across * np.cos(angle), along * np.sin(angle)])
+
+
+def _arc(radius: float, span: float, start: float, n_points: int) -> _Points:
+    angle = start + np.linspace(-span / 2, span / 2, n_points)
+    return radius * np.column_stack([np.cos(angle), np.sin(angle)])
+
+
+def _stroke(mask: _Mask, path: _Points, half_width: float) -> None:
+    """A thick line with round ends along `path` (n, 2)."""
+    disc = _ellipse(half_width, half_width)
+    for spot in path:
+        _fill(mask, spot + disc)
+    for first, second in pairwise(path):
+        step = second - first
+        normal = half_width * np.array([-step[1], step[0]]) / max(float(np.hypot(*step)), 1e-6)
+        _fill(mask, np.array([first + normal, second + normal, second - normal, first - normal]))
+
+
+def _smear_out(mask: _Mask, scale: float, rng: np.random.Generator) -> _Mask:
+    """Fray a nucleus into strands, as in a cell crushed by the spreader."""
+    frayed = _texture(mask.shape, 3.0 * scale, rng)
+    soft = _blur(mask, 3.5 * scale).astype(np.int32)
+    strands: _Mask = np.clip((soft - 118 + frayed) * 3, 0, 235).astype(np.uint8)
+    return strands
+
+
+def _nucleoli(nucleus: _Mask, centre: _Points, radius: float, look: _Look, rng: np.random.Generator) -> _Mask:
+    spots = np.zeros_like(nucleus)
+    for _ in range(int(rng.integers(look.nucleoli[0], look.nucleoli[1] + 1))):
+        angle, reach = rng.uniform(0, 2 * math.pi), radius * 0.6 * math.sqrt(rng.random())
+        spot = centre + reach * np.array([math.cos(angle), math.sin(angle)])
+        _fill(spots, spot + _outline(radius * rng.uniform(0.14, 0.23), 0.06, rng))
+    return np.minimum(spots, nucleus)
+
+
+def _scatter(shape: tuple[int, ...], share: float, sigma: float, rng: np.random.Generator) -> _Density:
+    """Granules: dots on a share of the pixels, `sigma` pixels wide, 0 to 255."""
+    if share <= 0:
+        return np.zeros(shape, np.int32)
+    thinning = max(1.0, (sigma / 0.62) ** 2)
+    dots = np.where(rng.random(shape) < share / thinning, 255, 0).astype(np.uint8)
+    gain = round(256 * 2 * math.pi * max(sigma, 0.55) ** 2 * 0.85)
+    granules: _Density = np.minimum(_blur(dots, sigma).astype(np.int32) * gain >> 8, 255)
+    return granules
+
+
+def _draw_rods(
+    body: _Mask,
+    nucleus: _Mask,
+    radius: float,
+    *,
+    scale: float,
+    faggot: bool,
+    count: int,
+    rng: np.random.Generator,
+) -> _Mask:
+    """Thin needles in the cytoplasm, each the best placed of several; a faggot cell holds them in bundles."""
+    rods = np.zeros_like(body)
+    room = (_blur(body, 2.0 * scale) > 215) & (nucleus < 60)
+    weight = room.astype(np.int32) - (body < 200) * 3 - (nucleus > 60) * (1 if faggot else 2)
+    ys, xs = np.nonzero(room if room.any() else body > 200)
+    along = rng.uniform(0, math.pi)
+    for _ in range(count):
+        best, best_score = np.empty((0, 2)), None
+        for _ in range(6 if faggot else 24):
+            pick = int(rng.integers(len(ys)))
+            angle = along + rng.normal(0.0, 0.35) if faggot else rng.uniform(0, math.pi)
+            half = radius * rng.uniform(0.26, 0.46)
+            thick = scale * rng.uniform(0.66, 0.95)
+            tip = np.array([(-half, 0.0), (-0.67 * half, thick), (0.67 * half, thick)])
+            needle = _turn(np.vstack([tip, -tip]), angle) + np.array([xs[pick], ys[pick]])
+            trial = np.zeros_like(body)
+            _fill(trial, needle)
+            score = int((weight * (trial > 100)).sum())
+            if best_score is None or score > best_score:
+                best, best_score = needle, score
+        _fill(rods, best)
+    return np.minimum(rods, body)
+
+
+def _place_cell(density: _Density, patch: _Patch, plan: CellPlan, centre: tuple[float, float]) -> Cell | None:
+    """Lay a cell over the field (what is beneath it is pushed aside) and measure its box."""
+    height, width = density.shape[1:]
+    side = patch.cover.shape[0]
+    top, left = round(centre[0]) - side // 2, round(centre[1]) - side // 2
+    y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
+    part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+    cover = patch.cover[part]
+    beneath = density[:, y0:y1, x0:x1]
+    beneath[:] = beneath * (255 - cover.astype(np.int32) * 235 // 255) // 255 + patch.density[:, *part]
+    mask = cover > 100
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None
+    margin = 1
+    top_in, left_in = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
+    bottom_in, right_in = (
+        min(int(rows[-1]) + 1 + margin, y1 - y0),
+        min(int(columns[-1]) + 1 + margin, x1 - x0),
+    )
+    inner = (slice(top_in, bottom_in), slice(left_in, right_in))
+    box = (y0 + top_in, x0 + left_in, y0 + bottom_in, x0 + right_in)
+    return Cell(plan, box, mask[inner], (patch.rods[part][inner] > 60) & mask[inner])
+
+
+def _photograph(density: _Density, stain: Stain, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """From optical density to grey values: lamp, vignette, focus, sensor noise."""
+    height, width = density.shape[1:]
+    rows = (np.arange(height) / height - stain.centre[0]) ** 2
+    columns = (np.arange(width) / width - stain.centre[1]) ** 2
+    shade = np.rint(stain.vignette * _UNIT * 2.0 * (rows[:, None] + columns[None, :])).astype(np.int32)
+    table = np.rint(255 * np.exp(-np.arange(6 * _UNIT) / _UNIT)).astype(np.uint8)
+    image = np.empty((height, width, 3), np.uint8)
+    for channel in range(3):
+        lamp = round(float(stain.light[channel]) * _UNIT)
+        image[..., channel] = table.take(density[channel] + (shade + lamp), mode="clip")
+    image = np.asarray(_blur(image, stain.blur), np.uint8)
+    noise = np.rint(rng.standard_normal((height, width)) * (stain.noise * 64)).astype(np.int32)
+    return np.clip(image.astype(np.int32) + (noise[..., None] + 32 >> 6), 0, 255).astype(np.uint8)
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def draw_data_set(
+    folder: Path,
+    patients: int,
+    seed: int,
+    *,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    cells_per_smear: int = CELLS_PER_SMEAR,
+    cell_size: int = CELL_SIZE,
+    progress: bool = False,
+) -> None:
+    """Write a synthetic data set in the Kaggle layout: `wsi.csv`, `labeled_cells.csv`, `wsi/*.jpg`.
+
+    A third of the patients each has APL, another AML, a healthy marrow. Patient k is the same for any number
+    of patients. One smear is in memory at a time. The tables get their names last: a folder that was cut off
+    in the middle does not pass for a data set.
+
+    Args:
+        folder: where to write; made if missing, must be empty otherwise.
+        patients: how many, at least 3.
+        seed: the data set's seed, at least 0; other seeds give other patients.
+        size: (height, width) of a smear in pixels.
+        cells_per_smear: nucleated cells wanted in a smear.
+        cell_size: diameter of a promyelocyte in pixels.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: fewer than 3 patients, a negative seed, a field too small to hold cells, or a folder that
+            holds files already.
+    """
+    if patients < len(DIAGNOSES):
+        wanted = ", ".join(DIAGNOSES)
+        raise ValueError(f"{patients} patients were asked for: at least 3 are needed, one each of {wanted}.")
+    if seed < 0:
+        raise ValueError(f"The seed is {seed}: it must be a whole number of at least 0.")
+    _check_size(size, cell_size)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is not an empty folder: demo smears are never written over other files. Name a new "
+            "folder or empty this one first."
+        )
+    (folder / "wsi").mkdir(parents=True, exist_ok=True)
+    tables = (folder / "wsi.csv", folder / "labeled_cells.csv")
+    parts = [table.with_suffix(".csv.part") for table in tables]
+    smear_id = cell_id = 0
+    with (
+        parts[0].open("w", newline="", encoding="utf-8") as smear_file,
+        parts[1].open("w", newline="", encoding="utf-8") as cell_file,
+    ):
+        smear_table = csv.writer(smear_file, lineterminator="\n")
+        cell_table = csv.writer(cell_file, lineterminator="\n")
+        smear_table.writerow(SMEAR_COLUMNS)
+        cell_table.writerow(CELL_COLUMNS)
+        for number in tqdm(range(1, patients + 1), desc="patients", disable=not progress):
+            for patient, smear in patient_smears(
+                number, seed, size=size, cells_per_smear=cells_per_smear, cell_size=cell_size
+            ):
+                smear_id += 1
+                name = f"smear_{smear_id:04d}.jpg"
+                (folder / "wsi" / name).write_bytes(_jpeg(smear.image))
+                smear_table.writerow([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
+                for row in _rows(smear, number):
+                    cell_id += 1
+                    cell_table.writerow([cell_id, 1, smear_id, *row])
+    for part, table in zip(parts, tables, strict=True):
+        part.rename(table)
+
+
+def patient_smears(
+    number: int,
+    seed: int,
+    *,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+    cells_per_smear: int = CELLS_PER_SMEAR,
+    cell_size: int = CELL_SIZE,
+) -> Iterator[tuple[Patient, Smear]]:
+    """Patient `number` (1, 2, ...) of the data set `seed` with each of the patient's one or two smears."""
+    diagnosis = diagnosis_of(number, seed)
+    rng = generator(seed, number)
+    patient = sample_patient(diagnosis, rng)
+    for view in range(2 if rng.random() < TWO_SMEARS_SHARE else 1):
+        smear_rng = generator(seed, number, 1 + view)
+        yield (
+            patient,
+            draw_smear(diagnosis, smear_rng, size, cells_per_smear, cell_size=cell_size, patient=patient),
+        )
+
+
+def smear_labels(patient: Patient) -> tuple[str, ...]:
+    """The smear's labels: ('healthy',), or ('aml', FAB class) with m3 for APL."""
+    return ("healthy",) if patient.fab is None else ("aml", patient.fab)
+
+
+def contact_picture(
+    path: Path, *, seed: int = 1, patients: tuple[int, ...] = (11, 10, 24), scale: float = 0.8
+) -> None:
+    """Write a PNG of the first smear of `patients` (numbers in the data set `seed`), side by side.
+
+    Args:
+        path: the PNG to write.
+        seed: the data set's seed.
+        patients: whose first smear is shown, from left to right.
+        scale: size of the picture relative to the smears.
+    """
+    captions = {"healthy": "healthy marrow", "aml": "other AML", "apl": "APL"}
+    columns = []
+    for number in patients:
+        patient, smear = next(patient_smears(number, seed))
+        height, width = smear.image.shape[:2]
+        small_size = (round(width * scale), round(height * scale))
+        small = cv2.resize(smear.image, small_size, interpolation=cv2.INTER_AREA)
+        small = (small.astype(np.int32) + 2 >> 2 << 2).clip(0, 255).astype(np.uint8)  # halves the file
+        strip = np.full((34, small_size[0], 3), 255, np.uint8)
+        cv2.putText(
+            strip,
+            captions[patient.diagnosis],
+            (4, 24),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.7,
+            (40, 40, 40),
+            1,
+            cv2.LINE_AA,
+        )
+        columns.append(
+            cv2.copyMakeBorder(np.vstack([strip, small]), 0, 6, 4, 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
+        )
+    done, data = cv2.imencode(
+        ".png", cv2.cvtColor(np.hstack(columns), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9]
+    )
+    if not done:
+        raise RuntimeError("OpenCV could not encode the picture as PNG.")
+    path.write_bytes(bytes(data))
+
+
+def _literal(labels: tuple[str, ...]) -> str:
+    """Labels as the data set writes them, a Python set literal; nothing for none."""
+    return "{" + ", ".join(f"'{label}'" for label in labels) + "}" if labels else ""
+
+
+def _jpeg(image: NDArray[np.uint8]) -> bytes:
+    done, data = cv2.imencode(
+        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
+    if not done:
+        raise RuntimeError("OpenCV could not encode a smear as JPEG.")
+    return bytes(data)
+
+
+def _rows(smear: Smear, number: int) -> list[list[str]]:
+    """The rows of one smear, from cellType on, with two flaws of the real table: no box, a one-pixel box."""
+    rows = []
+    for cell in smear.cells:
+        kind = () if cell.plan.cell_type is None else (cell.plan.cell_type,)
+        quality, thing = (("Good",), ("Cell",)) if kind else ((), ())
+        rows.append(
+            [
+                _literal(kind),
+                _literal(quality),
+                _literal(cell.plan.characteristics),
+                _literal(("Smudge",) if cell.plan.kind == "smudge" else thing),
+                json.dumps(list(cell.box)),
+                *_measures(cell, smear.image),
+            ]
+        )
+    if number % FLAW_EVERY == 2:
+        rows.append([""] * (len(CELL_COLUMNS) - 3))
+    if number % FLAW_EVERY == 3:
+        y, x = smear.image.shape[0] // 3, smear.image.shape[1] // 3
+        rows.append(
+            [
+                "",
+                "",
+                "",
+                "",
+                json.dumps([y, x, y + 1, x + 1]),
+                "1.0",
+                "0.0",
+                "1.1284",
+                "0.0",
+                "0.5",
+                "1.0",
+                "1.0",
+            ]
+        )
+    return rows
+
+
+def _measures(cell: Cell, image: NDArray[np.uint8]) -> list[str]:
+    """convexArea, eccentricity, equivalentDiameter, perimeter, meanIntensity, eulerNumber, extent of a cell.
+
+    Rounded to four decimals, so that the last bits of the arithmetic do not reach the file.
+    """
+    mask = cell.mask
+    y0, x0, y1, x1 = cell.box
+    ys, xs = np.nonzero(mask)
+    area = len(ys)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    hull = np.zeros(mask.shape, np.uint8)
+    cv2.fillConvexPoly(hull, cv2.convexHull(np.vstack(contours)), 1)
+    (yy, xy), (_, xx) = np.cov(np.vstack([ys, xs]).astype(np.float64), bias=True)
+    spread = math.hypot(yy - xx, 2 * xy)
+    small, large = (yy + xx - spread) / 2, (yy + xx + spread) / 2
+    values = (
+        float(hull.sum()),
+        math.sqrt(max(0.0, 1 - small / large)) if large > 0 else 0.0,
+        math.sqrt(4 * area / math.pi),
+        float(sum(cv2.arcLength(contour, closed=True) for contour in contours)),
+        float(image[y0:y1, x0:x1][mask].astype(np.int64).sum()) / (3 * 255 * area),
+        1.0,
+        area / mask.size,
+    )
+    return [str(round(value, 4)) for value in values]

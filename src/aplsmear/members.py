@@ -1,0 +1,56 @@
+"""What the items of a patient say together: the scores of cells or smears, summarised per patient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.special import logit
+
+SUMMARIES = ("mean", "median", "upper", "top", "share", "noisy_or")
+CLIP = 1e-4
+
+
+def summarise(score: np.ndarray, positive_above: float = 0.5, top: int = 5, leak: float = 0.05) -> dict[str, float]:
+    """Summaries of the scores of one patient's items, each a probability-like number in (0, 1).
+
+    Args:
+        score: float (items,), at least one.
+        positive_above: an item above it counts for `share`.
+        top: so many of the highest scores are averaged for `top`.
+        leak: share of a score that `noisy_or` takes as independent evidence; with hundreds of cells the plain
+            noisy-or is always 1.
+
+    Returns:
+        ``mean``; ``median``; ``upper``, the 0.9 quantile; ``top``, the mean of the highest; ``share`` above the
+        threshold, with half a cell added to either side; ``noisy_or``, the chance that at least one item is positive.
+    """
+    ordered = np.sort(score.astype(np.float64))[::-1]
+    above = int((ordered > positive_above).sum())
+    return {
+        "mean": float(ordered.mean()),
+        "median": float(np.median(ordered)),
+        "upper": float(np.quantile(ordered, 0.9)),
+        "top": float(ordered[:top].mean()),
+        "share": (above + 0.5) / (len(ordered) + 1),
+        "noisy_or": float(1 - np.exp(np.log1p(-leak * ordered).sum())),
+    }
+
+
+def summarise_patients(scores: pd.DataFrame) -> pd.DataFrame:
+    """Summaries of every patient in every world.
+
+    Args:
+        scores: ``item, patient, fold, world_0 ... world_K`` (of `aplsmear.tuning.scores_table`).
+
+    Returns:
+        ``patient, fold, world, items`` and `SUMMARIES`, one row a patient and world, sorted by both; the summaries as
+        logits, clipped to probabilities of 0.0001 to 0.9999.
+    """
+    worlds = [column for column in scores.columns if column.startswith("world_")]
+    rows = []
+    for patient, mine in sorted(dict(list(scores.groupby("patient", sort=False))).items()):
+        for world, column in enumerate(worlds):
+            summary = summarise(mine[column].to_numpy())
+            logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in summary.items()}
+            rows.append({"patient": patient, "fold": mine["fold"].iloc[0], "world": world, "items": len(mine)} | logits)
+    return pd.DataFrame(rows)

@@ -1,0 +1,76 @@
+"""Encoded views in one large, byte-stable file a level, written and read as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from aplsmear.files import whole
+from aplsmear.params import Level
+
+
+class View(NamedTuple):
+    """One view of one item (a cell or a smear): 0 is the plain one; `image` is encoded."""
+
+    item: str
+    view: int
+    image: bytes
+
+
+SCHEMA = pa.schema([("item", pa.string()), ("view", pa.int32()), ("image", pa.binary())])
+
+
+class ViewWriter:
+    """Writes the views of each level to a file of its own, group by group; memory holds one group.
+
+    A context: the files are there when the block ends well, and not at all when it does not.
+    """
+
+    def __init__(self, paths: Mapping[Level, Path]) -> None:
+        """Take the file of each level; nothing is written before the block starts."""
+        self._paths = paths
+        self._stack = ExitStack()
+        self._files: dict[Level, pq.ParquetWriter] = {}
+
+    def __enter__(self) -> ViewWriter:
+        with ExitStack() as stack:
+            for level, path in self._paths.items():
+                part = stack.enter_context(whole(path))
+                file = pq.ParquetWriter(part, SCHEMA, compression="NONE", use_dictionary=False)
+                self._files[level] = stack.enter_context(file)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def write(self, groups: Mapping[Level, list[View]]) -> None:
+        """Append one group of views to the file of each level."""
+        for level, views in groups.items():
+            if views:
+                columns = dict(zip(SCHEMA.names, zip(*views, strict=True), strict=True))
+                self._files[level].write_table(pa.table(columns, schema=SCHEMA))
+
+
+def count_views(path: Path) -> int:
+    """How many views a file of `ViewWriter` holds."""
+    return int(pq.ParquetFile(path).metadata.num_rows)
+
+
+def read_views(path: Path, batch: int) -> Iterator[list[View]]:
+    """The views of a file of `ViewWriter`, in its order, `batch` at a time (the last may be smaller)."""
+    for rows in pq.ParquetFile(path).iter_batches(batch):
+        columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
+        yield [View(*row) for row in zip(*columns, strict=True)]
+
+
+def read_index(path: Path) -> pd.DataFrame:
+    """Item and view of each view of a file of `ViewWriter`, without their images."""
+    index: pd.DataFrame = pq.read_table(path, columns=["item", "view"]).to_pandas()
+    return index

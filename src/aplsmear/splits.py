@@ -1,0 +1,72 @@
+"""Folds by patient, and the nest of held-out sets that follows from them.
+
+The patient is the unit of every split. With K outer folds there are K + 1 *worlds*::
+
+    fold          0   1   2   3   4
+    world 0     [out] in  in  in  in      fold 0 is held out; everything fitted or chosen in this world
+    world 1       in [out] in  in  in     comes from its inner folds 1..4
+      ...
+    world 4       in  in  in  in [out]
+    world 5       in  in  in  in  in      the final models: nobody is held out, inner folds are all five
+
+Inside world w, each inner fold j is scored by a network that saw neither w nor j. So a network is known by the set of
+folds it has *not* seen: the pair {w, j} for inner scores, {w} for the held-out patients of world w, {} for the final
+model. The network without {w, j} serves world w (scoring j) and world j (scoring w).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedKFold
+
+HeldOut = frozenset[int]
+
+
+class SplitError(ValueError):
+    """The patients cannot be split as asked."""
+
+
+def make_folds(patients: pd.DataFrame, folds: int, seed: int) -> pd.DataFrame:
+    """Deal patients into folds, each with its share of every diagnosis.
+
+    Args:
+        patients: rows with ``patient`` and ``diagnosis``; a patient may occur often (one row a smear).
+        folds: how many.
+        seed: of the shuffle.
+
+    Returns:
+        ``patient, diagnosis, fold``, one row a patient, sorted by patient; independent of the order of `patients`.
+
+    Raises:
+        SplitError: a diagnosis has fewer patients than there are folds.
+    """
+    unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
+    counts = unique["diagnosis"].value_counts()
+    scarce = counts[counts < folds].sort_index()
+    if len(scarce):
+        few = ", ".join(f"{diagnosis}: {count}" for diagnosis, count in scarce.items())
+        raise SplitError(
+            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}. "
+            f"Set split.folds in params.yaml to {max(scarce.min(), 3)} or add patients."
+        )
+    fold = np.zeros(len(unique), dtype=np.int64)
+    dealer = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(dealer.split(unique["patient"], unique["diagnosis"])):
+        fold[held_out] = number
+    return unique.assign(fold=fold)
+
+
+def inner_sets(world: int, folds: int) -> dict[int, HeldOut]:
+    """For each inner fold of a world, the folds unseen by the network that scores it."""
+    return {fold: frozenset({world, fold} - {folds}) for fold in range(folds) if fold != world}
+
+
+def outer_set(world: int, folds: int) -> HeldOut:
+    """The folds unseen by the network that scores the held-out patients of a world (none in the last world)."""
+    return frozenset({world} - {folds})
+
+
+def tuning_sets(folds: int) -> list[HeldOut]:
+    """The distinct held-out pairs: trained for every trial, they are the inner folds of every world at once."""
+    return [frozenset({first, second}) for first in range(folds) for second in range(first)]

@@ -1,0 +1,41 @@
+"""Tasks: which items are positive, which negative, and which take no part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.params import Condition, Task
+
+SEPARATOR = "|"
+ANY = "*"
+
+
+def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
+    """Which items carry, in any column of `condition`, one of its labels (``*``: any label at all).
+
+    Args:
+        items: a table with a column of ``|``-joined labels for each key of `condition`.
+        condition: column -> labels.
+
+    Returns:
+        bool, shape (items,).
+    """
+    met = np.zeros(len(items), dtype=bool)
+    for column, wanted in condition.items():
+        for text, rows in items.groupby(column, sort=False).indices.items():
+            labels = set(filter(None, str(text).split(SEPARATOR)))
+            if (labels and ANY in wanted) or labels.intersection(wanted):
+                met[rows] = True
+    return met
+
+
+def task_labels(items: pd.DataFrame, task: Task) -> np.ndarray:
+    """1 for positive, 0 for negative, -1 for items that take no part in the task.
+
+    Returns:
+        int8, shape (items,).
+    """
+    positive = meets(items, task.positive)
+    negative = meets(items, task.negative) & ~positive
+    return np.where(positive, 1, np.where(negative, 0, -1)).astype(np.int8)

@@ -1,0 +1,23 @@
+"""Cut the cells out of their smears and make the plain and augmented views of both."""
+
+from pathlib import Path
+
+from aplsmear.params import LEVELS, read_params
+from aplsmear.progress import progress
+from aplsmear.shards import ViewWriter
+from aplsmear.tables import read_table
+from aplsmear.views import all_views
+
+
+def main() -> None:
+    params = read_params(Path("params.yaml"))
+    smears = read_table(Path("dataset/smears.csv"))
+    cells = read_table(Path("dataset/cells.csv"))
+    with ViewWriter({level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}) as writer:
+        views = all_views(Path(params.dataset.root), smears, cells, params.augment, params.seed)
+        for of_smear in progress(views, "smears", len(smears)):
+            writer.write(of_smear)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Check the data set whole and index it; images stay where they are."""
+
+import json
+import sys
+from pathlib import Path
+
+from aplsmear.dataset import DataSetError, print_problems, read_data_set
+from aplsmear.params import read_params
+from aplsmear.tables import write_table
+
+OUT = Path("dataset")
+
+
+def main() -> int:
+    params = read_params(Path("params.yaml"))
+    try:
+        found = read_data_set(
+            Path(params.dataset.root),
+            params.tasks,
+            min_box=params.dataset.min_box,
+            skip_bad_images=params.dataset.skip_bad_images,
+        )
+    except DataSetError as error:
+        print_problems(error.problems)
+        return 1
+    write_table(OUT / "smears.csv", found.smears)
+    write_table(OUT / "cells.csv", found.cells)
+    report = json.dumps(found.report, indent=2, sort_keys=True, ensure_ascii=False)
+    (OUT / "report.json").write_text(report + "\n", encoding="utf-8")
+    print("{smears} smears of {patients} patients, {cells} cells".format(**found.report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""Deal patients into stratified folds, once, for every task and ensemble."""
+
+from pathlib import Path
+
+from aplsmear.params import read_params
+from aplsmear.splits import make_folds
+from aplsmear.tables import read_table, write_table
+
+
+def main() -> None:
+    params = read_params(Path("params.yaml"))
+    smears = read_table(Path("dataset/smears.csv"))
+    folds = make_folds(smears, params.split.folds, params.seed)
+    write_table(Path("splits/folds.csv"), folds)
+
+
+if __name__ == "__main__":
+    main()
