@@ -9,10 +9,9 @@ LOCK ?= requirements.lock
 WORKERS ?= 2
 
 # What runs here is the environment's, in whatever shell `make` was typed. Without bytecode TensorFlow takes 15 seconds
-# to import, so a wish not to write any ends here. Nothing reports home.
+# to import, so a wish not to write any ends here. MLflow reports nothing home.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 
 # Anything that needs the environment first asks tools/preflight.py whether it can be had, with the first Python that

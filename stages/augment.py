@@ -1,18 +1,22 @@
 """Cut the cells out of their smears and make the plain and augmented views of both."""
 
+import sys
 from pathlib import Path
 
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
 from aplsmear.shards import ViewWriter
+from aplsmear.stage import run
 from aplsmear.tables import read_table
-from aplsmear.views import all_views
+from aplsmear.views import all_views, idle_labels
 
 
 def main() -> None:
     params = read_params(Path("params.yaml"))
     smears = read_table(Path("dataset/smears.csv"))
     cells = read_table(Path("dataset/cells.csv"))
+    for label in idle_labels(params.augment.more, [smears, cells]):
+        print(f"augment.more: nothing carries the label {label!r}", file=sys.stderr)
     with ViewWriter({level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}) as writer:
         views = all_views(Path(params.dataset.root), smears, cells, params.augment, params.seed)
         for of_smear in progress(views, "smears", len(smears)):
@@ -20,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

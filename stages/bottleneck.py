@@ -3,29 +3,31 @@
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
 
-import sys
 from pathlib import Path
 
 from aplsmear.backbones import features_of
 from aplsmear.features import write_features
-from aplsmear.params import LEVELS, read_params
+from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import count_views, read_index, read_views
+from aplsmear.stage import run
 
 
 def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
-    backbone = params.backbones[name]
+    backbone = named(params.backbones, name, "backbones")
     start_tensorflow()
     for level in LEVELS:
         views = Path(f"augmented/{level}/views.parquet")
         batches = progress(
-            read_views(views, backbone.batch), f"batches of {level}s", -(-count_views(views) // backbone.batch)
+            read_views(views, backbone.batch),
+            f"batches of {level}s",
+            -(-count_views(views) // backbone.batch),
         )
         features = features_of(batches, backbone, level, params.seed)
         write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(main)

@@ -1,11 +1,11 @@
 """Check the data set whole and index it; images stay where they are."""
 
 import json
-import sys
 from pathlib import Path
 
 from aplsmear.dataset import DataSetError, print_problems, read_data_set
 from aplsmear.params import read_params
+from aplsmear.stage import run
 from aplsmear.tables import write_table
 
 OUT = Path("dataset")
@@ -32,4 +32,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -3,12 +3,12 @@
 Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yaml)
 """
 
-import sys
 from pathlib import Path
 
 from aplsmear.curves import calibration_table, confusion_table, precision_recall_table, roc_curve_table
 from aplsmear.ensembles import as_model, draw_candidates, judge, measure, patients_of, read_members
 from aplsmear.params import read_params
+from aplsmear.stage import run
 from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
 
@@ -18,7 +18,7 @@ def main(name: str) -> None:
     ensemble, combine = params.ensembles[name], params.combine
     patients = patients_of(read_table(Path("splits/folds.csv")), ensemble.positive, ensemble.negative)
     members = read_members(Path(f"members/{name}"), ensemble.members)
-    candidates = draw_candidates(combine.trials, params.seed)
+    candidates = draw_candidates(combine, params.seed)
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
 
     out = Path(f"ensembles/{name}")
@@ -35,4 +35,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(main)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from aplsmear.params import read_params
 from aplsmear.splits import make_folds
+from aplsmear.stage import run
 from aplsmear.tables import read_table, write_table
 
 
@@ -15,4 +16,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

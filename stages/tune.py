@@ -3,7 +3,6 @@
 Usage: python stages/tune.py TASK   (a name of `tasks` in params.yaml)
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from aplsmear.features import read_features
 from aplsmear.heads import write_heads
 from aplsmear.params import read_params
 from aplsmear.runtime import start_tensorflow
+from aplsmear.stage import run
 from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
 from aplsmear.tasks import task_labels
@@ -70,4 +70,4 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run(main)

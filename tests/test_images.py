@@ -16,7 +16,7 @@ from aplsmear.images import ImageError, check_image, decode, encode_jpeg, image_
 
 def picture(height=24, width=40) -> np.ndarray:
     """Smooth, with another colour in each corner, so that no flip goes unseen."""
-    y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x, 255 * y, 60 + 120 * x * y], axis=2).round().astype(np.uint8)
 
 
@@ -151,7 +151,7 @@ def test_of_a_pyramid_the_first_level_counts():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda path: None, "no such file"),
+        (lambda _: None, "no such file"),
         (lambda path: path.mkdir(), "not a file"),
         (lambda path: path.write_bytes(b""), "empty file"),
         (lambda path: path.write_text("not a picture"), "not a PNG, JPEG or TIFF"),

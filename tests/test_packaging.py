@@ -80,6 +80,37 @@ def test_lock_holds_what_pyproject_asks_for(
     assert unmet == [], f"{lock} on Python {python} is not what pyproject.toml asks for: run `make lock`"
 
 
+def test_what_is_imported_is_asked_for() -> None:
+    names: dict[str, set[Path]] = {}
+    for path in (
+        path for folder in ("src", "stages", "tests", "tools") for path in (ROOT / folder).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for module in modules:
+                names.setdefault(module.split(".")[0], set()).add(path.relative_to(ROOT))
+    own = {
+        "aplsmear",
+        *(path.stem for folder in ("stages", "tests", "tools") for path in (ROOT / folder).glob("*.py")),
+    }
+    asked_for = {
+        canonicalize_name(Requirement(line).name)
+        for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    }
+    distributions = importlib.metadata.packages_distributions()
+    missing = [
+        f"{name} (in {', '.join(sorted(map(str, paths)))})"
+        for name, paths in sorted(names.items())
+        if name not in sys.stdlib_module_names | own
+        and not asked_for
+        & {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
+    ]
+    assert not missing, f"imported, but not among the dependencies in pyproject.toml: {'; '.join(missing)}"
+
+
 def test_every_python_gets_the_same_versions() -> None:
     first, *others = ([locked(lock, python, PLATFORMS[0]) for python in MINORS] for lock in LOCKS)
     assert all(versions == first[0] for versions in first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,24 @@ from typing import Any
 import cv2
 import numpy as np
 
+from aplsmear.errors import UserError
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
 from aplsmear.views import resize
 
+UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
-class BackboneError(ValueError):
+
+class BackboneError(UserError, ValueError):
     """A backbone, layer or weight file that Keras does not have; the message says what it has."""
 
 
 def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     """The network of `settings` from a uint8 image to one feature vector per layer, in inference mode.
 
-    Each layer's feature map is averaged over the image (the bottleneck feature of the original).
+    Each layer's feature map is averaged over the image (the bottleneck feature of the original). Keras's own
+    state starts anew, so that neither names nor untrained filters depend on what was built before.
 
     Args:
         settings: application, its options, the layers to cut at, the weights.
@@ -33,33 +38,31 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
         keras.Model: uint8 (batch, size, size, 3), RGB -> {layer: float32 (batch, channels)}.
 
     Raises:
-        BackboneError: no such application, layer or weight file, or weights that do not fit.
+        BackboneError: no such application, option, layer or weight file, weights that do not fit, or a layer
+            without a feature map.
     """
     import keras
 
-    application, preprocess = _application(settings.application)
+    builder, preprocess = _application(settings.application)
     size = settings.input_size[level]
+    keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    whole = application(
-        include_top=False,
-        weights="imagenet" if settings.weights == "imagenet" else None,
-        input_shape=(size, size, 3),
-        **settings.options,
-    )
-    names = [layer.name for layer in whole.layers]
-    for wanted in settings.layer:
-        if wanted not in names:
-            raise BackboneError(
-                f"{settings.application} has no layer {wanted!r}{nearest(wanted, names)}; "
-                f"it has: {', '.join(names)}"
-            )
-    cut = keras.Model(whole.input, {name: whole.get_layer(name).output for name in settings.layer})
-    if settings.weights not in ("none", "imagenet"):
-        _load(Path(settings.weights), whole, cut)
+    full = _full_network(builder, settings, size)
+    names = [layer.name for layer in full.layers]
+    problems = [
+        f"{settings.application} has no layer {wanted!r}{nearest(wanted, names)}"
+        for wanted in settings.layer
+        if wanted not in names
+    ]
+    if problems:
+        raise BackboneError("\n".join([*problems, f"it has: {', '.join(names)}"]))
+    cut = keras.Model(full.input, {name: full.get_layer(name).output for name in settings.layer})
+    if settings.weights not in (UNTRAINED, IMAGENET):
+        _load(Path(settings.weights), full, cut)
     cut.trainable = False
     image = keras.Input((size, size, 3), dtype="uint8")
     maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    return keras.Model(image, {name: keras.ops.mean(each, axis=(1, 2)) for name, each in maps.items()})
+    return keras.Model(image, {name: _pooled(name, each) for name, each in maps.items()})
 
 
 def features_of(
@@ -75,6 +78,9 @@ def features_of(
 
     Yields:
         For each batch, one float16 array (views, channels) per layer of the backbone.
+
+    Raises:
+        BackboneError: as `build_backbone`; or a feature is not a number that float16 can hold.
     """
     import tensorflow as tf
 
@@ -89,40 +95,104 @@ def features_of(
             images[row] = image if image.shape[0] == size else resize(image, size)
         # A short last batch goes through at full length: one shape, one graph.
         found = forward(images)
-        yield [found[layer].numpy()[: len(views)].astype(np.float16) for layer in settings.layer]
+        yield [_as_float16(found[layer].numpy()[: len(views)], layer) for layer in settings.layer]
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
     """A builder of keras.applications and the preprocessing that belongs to it."""
     import keras
 
-    for module in vars(keras.applications).values():
-        if hasattr(module, "preprocess_input") and callable(getattr(module, name, None)):
-            return getattr(module, name), module.preprocess_input
     known = sorted(each for each in dir(keras.applications) if each[0].isupper())
-    raise BackboneError(f"keras.applications has no {name!r}{nearest(name, known)}; it has: {', '.join(known)}")
+    if name not in known:
+        raise BackboneError(
+            f"keras.applications has no {name!r}{nearest(name, known)}; it has: {', '.join(known)}"
+        )
+    builder = getattr(keras.applications, name)
+    return builder, sys.modules[builder.__module__].preprocess_input
 
 
-def _load(path: Path, whole: Any, cut: Any) -> None:
-    """Load weights saved from the whole network without its top, or from the network up to the deepest layer used.
+def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) -> Any:
+    """The whole network without its top; Keras's refusals in the user's words."""
+    fixed = {
+        "include_top": False,
+        "weights": IMAGENET if settings.weights == IMAGENET else None,
+        "input_shape": (size, size, 3),
+    }
+    taken = sorted(fixed.keys() & settings.options.keys())
+    if taken:
+        raise BackboneError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline does")
+    try:
+        return builder(**fixed, **settings.options)
+    except (TypeError, ValueError) as error:
+        raise BackboneError(f"Keras cannot build {settings.application} so: {_brief(error)}") from error
+    except Exception as error:  # what Keras raises where a download fails is no narrower
+        if settings.weights != IMAGENET:
+            raise
+        raise BackboneError(
+            f"the ImageNet weights of {settings.application} could not be had ({_brief(error)}): they come from "
+            "the network at first use; without one, give `weights` the path of a file, or `none`"
+        ) from error
+
+
+def _pooled(name: str, feature_map: Any) -> Any:
+    """The mean over the image, float32 (batch, channels)."""
+    import keras
+
+    if len(feature_map.shape) != 4:
+        raise BackboneError(
+            f"layer {name!r} gives {tuple(feature_map.shape)[1:]}, not a map of height, width and channels: "
+            "cut at another one"
+        )
+    return keras.ops.mean(feature_map, axis=(1, 2))
+
+
+def _as_float16(values: np.ndarray, layer: str) -> np.ndarray:
+    if not bool((np.abs(values) <= np.finfo(np.float16).max).all()):
+        raise BackboneError(
+            f"layer {layer!r} gives features beyond float16 (largest: {np.abs(values).max():.3g}): cut at another "
+            "layer, or give other weights"
+        )
+    return values.astype(np.float16)
+
+
+def _load(path: Path, full: Any, cut: Any) -> None:
+    """Load weights of the whole network without its top, or of the network up to the deepest layer used.
 
     Which of the two a file holds is seen from the number of its tensors.
     """
-    import h5py
-
     if not path.is_file():
         raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
     try:
-        with h5py.File(path) as file:
-            tensors = 0
+        tensors = _count_tensors(path)
+        networks = {len(full.weights): full, len(cut.weights): cut}
+        if tensors not in networks:
+            raise ValueError(
+                f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest layer "
+                f"used {len(cut.weights)}"
+            )
+        networks[tensors].load_weights(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BackboneError(
+            f"the weights in {str(path)!r} do not fit {full.name} with these options and layers: "
+            f"{_brief(error)}"
+        ) from error
 
-            def count(_: str, node: Any) -> None:
-                nonlocal tensors
-                tensors += isinstance(node, h5py.Dataset) and node.ndim > 0
 
-            file.visititems(count)
-        network = cut if tensors == len(cut.weights) else whole
-        network.load_weights(path)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise BackboneError(f"the weights in {path.name!r} do not fit {whole.name}: {first}") from error
+def _count_tensors(path: Path) -> int:
+    """How many arrays an HDF5 file holds; bare numbers (a saved seed) are none."""
+    import h5py
+
+    tensors = 0
+
+    def count(_: str, node: Any) -> None:
+        nonlocal tensors
+        tensors += isinstance(node, h5py.Dataset) and node.ndim > 0
+
+    with h5py.File(path) as file:
+        file.visititems(count)
+    return tensors
+
+
+def _brief(error: Exception) -> str:
+    """The first line of what was said, without addresses of objects."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

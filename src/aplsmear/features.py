@@ -10,11 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from aplsmear.errors import UserError
 from aplsmear.files import whole
-from aplsmear.shards import View
 from aplsmear.tables import read_table, write_table
 
 INDEX = "index.csv"
+
+
+class FeaturesError(UserError, ValueError):
+    """The features on disk are not those that params.yaml speaks of."""
 
 
 class Features(NamedTuple):
@@ -35,22 +39,27 @@ def write_features(
         index: item and view of each row.
         layers: their names.
         batches: for each batch one float16 array (views, channels) per layer; together as many rows as `index`.
+
+    Raises:
+        ValueError: they are not as many.
     """
-    arrays: list[np.ndarray] = []
-    row = 0
     with ExitStack() as stack:
-        parts = [stack.enter_context(whole(folder / f"{layer}.npy")) for layer in layers]
+        there = layers if len(index) else []  # without views there is an index of no rows, and no array
+        parts = [stack.enter_context(whole(folder / f"{layer}.npy")) for layer in there]
+        row = 0
+        arrays: list[np.ndarray] = []
         for batch in batches:
             if not arrays:
                 arrays = [
-                    np.lib.format.open_memmap(
-                        part, mode="w+", dtype=np.float16, shape=(len(index), values.shape[1])
-                    )
+                    np.lib.format.open_memmap(part, "w+", np.float16, (len(index), values.shape[1]))
                     for part, values in zip(parts, batch, strict=True)
                 ]
+            end = row + len(batch[0])
+            if end > len(index):
+                raise ValueError(f"more than {len(index)} rows of features for {len(index)} views")
             for array, values in zip(arrays, batch, strict=True):
-                array[row : row + len(values)] = values
-            row += len(batch[0])
+                array[row:end] = values
+            row = end
         if row != len(index):
             raise ValueError(f"{row} rows of features for {len(index)} views")
         for array in arrays:
@@ -62,11 +71,11 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
     """All features of one level: ``folder/<backbone>/<layer>.npy``, by the name ``backbone/layer``.
 
     Raises:
-        ValueError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an input).
+        FeaturesError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an input).
     """
     strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in backbones)
     if strangers:
-        raise ValueError(
+        raise FeaturesError(
             f"{folder} holds features of backbones that params.yaml does not name: {', '.join(strangers)}. "
             "`aplsmear tidy` removes them (DVC keeps them in its cache)."
         )

@@ -10,7 +10,11 @@ from pathlib import Path
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
+    """A path to write to; it becomes `path` when the block ends well, and is removed when it does not.
+
+    A process that is killed in the block leaves ``<name>.part`` behind, never `path`; the next run writes over it. The
+    folder of `path` is made if need be.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

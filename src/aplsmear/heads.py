@@ -182,7 +182,8 @@ def _train_stack(jobs: Sequence[Job], values: np.ndarray, items: TrainingItems, 
             epoch,
         )
         hyper = np.array(
-            [[recipes[i].learning_rate, recipes[i].weight_decay, recipes[i].dropout] for i in alive], np.float32
+            [[recipes[i].learning_rate, recipes[i].weight_decay, recipes[i].dropout] for i in alive],
+            np.float32,
         )
         dice = np.array([seed, epoch], np.int32)
         state = train(
@@ -192,7 +193,9 @@ def _train_stack(jobs: Sequence[Job], values: np.ndarray, items: TrainingItems, 
         done = np.array([recipes[i].epochs == epoch + 1 for i in alive])
         for place in np.flatnonzero(done):
             job = int(alive[place])
-            heads[job] = _folded(recipes[job], [part[place].numpy() for part in state], mean[job, 0], scale[job, 0])
+            heads[job] = _folded(
+                recipes[job], [part[place].numpy() for part in state], mean[job, 0], scale[job, 0]
+            )
         if done.any():
             alive = alive[~done]
             state = [tf.boolean_mask(part, ~done) for part in state]
@@ -203,7 +206,9 @@ def _job_seed(job: Job, seed: int) -> list[int]:
     return [seed, job.trial, *(fold + 1 for fold in sorted(job.held_out))]
 
 
-def _standardisation(plain: np.ndarray, fold: np.ndarray, jobs: Sequence[Job]) -> tuple[np.ndarray, np.ndarray]:
+def _standardisation(
+    plain: np.ndarray, fold: np.ndarray, jobs: Sequence[Job]
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and 1/deviation of each channel over the plain views outside a job's held-out folds: (jobs, 1, channels)."""
     folds = np.unique(fold)
     count = np.array([(fold == f).sum() for f in folds], np.float64)

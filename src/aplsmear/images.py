@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from aplsmear.errors import UserError
+
 Rgb = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "TIFF")
@@ -27,7 +29,7 @@ _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
 _DARK = 16  # of 256; a 16-bit picture that stays below holds 12 bits or fewer
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """A picture cannot be read.
 
     Attributes:

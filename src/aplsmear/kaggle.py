@@ -31,6 +31,8 @@ from typing import IO, Any, TypeVar
 import requests
 from tqdm import tqdm
 
+from aplsmear.errors import UserError
+
 MARKER = ".aplsmear-kaggle.json"
 """File in a downloaded folder that says which data set and version it is."""
 
@@ -52,7 +54,7 @@ _DAMAGED = (
 )
 
 
-class KaggleError(RuntimeError):
+class KaggleError(UserError, RuntimeError):
     """The data set could not be obtained; the message says what happened, what to do, and the way by hand."""
 
 

@@ -10,7 +10,9 @@ SUMMARIES = ("mean", "median", "upper", "top", "share", "noisy_or")
 CLIP = 1e-4
 
 
-def summarise(score: np.ndarray, positive_above: float = 0.5, top: int = 5, leak: float = 0.05) -> dict[str, float]:
+def summarise(
+    score: np.ndarray, positive_above: float = 0.5, top: int = 5, leak: float = 0.05
+) -> dict[str, float]:
     """Summaries of the scores of one patient's items, each a probability-like number in (0, 1).
 
     Args:
@@ -52,5 +54,8 @@ def summarise_patients(scores: pd.DataFrame) -> pd.DataFrame:
         for world, column in enumerate(worlds):
             summary = summarise(mine[column].to_numpy())
             logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in summary.items()}
-            rows.append({"patient": patient, "fold": mine["fold"].iloc[0], "world": world, "items": len(mine)} | logits)
+            rows.append(
+                {"patient": patient, "fold": mine["fold"].iloc[0], "world": world, "items": len(mine)}
+                | logits
+            )
     return pd.DataFrame(rows)

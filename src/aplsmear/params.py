@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from aplsmear.errors import UserError
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
@@ -19,12 +23,18 @@ CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosi
 SMEAR_COLUMNS = ("diagnosis", "fab")
 
 
-class ParamsError(ValueError):
+_LONGEST = 80  # characters of a value in a message
+ANY_FEATURES = "any"  # in `tune.space.features`: whatever features there are
+
+T = TypeVar("T")
+
+
+class ParamsError(UserError, ValueError):
     """params.yaml is not what the pipeline expects; the message lists every problem."""
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Compute(_Strict):
@@ -33,13 +43,28 @@ class Compute(_Strict):
     threads: int = Field(ge=1, le=64)
 
 
+class Kaggle(_Strict):
+    """A data set on Kaggle."""
+
+    owner: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    slug: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    version: int = Field(ge=1)
+
+
 class Dataset(_Strict):
     """Where the smears lie and what may be left out."""
 
     root: str
-    source: Literal["folder"]
+    source: Literal["folder", "kaggle"]
+    kaggle: Kaggle
     min_box: int = Field(ge=2)
     skip_bad_images: bool
+
+    @model_validator(mode="after")
+    def _root_of_source(self) -> Dataset:
+        if self.source == "kaggle" and self.root != "kaggle":
+            raise ValueError("with source: kaggle the data set lies in `kaggle`, so root must be `kaggle`")
+        return self
 
 
 class Split(_Strict):
@@ -121,7 +146,6 @@ class Task(_Strict):
     level: Level
     positive: Condition
     negative: Condition
-    tune: dict[str, Any] = {}  # overrides of `tune` for this task alone
 
     @model_validator(mode="after")
     def _columns(self) -> Task:
@@ -146,12 +170,23 @@ class Ensemble(_Strict):
     members: list[Name] = Field(min_length=1)
 
 
+class CombineSpace(_Strict):
+    """What the search over combinations may choose from."""
+
+    model: list[Literal["average", "logistic", "network"]] = Field(min_length=1)
+    summary: list[Literal["mean", "median", "upper", "top", "share", "noisy_or"]] = Field(min_length=1)
+    freedom: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
+    units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
+
+
 class Combine(_Strict):
     """How members become one probability per patient."""
 
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=0)
+    space: CombineSpace
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
+    shuffles: int = Field(ge=1)
 
 
 class Params(_Strict):
@@ -165,59 +200,69 @@ class Params(_Strict):
     augment: Augment
     backbones: dict[Name, Backbone] = Field(min_length=1)
     tune: Tune
+    overrides: dict[Name, dict[str, Any]]  # of `tune`, a row a task
     tasks: dict[Name, Task] = Field(min_length=1)
-    ensembles: dict[Name, Ensemble]
+    ensembles: dict[Name, Ensemble] = Field(min_length=1)
     combine: Combine
-
-    @field_validator("backbones", "tasks", "ensembles")
-    @classmethod
-    def _not_empty(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not value:
-            raise ValueError("at least one is needed")
-        return value
 
     @model_validator(mode="after")
     def _names_fit(self) -> Params:
-        problems = []
-        if self.task not in self.tasks:
-            problems.append(f"task: {self.task!r} is no task{nearest(self.task, self.tasks)}")
-        for name, ensemble in self.ensembles.items():
-            for member in ensemble.members:
-                if member not in self.tasks:
-                    problems.append(
-                        f"ensembles.{name}.members: {member!r} is no task{nearest(member, self.tasks)}"
-                    )
-            if len(set(ensemble.members)) < len(ensemble.members):
-                problems.append(f"ensembles.{name}.members: a member is named twice")
-        for name, task in self.tasks.items():
-            try:
-                self.tune_of(name)
-            except ValidationError as error:
-                problems += [f"tasks.{name}.tune.{line}" for line in _lines(error)]
-            _ = task
+        problems = list(_crossed(self.model_dump()))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
     def tune_of(self, task: str) -> Tune:
-        """The search settings of one task: `tune`, overridden by the task's own row."""
-        merged = _merge(self.tune.model_dump(), self.tasks[task].tune)
+        """The search settings of one task: `tune`, with what its row of `overrides` says otherwise."""
+        merged = _merge(self.tune.model_dump(), self.overrides[task])
         return Tune.model_validate(merged)
 
 
 def read_params(path: Path) -> Params:
-    """Read and check params.yaml.
+    """Read and check params.yaml, with the YAML 1.2 of DVC.
 
     Raises:
-        ParamsError: listing every problem: unknown keys (with the nearest known one), wrong types, values out of
-            range, names that name nothing.
+        ParamsError: listing every problem: no such file, no YAML, a key twice, unknown keys (with the
+            nearest known one), wrong types, values out of range, names that name nothing.
     """
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} cannot be read ({error}): start in the folder of dvc.yaml") from None
+    except YAMLError as error:
+        # A duplicate key's text goes on with advice on how to let the parser accept it.
+        said = [line.strip() for line in str(error).split("To suppress")[0].splitlines() if line.strip()]
+        raise ParamsError("\n  ".join([f"{path} is no YAML, or has a key twice:", *said])) from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path} holds {_shown(raw)}, expected a table of keys such as `seed: 1`")
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _lines(error))
-        raise ParamsError(f"{path.name} does not fit:\n{lines}") from None
+        lines = _lines(error, Params)
+        if any(
+            problem["loc"] for problem in error.errors()
+        ):  # names were not looked at for the shape was wrong
+            lines += _crossed(raw)
+        text = "\n".join(f"  {line}" for line in dict.fromkeys(lines))
+        raise ParamsError(f"{path} does not fit:\n{text}") from None
+
+
+def named(rows: Mapping[str, T], name: str, where: str) -> T:
+    """The row of this name.
+
+    Args:
+        rows: a table of params.yaml.
+        name: the name asked for.
+        where: what the table is called.
+
+    Raises:
+        ParamsError: there is none; says which one is nearest.
+    """
+    if name not in rows:
+        raise ParamsError(
+            f"{where} of params.yaml has no {name!r}{nearest(name, rows)}; it has: {', '.join(rows)}"
+        )
+    return rows[name]
 
 
 def nearest(word: str, known: Any) -> str:
@@ -226,36 +271,150 @@ def nearest(word: str, known: Any) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` in place of its own, table by table."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict) and "low" not in value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 
-def _lines(error: ValidationError) -> list[str]:
+def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between parts of params.yaml that may each be right; wrong shapes are passed over."""
+    tasks, ensembles, backbones = (_table(raw.get(key)) for key in ("tasks", "ensembles", "backbones"))
+    if isinstance(raw.get("task"), str) and raw["task"] not in tasks:
+        yield f"task: {raw['task']!r} is no task{nearest(raw['task'], tasks)}"
+    for name, task in tasks.items():
+        for side in ("positive", "negative"):
+            if _table(task).get(side) == {}:
+                yield f"tasks.{name}.{side}: is empty: name a column and its labels"
+    for name, ensemble in ensembles.items():
+        yield from _crossed_ensemble(name, _table(ensemble), tasks)
+    yield from _without_level("augment.size", _table(raw.get("augment")).get("size"))
+    layers = []
+    for name, backbone in backbones.items():
+        yield from _without_level(f"backbones.{name}.input_size", _table(backbone).get("input_size"))
+        own = _texts(_table(backbone).get("layer"))
+        yield from (f"backbones.{name}.layer: {layer!r} is named twice" for layer in _twice(own))
+        layers += [f"{name}/{layer}" for layer in own]
+    yield from _crossed_search(raw, tasks, layers)
+
+
+def _crossed_ensemble(name: str, ensemble: Mapping[str, Any], tasks: Collection[str]) -> Iterator[str]:
+    members = _texts(ensemble.get("members"))
+    for member in members:
+        if member not in tasks:
+            yield f"ensembles.{name}.members: {member!r} is no task{nearest(member, tasks)}"
+    yield from (f"ensembles.{name}.members: {member!r} is named twice" for member in _twice(members))
+    if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
+        yield f"ensembles.{name}: positive and negative are both {ensemble['positive']!r}"
+
+
+def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Collection[str]) -> Iterator[str]:
+    """`tune` and the rows of `overrides`."""
+    overrides = _table(raw.get("overrides"))
+    if "overrides" in raw:
+        for name in overrides:
+            if name not in tasks:
+                yield f"overrides: {name!r} is no task{nearest(str(name), tasks)}"
+        for name in tasks:
+            if name not in overrides:
+                yield f"overrides: {name!r} has no row; write `{name}: {{}}` where nothing differs"
+    tune = _table(raw.get("tune"))
+    yield from _crossed_features("tune", tune, layers)
+    try:
+        Tune.model_validate(tune)
+    except ValidationError:
+        return  # said elsewhere, and no base to override
+    for name, row in overrides.items():
+        merged = _merge(tune, _table(row))
+        try:
+            Tune.model_validate(merged)
+        except ValidationError as error:
+            yield from (f"overrides.{name}.{line}" for line in _lines(error, Tune))
+        if "features" in _table(_table(row).get("space")):
+            yield from _crossed_features(f"overrides.{name}", merged, layers)
+
+
+def _crossed_features(where: str, tune: Mapping[str, Any], layers: Collection[str]) -> Iterator[str]:
+    features = _texts(_table(tune.get("space")).get("features"))
+    if features == [ANY_FEATURES]:
+        return
+    for name in features:
+        if name == ANY_FEATURES:
+            yield f"{where}.space.features: {ANY_FEATURES!r} stands alone, without other names"
+        elif name not in layers:
+            known = ", ".join(layers)
+            yield (
+                f"{where}.space.features: {name!r} is no backbone/layer{nearest(name, layers)}; "
+                f"`backbones` has: {known}"
+            )
+
+
+def _without_level(where: str, sizes: Any) -> Iterator[str]:
+    for level in LEVELS:
+        if isinstance(sizes, dict) and level not in sizes:
+            yield f"{where}.{level}: is missing"
+
+
+def _table(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _texts(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+
+
+def _twice(names: list[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line a problem: where, what was expected, what is there."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        kind, parts = problem["type"], list(problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key{nearest(str(problem['loc'][-1]), _known_keys(problem['loc'][:-1]))}"
-        elif problem["type"] == "missing":
+        if kind == "extra_forbidden":
+            message = f"unknown key{nearest(str(parts[-1]), _known_keys(model, parts[:-1]))}"
+        elif kind == "missing":
             message = "is missing"
-        elif problem["type"] not in ("value_error",):
-            message = f"{message}, not {problem['input']!r}"
-        lines.append(f"{where}: {message}" if where else message)
+        elif parts and parts[-1] == "[key]":
+            parts.pop()
+            known = _known_keys(model, parts[:-1])
+            message = (
+                f"unknown key{nearest(str(parts[-1]), known)}"
+                if known
+                else "a name is made of small letters, digits and _, and starts with a letter"
+            )
+        elif kind in ("model_type", "dict_type"):
+            message = f"expected a table of keys, not {_shown(problem['input'])}"
+        elif kind != "value_error":
+            message = f"{message}, not {_shown(problem['input'])}"
+        where = ".".join(map(str, parts))
+        lines += [f"{where}: {line}" if where else line for line in message.splitlines()]
     return lines
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the model at this place of params.yaml."""
-    model: Any = Params
+def _shown(value: Any) -> str:
+    """A value as params.yaml would show it, but short."""
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _known_keys(model: Any, location: list[int | str]) -> list[str]:
+    """The keys that the table at this place below `model` may have; none where any will do."""
     for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            if part not in model.model_fields:
+                return []
             model = model.model_fields[str(part)].annotation
-        arguments = getattr(model, "__args__", ())
-        if getattr(model, "__origin__", None) is dict and part not in ("backbones", "tasks", "ensembles"):
-            model = arguments[1]
-    return list(model.model_fields) if hasattr(model, "model_fields") else []
+        elif get_origin(model) in (dict, list):
+            model = get_args(model)[-1]
+        else:
+            return []
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return list(model.model_fields)
+    keys = get_args(model)[0] if get_origin(model) is dict else None
+    return list(get_args(keys)) if get_origin(keys) is Literal else []

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from aplsmear.errors import UserError
+
 _EXAMPLES = 5  # rows named in one line of the table
 _WIDTH = 160  # characters
 _LONGEST = 80  # characters shown of one value
@@ -43,7 +45,7 @@ class Problem:
         return f"{where}: expected {self.message}; {self.mend}"
 
 
-class DataSetError(ValueError):
+class DataSetError(UserError, ValueError):
     """A data set cannot be used.
 
     Attributes:

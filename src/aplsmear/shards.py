@@ -23,6 +23,9 @@ class View(NamedTuple):
     image: bytes
 
 
+# Pictures are compressed already and no two are alike; statistics would hold some of them a second time.
+_FORMAT = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
+
 SCHEMA = pa.schema([("item", pa.string()), ("view", pa.int32()), ("image", pa.binary())])
 
 
@@ -42,7 +45,7 @@ class ViewWriter:
         with ExitStack() as stack:
             for level, path in self._paths.items():
                 part = stack.enter_context(whole(path))
-                file = pq.ParquetWriter(part, SCHEMA, compression="NONE", use_dictionary=False)
+                file = pq.ParquetWriter(part, SCHEMA, **_FORMAT)
                 self._files[level] = stack.enter_context(file)
             self._stack = stack.pop_all()
         return self

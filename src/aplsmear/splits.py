@@ -20,10 +20,14 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold
 
+from aplsmear.errors import UserError
+
 HeldOut = frozenset[int]
 
+FEWEST = 3  # folds: inside a world, one trains and one is scored
 
-class SplitError(ValueError):
+
+class SplitError(UserError, ValueError):
     """The patients cannot be split as asked."""
 
 
@@ -39,17 +43,13 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int) -> pd.DataFrame:
         ``patient, diagnosis, fold``, one row a patient, sorted by patient; independent of the order of `patients`.
 
     Raises:
-        SplitError: a diagnosis has fewer patients than there are folds.
+        SplitError: a diagnosis has fewer patients than there are folds, a patient has two diagnoses, or there is
+            no patient; says all of it.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
-    counts = unique["diagnosis"].value_counts()
-    scarce = counts[counts < folds].sort_index()
-    if len(scarce):
-        few = ", ".join(f"{diagnosis}: {count}" for diagnosis, count in scarce.items())
-        raise SplitError(
-            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}. "
-            f"Set split.folds in params.yaml to {max(scarce.min(), 3)} or add patients."
-        )
+    problems = _unsplittable(unique, folds)
+    if problems:
+        raise SplitError("\n".join(problems))
     fold = np.zeros(len(unique), dtype=np.int64)
     dealer = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
     for number, (_, held_out) in enumerate(dealer.split(unique["patient"], unique["diagnosis"])):
@@ -70,3 +70,26 @@ def outer_set(world: int, folds: int) -> HeldOut:
 def tuning_sets(folds: int) -> list[HeldOut]:
     """The distinct held-out pairs: trained for every trial, they are the inner folds of every world at once."""
     return [frozenset({first, second}) for first in range(folds) for second in range(first)]
+
+
+def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
+    """What keeps these pairs of patient and diagnosis from being dealt into folds."""
+    if unique.empty:
+        return ["there is no patient to split"]
+    problems = []
+    for patient, theirs in unique.groupby("patient")["diagnosis"]:
+        if len(theirs) > 1:
+            problems.append(
+                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of a patient "
+                "the same one, or name two patients"
+            )
+    counts = unique["diagnosis"].value_counts().sort_index()
+    scarce = counts[counts < folds]
+    if len(scarce):
+        few = ", ".join(f"{diagnosis}: {count}" for diagnosis, count in scarce.items())
+        least = int(scarce.min())
+        fewer = f"set split.folds in params.yaml to {least} or " if least >= FEWEST else ""
+        problems.append(
+            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}: {fewer}add patients"
+        )
+    return problems

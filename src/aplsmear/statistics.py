@@ -463,12 +463,32 @@ def _calibration_replicates(y: Array, p: Array, weight: Array) -> tuple[Array, A
         curvature = np.where(convex[:, None, None], curvature, fisher)
         step = np.linalg.solve(curvature, (score + first / 2)[..., None])[..., 0]
         size = np.abs(step).max(axis=1)
-        coefficient[active] += step / np.maximum(size, 1)[:, None]
+        step /= np.maximum(size, 1)[:, None]
+        # Full steps go in circles for one resample in 10,000: each is halved until it does not lead down.
+        start = _penalised_likelihood(coefficient[active], z, y, w)
+        down = np.arange(len(active))
+        for _ in range(40):
+            there = _penalised_likelihood(coefficient[active[down]] + step[down], z, y, w[down])
+            down = down[there < start[down] - 1e-9]
+            if not len(down):
+                break
+            step[down] /= 2
+        coefficient[active] += step
         active = active[size > 1e-8]
     else:
         raise ArithmeticError(f"the calibration line of {len(active)} resamples did not settle in 200 steps")
     slope = coefficient[:, 1] / (scale if scale > 1e-9 else 1.0)
     return slope, coefficient[:, 0] - slope * centre
+
+
+def _penalised_likelihood(coefficient: Array, z: Array, y: Array, weight: Array) -> Array:
+    """Log-likelihood of each row's line (b, 2) plus Firth's penalty, shape (b,)."""
+    line = coefficient[:, :1] + coefficient[:, 1:] * z
+    chance = special.expit(line)
+    v = weight * chance * (1 - chance)
+    determinant = v.sum(axis=1) * (v @ z**2) - (v @ z) ** 2
+    likelihood = (weight * (y * line - np.logaddexp(0, line))).sum(axis=1)
+    return np.asarray(likelihood + 0.5 * np.log(np.maximum(determinant, 1e-300)))
 
 
 # --- bootstrap --------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from aplsmear.files import whole
+
 INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", "trial")
 FLOATS = ("probability", "low", "high")
 
@@ -28,5 +30,10 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV: UTF-8, ``\\n`` line ends, floats with six significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False, lineterminator="\n", float_format="%.6g")
+    with whole(path) as part:
+        table.to_csv(part, index=False, lineterminator="\n", float_format="%.6g")
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """A table of scores as the stage `tune` leaves it (parquet, every bit of a score kept)."""
+    return pd.read_parquet(path)

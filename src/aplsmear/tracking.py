@@ -41,7 +41,9 @@ class Tracker:
         except (MlflowException, OSError) as error:
             self._client = None
             first = str(error).splitlines()[0]
-            log.warning("MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first)
+            log.warning(
+                "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
+            )
 
     def _open(self, name: str, tags: dict[str, str]) -> None:
         import mlflow
@@ -54,7 +56,9 @@ class Tracker:
         runs = client.search_runs([self._experiment], f"{wanted} and attributes.status = 'RUNNING'")
         run = runs[0] if runs else client.create_run(self._experiment, run_name=name, tags=tags)
         self._run = run.info.run_id
-        nested = client.search_runs([self._experiment], f"tags.mlflow.parentRunId = '{self._run}'", max_results=50000)
+        nested = client.search_runs(
+            [self._experiment], f"tags.mlflow.parentRunId = '{self._run}'", max_results=50000
+        )
         self._trials = {each.data.tags["trial"] for each in nested}
         self._client = client
 

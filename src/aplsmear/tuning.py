@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aplsmear.errors import UserError
 from aplsmear.features import Features
 from aplsmear.heads import Head, Job, Recipe, TrainingItems, parameters, score, train_heads
 from aplsmear.params import Range, Tune, nearest
@@ -24,7 +25,7 @@ from aplsmear.splits import inner_sets, outer_set, tuning_sets
 from aplsmear.statistics import auroc, auroc_within_folds, average_precision, bootstrap_interval
 
 
-class TuneError(ValueError):
+class TuneError(UserError, ValueError):
     """A task that cannot be tuned as asked."""
 
 
@@ -34,7 +35,9 @@ class Trial:
 
     number: int
     recipe: Recipe
-    inner: np.ndarray  # float64 (folds, folds): [w, j], by the head that saw neither; the last world uses all of them
+    inner: (
+        np.ndarray
+    )  # float64 (folds, folds): [w, j], by the head that saw neither; the last world uses all of them
     parameters: int
 
     def auroc(self, world: int) -> float:
@@ -58,7 +61,9 @@ class Trial:
 class Board:
     """All that the study of one task works on."""
 
-    table: pd.DataFrame  # every item of the level: item, patient, fold; in the order of the features' plain views
+    table: (
+        pd.DataFrame
+    )  # every item of the level: item, patient, fold; in the order of the features' plain views
     label: np.ndarray  # int8 (items,): 1, 0, or -1 for items without a part in the task
     row: np.ndarray  # int64 (items,): the row of the item's plain view in the features
     views: np.ndarray  # int64 (items,): augmented views that follow it
@@ -119,7 +124,9 @@ def make_board(
     )
 
 
-def draw_candidates(settings: Tune, features: Sequence[str], seed: int) -> list[tuple[Recipe, dict[str, Any]]]:
+def draw_candidates(
+    settings: Tune, features: Sequence[str], seed: int
+) -> list[tuple[Recipe, dict[str, Any]]]:
     """The recipes of a study and Optuna's distributions that they were drawn from, each from (seed, number) alone.
 
     Raises:
@@ -337,7 +344,9 @@ def _inner_aurocs(
         for held_out in range(board.folds):
             rows = np.flatnonzero((fold == held_out) & (board.label >= 0))
             judges = [place for place in mine if held_out in jobs[place].held_out]
-            scores = score([heads[place] for place in judges], board.features[features].values, board.row[rows])
+            scores = score(
+                [heads[place] for place in judges], board.features[features].values, board.row[rows]
+            )
             for place, scored in zip(judges, scores, strict=True):
                 (other,) = jobs[place].held_out - {held_out}
                 aurocs[jobs[place].trial][other, held_out] = auroc_within_folds(

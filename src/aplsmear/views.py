@@ -6,8 +6,10 @@ order of files nor the number of workers changes a pixel. imgaug lives in this m
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,23 @@ import joblib
 import numpy as np
 import pandas as pd
 
+from aplsmear.errors import UserError
 from aplsmear.images import encode_jpeg, read_image
 from aplsmear.params import Augment, Level
 from aplsmear.shards import View
 from aplsmear.tasks import SEPARATOR
 
-ROOM = 1.5  # an augmented view is cut from so much more around the item, so that turning it brings in no border
+LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
+BOX = ("y0", "x0", "y1", "x1")
 
-LABEL_COLUMNS = ("cell_type", "special_characteristics", "diagnosis", "fab")
+_LIKE = 0.85  # of 1; "Auer rod" is like "Auer rods" (0.94), "aml" is not like "apl" (0.67)
 
 
-def copies(items: pd.DataFrame, more: dict[str, int]) -> np.ndarray:
+class ViewError(UserError, ValueError):
+    """Views cannot be made as params.yaml asks."""
+
+
+def copies(items: pd.DataFrame, more: Mapping[str, int]) -> np.ndarray:
     """How many times the usual number of augmented views each item gets: the largest that one of its labels asks for.
 
     Args:
@@ -88,70 +96,137 @@ def view_seed(seed: int, item: str, view: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def make_augmenter(settings: Augment) -> Any:
-    """imgaug's augmenter: geometry, stain, lamp, focus and camera, as wide as `settings` say."""
+def room(settings: Augment) -> float:
+    """How many times wider than its view an augmented view's source is, so that no turn, shift or scale leaves it."""
+    angle = math.radians(min(settings.rotate, 45.0))
+    turn = math.cos(angle) + math.sin(angle)  # side of the square around a turned square of side 1
+    return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
+
+
+def make_augmenter(settings: Augment, size: int) -> Any:
+    """imgaug's augmenter: geometry, then the middle, then stain, lamp, focus and camera, as wide as `settings` say.
+
+    A knob at 0 leaves its place empty, so that it changes neither pixels nor what the others draw.
+
+    Args:
+        settings: of the views.
+        size: pixels of a view.
+    """
     iaa = _imgaug()
+    knobs = settings
+    reach = knobs.shift / room(knobs)
+
+    def unless_0(width: float, augmenter: Any) -> Any:
+        return augmenter if width else iaa.Identity()
+
     return iaa.Sequential(
         [
             iaa.Fliplr(0.5),
             iaa.Rot90((0, 3), keep_size=False),
-            iaa.Affine(
-                rotate=(-settings.rotate, settings.rotate),
-                scale=(1 - settings.scale, 1 + settings.scale),
-                translate_percent=(-settings.shift / ROOM, settings.shift / ROOM),
-                mode="reflect",
+            unless_0(
+                knobs.rotate + knobs.scale + knobs.shift,
+                iaa.Affine(
+                    rotate=(-knobs.rotate, knobs.rotate),
+                    scale=(1 - knobs.scale, 1 + knobs.scale),
+                    translate_percent={"x": (-reach, reach), "y": (-reach, reach)},
+                    mode="reflect",
+                ),
             ),
-            iaa.AddToHue((-settings.hue, settings.hue)),
-            iaa.AddToSaturation((-settings.saturation, settings.saturation)),
-            iaa.Multiply((1 - settings.brightness, 1 + settings.brightness)),
-            iaa.GaussianBlur((0.0, settings.blur)),
-            iaa.AdditiveGaussianNoise(scale=(0.0, settings.noise), per_channel=True),
+            iaa.CenterCropToFixedSize(size, size),
+            unless_0(knobs.hue, iaa.AddToHue((-knobs.hue, knobs.hue))),
+            unless_0(knobs.saturation, iaa.AddToSaturation((-knobs.saturation, knobs.saturation))),
+            unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
+            unless_0(knobs.blur, iaa.GaussianBlur((0.0, knobs.blur))),
+            unless_0(knobs.noise, iaa.AdditiveGaussianNoise(scale=(0.0, knobs.noise), per_channel=True)),
         ]
     )
 
 
-def augmented(wide: np.ndarray, size: int, augmenter: Any, seed: int) -> np.ndarray:
-    """One augmented view: `wide` (`ROOM` times the view) is changed and its middle kept.
+def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
+    """One augmented view.
 
     Args:
-        wide: uint8 RGB, shape (room, room, 3).
-        size: pixels of the result.
-        augmenter: of `make_augmenter`.
+        wide: uint8 RGB, shape (width, width, 3): the plain view and its surroundings, `room` times as wide.
+        augmenter: of `make_augmenter`; it is seeded anew here, for every view.
         seed: of this view.
 
     Returns:
-        uint8 RGB, shape (size, size, 3).
+        uint8 RGB, shape (size, size, 3), with the size that the augmenter was made for.
     """
     augmenter.seed_(seed)
-    changed = augmenter.augment_image(wide)
-    start = (changed.shape[0] - size) // 2
-    return np.ascontiguousarray(changed[start : start + size, start : start + size])
+    return np.ascontiguousarray(augmenter.augment_image(wide))
 
 
 def cell_views(
     image: np.ndarray, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
-    """The views of one cell: the plain one, then `count` augmented ones."""
+    """The views of one cell: the plain one, then `count` augmented ones.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3): the smear.
+        box: y0, x0, y1, x1 in pixels, end exclusive.
+        name: of the cell.
+        count: of augmented views.
+        settings: of the views.
+        seed: of the augmented views.
+    """
     size = settings.size["cell"]
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + settings.margin)
     yield View(name, 0, encode_jpeg(cut(image, box, side, size)))
     if count:
-        wide = cut(image, box, side * ROOM, round(size * ROOM))
+        wide = cut(image, box, side * room(settings), round(size * room(settings)))
         yield from _augmented_views(wide, size, name, count, settings, seed)
 
 
 def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
-    """The views of one whole smear: the plain one, then `count` augmented ones.
+    """The views of one whole smear, squeezed into a square: the plain one, then `count` augmented ones.
 
     A whole field has no surroundings, so its mirrored edge gives the room that turning needs.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+        name: of the smear.
+        count: of augmented views.
+        settings: of the views.
+        seed: of the augmented views.
     """
     size = settings.size["smear"]
     plain = resize(image, size)
     yield View(name, 0, encode_jpeg(plain))
     if count:
-        border = (round(size * ROOM) - size) // 2
+        border = math.ceil(size * (room(settings) - 1) / 2)
         wide = cv2.copyMakeBorder(plain, border, border, border, border, cv2.BORDER_REFLECT)
-        yield from _augmented_views(wide, size, name, count, settings, seed)
+        yield from _augmented_views(np.asarray(wide, np.uint8), size, name, count, settings, seed)
+
+
+def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
+    """The labels of `more` that no item carries.
+
+    Args:
+        more: label -> factor.
+        tables: items, each with some of `LABEL_COLUMNS`.
+
+    Raises:
+        ViewError: one of them is probably misspelt: it is nearly that of some items.
+    """
+    texts = {
+        text
+        for table in tables
+        for column in LABEL_COLUMNS
+        if column in table
+        for text in table[column].unique()
+    }
+    carried = {label.casefold(): label for text in texts for label in text.split(SEPARATOR) if label}
+    idle = [label for label in more if label not in carried.values()]
+    near = {label: difflib.get_close_matches(label.casefold(), carried, n=1, cutoff=_LIKE) for label in idle}
+    problems = [
+        f"augment.more: nothing carries {label!r} (did you mean {carried[found[0]]!r}?)"
+        for label, found in near.items()
+        if found
+    ]
+    if problems:
+        raise ViewError("\n".join(problems))
+    return idle
 
 
 def all_views(
@@ -171,47 +246,58 @@ def all_views(
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
     """
-    smears = smears.assign(count=settings.views * copies(smears, settings.more))
-    cells = cells.assign(count=settings.views * copies(cells, settings.more))
-    of_smear = dict(list(cells.groupby("smear", sort=False)))
+    counts = settings.views * copies(smears, settings.more)
+    cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.more))
+    rows = cells.groupby("smear", sort=False).indices
     jobs = (
-        joblib.delayed(_views_of_smear)(root, smear, of_smear.get(smear.smear, cells[:0]), settings, seed)
-        for smear in smears.itertuples(index=False)
+        joblib.delayed(_views_of_smear)(
+            root / smear.image,
+            smear.smear,
+            smear.wanted,
+            cells.iloc[rows.get(smear.smear, [])],
+            settings,
+            seed,
+        )
+        for smear in _rows(smears[["smear", "image"]].assign(wanted=counts))
     )
     parallel = joblib.Parallel(n_jobs=-1, return_as="generator", pre_dispatch="3 * n_jobs")
     yield from parallel(jobs)
 
 
 def _views_of_smear(
-    root: Path, smear: Any, cells: pd.DataFrame, settings: Augment, seed: int
+    path: Path, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
 ) -> dict[Level, list[View]]:
     cv2.setNumThreads(1)
-    image = read_image(root / smear.image)
+    image = read_image(path)
     return {
-        "smear": list(smear_views(image, smear.smear, smear.count, settings, seed)),
+        "smear": list(smear_views(image, name, count, settings, seed)),
         "cell": [
             view
-            for row in cells.itertuples(index=False)
+            for row in _rows(cells)
             for view in cell_views(
-                image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.count, settings, seed
+                image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.wanted, settings, seed
             )
         ],
     }
 
 
+def _rows(table: pd.DataFrame) -> Iterator[Any]:
+    """Rows as named tuples, whose fields type checkers cannot know."""
+    return iter(table.itertuples(index=False))
+
+
 def _augmented_views(
     wide: np.ndarray, size: int, name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
-    augmenter = _augmenter(settings.model_dump_json())
+    augmenter = _augmenter(settings.model_dump_json(), size)
     for view in range(1, count + 1):
-        image = augmented(wide, size, augmenter, view_seed(seed, name, view))
-        yield View(name, view, encode_jpeg(image))
+        yield View(name, view, encode_jpeg(augmented(wide, augmenter, view_seed(seed, name, view))))
 
 
 @lru_cache(maxsize=4)
-def _augmenter(settings: str) -> Any:
-    """Building one costs as much as many views; a worker process keeps it. It is seeded anew for every view."""
-    return make_augmenter(Augment.model_validate_json(settings))
+def _augmenter(settings: str, size: int) -> Any:
+    """Building one costs as much as many views; a worker process keeps it."""
+    return make_augmenter(Augment.model_validate_json(settings), size)
 
 
 def _imgaug() -> Any:

@@ -1,0 +1,11 @@
+"""The one base of every error that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something in the data, params.yaml or the surroundings must change; the message says what, and how.
+
+    A stage that ends with it shows the message alone (`aplsmear.stage`); any other exception is a fault of this
+    repository and shows its traceback.
+    """

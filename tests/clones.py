@@ -1,0 +1,48 @@
+"""Fresh clones for tests: the repository as it stands in the working tree, committed in a folder of its own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+# What a person's shell may say and a test must not depend on.
+UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME"}
+
+
+def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: bool = True) -> str:
+    """What a command prints (stdout and stderr as they come), run in a folder with the environment's Python."""
+    whole = {key: value for key, value in os.environ.items() if key not in UNSET}
+    whole |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "true"} | dict(env or {})
+    done = subprocess.run(
+        command, cwd=folder, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if ok:
+        assert done.returncode == 0, f"{' '.join(command)} in {folder}:\n{done.stdout}"
+    return done.stdout
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "-c", "user.name=Test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "state")
+
+
+def clone(folder: Path) -> Path:
+    """A repository in `folder` that holds the files of the working tree that git knows or would take in."""
+    listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(folder, "git", "init", "--quiet", "--initial-branch", "main")
+    commit(folder)
+    return folder
+
+
+def stages_run(output: str) -> list[str]:
+    """The names of the stages that a `dvc repro` or `dvc exp run` ran."""
+    return re.findall(r"Running stage '([^']+)'", output)
