@@ -77,6 +77,59 @@ def demo_data(
         _fail(str(error))
 
 
+@app.command()
+def profile(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of profiles/, without .yaml.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to change on the way.")
+    ] = None,
+) -> None:
+    """Write a profile into params.yaml, remarks included, and clear away what the old parameters had made.
+
+    Example: `aplsmear profile deepapl dataset.root=/data/deepapl backbones.mobilenet.weights=/data/mobilenet.h5`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.files import whole
+    from aplsmear.profiles import read_profile, with_settings
+
+    try:
+        text = read_profile(Path("profiles"), name)
+        pairs = dict(_pair(setting) for setting in settings or [])
+        text = with_settings(text, pairs) if pairs else text
+        with whole(PARAMS) as part:
+            part.write_text(text, encoding="utf-8")
+            read_params(part)
+    except UserError as error:
+        _fail(str(error))
+    typer.echo(f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else ""))
+    tidy()
+
+
+@app.command()
+def tidy() -> None:
+    """Remove the outs of backbones, tasks and members that params.yaml no longer names; DVC keeps them in its cache.
+
+    Example: `aplsmear tidy`
+    """
+    import shutil
+
+    from aplsmear.profiles import leftovers
+
+    knobs = _knobs(PARAMS)
+    if knobs is None:
+        _fail("there is no params.yaml here")
+    for path in leftovers(Path(), knobs):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
+
+
+def _pair(setting: str) -> tuple[str, str]:
+    key, found, value = setting.partition("=")
+    if not found or not key:
+        _fail(f"{setting!r} is not KEY=VALUE, such as split.folds=10")
+    return key, value
+
+
 def _knobs(path: Path | None) -> Params | None:
     """The parameters asked for, or those of the working directory if it has any."""
     if path is None and not PARAMS.exists():

@@ -463,7 +463,7 @@ def _calibration_replicates(y: Array, p: Array, weight: Array) -> tuple[Array, A
         curvature = np.where(convex[:, None, None], curvature, fisher)
         step = np.linalg.solve(curvature, (score + first / 2)[..., None])[..., 0]
         size = np.abs(step).max(axis=1)
-        step /= np.maximum(size, 1)[:, None]
+        step /= np.maximum(size / 8, 1)[:, None]
         # Full steps go in circles for one resample in 10,000: each is halved until it does not lead down.
         start = _penalised_likelihood(coefficient[active], z, y, w)
         down = np.arange(len(active))

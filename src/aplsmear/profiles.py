@@ -1,0 +1,98 @@
+"""Sets of parameters for real uses, and the leftovers of a set that is no longer in force."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from aplsmear.errors import UserError
+from aplsmear.params import Params, nearest
+
+
+class ProfileError(UserError, ValueError):
+    """A profile or a setting that does not exist."""
+
+
+def read_profile(folder: Path, name: str) -> str:
+    """The text of ``folder/<name>.yaml``.
+
+    Raises:
+        ProfileError: there is none of that name; the message lists those that there are.
+    """
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ProfileError(f"there is no profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}")
+    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def with_settings(text: str, settings: Mapping[str, str]) -> str:
+    """A params.yaml with some values changed and all remarks kept.
+
+    Args:
+        text: of the file.
+        settings: dotted key -> value as YAML, such as ``{"dataset.root": "/data/smears", "split.folds": "10"}``.
+
+    Raises:
+        ProfileError: a key that the file does not have; all such keys at once.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    tree = yaml.load(text)
+    problems = []
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        place: Any = tree
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or last not in place:
+            problems.append(f"there is no {key!r}{nearest(key, _keys(tree))}")
+        else:
+            place[last] = YAML(typ="safe").load(value)
+    if problems:
+        raise ProfileError("; ".join(problems))
+    out = io.StringIO()
+    yaml.dump(tree, out)
+    return out.getvalue()
+
+
+def leftovers(root: Path, params: Params) -> list[Path]:
+    """What earlier parameters made and no stage of these makes: features, tuned tasks, members.
+
+    DVC takes all that lies in a folder for an input of the stage that depends on the folder, so these must go.
+
+    Args:
+        root: the workspace.
+        params: in force.
+
+    Returns:
+        Folders and files, sorted.
+    """
+    owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
+    owned |= {root / "tuned" / task for task in params.tasks}
+    owned |= {
+        root / "members" / name / f"{task}.csv"
+        for name, ensemble in params.ensembles.items()
+        for task in ensemble.members
+    }
+    found = [
+        path
+        for pattern in ("features/*/*", "tuned/*", "members/*/*.csv")
+        for path in root.glob(pattern)
+        if path not in owned and path.name != ".gitignore"
+    ]
+    return sorted(found)
+
+
+def _keys(tree: Any, before: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys.append(f"{before}{key}")
+        if isinstance(value, dict):
+            keys += _keys(value, f"{before}{key}.")
+    return keys
