@@ -5,7 +5,7 @@ Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.y
 
 from pathlib import Path
 
-from aplsmear.backbones import features_of
+from aplsmear.backbones import batch_of, features_of
 from aplsmear.features import write_features
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
@@ -20,11 +20,8 @@ def main(name: str) -> None:
     start_tensorflow()
     for level in LEVELS:
         views = Path(f"augmented/{level}/views.parquet")
-        batches = progress(
-            read_views(views, backbone.batch),
-            f"batches of {level}s",
-            -(-count_views(views) // backbone.batch),
-        )
+        batch = batch_of(backbone, level)
+        batches = progress(read_views(views, batch), f"batches of {level}s", -(-count_views(views) // batch))
         features = features_of(batches, backbone, level, params.seed)
         write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
 

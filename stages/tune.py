@@ -1,8 +1,14 @@
-"""Search for the head of one task on bottleneck features, and score every item by heads that never saw its patient.
+"""Search for the head of one task on features; score every item by heads that never saw its patient.
 
-Usage: python stages/tune.py TASK   (a name of `tasks` in params.yaml)
+Usage: python stages/tune.py TASK            (a name of `tasks` in params.yaml)
+       python stages/tune.py TASK --worker   (joins in with the study that the first form runs, here or on
+                                              another machine, and writes nothing)
 """
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,22 +16,26 @@ import yaml
 
 from aplsmear.curves import roc_curve_table
 from aplsmear.features import read_features
+from aplsmear.files import whole
 from aplsmear.heads import write_heads
 from aplsmear.params import read_params
+from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.stage import run
 from aplsmear.statistics import write_json
+from aplsmear.study import STORAGE_VARIABLE, open_study
 from aplsmear.tables import read_table, write_table
 from aplsmear.tasks import task_labels
 from aplsmear.tracking import Tracker
 from aplsmear.tuning import (
-    choose,
+    Trial,
+    choose_all,
     explain_choice,
     held_out_predictions,
     held_out_scores,
+    importance_table,
     make_board,
     measure,
-    open_study,
     run_study,
     scores_table,
     study_key,
@@ -33,11 +43,13 @@ from aplsmear.tuning import (
 )
 
 
-def main(name: str) -> None:
+def main(name: str, role: str = "") -> None:
     params = read_params(Path("params.yaml"))
-    task, settings = params.tasks[name], params.tune_of(name)
-    start_tensorflow(params.compute.threads)
+    settings = params.tune_of(name)
+    threads = params.compute.threads
+    start_tensorflow(threads)
 
+    task = params.tasks[name]
     items = read_table(Path(f"dataset/{task.level}s.csv")).assign(item=lambda table: table[task.level])
     board = make_board(
         items,
@@ -45,28 +57,83 @@ def main(name: str) -> None:
         read_table(Path("splits/folds.csv")),
         read_features(Path(f"features/{task.level}"), params.backbones),
     )
-    key = study_key(board, settings, params.seed)
-    tracker = Tracker(f"tune {name}", {"stage": "tune", "task": name, "study": key})
-    trials = []
-    for trial in run_study(board, settings, params.seed, open_study(Path(f".studies/{name}.journal"), key)):
-        trials.append(trial)
-        tracker.log_trial(trial.number, asdict(trial.recipe), {"inner_auroc": trial.auroc(board.folds)})
-    worlds = [choose(trials, world) for world in range(board.folds + 1)]
-    scores, heads = held_out_scores(board, [trial for trial, _ in worlds], settings, params.seed)
+    key = study_key(board, settings, params.seed, threads)
+    url = os.environ.get(STORAGE_VARIABLE, settings.storage)
+    study = open_study(key, Path(f".studies/{name}-{key}.journal"), url)
+    print(f"study {key}", file=sys.stderr)
+    running = run_study(board, settings, params.seed, study)
+    found = progress(running, "trials", settings.trials, best_so_far(board.folds))
+    if role:
+        for _ in found:
+            pass
+        return
 
+    tracker = Tracker(f"tune {name}", key, tags(name, key), {"seed": params.seed, "trials": settings.trials})
+    trials = list(logged(found, tracker, board.folds))
+    choices = choose_all(trials, board.folds, settings.pick.get(name))
+    scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)
     predictions = held_out_predictions(board, scores)
     metrics = measure(predictions, params.combine.resamples, params.seed)
-    best = explain_choice(trials, worlds)
+    explained = explain_choice(trials, choices)
 
     out = Path(f"tuned/{name}")
-    write_table(out / "trials.csv", trials_table(trials, board.folds + 1))
+    write_table(out / "trials.csv", trials_table(trials, choices))
+    write_table(out / "importance.csv", importance_table(study.trials(), params.seed))
     write_table(out / "predictions.csv", predictions)
     write_table(out / "roc.csv", roc_curve_table(predictions["label"], predictions["probability"]))
-    scores_table(board, scores).to_parquet(out / "scores.parquet", index=False)
+    with whole(out / "scores.parquet") as part:
+        scores_table(board, scores).to_parquet(part, index=False)
     write_heads(out / "heads.npz", heads)
     write_json(out / "metrics.json", metrics)
-    (out / "best.yaml").write_text(yaml.safe_dump(best, sort_keys=False, allow_unicode=True))
-    tracker.close(best["recipe"], {"auroc": metrics["auroc"]["value"]})
+    with whole(out / "best.yaml") as part:
+        part.write_text(yaml.safe_dump(explained, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    tracker.close(
+        {"chosen": str(explained["trial"]), "why": explained["why"]}, {"auroc": metrics["auroc"]["value"]}
+    )
+
+
+def best_so_far(world: int) -> Callable[[Trial], str]:
+    """The remark beside the progress bar."""
+    best = 0.0
+
+    def note(trial: Trial) -> str:
+        nonlocal best
+        best = best if trial.failure else max(best, trial.auroc(world))
+        return f"best AUROC {best:.3f}"
+
+    return note
+
+
+def logged(trials: Iterable[Trial], tracker: Tracker, folds: int) -> Iterator[Trial]:
+    """Pass trials on and log each: its recipe, and its AUROC overall and on every fold."""
+    for trial in trials:
+        metrics = {"auroc": trial.auroc(folds)}
+        metrics |= {f"auroc_fold_{fold}": value for fold, value in enumerate(trial.by_fold())}
+        tracker.log_trial(
+            trial.number,
+            asdict(trial.recipe),
+            metrics,
+            started=trial.started,
+            ended=trial.ended,
+            failure=trial.failure,
+        )
+        yield trial
+
+
+def tags(task: str, study: str) -> dict[str, str]:
+    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
+    found = {"stage": "tune", "task": task, "optuna_study": study}
+    if "DVC_EXP_NAME" in os.environ:
+        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        found["git_commit"] = git.stdout.strip()
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
+        for out in stages.get("download", {}).get("outs", []):
+            found["data_version"] = out.get("md5", "")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fresh clones for tests: the repository as it stands in the working tree, committed in a folder of its own."""
+"""Fresh clones for tests: the repository as it stands in the working tree, in a folder of its own."""
 
 import os
 import re
@@ -15,11 +15,20 @@ UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EX
 
 
 def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: bool = True) -> str:
-    """What a command prints (stdout and stderr as they come), run in a folder with the environment's Python."""
+    """What a command prints, stdout and stderr as they come, run in a folder in this environment."""
     whole = {key: value for key, value in os.environ.items() if key not in UNSET}
-    whole |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "true"} | dict(env or {})
+    whole |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "true",
+    } | dict(env or {})
     done = subprocess.run(
-        command, cwd=folder, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        cwd=folder,
+        env=whole,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if ok:
         assert done.returncode == 0, f"{' '.join(command)} in {folder}:\n{done.stdout}"
@@ -28,7 +37,18 @@ def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: b
 
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "--all")
-    run(folder, "git", "-c", "user.name=Test", "-c", "user.email=test@localhost", "commit", "--quiet", "-m", "state")
+    run(
+        folder,
+        "git",
+        "-c",
+        "user.name=Test",
+        "-c",
+        "user.email=test@localhost",
+        "commit",
+        "--quiet",
+        "-m",
+        "state",
+    )
 
 
 def clone(folder: Path) -> Path:

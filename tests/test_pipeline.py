@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from clones import clone, commit, run, stages_run
 
 from aplsmear.demo import draw_data_set
+from clones import clone, commit, run, stages_run
 
 pytestmark = pytest.mark.pipeline
 
@@ -28,7 +28,9 @@ def make_small(folder: Path) -> None:
     params = yaml.safe_load(path.read_text(encoding="utf-8"))
     params["split"]["folds"] = 3
     params["augment"] |= {"size": {"cell": 32, "smear": 64}, "views": 1}
-    params["backbones"] = {"mobilenet": params["backbones"]["mobilenet"] | {"input_size": {"cell": 32, "smear": 64}}}
+    params["backbones"] = {
+        "mobilenet": params["backbones"]["mobilenet"] | {"input_size": {"cell": 32, "smear": 64}}
+    }
     params["tune"] |= {"trials": 2, "generation": 2}
     params["tune"]["space"]["epochs"] = [2]
     params["tasks"] = {task: params["tasks"][task] for task in TASKS}
@@ -118,4 +120,6 @@ def test_a_fresh_clone_leaves_the_committed_lock_as_it_was(tmp_path: Path) -> No
     folder = clone(tmp_path / "fresh")
     ran = stages_run(run(folder, "dvc", "repro", "tune@auer_rod"))
     assert {"download", "split", "augment", "tune@auer_rod"} <= set(ran)
-    assert run(folder, "git", "status", "--porcelain") == "", "dvc.lock is stale: run `dvc repro` and commit it"
+    assert run(folder, "git", "status", "--porcelain") == "", (
+        "dvc.lock is stale: run `dvc repro` and commit it"
+    )

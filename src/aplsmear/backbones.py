@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
 from aplsmear.views import resize
 
+JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
 
@@ -26,8 +28,9 @@ class BackboneError(UserError, ValueError):
 def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     """The network of `settings` from a uint8 image to one feature vector per layer, in inference mode.
 
-    Each layer's feature map is averaged over the image (the bottleneck feature of the original). Keras's own
-    state starts anew, so that neither names nor untrained filters depend on what was built before.
+    Each layer's feature map is averaged over the image (the bottleneck feature of the original); layers named
+    together (``a+b``) stand behind one another in one vector. Keras's own state starts anew, so that neither
+    names nor untrained filters depend on what was built before.
 
     Args:
         settings: application, its options, the layers to cut at, the weights.
@@ -49,20 +52,28 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     keras.utils.set_random_seed(seed)
     full = _full_network(builder, settings, size)
     names = [layer.name for layer in full.layers]
+    wanted = list(dict.fromkeys(part for layer in settings.layer for part in layer.split(JOINT)))
     problems = [
-        f"{settings.application} has no layer {wanted!r}{nearest(wanted, names)}"
-        for wanted in settings.layer
-        if wanted not in names
+        f"{settings.application} has no layer {layer!r}{nearest(layer, names)}"
+        for layer in wanted
+        if layer not in names
     ]
     if problems:
         raise BackboneError("\n".join([*problems, f"it has: {', '.join(names)}"]))
-    cut = keras.Model(full.input, {name: full.get_layer(name).output for name in settings.layer})
+    cut = keras.Model(full.input, {layer: full.get_layer(layer).output for layer in wanted})
     if settings.weights not in (UNTRAINED, IMAGENET):
         _load(Path(settings.weights), full, cut)
     cut.trainable = False
     image = keras.Input((size, size, 3), dtype="uint8")
     maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    return keras.Model(image, {name: _pooled(name, each) for name, each in maps.items()})
+    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
+    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+
+
+def batch_of(settings: Backbone, level: Level) -> int:
+    """Images of one forward pass: ``settings.batch`` cells, or smears of no more pixels together."""
+    shrink = (settings.input_size["cell"] / settings.input_size[level]) ** 2
+    return max(1, int(settings.batch * min(shrink, 1)))
 
 
 def features_of(
@@ -71,7 +82,7 @@ def features_of(
     """One forward pass over batches of encoded views.
 
     Args:
-        batches: of at most ``settings.batch`` views.
+        batches: of at most `batch_of` views.
         settings: the backbone.
         level: whose input size to use.
         seed: of untrained filters.
@@ -88,7 +99,7 @@ def features_of(
     network = build_backbone(settings, level, seed)
     forward = tf.function(lambda images: network(images, training=False))
     size = settings.input_size[level]
-    images = np.zeros((settings.batch, size, size, 3), dtype=np.uint8)
+    images = np.zeros((batch_of(settings, level), size, size, 3), dtype=np.uint8)
     for views in batches:
         for row, view in enumerate(views):
             image = decode(view.image)
@@ -129,8 +140,8 @@ def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) ->
         if settings.weights != IMAGENET:
             raise
         raise BackboneError(
-            f"the ImageNet weights of {settings.application} could not be had ({_brief(error)}): they come from "
-            "the network at first use; without one, give `weights` the path of a file, or `none`"
+            f"the ImageNet weights of {settings.application} could not be had ({_brief(error)}): they come "
+            "from the network at first use; without one, give `weights` the path of a file, or `none`"
         ) from error
 
 
@@ -146,11 +157,18 @@ def _pooled(name: str, feature_map: Any) -> Any:
     return keras.ops.mean(feature_map, axis=(1, 2))
 
 
+def _joined(layer: str, pooled: dict[str, Any]) -> Any:
+    import keras
+
+    parts = [pooled[part] for part in layer.split(JOINT)]
+    return keras.ops.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
 def _as_float16(values: np.ndarray, layer: str) -> np.ndarray:
     if not bool((np.abs(values) <= np.finfo(np.float16).max).all()):
         raise BackboneError(
-            f"layer {layer!r} gives features beyond float16 (largest: {np.abs(values).max():.3g}): cut at another "
-            "layer, or give other weights"
+            f"layer {layer!r} gives features beyond float16 (largest: {np.abs(values).max():.3g}): cut at "
+            "another layer, or give other weights"
         )
     return values.astype(np.float16)
 
@@ -167,10 +185,15 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         networks = {len(full.weights): full, len(cut.weights): cut}
         if tensors not in networks:
             raise ValueError(
-                f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest layer "
-                f"used {len(cut.weights)}"
+                f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest "
+                f"layer used {len(cut.weights)}"
             )
-        networks[tensors].load_weights(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            networks[tensors].load_weights(path)
+        left_out = [str(each.message) for each in said if issubclass(each.category, UserWarning)]
+        if left_out:  # Keras only warns where it leaves filters untrained
+            raise ValueError(left_out[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
             f"the weights in {str(path)!r} do not fit {full.name} with these options and layers: "

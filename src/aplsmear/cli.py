@@ -86,7 +86,7 @@ def profile(
 ) -> None:
     """Write a profile into params.yaml, remarks included, and clear away what the old parameters had made.
 
-    Example: `aplsmear profile deepapl dataset.root=/data/deepapl backbones.mobilenet.weights=/data/mobilenet.h5`
+    Example: `aplsmear profile deepapl dataset.root=/data/deepapl backbones.mobilenet.weights=/data/net.h5`
     """
     from aplsmear.errors import UserError
     from aplsmear.files import whole
@@ -101,13 +101,15 @@ def profile(
             read_params(part)
     except UserError as error:
         _fail(str(error))
-    typer.echo(f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else ""))
+    typer.echo(
+        f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else "")
+    )
     tidy()
 
 
 @app.command()
 def tidy() -> None:
-    """Remove the outs of backbones, tasks and members that params.yaml no longer names; DVC keeps them in its cache.
+    """Remove outs of backbones, tasks and members that params.yaml no longer names; DVC's cache keeps them.
 
     Example: `aplsmear tidy`
     """

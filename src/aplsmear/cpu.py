@@ -1,8 +1,8 @@
 """What depends on the CPU, pinned in one place: the same input gives the same bytes on any x86-64 with AVX2.
 
-OpenBLAS, NumPy, OpenCV and oneDNN choose their kernels by the processor, and kernels sum in different orders. Here
-all of them are told to use what every such machine has, whatever the caller's environment says. Threads of linear
-algebra are one, for the same reason; processes and TensorFlow's own thread pools use the cores.
+OpenBLAS, NumPy, OpenCV and oneDNN choose their kernels by the processor, and kernels sum in different orders.
+Here all of them are told to use what every such machine has, whatever the caller's environment says. Threads
+of linear algebra are one, for the same reason; processes and TensorFlow's own thread pools use the cores.
 """
 
 import os

@@ -7,25 +7,25 @@ The scheme, for the world in which fold 0 of five is held out (see `aplsmear.spl
     members     scored by   each scored by heads that saw neither it nor fold 0
                 heads that
                 saw 1..4
-    choice         -        every candidate combination is fitted on three inner folds and scored on the fourth;
-                            the simplest within one standard error of the best is chosen
+    choice         -        every candidate combination is fitted on three inner folds and scored on the
+                            fourth; the simplest within one standard error of the best is chosen
     calibration    -        a line through the logits of the chosen one's four held-out quarters
     call           -        the operating points on the calibrated probabilities of those quarters
     combination    -        fitted on all four inner folds
     verdict     [fold 0] <- combination, calibration and call are applied to it, once
 
-Hyper-parameters and heads of the members come from the inner folds alone too (`aplsmear.tuning`). The last world holds
-out nobody and gives the model that `predict` uses on new patients.
+Hyper-parameters and heads of the members come from the inner folds alone too (`aplsmear.tuning`). The last
+world holds out nobody and gives the model that `predict` uses on new patients.
 
-Patients are few. So the candidates (Optuna's, drawn before any score is known) start with plain averages, which are
-hard to beat then (Dawes, Am Psychol 1979;34:571), go on to ridge regressions and end with networks of a few units, and
-the simplest within one standard error is taken (Breiman et al., Classification and Regression Trees, 1984).
+Patients are few, so the candidates (Optuna's, drawn before any score is known) begin with strong ridge
+penalties, go on to freer ones and end with networks of a few units, and the simplest within one standard
+error is taken (Breiman et al., Classification and Regression Trees, 1984).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
+from aplsmear.errors import UserError
 from aplsmear.params import Combine, Ensemble
 from aplsmear.statistics import (
     auroc,
@@ -49,7 +50,7 @@ MODELS = ("average", "logistic", "network")  # the simplest first
 _LEAST_SCALE = 1e-6  # of a member that says the same of everybody
 
 
-class EnsembleError(ValueError):
+class EnsembleError(UserError, ValueError):
     """An ensemble that cannot be made as asked."""
 
 
@@ -60,7 +61,8 @@ class Candidate:
     Attributes:
         number: its place in the draw.
         model: one of `MODELS`. ``average``: of the members' standardised logits, each with the sign of its
-            correlation with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a hidden layer.
+            correlation with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a
+            hidden layer.
         summary: of each patient's scores, one of `aplsmear.members.SUMMARIES`.
         freedom: inverse strength of the ridge penalty (scikit-learn's C); 0 for an average.
         units: of the hidden layer; 0 but for a network.
@@ -99,7 +101,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Combination:
-    """A calibrated combination: probability = sigmoid(slope * logit + offset), and where it is called positive."""
+    """A calibrated combination, probability = sigmoid(slope * logit + offset), and its operating points."""
 
     members: tuple[str, ...]
     summary: str
@@ -109,7 +111,7 @@ class Combination:
     thresholds: dict[str, float]  # operating points on the calibrated probability
 
     def probability(self, logits: np.ndarray) -> np.ndarray:
-        """Calibrated probability of the positive diagnosis, float64 (patients,); `logits` as in `Weights.logit`."""
+        """Calibrated probability of the positive diagnosis, float64 (patients,); see `Weights.logit`."""
         return np.asarray(expit(self.slope * self.fitted.logit(logits) + self.offset))
 
 
@@ -126,38 +128,32 @@ class Verdicts:
 def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
     """Optuna's candidates, drawn before any score is known, so that they serve every world without a leak.
 
-    The average of each summary comes first; `combine.trials` different others from `combine.space` follow (fewer where
-    it has no more), by random search.
+    The simplest of each summary comes first; different others from `combine.space` follow by random search,
+    until there are `combine.trials` or the space has no more.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    found: dict[tuple[Any, ...], Candidate] = {}
-
-    def keep(model: str, kind: str, freedom: float, units: int) -> None:
-        key = (
-            model,
-            kind,
-            0.0 if model == "average" else freedom,
-            units if model == "network" else 0,
-        )
-        found.setdefault(key, Candidate(len(found), *key))
-
     space = combine.space
-    for kind in space.summary:
-        keep("average", kind, 0.0, 0)
-    wanted = len(found) + combine.trials
-    knobs = {
-        "model": optuna.distributions.CategoricalDistribution(space.model),
-        "summary": optuna.distributions.CategoricalDistribution(space.summary),
-        "freedom": optuna.distributions.CategoricalDistribution(space.freedom),
-        "units": optuna.distributions.CategoricalDistribution(space.units),
+    knobs: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.CategoricalDistribution(choices) for name, choices in space
     }
-    for _ in range(20 * combine.trials):
+    simplest = {
+        "model": min(space.model, key=MODELS.index),
+        "freedom": min(space.freedom),
+        "units": min(space.units),
+    }
+    for kind in space.summary:
+        study.enqueue_trial(simplest | {"summary": kind})
+    found: dict[tuple[Any, ...], Candidate] = {}
+    for _ in range(50 * combine.trials):
         drawn = study.ask(knobs).params
-        keep(drawn["model"], drawn["summary"], drawn["freedom"], drawn["units"])
-        if len(found) == wanted:
+        model = drawn["model"]
+        freedom = 0.0 if model == "average" else drawn["freedom"]
+        key = (model, drawn["summary"], freedom, drawn["units"] if model == "network" else 0)
+        found.setdefault(key, Candidate(len(found), *key))
+        if len(found) == combine.trials:
             break
     return list(found.values())
 
@@ -173,8 +169,9 @@ def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFra
     if absent:
         has = ", ".join(f"{count} {diagnosis}" for diagnosis, count in there.items())
         raise EnsembleError(
-            f"an ensemble of {positive} against {negative} needs patients of both, but there are {has}. Add patients "
-            f"with the diagnosis {' and '.join(absent)}, or set `positive` and `negative` of the ensemble in params.yaml."
+            f"an ensemble of {positive} against {negative} needs patients of both, but there are {has}. "
+            f"Add patients with the diagnosis {' and '.join(absent)}, or set `positive` and `negative` of "
+            "the ensemble in params.yaml."
         )
     mine = folds[folds["diagnosis"].isin([positive, negative])].sort_values("patient", ignore_index=True)
     return mine.assign(label=(mine["diagnosis"] == positive).astype(np.int64))
@@ -191,16 +188,16 @@ def judge(
 
     Args:
         patients: of `patients_of`.
-        members: for each member, summaries of `aplsmear.members.summarise_patients`, rows in any order; a patient
-            without any item for a member has no rows there.
+        members: for each member, summaries of `aplsmear.members.summarise_patients`, rows in any order; a
+            patient without any item for a member has no rows there.
         candidates: of `draw_candidates`.
-        refits: bootstrap refits of the combination behind each verdict's interval; 0: the intervals have no width.
-        seed: of these, and of where networks start.
+        refits: bootstrap refits of the combination behind each verdict's interval; 0: intervals without
+        width. seed: of these, and of where networks start.
 
     Returns:
-        Their table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive``: 95 % interval
-        of the probability over refits on resampled patients; calls at the balanced and the sensitive operating point
-        (see `_called`).
+        Their table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive``: 95 %
+        interval of the probability over refits on resampled patients; calls at the balanced and the sensitive
+        operating point (see `_called`).
 
     Raises:
         EnsembleError: a member has scored nobody.
@@ -218,15 +215,22 @@ def judge(
         inner_logits = {kind: each[inside] for kind, each in logits.items()}
         candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
         mine = logits[candidate.summary]
-        combination = _fit_whole(candidate, tuple(members), mine[inside], label[inside], inner, seed)
+        combination = _calibrated(
+            _fit(candidate, mine[inside], label[inside], seed),
+            label[inside],
+            inner,
+            candidate,
+            tuple(members),
+        )
         combinations.append(combination)
         chosen.append(candidate)
         if len(outside):
             said[outside] = mine[outside]
             probability = combination.probability(mine[outside])
-            drawn = _refitted(
-                combination, candidate, mine[inside], label[inside], mine[outside], refits, [seed, world]
-            )
+            drawn = [
+                expit(combination.slope * refitted.logit(mine[outside]) + combination.offset)
+                for refitted in _refitted(candidate, mine[inside], label[inside], refits, [seed, world])
+            ]
             low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
             table.loc[outside, "probability"] = probability
             table.loc[outside, "low"] = np.minimum(low, probability)
@@ -237,7 +241,7 @@ def judge(
 
 
 def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
-    """What metrics.json says: every number with its 95 % interval over patients; the second operating point aside."""
+    """What metrics.json says: every number with its 95 % interval over patients; `at_sensitive` aside."""
     table = verdicts.table
     label, probability = table["label"], table["probability"]
     measured = summary(label, probability, table["verdict"], resamples=resamples, seed=seed)
@@ -247,10 +251,10 @@ def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
-    """How much of the held-out AUROC hangs on each member (permutation importance; Breiman, Mach Learn 2001;45:5).
+    """How much of the held-out AUROC hangs on each member (Breiman, Mach Learn 2001;45:5).
 
-    What a member says is permuted among the patients of a fold, and their verdicts are made again by the combination
-    that never saw them.
+    Permutation importance: what a member says is permuted among the patients of a fold, and their verdicts
+    are made again by the combination that never saw them.
 
     Args:
         verdicts: of `judge`.
@@ -258,8 +262,8 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
         seed: of these.
 
     Returns:
-        ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the middle 95 % of
-        the permutations. Below 0: the verdicts are better without it.
+        ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the middle
+        95 % of the permutations. Below 0: the verdicts are better without it.
     """
     label, fold = verdicts.table["label"].to_numpy(), verdicts.table["fold"].to_numpy()
     whole = auroc(label, verdicts.table["probability"].to_numpy())
@@ -285,13 +289,15 @@ def null_check(
 ) -> pd.DataFrame:
     """The whole of `judge` on diagnoses that mean nothing: what it then finds is what it makes up.
 
-    Diagnoses are permuted among the patients of a fold, so that the folds stay stratified as they are; members' scores
-    stay. All that follows is done again: choice of the combination, its weights, calibration.
+    Diagnoses are permuted among the patients of a fold, so that the folds stay stratified as they are;
+    members' scores stay. All that follows is done again: choice of the combination, its weights,
+    calibration.
 
     Returns:
-        ``repeat, auroc, auroc_within_folds`` of the held-out probabilities. The second counts only pairs of patients who
-        were judged by the same combination: its expectation is 0.5 exactly if nothing leaks. The first may lie a little
-        below: two patients who are alike and of different folds and labels push each other's verdict the wrong way.
+        ``repeat, auroc, auroc_within_folds`` of the held-out probabilities. The second counts only pairs of
+        patients who were judged by the same combination: its expectation is 0.5 exactly if nothing leaks. The
+        first may lie a little below: two patients who are alike, of different folds and labels, push each
+        other's verdict the wrong way.
     """
     fold = patients["fold"].to_numpy()
     rows = []
@@ -314,7 +320,8 @@ def read_members(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     """The summaries ``folder/<task>.csv`` of the members named.
 
     Raises:
-        EnsembleError: the folder holds a member that is not named (DVC would take it for an input), or lacks one.
+        EnsembleError: the folder holds a member that is not named (DVC would take it for an input) or lacks
+        one.
     """
     there = sorted(path.stem for path in folder.glob("*.csv"))
     strangers = [name for name in there if name not in names]
@@ -383,13 +390,13 @@ def _check_members(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame]) 
     silent = [name for name, table in members.items() if not patients["patient"].isin(table["patient"]).any()]
     if silent:
         raise EnsembleError(
-            f"the members {', '.join(silent)} have scored none of the {len(patients)} patients of this ensemble. Take "
-            "them out of its `members` in params.yaml, or add cells (smears) of these patients."
+            f"the members {', '.join(silent)} have scored none of the {len(patients)} patients of this "
+            "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
         )
 
 
 def _logits(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], world: int, kind: str) -> np.ndarray:
-    """float64 (patients, members): what each member says in a world, NaN where a patient has no item for it."""
+    """float64 (patients, members): what each member says in a world, NaN where a patient has no item."""
     columns = []
     for table in members.values():
         mine = table[table["world"] == world].set_index("patient")[kind]
@@ -404,7 +411,7 @@ def _choose(
     fold: np.ndarray,
     seed: int,
 ) -> tuple[Candidate, np.ndarray]:
-    """The simplest candidate within one standard error of the best, and its held-out logits on the inner folds.
+    """The simplest candidate within one standard error of the best, and its logits held out on inner folds.
 
     Among equally simple ones the better, then the first.
     """
@@ -460,33 +467,27 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
     return Weights(usual, scale, hidden, hidden_intercept, weights, intercept)
 
 
-def _fit_whole(
-    candidate: Candidate,
-    members: tuple[str, ...],
-    logits: np.ndarray,
-    label: np.ndarray,
-    inner: np.ndarray,
-    seed: int,
+def _calibrated(
+    fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
 ) -> Combination:
-    """Fit on all inner folds; calibrate (Platt 1999) and call on the cross-fitted logits `inner`."""
+    """Calibrate (Platt 1999) and call, on the logits `inner`, what was fitted on all inner folds."""
     line = LogisticRegression(C=1.0, max_iter=1000)
     spread = max(float(inner.std()), _LEAST_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])
     thresholds = _called(label, expit(slope * inner + offset))
-    return Combination(
-        members, candidate.summary, _fit(candidate, logits, label, seed), slope, offset, thresholds
-    )
+    return Combination(members, candidate.summary, fitted, slope, offset, thresholds)
 
 
 def _called(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
     """The operating points on calibrated probabilities.
 
-    ``sensitive`` is that of `aplsmear.statistics.operating_points`: the highest specificity at a sensitivity of 0.95
-    (but never above ``balanced``: whoever is called there is called here).
-    ``balanced`` is the share of the positives. Where probabilities are calibrated, sensitivity + specificity is highest
-    there; and on few patients that is far steadier than a search for the best threshold (16 + 16 patients with an AUROC
-    of 0.88: balanced accuracy on new ones 0.794 +/- 0.007, against 0.779 +/- 0.023 by Youden's index).
+    ``sensitive`` is that of `aplsmear.statistics.operating_points`: the highest specificity at a
+    sensitivity of 0.95 (but never above ``balanced``: whoever is called there is called here). ``balanced``
+    is the share of the positives. Where probabilities are calibrated, sensitivity + specificity is highest
+    there; and on few patients that is far steadier than a search for the best threshold (simulated, 16 + 16
+    patients, AUROC 0.88: balanced accuracy on new ones 0.794 +/- 0.007, against 0.779 +/- 0.023 by Youden's
+    index).
     """
     balanced = float(label.mean())
     return {
@@ -496,23 +497,14 @@ def _called(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
 
 
 def _refitted(
-    combination: Combination,
-    candidate: Candidate,
-    logits: np.ndarray,
-    label: np.ndarray,
-    outside: np.ndarray,
-    refits: int,
-    seed: list[int],
-) -> list[np.ndarray]:
-    """Probabilities of the patients `outside` by combinations refitted on patients resampled within each class."""
+    candidate: Candidate, logits: np.ndarray, label: np.ndarray, refits: int, seed: list[int]
+) -> Iterator[Weights]:
+    """The weights of a candidate on patients resampled within each class, again and again."""
     random = np.random.Generator(np.random.Philox(seed))
     classes = [np.flatnonzero(label == value) for value in (0, 1)]
-    drawn = []
     for _ in range(refits):
         rows = np.concatenate([random.choice(each, len(each)) for each in classes])
-        refitted = _fit(candidate, logits[rows], label[rows], seed[0])
-        drawn.append(expit(combination.slope * refitted.logit(outside) + combination.offset))
-    return drawn
+        yield _fit(candidate, logits[rows], label[rows], seed[0])
 
 
 def _permuted_within(fold: np.ndarray, random: np.random.Generator) -> np.ndarray:

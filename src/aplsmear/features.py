@@ -1,11 +1,11 @@
-"""Bottleneck features on disk: one memory-mapped float16 array a layer, its rows in the order of the views."""
+"""Bottleneck features on disk: one memory-mapped float16 array a layer, rows in the order of the views."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ class FeaturesError(UserError, ValueError):
     """The features on disk are not those that params.yaml speaks of."""
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class Features:
     """The features of one layer of one backbone on one level."""
 
     name: str  # backbone/layer
@@ -38,7 +39,7 @@ def write_features(
         folder: gets ``index.csv`` and, for each layer, ``<layer>.npy``.
         index: item and view of each row.
         layers: their names.
-        batches: for each batch one float16 array (views, channels) per layer; together as many rows as `index`.
+        batches: for each batch one float16 array (views, channels) per layer; in all as many rows as `index`.
 
     Raises:
         ValueError: they are not as many.
@@ -47,7 +48,7 @@ def write_features(
         there = layers if len(index) else []  # without views there is an index of no rows, and no array
         parts = [stack.enter_context(whole(folder / f"{layer}.npy")) for layer in there]
         row = 0
-        arrays: list[np.ndarray] = []
+        arrays: list[np.memmap] = []
         for batch in batches:
             if not arrays:
                 arrays = [
@@ -71,7 +72,8 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
     """All features of one level: ``folder/<backbone>/<layer>.npy``, by the name ``backbone/layer``.
 
     Raises:
-        FeaturesError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an input).
+        FeaturesError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an
+            input).
     """
     strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in backbones)
     if strangers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,13 @@ from pathlib import Path
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to; it becomes `path` when the block ends well, and is removed when it does not.
 
-    A process that is killed in the block leaves ``<name>.part`` behind, never `path`; the next run writes over it. The
-    folder of `path` is made if need be.
+    A process that is killed in the block leaves ``<name>.part`` behind, never `path`; the next run writes
+    over it. The folder of `path` is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         yield part
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)

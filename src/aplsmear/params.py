@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -122,13 +123,31 @@ class Space(_Strict):
 
     features: list[str] = Field(min_length=1)
     views: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    width: list[Annotated[int, Field(ge=0, le=4096)]] = Field(min_length=1)
+    depth: list[Annotated[int, Field(ge=0, le=8)]] = Field(min_length=1)
+    width: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=1)
+    activation: list[Literal["relu", "gelu", "tanh"]] = Field(min_length=1)
     dropout: Range
     learning_rate: Range
+    schedule: list[Literal["constant", "linear", "cosine"]] = Field(min_length=1)
     weight_decay: Range
     balance: Range
+    smoothing: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
+    mixup: list[Annotated[float, Field(ge=0, le=10)]] = Field(min_length=1)
     batch: list[Annotated[int, Field(ge=2, le=65536)]] = Field(min_length=1)
     epochs: list[Annotated[int, Field(ge=1, le=10000)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _within_reason(self) -> Space:
+        bounds = {"dropout": (0, 0.95), "learning_rate": (0, 1), "weight_decay": (0, 100), "balance": (0, 1)}
+        wrong = [
+            f"{name} must lie within {low} and {high}, not {knob.low} and {knob.high}"
+            for name, (low, high) in bounds.items()
+            for knob in [getattr(self, name)]
+            if knob.low < low or knob.high > high or (name == "learning_rate" and knob.low == 0)
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
 
 
 class Tune(_Strict):
@@ -137,7 +156,23 @@ class Tune(_Strict):
     trials: int = Field(ge=1)
     generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
+    patience: int = Field(ge=0)
+    memory: int = Field(ge=16)
+    storage: str
+    pick: dict[Name, Annotated[int, Field(ge=0)]]
     space: Space
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secret(cls, value: str) -> str:
+        if value and not value.startswith("postgresql+psycopg://"):
+            raise ValueError("must be empty, or the URL of a database: postgresql+psycopg://...")
+        if urlsplit(value).password is not None:
+            raise ValueError(
+                "must not hold a password, since params.yaml is shared: give the whole URL in the environment "
+                "variable APLSMEAR_STUDY_STORAGE, or the password in ~/.pgpass"
+            )
+        return value
 
 
 class Task(_Strict):
@@ -182,7 +217,7 @@ class CombineSpace(_Strict):
 class Combine(_Strict):
     """How members become one probability per patient."""
 
-    trials: int = Field(ge=0)
+    trials: int = Field(ge=1)
     space: CombineSpace
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
@@ -239,9 +274,8 @@ def read_params(path: Path) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         lines = _lines(error, Params)
-        if any(
-            problem["loc"] for problem in error.errors()
-        ):  # names were not looked at for the shape was wrong
+        misshapen = any(problem["loc"] for problem in error.errors())
+        if misshapen:  # then the names were not looked at
             lines += _crossed(raw)
         text = "\n".join(f"  {line}" for line in dict.fromkeys(lines))
         raise ParamsError(f"{path} does not fit:\n{text}") from None

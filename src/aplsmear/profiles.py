@@ -25,7 +25,9 @@ def read_profile(folder: Path, name: str) -> str:
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ProfileError(f"there is no profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}")
+        raise ProfileError(
+            f"there is no profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
+        )
     return (folder / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -34,7 +36,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
 
     Args:
         text: of the file.
-        settings: dotted key -> value as YAML, such as ``{"dataset.root": "/data/smears", "split.folds": "10"}``.
+        settings: dotted key -> value as YAML, such as ``{"dataset.root": "data", "split.folds": "10"}``.
 
     Raises:
         ProfileError: a key that the file does not have; all such keys at once.
@@ -64,7 +66,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
 def leftovers(root: Path, params: Params) -> list[Path]:
     """What earlier parameters made and no stage of these makes: features, tuned tasks, members.
 
-    DVC takes all that lies in a folder for an input of the stage that depends on the folder, so these must go.
+    DVC takes all that lies in a folder for inputs of the stage that depends on the folder, so they must go.
 
     Args:
         root: the workspace.

@@ -14,12 +14,12 @@ from typing import Any
 def start_tensorflow(threads: int | None = None) -> Any:
     """Import TensorFlow, with deterministic kernels, and say in one line what it runs on.
 
-    Its start-up chatter is kept back, and shown whole where something is wrong: the import fails, or the machine has
-    an NVIDIA driver and TensorFlow sees no GPU.
+    Its start-up chatter is kept back, and shown whole where something is wrong: the import fails, or the
+    machine has an NVIDIA driver and TensorFlow sees no GPU.
 
     Args:
-        threads: of its operations; None: as many as there are cores. Training gives other bits with other numbers,
-            forward passes do not.
+        threads: of its operations; None: as many as there are cores. Training gives other bits with other
+            numbers, forward passes do not.
 
     Returns:
         The module.
@@ -46,7 +46,7 @@ class _Chatter:
 
 @contextmanager
 def _kept_back() -> Iterator[_Chatter]:
-    """Keep what is written to file descriptor 2 (also by C++ code) until the end, and show it only if asked or failed."""
+    """Keep what is written to file descriptor 2 (also by C++ code), and show it only if asked or failed."""
     chatter = _Chatter()
     sys.stderr.flush()
     saved = os.dup(2)

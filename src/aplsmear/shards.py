@@ -42,6 +42,7 @@ class ViewWriter:
         self._files: dict[Level, pq.ParquetWriter] = {}
 
     def __enter__(self) -> ViewWriter:
+        """Start the files."""
         with ExitStack() as stack:
             for level, path in self._paths.items():
                 part = stack.enter_context(whole(path))
@@ -51,6 +52,7 @@ class ViewWriter:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        """Finish them, or remove them after an error."""
         return self._stack.__exit__(*error)
 
     def write(self, groups: Mapping[Level, list[View]]) -> None:

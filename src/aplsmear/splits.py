@@ -9,9 +9,9 @@ The patient is the unit of every split. With K outer folds there are K + 1 *worl
     world 4       in  in  in  in [out]
     world 5       in  in  in  in  in      the final models: nobody is held out, inner folds are all five
 
-Inside world w, each inner fold j is scored by a network that saw neither w nor j. So a network is known by the set of
-folds it has *not* seen: the pair {w, j} for inner scores, {w} for the held-out patients of world w, {} for the final
-model. The network without {w, j} serves world w (scoring j) and world j (scoring w).
+Inside world w, each inner fold j is scored by a network that saw neither w nor j. So a network is known by
+the set of folds it has *not* seen: the pair {w, j} for inner scores, {w} for the held-out patients of world
+w, {} for the final model. The network without {w, j} serves world w (scoring j) and world j (scoring w).
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int) -> pd.DataFrame:
         seed: of the shuffle.
 
     Returns:
-        ``patient, diagnosis, fold``, one row a patient, sorted by patient; independent of the order of `patients`.
+        ``patient, diagnosis, fold``, one row a patient, sorted by patient, whatever the order of `patients`.
 
     Raises:
-        SplitError: a diagnosis has fewer patients than there are folds, a patient has two diagnoses, or there is
-            no patient; says all of it.
+        SplitError: a diagnosis has fewer patients than there are folds, a patient has two diagnoses, or there
+            is no patient; says all of it.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
     problems = _unsplittable(unique, folds)
@@ -63,12 +63,12 @@ def inner_sets(world: int, folds: int) -> dict[int, HeldOut]:
 
 
 def outer_set(world: int, folds: int) -> HeldOut:
-    """The folds unseen by the network that scores the held-out patients of a world (none in the last world)."""
+    """The folds unseen by the network that scores the held-out patients of a world (none in the last)."""
     return frozenset({world} - {folds})
 
 
 def tuning_sets(folds: int) -> list[HeldOut]:
-    """The distinct held-out pairs: trained for every trial, they are the inner folds of every world at once."""
+    """The distinct held-out pairs: trained for every trial, they are every world's inner folds at once."""
     return [frozenset({first, second}) for first in range(folds) for second in range(first)]
 
 
@@ -80,8 +80,8 @@ def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
     for patient, theirs in unique.groupby("patient")["diagnosis"]:
         if len(theirs) > 1:
             problems.append(
-                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of a patient "
-                "the same one, or name two patients"
+                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of a "
+                "patient the same one, or name two patients"
             )
     counts = unique["diagnosis"].value_counts().sort_index()
     scarce = counts[counts < folds]
@@ -90,6 +90,7 @@ def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
         least = int(scarce.min())
         fewer = f"set split.folds in params.yaml to {least} or " if least >= FEWEST else ""
         problems.append(
-            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}: {fewer}add patients"
+            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}: "
+            f"{fewer}add patients"
         )
     return problems

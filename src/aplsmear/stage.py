@@ -15,9 +15,9 @@ FAILED, MISUSED = 1, 2  # exit codes
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> NoReturn:
     """Call a stage's `main` with the words of its command line and end the process.
 
-    The exit code is what `main` returns (None: 0); 1 after a `UserError`, whose message goes to stderr without
-    a traceback; 2 where the words do not fit `main`, with the usage from its module's docstring. Any other
-    exception passes through.
+    The exit code is what `main` returns (None: 0); 1 after a `UserError`, whose message goes to stderr
+    instead of a traceback; 2 where the words do not fit `main`, with the usage from its module's docstring.
+    Any other exception passes through.
 
     Args:
         main: takes each word as a positional argument.

@@ -437,7 +437,7 @@ def _calibration_replicates(y: Array, p: Array, weight: Array) -> tuple[Array, A
     active = np.flatnonzero(varied)
     k = np.arange(2)
     pair = k[:, None] + k
-    for _ in range(200):
+    for _ in range(5000):  # a score of them, but where the likelihood is almost flat
         if not len(active):
             break
         w = weight[active]
@@ -476,7 +476,7 @@ def _calibration_replicates(y: Array, p: Array, weight: Array) -> tuple[Array, A
         coefficient[active] += step
         active = active[size > 1e-8]
     else:
-        raise ArithmeticError(f"the calibration line of {len(active)} resamples did not settle in 200 steps")
+        raise ArithmeticError(f"the calibration line of {len(active)} resamples did not settle in 5000 steps")
     slope = coefficient[:, 1] / (scale if scale > 1e-9 else 1.0)
     return slope, coefficient[:, 0] - slope * centre
 

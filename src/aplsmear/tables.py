@@ -1,7 +1,7 @@
 """Reading and writing the tables of the pipeline, always the same way.
 
-Labels are text: several of one item are joined by ``|``, none is the empty string. The label ``None`` of the data set
-is a label, so nothing is ever read as missing.
+Labels are text: several of one item are joined by ``|``, none is the empty string. The label ``None`` of the
+data set is a label, so nothing is ever read as missing.
 """
 
 from __future__ import annotations

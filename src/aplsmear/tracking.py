@@ -1,85 +1,154 @@
-"""MLflow: every run and trial, for looking around. The record is what DVC tracks; losing MLflow loses nothing."""
+"""MLflow: every run and trial, for looking around. The record is what DVC tracks; losing MLflow loses
+nothing."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 EXPERIMENT = "aplsmear"
+# MLflow would otherwise wait for a dead server for minutes; a wish of the user comes first.
+IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+LONGEST_TAG = 5000  # characters
 
 
 class Tracker:
-    """A parent run and its nested trials. Where the server does not answer, it says so once and is silent after."""
+    """A parent run and its nested trials. Where the server does not answer, it says so once and is silent
+    after."""
 
-    def __init__(self, name: str, tags: Mapping[str, str]) -> None:
-        """Open the run of this name and tags, or go on with it if an earlier process was cut off."""
+    def __init__(self, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+        """Open the run of this key, or go on with it if an earlier process did a part or all of it.
+
+        Args:
+            name: what people see.
+            key: names the run by what it depends on; with the same key, the same run.
+            tags: those of an earlier process are replaced.
+            params: what the trials have in common.
+        """
         self._client: Any = None
+        self._run = self._experiment = ""
         self._trials: set[str] = set()
-        self._guard(self._open, name, dict(tags))
+        for variable, value in IMPATIENCE.items():
+            os.environ.setdefault(variable, value)
+        self._guard(lambda: self._open(name, key, dict(tags), dict(params)))
 
-    def log_trial(self, number: int, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """A finished trial as a nested run; a trial that is there already is not logged again."""
-        if str(number) not in self._trials:
-            self._guard(self._log_trial, number, dict(params), dict(metrics))
+    def log_trial(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        *,
+        started: float,
+        ended: float,
+        failure: str = "",
+    ) -> None:
+        """A finished trial as a nested run; a trial that is there already is not logged again.
 
-    def close(self, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Log what came out of the whole study and end its run."""
-        self._guard(self._close, dict(params), dict(metrics))
+        Args:
+            number: of the trial.
+            params: its recipe.
+            metrics: finite numbers by name; others are left out.
+            started: seconds since 1970.
+            ended: seconds since 1970.
+            failure: why the trial failed, if it did.
+        """
+        if self._client and str(number) not in self._trials:
+            self._guard(
+                lambda: self._log_trial(
+                    number, params, metrics, started=started, ended=ended, failure=failure
+                )
+            )
 
-    def _guard(self, action: Any, *arguments: Any) -> None:
+    def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """Log what came out of the whole and end its run."""
+        if self._client:
+            self._guard(lambda: self._close(tags, metrics))
+
+    def _guard(self, action: Callable[[], None]) -> None:
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
-        if self._client is None and action != self._open:
-            return
         try:
-            action(*arguments)
-        except (MlflowException, OSError) as error:
+            action()
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             self._client = None
             first = str(error).splitlines()[0]
             log.warning(
                 "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
             )
 
-    def _open(self, name: str, tags: dict[str, str]) -> None:
+    def _open(self, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
 
         mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
         client = mlflow.MlflowClient()
         found = client.get_experiment_by_name(EXPERIMENT)
         self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
-        wanted = " and ".join(f"tags.{key} = '{value}'" for key, value in sorted(tags.items()))
-        runs = client.search_runs([self._experiment], f"{wanted} and attributes.status = 'RUNNING'")
-        run = runs[0] if runs else client.create_run(self._experiment, run_name=name, tags=tags)
-        self._run = run.info.run_id
-        nested = client.search_runs(
-            [self._experiment], f"tags.mlflow.parentRunId = '{self._run}'", max_results=50000
-        )
-        self._trials = {each.data.tags["trial"] for each in nested}
+        runs = client.search_runs([self._experiment], f"tags.key = '{key}'", max_results=1)
+        if runs:
+            self._run = runs[0].info.run_id
+            client.update_run(self._run, status="RUNNING")
+            for tag, value in tags.items():
+                client.set_tag(self._run, tag, value)
+        else:
+            self._run = client.create_run(
+                self._experiment, run_name=name, tags=tags | {"key": key}
+            ).info.run_id
+            self._log(client, self._run, params, {})
+        token = None
+        while True:
+            page = client.search_runs(
+                [self._experiment],
+                f"tags.mlflow.parentRunId = '{self._run}'",
+                max_results=1000,
+                page_token=token,
+            )
+            self._trials |= {each.data.tags["trial"] for each in page}
+            token = page.token
+            if not token:
+                break
         self._client = client
 
-    def _log_trial(self, number: int, params: dict[str, Any], metrics: dict[str, float]) -> None:
+    def _log_trial(
+        self,
+        number: int,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        *,
+        started: float,
+        ended: float,
+        failure: str,
+    ) -> None:
         tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
-        run = self._client.create_run(self._experiment, run_name=f"trial {number}", tags=tags)
-        self._log(run.info.run_id, params, metrics)
-        self._client.set_terminated(run.info.run_id)
+        tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
+        run = self._client.create_run(
+            self._experiment, run_name=f"trial {number}", tags=tags, start_time=int(started * 1000)
+        )
+        self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
+        self._client.set_terminated(run.info.run_id, "FAILED" if failure else "FINISHED", int(ended * 1000))
+        self._trials.add(str(number))
 
-    def _close(self, params: dict[str, Any], metrics: dict[str, float]) -> None:
-        self._log(self._run, params, metrics)
+    def _close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        for tag, value in tags.items():
+            self._client.set_tag(self._run, tag, str(value)[:LONGEST_TAG])
+        self._log(self._client, self._run, {}, metrics)
         self._client.set_terminated(self._run)
 
-    def _log(self, run: str, params: dict[str, Any], metrics: dict[str, float]) -> None:
+    @staticmethod
+    def _log(client: Any, run: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        import math
         import time
 
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        self._client.log_batch(
+        client.log_batch(
             run,
-            metrics=[Metric(key, value, now, 0) for key, value in metrics.items()],
+            metrics=[Metric(key, value, now, 0) for key, value in metrics.items() if math.isfinite(value)],
             params=[Param(key, str(value)) for key, value in params.items()],
         )

@@ -1,28 +1,39 @@
 """The search over heads: which trial each world chooses, and the held-out scores that follow.
 
 Candidates are drawn before any score is known (random search), so that one study serves every world of
-`aplsmear.splits` without a leak: what steers the search for a world never looked at the world's held-out patients.
-Every trial is trained once for each pair of folds; world w then compares the trials by its own inner folds.
+`aplsmear.splits` without a leak: what steers the search for a world never looked at the world's held-out
+patients. (A sampler that learns from finished trials would need a study of its own for every world.) Every trial is
+trained once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then
+compares the trials, and finds out how long to train, by its own inner folds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from aplsmear import graphs, heads, splits, stacks
 from aplsmear.errors import UserError
 from aplsmear.features import Features
-from aplsmear.heads import Head, Job, Recipe, TrainingItems, parameters, score, train_heads
+from aplsmear.heads import Head, Job, Recipe, TrainingItems, parameters, score
 from aplsmear.params import Range, Tune, nearest
 from aplsmear.splits import inner_sets, outer_set, tuning_sets
+from aplsmear.stacks import Judged, Material, judge_heads, train_heads
 from aplsmear.statistics import auroc, auroc_within_folds, average_precision, bootstrap_interval
+from aplsmear.study import Record, Study
+
+Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
+POLL = 0.5  # seconds between two looks at what other workers have finished
+WITHOUT_EFFECT = {"pick", "storage"}  # settings that change no trial
 
 
 class TuneError(UserError, ValueError):
@@ -31,30 +42,49 @@ class TuneError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how it did: AUROC of each inner fold (columns) in each world (rows), NaN where undefined."""
+    """A candidate and how it did on each inner fold (columns) of each world (rows).
+
+    At [w, j] stands what the head that saw neither w nor j did on j; NaN (and 0 epochs) on the diagonal, where j
+    lacks a class, and everywhere if the trial failed. The last world has all folds inside and uses every
+    entry.
+    """
 
     number: int
     recipe: Recipe
-    inner: (
-        np.ndarray
-    )  # float64 (folds, folds): [w, j], by the head that saw neither; the last world uses all of them
+    inner: np.ndarray  # float64 (folds, folds): AUROC
+    best_epoch: np.ndarray  # int64 (folds, folds): after how many epochs
     parameters: int
+    failure: str = ""  # why there are no scores
+    started: float = 0.0  # seconds since 1970
+    ended: float = 0.0
 
     def auroc(self, world: int) -> float:
         """Mean inner AUROC in a world."""
-        return float(np.nanmean(self._seen(world)))
+        return float(np.nanmean(self._seen(self.inner, world))) if not self.failure else np.nan
 
     def standard_error(self, world: int) -> float:
         """Standard error of that mean over the world's inner folds (0 with a single one)."""
-        seen = self._seen(world)
+        seen = self._seen(self.inner, world)
         seen = seen[~np.isnan(seen)]
         return float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else 0.0
 
-    def _seen(self, world: int) -> np.ndarray:
-        folds = len(self.inner)
+    def by_fold(self) -> list[float]:
+        """AUROC on each fold: the mean over the heads that judged it."""
+        return [float(value) for value in self._seen(self.inner, len(self.inner))]
+
+    def epochs(self, world: int) -> int:
+        """How long the heads of a world train: the mean of the best epochs on its inner folds."""
+        known = np.where(self.best_epoch > 0, self.best_epoch, np.nan)
+        return max(int(np.floor(np.nanmean(self._seen(known, world)) + 0.5)), 1)
+
+    def _seen(self, values: np.ndarray, world: int) -> np.ndarray:
+        """One value an inner fold of the world; in the last world, a fold's mean over the heads that judged
+        it."""
+        folds = len(values)
         if world < folds:
-            return np.delete(self.inner[world], world)
-        return np.array([np.nanmean(np.delete(self.inner[:, j], j)) for j in range(folds)])
+            return np.delete(values[world], world)
+        columns = [np.delete(values[:, j], j) for j in range(folds)]
+        return np.array([np.nan if np.isnan(column).all() else np.nanmean(column) for column in columns])
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,8 @@ class Board:
     folds: int
 
     def training_items(self, per_patient: int, seed: int) -> TrainingItems:
-        """The labelled items, at most `per_patient` of each class from one patient, chosen by a hash of their name."""
+        """The labelled items, at most `per_patient` of each class from one patient, chosen by a hash of their
+        name."""
         rank = [hashlib.sha256(f"{seed}/{item}".encode()).hexdigest() for item in self.table["item"]]
         order = pd.DataFrame({"patient": self.table["patient"], "label": self.label, "rank": rank})
         place = order.sort_values("rank").groupby(["patient", "label"]).cumcount().sort_index().to_numpy()
@@ -85,9 +116,18 @@ class Board:
             fold=self.table["fold"].to_numpy()[kept],
         )
 
-    def values(self) -> dict[str, np.ndarray]:
-        """The features by name."""
-        return {name: each.values for name, each in self.features.items()}
+    def material(self, settings: Tune, seed: int) -> Material:
+        """What heads are trained on."""
+        values = {name: each.values for name, each in self.features.items()}
+        return Material(values, self.training_items(settings.items_per_patient, seed), seed, settings.memory)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial of a world, and why."""
+
+    trial: Trial
+    why: str
 
 
 def make_board(
@@ -102,7 +142,7 @@ def make_board(
         features: of `aplsmear.features.read_features`.
 
     Raises:
-        TuneError: features are missing, or are not those of these items.
+        TuneError: features are missing, or are not those of these items; or too few folds have both classes.
     """
     if not features:
         raise TuneError("there are no features; `dvc repro bottleneck` makes them")
@@ -114,7 +154,7 @@ def make_board(
     if list(rows.index) != list(items["item"]):
         raise TuneError("the features are not those of this data set; run `dvc repro bottleneck` again")
     fold = items["patient"].map(folds.set_index("patient")["fold"])
-    return Board(
+    board = Board(
         table=items[["item", "patient"]].assign(fold=fold.astype(np.int64)).reset_index(drop=True),
         label=label,
         row=rows["min"].to_numpy(),
@@ -122,12 +162,15 @@ def make_board(
         features=features,
         folds=int(folds["fold"].max()) + 1,
     )
+    _check_classes(board)
+    return board
 
 
 def draw_candidates(
     settings: Tune, features: Sequence[str], seed: int
-) -> list[tuple[Recipe, dict[str, Any]]]:
-    """The recipes of a study and Optuna's distributions that they were drawn from, each from (seed, number) alone.
+) -> tuple[list[Recipe], dict[str, Any]]:
+    """The recipes of a study, each from (seed, number) alone, and Optuna's distributions that they were drawn
+    from.
 
     Raises:
         TuneError: the space names features that there are none of.
@@ -135,12 +178,12 @@ def draw_candidates(
     import optuna
 
     wanted = list(features) if settings.space.features == ["any"] else settings.space.features
-    for name in wanted:
-        if name not in features:
-            raise TuneError(
-                f"tune.space.features: there are no features {name!r}{nearest(name, features)}; "
-                f"there are: {', '.join(features)}"
-            )
+    unknown = [f"{name!r}{nearest(name, features)}" for name in wanted if name not in features]
+    if unknown:
+        raise TuneError(
+            f"tune.space.features: there are no features {', '.join(unknown)}; "
+            f"there are: {', '.join(features)}"
+        )
     space: dict[str, Any] = {}
     for name, knob in settings.space:
         choices = wanted if name == "features" else knob
@@ -153,62 +196,107 @@ def draw_candidates(
     for number in range(settings.trials):
         entropy = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=entropy))
-        drawn.append((Recipe(**study.ask(space).params), space))
-    return drawn
+        drawn.append(Recipe(**study.ask(space).params))
+    return drawn, space
 
 
-def run_study(board: Board, settings: Tune, seed: int, study: Any) -> Iterator[Trial]:
-    """Train every candidate on every pair of folds, a generation at a time; go on where the study was cut off.
+def run_study(
+    board: Board, settings: Tune, seed: int, study: Study, judge: Judge = judge_heads
+) -> Iterator[Trial]:
+    """Train every candidate on every pair of folds, a generation at a time, together with whoever else does.
 
     Args:
         board: items and features.
         settings: the space and the budget.
         seed: of candidates and heads.
-        study: optuna.Study that keeps finished trials (of `open_study`).
+        study: keeps finished trials; other workers may be filling it too.
+        judge: trains and judges heads.
 
     Yields:
-        Every trial in order, those of earlier runs first.
+        Every trial in order, those that were finished before first. The same trials, to the bit, with any
+        number of workers, killed or not.
 
     Raises:
-        TuneError: no world has an inner fold with both classes.
+        TuneError: all trials failed.
     """
-    items = board.training_items(settings.items_per_patient, seed)
-    candidates = draw_candidates(settings, sorted(board.features), seed)
-    finished = [_trial_of(each, board) for each in study.get_trials(deepcopy=False)]
-    yield from finished
-    for start in range(0, settings.trials, settings.generation):
-        numbers = range(max(start, len(finished)), min(start + settings.generation, settings.trials))
-        if not numbers:
-            continue
-        # The whole generation trains, as it would have without the cut: a stack's bits depend on who is in it.
-        generation = range(start, min(start + settings.generation, settings.trials))
-        inner = _inner_aurocs(board, items, {n: candidates[n][0] for n in generation}, seed)
-        for number in numbers:
-            recipe, space = candidates[number]
-            trial = Trial(number, recipe, inner[number], _size(recipe, board))
-            if np.isnan(trial.inner).all():
-                raise TuneError(_too_few(board))
-            _keep(study, trial, space, board.folds)
+    recipes, space = draw_candidates(settings, sorted(board.features), seed)
+    material = board.material(settings, seed)
+    pairs = tuning_sets(board.folds)
+
+    def train(generation: Mapping[int, Recipe]) -> list[Record]:
+        started = time.time()
+        jobs = [Job(number, recipe, pair) for number, recipe in generation.items() for pair in pairs]
+        judged = judge(jobs, material, settings.patience)
+        return [
+            _record(recipe, judged[place * len(pairs) : (place + 1) * len(pairs)], board, material, started)
+            for place, recipe in enumerate(generation.values())
+        ]
+
+    generations = [
+        {number: recipes[number] for number in range(start, min(start + settings.generation, len(recipes)))}
+        for start in range(0, len(recipes), settings.generation)
+    ]
+    failures: list[str] = []
+    passed = 0
+    while True:
+        for kept in study.trials()[passed:]:
+            trial = _trial_of(kept, board)
+            failures += [f"trial {trial.number}: {trial.failure}"] if trial.failure else []
+            passed += 1
             yield trial
+        if passed == len(recipes):
+            break
+        if not _train_next(study, generations, train, space):
+            time.sleep(POLL)
+            study.tell(space)
+    if len(failures) == settings.trials:
+        raise TuneError("all trials failed:\n  " + "\n  ".join(failures))
 
 
-def choose(trials: Sequence[Trial], world: int) -> tuple[Trial, str]:
-    """The simplest trial whose inner AUROC is within one standard error of the best (Breiman et al. 1984), and why.
+def choose(trials: Sequence[Trial], world: int) -> Choice:
+    """The simplest trial whose inner AUROC is within one standard error of the best (Breiman et al. 1984),
+    and why.
 
-    Simplest: fewest parameters, then fewest views, then the better AUROC, then the lower number.
+    Simplest: fewest parameters, then fewest hidden layers, then fewest views, then the better AUROC, then the
+    lower number. Trials that failed take no part.
     """
-    best = max(trials, key=lambda trial: (trial.auroc(world), -trial.number))
+    sound = [trial for trial in trials if not trial.failure]
+    best = max(sound, key=lambda trial: (trial.auroc(world), -trial.number))
     bar = best.auroc(world) - best.standard_error(world)
     simplest = min(
-        (trial for trial in trials if trial.auroc(world) >= bar),
-        key=lambda trial: (trial.parameters, trial.recipe.views, -trial.auroc(world), trial.number),
-    )
+        (trial for trial in sound if trial.auroc(world) >= bar),
+        key=lambda trial: (
+            trial.parameters, trial.recipe.depth, trial.recipe.views, -trial.auroc(world), trial.number
+        ),
+    )  # fmt: skip
     why = (
         f"best: trial {best.number} with inner AUROC {best.auroc(world):.4f}, standard error "
         f"{best.standard_error(world):.4f}; chosen: the simplest within one standard error, "
         f"with {simplest.auroc(world):.4f}"
     )
-    return simplest, why
+    return Choice(simplest, why)
+
+
+def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -> list[Choice]:
+    """The choice of every world; `picked` by hand overrides the last one, that of the final models.
+
+    The held-out folds go on choosing by their inner folds: a hand that has looked at all patients must not
+    choose for them, or the scores that are reported would have chosen something.
+
+    Raises:
+        TuneError: `picked` is no trial, or one that failed.
+    """
+    choices = [choose(trials, world) for world in range(folds + 1)]
+    if picked is not None:
+        sound = {trial.number: trial for trial in trials if not trial.failure}
+        if picked not in sound:
+            raise TuneError(
+                f"tune.pick: there is no trial {picked} with scores; there are: {', '.join(map(str, sound))}"
+            )
+        own = choices[-1].trial.number
+        why = f"picked by hand (tune.pick); by itself the study would have chosen trial {own}"
+        choices[-1] = Choice(sound[picked], why)
+    return choices
 
 
 def held_out_scores(
@@ -219,38 +307,42 @@ def held_out_scores(
     Args:
         board: items and features.
         chosen: the trial of each world.
-        settings: for the number of items per patient.
+        settings: for the number of items per patient and the memory.
         seed: of the heads.
 
     Returns:
-        float32 (items, worlds): in world w, an item of fold w by the head that never saw fold w, any other by the head
-        that saw neither its own fold nor w; and the head of each world that scores its held-out patients (the last
-        one: the final head, trained on everybody).
+        float32 (items, worlds): in world w, an item of fold w by the head that never saw fold w, any other by
+        the head that saw neither its own fold nor w, all trained for as long as the world's inner folds say;
+        and the head of each world that scores its held-out patients (the last one: the final head, trained on
+        everybody).
     """
     fold = board.table["fold"].to_numpy()
-    jobs: dict[tuple[int, Any], Job] = {}
+    wanted: dict[tuple[int, int], Job] = {}  # by world and the fold to score
     for world, trial in enumerate(chosen):
-        for held_out in [*inner_sets(world, board.folds).values(), outer_set(world, board.folds)]:
-            jobs[trial.number, held_out] = Job(trial.number, trial.recipe, held_out)
-    items = board.training_items(settings.items_per_patient, seed)
-    heads = dict(zip(jobs, train_heads(list(jobs.values()), board.values(), items, seed), strict=True))
+        held_out = inner_sets(world, board.folds) | {world: outer_set(world, board.folds)}
+        for scored, unseen in held_out.items():
+            wanted[world, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(world))
+    jobs = list(dict.fromkeys(wanted.values()))
+    trained = dict(zip(jobs, train_heads(jobs, board.material(settings, seed)), strict=True))
     scores = np.full((len(fold), len(chosen)), np.nan, dtype=np.float32)
-    outer = []
-    for world, trial in enumerate(chosen):
-        values = board.features[trial.recipe.features].values
-        by_fold = {world: outer_set(world, board.folds)} | inner_sets(world, board.folds)
-        for inner, held_out in by_fold.items():
-            rows = np.flatnonzero(fold == inner)
-            if len(rows):
-                scores[rows, world] = score([heads[trial.number, held_out]], values, board.row[rows])[0]
-        outer.append(heads[trial.number, outer_set(world, board.folds)])
-    return scores, outer
+    for (world, scored), job in wanted.items():
+        rows = np.flatnonzero(fold == scored)
+        if len(rows):
+            values = board.features[job.recipe.features].values
+            scores[rows, world] = score([trained[job]], values, board.row[rows])[0]
+    return scores, [trained[wanted[world, world]] for world in range(len(chosen))]
 
 
-def study_key(board: Board, settings: Tune, seed: int) -> str:
-    """A name for a study by all that it depends on: other inputs, another study; the same inputs, the same one."""
+def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
+    """A name for a study by all that it depends on: other inputs or code, another study; the same, the same
+    one."""
     digest = hashlib.sha256()
-    digest.update(json.dumps([settings.model_dump(), seed, board.folds], sort_keys=True).encode())
+    told = settings.model_dump(exclude=WITHOUT_EFFECT)
+    versions = [version(package) for package in ("tensorflow", "numpy", "optuna")]
+    digest.update(json.dumps([told, seed, threads, board.folds, versions], sort_keys=True).encode())
+    for module in (graphs, heads, splits, stacks):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     digest.update(board.table.to_csv(index=False).encode())
     for array in (board.label, board.row, board.views):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -261,30 +353,57 @@ def study_key(board: Board, settings: Tune, seed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_study(path: Path, name: str) -> Any:
-    """The optuna.Study of this name in a journal file, made if it is not there; finished trials are kept at once."""
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-    return optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
-
-
-def trials_table(trials: Sequence[Trial], worlds: int) -> pd.DataFrame:
-    """One row a trial: its recipe, size, and inner AUROC in every world."""
-    return pd.DataFrame(
-        [
+def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataFrame:
+    """One row a trial: its recipe, size, epochs and inner AUROC, overall and in every world; for plots, the
+    best AUROC
+    so far and the AUROC of the chosen trial alone."""
+    final = len(choices) - 1
+    rows = []
+    best = -np.inf
+    for trial in trials:
+        value = trial.auroc(final)
+        best = np.fmax(best, value)
+        rows.append(
             {
                 "trial": trial.number,
                 **asdict(trial.recipe),
                 "parameters": trial.parameters,
-                **{f"auroc_world_{world}": trial.auroc(world) for world in range(worlds)},
+                "trained_epochs": 0 if trial.failure else trial.epochs(final),
+                "auroc": value,
+                "standard_error": trial.standard_error(final),
+                "best_so_far": best,
+                "chosen": value if trial.number == choices[-1].trial.number else np.nan,
+                **{f"auroc_world_{world}": trial.auroc(world) for world in range(final)},
+                "failure": trial.failure,
             }
-            for trial in trials
-        ]
+        )
+    return pd.DataFrame(rows)
+
+
+def importance_table(trials: Sequence[Any], seed: int) -> pd.DataFrame:
+    """``parameter, importance`` by functional ANOVA (Hutter et al. 2014), most important first.
+
+    Args:
+        trials: of `Study.trials`.
+        seed: of its random forest.
+
+    Returns:
+        One row for each parameter that took more than one value; no row with fewer than four sound trials.
+    """
+    import optuna
+
+    sound = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    moved = sorted(
+        name for name in (sound[0].params if sound else {}) if len({t.params[name] for t in sound}) > 1
     )
+    found: dict[str, float] = {}
+    if len(sound) >= 4 and moved and len({trial.value for trial in sound}) > 1:
+        study = optuna.create_study(direction="maximize")
+        study.add_trials(sound)
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=moved)
+    rows = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    return pd.DataFrame(rows, columns=["parameter", "importance"])
 
 
 def scores_table(board: Board, scores: np.ndarray) -> pd.DataFrame:
@@ -294,7 +413,8 @@ def scores_table(board: Board, scores: np.ndarray) -> pd.DataFrame:
 
 
 def held_out_predictions(board: Board, scores: np.ndarray) -> pd.DataFrame:
-    """``item, patient, fold, label, probability`` of the labelled items, each by the head that never saw its fold."""
+    """``item, patient, fold, label, probability`` of the labelled items, each by the head that never saw its
+    fold."""
     fold = board.table["fold"].to_numpy()
     own = scores[np.arange(len(fold)), fold].astype(np.float64)
     table = board.table.assign(label=board.label.astype(np.int64), probability=own)
@@ -302,7 +422,8 @@ def held_out_predictions(board: Board, scores: np.ndarray) -> pd.DataFrame:
 
 
 def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
-    """What metrics.json says of a task: AUROC and average precision with intervals over patients, and counts."""
+    """What metrics.json says of a task: AUROC and average precision with intervals over patients, and
+    counts."""
     label, probability = predictions["label"], predictions["probability"]
     groups = predictions["patient"]
     measured = {
@@ -316,78 +437,103 @@ def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, A
     }
 
 
-def explain_choice(trials: Sequence[Trial], worlds: Sequence[tuple[Trial, str]]) -> dict[str, Any]:
-    """What best.yaml says: the final trial, why it was chosen, what each held-out fold chose, how the others stood."""
-    final, why = worlds[-1]
-    standing = sorted(trials, key=lambda trial: (-trial.auroc(len(worlds) - 1), trial.number))
-    return {
-        "trial": final.number,
-        "why": why,
-        "recipe": asdict(final.recipe),
-        "chosen_without_fold": {fold: trial.number for fold, (trial, _) in enumerate(worlds[:-1])},
-        "standing": {trial.number: round(trial.auroc(len(worlds) - 1), 6) for trial in standing},
-    }
-
-
-def _inner_aurocs(
-    board: Board, items: TrainingItems, recipes: Mapping[int, Recipe], seed: int
-) -> dict[int, np.ndarray]:
-    """AUROC [w, j] of each trial, by the head that saw neither w nor j, on the labelled items of fold j."""
-    jobs = [
-        Job(number, recipe, pair) for number, recipe in recipes.items() for pair in tuning_sets(board.folds)
-    ]
-    heads = train_heads(jobs, board.values(), items, seed)
-    aurocs = {number: np.full((board.folds, board.folds), np.nan) for number in recipes}
-    fold = board.table["fold"].to_numpy()
-    for features in sorted({recipe.features for recipe in recipes.values()}):
-        mine = [place for place, job in enumerate(jobs) if job.recipe.features == features]
-        for held_out in range(board.folds):
-            rows = np.flatnonzero((fold == held_out) & (board.label >= 0))
-            judges = [place for place in mine if held_out in jobs[place].held_out]
-            scores = score(
-                [heads[place] for place in judges], board.features[features].values, board.row[rows]
-            )
-            for place, scored in zip(judges, scores, strict=True):
-                (other,) = jobs[place].held_out - {held_out}
-                aurocs[jobs[place].trial][other, held_out] = auroc_within_folds(
-                    board.label[rows], scored, fold[rows]
-                )
-    return aurocs
-
-
-def _size(recipe: Recipe, board: Board) -> int:
-    return parameters(recipe, board.features[recipe.features].values.shape[1])
-
-
-def _keep(study: Any, trial: Trial, space: dict[str, Any], worlds: int) -> None:
-    import optuna
-
-    kept = [None if np.isnan(value) else value for value in trial.inner.ravel().tolist()]
-    study.add_trial(
-        optuna.trial.create_trial(
-            params=asdict(trial.recipe),
-            distributions=space,
-            value=trial.auroc(worlds),
-            user_attrs={"inner": kept},
-        )
+def explain_choice(trials: Sequence[Trial], choices: Sequence[Choice]) -> dict[str, Any]:
+    """What best.yaml says: the final trial, why it was chosen, what each held-out fold chose, how the others
+    stood."""
+    last = len(choices) - 1
+    final = choices[-1].trial
+    standing = sorted(
+        (trial for trial in trials if not trial.failure), key=lambda trial: (-trial.auroc(last), trial.number)
     )
+    explained: dict[str, Any] = {
+        "trial": final.number,
+        "why": choices[-1].why,
+        "recipe": asdict(final.recipe),
+        "epochs": final.epochs(last),
+        "parameters": final.parameters,
+        "chosen_without_fold": {fold: choice.trial.number for fold, choice in enumerate(choices[:-1])},
+        "standing": {trial.number: round(trial.auroc(last), 6) for trial in standing},
+    }
+    failed = {trial.number: trial.failure for trial in trials if trial.failure}
+    return explained | ({"failed": failed} if failed else {})
+
+
+def _train_next(
+    study: Study,
+    generations: Sequence[Mapping[int, Recipe]],
+    train: Callable[[Mapping[int, Recipe]], list[Record]],
+    space: Mapping[str, Any],
+) -> bool:
+    """Train and keep the first generation that nobody has finished or is at; False if there is none."""
+    for number, generation in enumerate(generations):
+        if not study.has(number):
+            with study.claim(number) as mine:
+                if mine:
+                    study.keep(number, train(generation), space)
+                    return True
+    return False
+
+
+def _record(
+    recipe: Recipe, judged: Sequence[Judged], board: Board, material: Material, started: float
+) -> Record:
+    """What the study keeps of a trial: how it did on each pair of folds."""
+    folds, items = board.folds, material.items
+    inner: list[list[float | None]] = [[None] * folds for _ in range(folds)]
+    epochs = [[0] * folds for _ in range(folds)]
+    failure = next((result.failure for result in judged if result.failure), "")
+    for pair, result in zip(tuning_sets(folds), judged, strict=True):
+        for fold, scores in result.score.items() if not failure else ():
+            (world,) = pair - {fold}
+            label = items.label[items.fold == fold]
+            value = auroc_within_folds(label, scores, np.zeros(len(label), np.int64))
+            inner[world][fold] = None if np.isnan(value) else value
+            epochs[world][fold] = result.epoch[fold]
+    return {
+        "params": asdict(recipe),
+        "value": None if failure else Trial(0, recipe, _matrix(inner), np.array(epochs), 0).auroc(folds),
+        "attributes": {"inner": inner, "best_epoch": epochs, "failure": failure},
+        "started": started,
+        "ended": time.time(),
+    }
 
 
 def _trial_of(kept: Any, board: Board) -> Trial:
     recipe = Recipe(**kept.params)
-    inner = np.array([np.nan if v is None else v for v in kept.user_attrs["inner"]], dtype=np.float64)
-    return Trial(kept.number, recipe, inner.reshape(board.folds, board.folds), _size(recipe, board))
+    return Trial(
+        number=kept.number,
+        recipe=recipe,
+        inner=_matrix(kept.user_attrs["inner"]),
+        best_epoch=np.array(kept.user_attrs["best_epoch"]),
+        parameters=parameters(recipe, board.features[recipe.features].values.shape[1]),
+        failure=kept.user_attrs["failure"],
+        started=kept.datetime_start.timestamp(),
+        ended=kept.datetime_complete.timestamp(),
+    )
 
 
-def _too_few(board: Board) -> str:
+def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
+    return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+
+
+def _check_classes(board: Board) -> None:
+    """Every world needs an inner fold with both classes, and every head both classes to train on."""
+    fold = board.table["fold"].to_numpy()
+    has = {
+        label: np.array([((fold == number) & (board.label == label)).any() for number in range(board.folds)])
+        for label in (0, 1)
+    }
+    judges = (has[0] & has[1]).sum()
+    if judges >= 2 and all(each.sum() >= 3 for each in has.values()):
+        return
     counts = {
         name: ", ".join(
-            f"fold {fold}: {(board.label[board.table['fold'] == fold] == value).sum()}"
-            for fold in range(board.folds)
+            f"fold {f}: {((fold == f) & (board.label == value)).sum()}" for f in range(board.folds)
         )
         for name, value in (("positive", 1), ("negative", 0))
     }
-    return (
-        f"no fold has both classes. Positive items, {counts['positive']}; negative items, {counts['negative']}. "
-        "Add labelled items, lower split.folds, or remove the task from `tasks` and `ensembles` in params.yaml."
+    raise TuneError(
+        f"at least three folds must have positive items, three negative ones, and two both. Positive items, "
+        f"{counts['positive']}; negative items, {counts['negative']}. "
+        "Add labelled items, lower split.folds, or remove the task from `tasks` and `ensembles`."
     )

@@ -1,7 +1,7 @@
 """Plain and augmented views of cells and smears.
 
-View 0 of an item is plain; the others are augmented, each drawn from (seed, item, view) alone, so that neither the
-order of files nor the number of workers changes a pixel. imgaug lives in this module only.
+View 0 of an item is plain; the others are augmented, each drawn from (seed, item, view) alone, so that
+neither the order of files nor the number of workers changes a pixel. imgaug lives in this module only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ViewError(UserError, ValueError):
 
 
 def copies(items: pd.DataFrame, more: Mapping[str, int]) -> np.ndarray:
-    """How many times the usual number of augmented views each item gets: the largest that one of its labels asks for.
+    """How many times the usual number of augmented views each item gets: the most any label of it asks for.
 
     Args:
         items: a table with some of `LABEL_COLUMNS`, labels joined by ``|``.
@@ -55,7 +55,7 @@ def copies(items: pd.DataFrame, more: Mapping[str, int]) -> np.ndarray:
 
 
 def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: int) -> np.ndarray:
-    """A square of `side` pixels around the middle of `box`, scaled to `size`; beyond the smear its edge is mirrored.
+    """A square of `side` pixels around the middle of `box`, scaled to `size`; a smear's edge is mirrored.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
@@ -86,7 +86,7 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: in
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
     """Scale to a square of `size` pixels: by area where it shrinks, linearly where it grows."""
-    method = cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_LINEAR
+    method = _method(size / min(image.shape[:2]))
     return np.asarray(cv2.resize(image, (size, size), interpolation=method), dtype=np.uint8)
 
 
@@ -97,27 +97,30 @@ def view_seed(seed: int, item: str, view: int) -> int:
 
 
 def room(settings: Augment) -> float:
-    """How many times wider than its view an augmented view's source is, so that no turn, shift or scale leaves it."""
+    """How many times wider than a view its source must be for no turn, shift or scale to leave it."""
     angle = math.radians(min(settings.rotate, 45.0))
     turn = math.cos(angle) + math.sin(angle)  # side of the square around a turned square of side 1
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
 
 
-def make_augmenter(settings: Augment, size: int) -> Any:
-    """imgaug's augmenter: geometry, then the middle, then stain, lamp, focus and camera, as wide as `settings` say.
+def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None = None) -> Any:
+    """imgaug's augmenter: geometry, the middle, stain, lamp, focus and camera, as wide as `settings` say.
 
     A knob at 0 leaves its place empty, so that it changes neither pixels nor what the others draw.
 
     Args:
         settings: of the views.
         size: pixels of a view.
+        field: height and width in pixels of what is kept of the middle and then squeezed into a view; None:
+            as large as a view.
     """
+    height, width = field or (size, size)
     iaa = _imgaug()
     knobs = settings
     reach = knobs.shift / room(knobs)
 
-    def unless_0(width: float, augmenter: Any) -> Any:
-        return augmenter if width else iaa.Identity()
+    def unless_0(knob: float, augmenter: Any) -> Any:
+        return augmenter if knob else iaa.Identity()
 
     return iaa.Sequential(
         [
@@ -132,7 +135,8 @@ def make_augmenter(settings: Augment, size: int) -> Any:
                     mode="reflect",
                 ),
             ),
-            iaa.CenterCropToFixedSize(size, size),
+            iaa.CenterCropToFixedSize(width, height),
+            unless_0(field is not None, iaa.Resize(size, interpolation="area")),
             unless_0(knobs.hue, iaa.AddToHue((-knobs.hue, knobs.hue))),
             unless_0(knobs.saturation, iaa.AddToSaturation((-knobs.saturation, knobs.saturation))),
             unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
@@ -146,7 +150,7 @@ def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
     """One augmented view.
 
     Args:
-        wide: uint8 RGB, shape (width, width, 3): the plain view and its surroundings, `room` times as wide.
+        wide: uint8 RGB, shape (width, width, 3): the item and its surroundings, `room` times as wide.
         augmenter: of `make_augmenter`; it is seeded anew here, for every view.
         seed: of this view.
 
@@ -181,7 +185,8 @@ def cell_views(
 def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
     """The views of one whole smear, squeezed into a square: the plain one, then `count` augmented ones.
 
-    A whole field has no surroundings, so its mirrored edge gives the room that turning needs.
+    A field is turned before it is squeezed, as a slide is turned under a camera. It has no surroundings, so
+    its mirrored edge gives the room that turning needs.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
@@ -191,12 +196,17 @@ def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, see
         seed: of the augmented views.
     """
     size = settings.size["smear"]
-    plain = resize(image, size)
-    yield View(name, 0, encode_jpeg(plain))
+    yield View(name, 0, encode_jpeg(resize(image, size)))
     if count:
-        border = math.ceil(size * (room(settings) - 1) / 2)
-        wide = cv2.copyMakeBorder(plain, border, border, border, border, cv2.BORDER_REFLECT)
-        yield from _augmented_views(np.asarray(wide, np.uint8), size, name, count, settings, seed)
+        shrink = size / min(image.shape[:2])
+        height, width = (round(side * shrink) for side in image.shape[:2])
+        field = np.asarray(cv2.resize(image, (width, height), interpolation=_method(shrink)), dtype=np.uint8)
+        side = math.ceil(max(height, width) * room(settings))
+        above, left = (side - height) // 2, (side - width) // 2
+        below, right = side - height - above, side - width - left
+        wide = np.asarray(cv2.copyMakeBorder(field, above, below, left, right, cv2.BORDER_REFLECT), np.uint8)
+        squeezed = (height, width) if height != width else None
+        yield from _augmented_views(wide, size, name, count, settings, seed, squeezed)
 
 
 def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
@@ -232,9 +242,10 @@ def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list
 def all_views(
     root: Path, smears: pd.DataFrame, cells: pd.DataFrame, settings: Augment, seed: int
 ) -> Iterator[dict[Level, list[View]]]:
-    """The views of every smear and its cells, smear by smear in the order of `smears`; each image is decoded once.
+    """The views of every smear and its cells, smear by smear as in `smears`; each image is decoded once.
 
-    As many processes work as joblib finds cores (LOKY_MAX_CPU_COUNT may say fewer); their number changes no result.
+    As many processes work as joblib finds cores (LOKY_MAX_CPU_COUNT may say fewer); their number changes no
+    result.
 
     Args:
         root: the folder that the `image` column of `smears` starts from.
@@ -281,23 +292,34 @@ def _views_of_smear(
     }
 
 
+def _method(factor: float) -> int:
+    """How OpenCV is to scale by this factor."""
+    return cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+
+
 def _rows(table: pd.DataFrame) -> Iterator[Any]:
     """Rows as named tuples, whose fields type checkers cannot know."""
     return iter(table.itertuples(index=False))
 
 
 def _augmented_views(
-    wide: np.ndarray, size: int, name: str, count: int, settings: Augment, seed: int
+    wide: np.ndarray,
+    size: int,
+    name: str,
+    count: int,
+    settings: Augment,
+    seed: int,
+    field: tuple[int, int] | None = None,
 ) -> Iterator[View]:
-    augmenter = _augmenter(settings.model_dump_json(), size)
+    augmenter = _augmenter(settings.model_dump_json(), size, field)
     for view in range(1, count + 1):
         yield View(name, view, encode_jpeg(augmented(wide, augmenter, view_seed(seed, name, view))))
 
 
 @lru_cache(maxsize=4)
-def _augmenter(settings: str, size: int) -> Any:
+def _augmenter(settings: str, size: int, field: tuple[int, int] | None) -> Any:
     """Building one costs as much as many views; a worker process keeps it."""
-    return make_augmenter(Augment.model_validate_json(settings), size)
+    return make_augmenter(Augment.model_validate_json(settings), size, field)
 
 
 def _imgaug() -> Any:

@@ -1,0 +1,81 @@
+"""The same bytes on other processors: what the caller's environment asks for does not reach the kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aplsmear import cpu
+
+SRC = str(Path(__file__).parents[1] / "src")
+
+CHAIN = """
+{first}
+import hashlib
+import cv2
+import numpy as np
+import tensorflow as tf
+rng = np.random.default_rng(1)
+digest = hashlib.sha256()
+a, b = rng.standard_normal((2, 257, 301)).astype(np.float32)
+digest.update((a @ b.T).tobytes())
+digest.update(np.exp(a).tobytes() + np.log(np.abs(a)).tobytes() + np.tanh(a).sum(axis=0).tobytes())
+digest.update(np.linalg.svd(a.astype(np.float64))[1].tobytes())
+image = rng.integers(0, 256, (97, 131, 3)).astype(np.uint8)
+turn = cv2.getRotationMatrix2D((50, 50), 33, 1.1)
+digest.update(cv2.warpAffine(image, turn, (90, 90)).tobytes())
+small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+digest.update(cv2.GaussianBlur(small, (5, 5), 0.7).tobytes())
+x = tf.constant(rng.standard_normal((2, 24, 24, 16)).astype(np.float32))
+kernel = tf.constant(rng.standard_normal((3, 3, 16, 32)).astype(np.float32))
+y = tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME"))
+digest.update(tf.reduce_mean(y, axis=(1, 2)).numpy().tobytes())
+digest.update((tf.reshape(y, (-1, 32)) @ tf.ones((32, 8))).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def start(pinned: bool, **asked: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in cpu.PINNED}
+    environment |= {"PYTHONPATH": SRC, "TF_CPP_MIN_LOG_LEVEL": "3"} | asked
+    code = CHAIN.format(first="import aplsmear" if pinned else "")
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_what_the_environment_asks_of_the_kernels_changes_no_bit():
+    asked = {"ONEDNN_MAX_CPU_ISA": "AVX", "OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_NUM_THREADS": "2"}
+    running = [start(pinned=True), start(pinned=True, **asked), start(pinned=False, **asked)]
+    plain, other, unpinned = (each.communicate()[0].strip() for each in running)
+    assert plain
+    assert other == plain
+    assert unpinned != plain  # so the chain can tell
+
+
+def test_pins_are_set_when_the_package_is_imported(monkeypatch):
+    for key in cpu.PINNED:
+        monkeypatch.setenv(key, "other")
+    cpu.pin()
+    assert {key: os.environ[key] for key in cpu.PINNED} == cpu.PINNED
+
+
+@pytest.mark.parametrize("module", ["aplsmear.views", "aplsmear.splits", "aplsmear.cli", "aplsmear.stage"])
+def test_numpy_never_comes_before_the_pins(module):
+    """Whatever module of the package is imported first, the environment is set before NumPy reads it."""
+    code = f"""
+import sys, importlib.abc, os
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("numpy", "cv2", "scipy", "pandas"):
+            assert os.environ.get("OPENBLAS_CORETYPE") == "Haswell", name
+sys.meta_path.insert(0, Watch())
+import {module}
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in cpu.PINNED} | {
+        "PYTHONPATH": SRC
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,97 @@
+"""Files that are whole or not there, also when the writer is killed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aplsmear.files import whole
+
+SRC = str(Path(__file__).parents[1] / "src")
+
+
+def test_the_file_is_there_after_the_block_and_not_before(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole(path) as part:
+        part.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_what_was_there_before(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail_half_way() -> None:
+        with whole(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITERS = {
+    "views": """
+from aplsmear.shards import View, ViewWriter
+with ViewWriter({"cell": out / "cell.parquet", "smear": out / "smear.parquet"}) as writer:
+    for n in range(20):
+        writer.write({"cell": [View(str(n), 0, b"x" * 1000)], "smear": [View(str(n), 0, b"y" * 1000)]})
+        may_die(n)
+""",
+    "features": """
+import numpy as np, pandas as pd
+from aplsmear.features import write_features
+def batches():
+    for n in range(20):
+        may_die(n)
+        yield [np.full((1, 8), n, np.float16), np.full((1, 4), n, np.float16)]
+index = pd.DataFrame({"item": [str(n) for n in range(20)], "view": 0})
+write_features(out, index, ["a", "b"], batches())
+""",
+    "table": """
+import pandas as pd
+from aplsmear.tables import write_table
+class Cell:
+    def __init__(self, n): self.n = n
+    def __str__(self):
+        may_die(self.n)
+        return str(self.n)
+write_table(out / "table.csv", pd.DataFrame({"item": [Cell(n) for n in range(20)]}, dtype=object))
+""",
+}
+
+
+def write(kind: str, out: Path, dies_at: int) -> int:
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+out = Path(sys.argv[1])
+def may_die(n):
+    if n == {dies_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+{WRITERS[kind]}"""
+    environment = os.environ | {"PYTHONPATH": SRC}
+    return subprocess.run([sys.executable, "-c", code, str(out)], env=environment, check=False).returncode
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_killed_writer_leaves_nothing_that_passes_for_whole_and_the_next_run_is_as_if_nothing_happened(
+    kind, tmp_path
+):
+    assert write(kind, tmp_path / "undisturbed", -1) == 0
+    assert write(kind, tmp_path / "killed", 10) == -signal.SIGKILL
+    assert not [path.name for path in (tmp_path / "killed").iterdir() if path.suffix != ".part"]
+    assert write(kind, tmp_path / "killed", -1) == 0
+    contents = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("undisturbed", "killed")
+    ]
+    assert contents[0] == contents[1]
+    assert not any(name.endswith(".part") for name in contents[0])

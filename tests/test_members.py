@@ -1,0 +1,78 @@
+"""What a patient's cells say together."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+
+from aplsmear.members import SUMMARIES, summarise, summarise_patients
+
+
+def test_summaries_of_four_cells_by_hand() -> None:
+    found = summarise(np.array([0.2, 0.9, 0.6, 0.1]), positive_above=0.5, top=2, leak=0.05)
+    assert found == pytest.approx(
+        {
+            "mean": 0.45,
+            "median": 0.4,
+            "upper": 0.81,  # 0.6 + 0.7 of the way to 0.9
+            "top": 0.75,
+            "share": 2.5 / 5,
+            "noisy_or": 1 - 0.99 * 0.955 * 0.97 * 0.995,
+        }
+    )
+
+
+def test_one_rare_finding_shows_in_the_summaries_made_for_it() -> None:
+    quiet = np.full(100, 0.05)
+    found = np.append(quiet[1:], 0.99)
+    before, after = summarise(quiet), summarise(found)
+    assert after["top"] > before["top"] + 0.15
+    assert after["noisy_or"] > before["noisy_or"] + 0.01
+    assert after["median"] == before["median"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.randoms())
+def test_summaries_are_probabilities_that_no_order_of_the_cells_changes(scores, random) -> None:
+    mixed = random.sample(scores, len(scores))
+    found = summarise(np.array(scores, dtype=np.float32))
+    assert tuple(found) == SUMMARIES
+    assert all(0 <= value <= 1 for value in found.values())
+    assert found == summarise(np.array(mixed, dtype=np.float32))
+
+
+def test_patients_by_hand() -> None:
+    scores = pd.DataFrame(
+        {
+            "item": ["c1", "c2", "c3"],
+            "patient": ["p2", "p1", "p2"],
+            "fold": [1, 0, 1],
+            "world_0": np.float32([0.25, 0.0, 0.75]),
+            "world_1": np.float32([0.5, 1.0, 0.5]),
+        }
+    )
+    table = summarise_patients(scores)
+    assert list(table.columns) == ["patient", "fold", "world", "items", *SUMMARIES]
+    assert table[["patient", "fold", "world", "items"]].to_numpy().tolist() == [
+        ["p1", 0, 0, 1],
+        ["p1", 0, 1, 1],
+        ["p2", 1, 0, 2],
+        ["p2", 1, 1, 2],
+    ]
+    assert expit(table["mean"]).tolist() == pytest.approx([1e-4, 1 - 1e-4, 0.5, 0.5])
+    assert table["top"][2] == pytest.approx(0.0)  # a logit
+    assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
+
+
+def test_the_order_of_the_cells_does_not_matter() -> None:
+    random = np.random.default_rng(0)
+    scores = pd.DataFrame(
+        {"item": [f"c{n}" for n in range(60)], "patient": [f"p{n % 7}" for n in range(60)]}
+        | {"fold": [n % 7 % 3 for n in range(60)]}
+        | {f"world_{world}": random.random(60).astype(np.float32) for world in range(4)}
+    )
+    mixed = scores.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(summarise_patients(scores), summarise_patients(mixed))

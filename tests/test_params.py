@@ -1,0 +1,180 @@
+"""params.yaml: every problem is said at once, in words that lead to the line to mend."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from aplsmear.params import Params, ParamsError, named, read_params
+
+ROOT = Path(__file__).parents[1]
+
+
+BACKBONE = {"application": "MobileNet", "layer": ["conv_pw_3_relu"], "weights": "none", "batch": 8}
+BACKBONE |= {"input_size": {"cell": 64, "smear": 64}}
+
+
+def changed(tmp_path: Path, *changes: tuple[str, object]) -> Path:
+    """params.yaml of the repository with one backbone; values at dotted places changed (None: taken away)."""
+    yaml = YAML()
+    params: dict = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["backbones"] = {"mobilenet": deepcopy(BACKBONE)}
+    params["tune"]["space"] |= {"features": ["any"], "dropout": {"low": 0.0, "high": 0.5}}
+    for place, value in changes:
+        *path, last = place.split(".")
+        table = params
+        for key in path:
+            table = table[key]
+        if value is None:
+            del table[last]
+        else:
+            table[last] = value
+    yaml.dump(params, tmp_path / "params.yaml")
+    return tmp_path / "params.yaml"
+
+
+def problems(path: Path) -> list[str]:
+    with pytest.raises(ParamsError) as error:
+        read_params(path)
+    head, *lines = str(error.value).splitlines()
+    assert head == f"{path} does not fit:"
+    return [line.strip() for line in lines]
+
+
+def test_the_parameters_of_the_repository_are_valid():
+    params = read_params(ROOT / "params.yaml")
+    assert params.task in params.tasks
+    assert Params.model_validate(params.model_dump()) == params
+
+
+@pytest.mark.parametrize("profile", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_is_valid(profile):
+    read_params(profile)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("sed", 1, "sed: unknown key (did you mean 'seed'?)"),
+        ("augment.rotat", 1, "augment.rotat: unknown key (did you mean 'rotate'?)"),
+        ("backbones.mobilenet.weight", "none",
+         "backbones.mobilenet.weight: unknown key (did you mean 'weights'?)"),
+        ("tune.space.dropout.hi", 1, "tune.space.dropout.hi: unknown key (did you mean 'high'?)"),
+        ("augment.size.smears", 9, "augment.size.smears: unknown key (did you mean 'smear'?)"),
+        ("split.folds", None, "split.folds: is missing"),
+        ("split.folds", 2, "split.folds: Input should be greater than or equal to 3, not 2"),
+        ("split.folds", "five", "split.folds: Input should be a valid integer, not 'five'"),
+        ("compute.threads", True, "compute.threads: Input should be a valid integer, not True"),
+        ("augment.blur", float("nan"), "augment.blur: Input should be a finite number, not nan"),
+        ("combine", 7, "combine: expected a table of keys, not 7"),
+        ("dataset.source", "kagle", "dataset.source: Input should be"),
+        ("task", "auer_rods", "task: 'auer_rods' is no task (did you mean 'auer_rod'?)"),
+        ("ensembles.apl_aml.members", ["blasts"], "'blasts' is no task (did you mean 'blast'?)"),
+        ("ensembles.apl_aml.members", ["blast", "blast"],
+         "ensembles.apl_aml.members: 'blast' is named twice"),
+        ("ensembles.apl_aml.negative", "apl", "ensembles.apl_aml: positive and negative are both 'apl'"),
+        ("augment.size.smear", None, "augment.size.smear: is missing"),
+        ("backbones.mobilenet.input_size.cell", None, "backbones.mobilenet.input_size.cell: is missing"),
+        ("backbones.mobilenet.layer", ["a", "a"], "backbones.mobilenet.layer: 'a' is named twice"),
+        ("backbones.Mobile Net", {}, "backbones.Mobile Net: a name is made of small letters"),
+        ("tune.space.features", ["any", "mobilenet/conv_pw_3_relu"],
+         "tune.space.features: 'any' stands alone"),
+        ("tune.space.features", ["mobilenet/conv_pw_4_relu"], "(did you mean 'mobilenet/conv_pw_3_relu'?)"),
+        ("tune.space.dropout.high", -1.0, "tune.space.dropout: low (0.0) is above high (-1.0)"),
+        ("tasks.blast.positive", {}, "tasks.blast.positive: is empty"),
+        ("tasks.blast.positive", {"celltype": ["a"]},
+         "a cell has no column 'celltype' (did you mean 'cell_type'?)"),
+        ("tasks.apl_aml_smear.positive", {"cell_type": ["a"]}, "a smear has no column 'cell_type'"),
+        ("overrides.blast", None, "overrides: 'blast' has no row; write `blast: {}`"),
+        ("overrides.blasts", {}, "overrides: 'blasts' is no task (did you mean 'blast'?)"),
+        ("overrides.blast.trails", 3, "overrides.blast.trails: unknown key (did you mean 'trials'?)"),
+        ("overrides.blast", {"space": {"features": ["x/y"]}},
+         "overrides.blast.space.features: 'x/y' is no backbone"),
+        ("overrides.blast", {"space": {"dropout": {"high": -1.0}}},
+         "overrides.blast.space.dropout: low (0.0) is"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(tmp_path, place, value, said):
+    found = problems(changed(tmp_path, (place, value)))
+    assert any(said in line for line in found), found
+
+
+def test_one_mistake_is_one_line(tmp_path):
+    assert problems(changed(tmp_path, ("task", "nope"))) == ["task: 'nope' is no task"]
+    assert len(problems(changed(tmp_path, ("tune.trials", 0)))) == 1  # not again for each override
+
+
+def test_everything_is_said_at_once_shapes_and_names_alike(tmp_path):
+    found = problems(
+        changed(
+            tmp_path,
+            ("seed", "one"),
+            ("augment.size.smear", None),
+            ("augment.hue", 999),
+            ("ensembles.apl_aml.members", ["nope"]),
+            ("overrides.blast", {"trails": 1}),
+            ("combine", None),
+        )
+    )
+    starts = [
+        "seed",
+        "augment.hue",
+        "combine",
+        "augment.size",
+        "ensembles.apl_aml.members",
+        "overrides.blast",
+    ]
+    assert all(any(line.startswith(start) for line in found) for start in starts), found
+    assert len(found) == len(starts)
+
+
+def test_an_override_changes_what_it_names_and_no_more(tmp_path):
+    row = {"trials": 3, "space": {"dropout": {"low": 0.25}, "width": [8]}}
+    params = read_params(changed(tmp_path, ("overrides.blast", row)))
+    tune, own = params.tune, params.tune_of("blast")
+    assert (own.trials, own.space.width) == (3, [8])
+    assert (own.space.dropout.low, own.space.dropout.high) == (0.25, tune.space.dropout.high)
+    assert own.model_copy(update={"trials": tune.trials, "space": tune.space}) == tune
+    assert params.tune_of("faggot").space == tune.space
+
+
+def test_a_key_given_twice_is_an_error_with_its_line(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text((ROOT / "params.yaml").read_text(encoding="utf-8") + "\nseed: 2\n", encoding="utf-8")
+    with pytest.raises(ParamsError, match='found duplicate key "seed"') as error:
+        read_params(path)
+    assert "suppress" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["seed: [1", "just words", "- a\n- b\n", "", "seed: \xff"])
+def test_what_is_no_table_is_an_error_and_no_traceback(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"params\.yaml"):
+        read_params(path)
+
+
+def test_a_missing_file_says_where_to_start(tmp_path):
+    with pytest.raises(ParamsError, match=r"start in the folder of dvc\.yaml"):
+        read_params(tmp_path / "params.yaml")
+
+
+def test_numbers_are_read_as_dvc_reads_them(tmp_path):
+    """YAML 1.1, which PyYAML reads, takes 1e-3 for text and `on` for true."""
+    path = changed(tmp_path, ("tune.space.dropout", {"low": 0.001, "high": 0.5}))
+    expected = read_params(path)
+    text = path.read_text(encoding="utf-8")
+    assert "low: 0.001\n      high: 0.5\n" in text
+    path.write_text(
+        text.replace("low: 0.001\n      high: 0.5\n", "low: 1e-3\n      high: 5e-1\n"), encoding="utf-8"
+    )
+    assert read_params(path) == expected
+
+
+def test_a_name_that_is_not_there_says_which_is_near():
+    assert named({"mobilenet": 1}, "mobilenet", "backbones") == 1
+    with pytest.raises(
+        ParamsError, match=r"backbones of params\.yaml has no 'mobilnet' \(did you mean 'mobilenet'"
+    ):
+        named({"mobilenet": 1}, "mobilnet", "backbones")

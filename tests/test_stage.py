@@ -1,0 +1,129 @@
+"""How stages start and end: light imports, pinned before NumPy, errors that people can act on."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aplsmear.errors import UserError
+from aplsmear.params import ParamsError
+from aplsmear.stage import run
+
+ROOT = Path(__file__).parents[1]
+STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+WORDS = {
+    "bottleneck": ["mobilenet"],
+    "tune": ["blast"],
+    "ensemble": ["apl_aml"],
+    "member": ["apl_aml", "blast"],
+}
+READ_NO_PARAMS = {"member.py"}
+
+
+def python(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_what_main_returns_is_the_exit_code():
+    for returned, code in ((None, None), (0, 0), (3, 3)):
+        with pytest.raises(SystemExit) as ended:
+            run(lambda returned=returned: returned, [])
+        assert ended.value.code == code
+
+
+def test_words_become_arguments_and_wrong_ones_bring_the_usage(capsys):
+    heard = []
+
+    def main(name: str) -> None:
+        heard.append(name)
+
+    with pytest.raises(SystemExit):
+        run(main, ["blast"])
+    assert heard == ["blast"]
+    with pytest.raises(SystemExit) as ended:
+        run(main, [])
+    assert ended.value.code == 2
+    assert "How stages start and end" in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_is_a_message_and_another_a_traceback(capsys):
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail, [ParamsError("mend this")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "mend this\n"
+    with pytest.raises(ZeroDivisionError):
+        run(fail, [ZeroDivisionError()])
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name not in READ_NO_PARAMS])
+def test_bad_parameters_end_a_stage_with_a_clean_message(stage, tmp_path):
+    (tmp_path / "params.yaml").write_text("seed: one\n")
+    words = WORDS.get(stage.removesuffix(".py"), [])
+    ended = python(str(ROOT / "stages" / stage), *words, cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith(
+        "params.yaml does not fit:\n  seed: Input should be a valid integer, not 'one'\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_an_unknown_backbone_ends_with_the_nearest_name(tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    ended = python(str(ROOT / "stages" / "bottleneck.py"), "mobilnet", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "did you mean 'mobilenet'" in ended.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_comes_before_the_pins(stage):
+    """A stage imports the standard library, yaml, and aplsmear, which pins the CPU before NumPy comes."""
+    tree = ast.parse((ROOT / "stages" / stage).read_text(encoding="utf-8"))
+    roots = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add(str(node.module).split(".")[0])
+    assert roots - sys.stdlib_module_names <= {"aplsmear", "yaml"}
+    assert "run(main)" in ast.unparse(tree.body[-1])
+
+
+def test_stages_that_run_no_network_load_none_and_stages_are_light_to_import(tmp_path):
+    """Importing a stage (all but its `main`) loads neither TensorFlow nor MLflow nor Optuna."""
+    code = """
+import importlib.util, sys
+for path in sys.argv[1:]:
+    spec = importlib.util.spec_from_file_location("a_stage", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+print(*sorted({"tensorflow", "keras", "mlflow", "optuna", "imgaug", "matplotlib"} & set(sys.modules)))
+"""
+    ended = python("-c", code, *(str(ROOT / "stages" / name) for name in STAGES), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == ""
+
+
+def test_errors_that_people_can_mend_have_one_base():
+    from aplsmear.backbones import BackboneError
+    from aplsmear.features import FeaturesError
+    from aplsmear.images import ImageError
+    from aplsmear.kaggle import KaggleError
+    from aplsmear.problems import DataSetError
+    from aplsmear.splits import SplitError
+    from aplsmear.tuning import TuneError
+    from aplsmear.views import ViewError
+
+    for error in (
+        BackboneError, DataSetError, FeaturesError, ImageError, KaggleError, ParamsError, SplitError,
+        TuneError, ViewError,
+    ):  # fmt: skip
+        assert issubclass(error, UserError)

@@ -1,0 +1,44 @@
+"""Tables come back as they went, and are the same bytes each time."""
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.tables import read_scores, read_table, write_table
+
+
+def test_a_table_survives_the_file(tmp_path):
+    table = pd.DataFrame(
+        {
+            "patient": ["007", "NA", "é, ß"],
+            "special_characteristics": ["None", "", 'Auer rods|"x"'],
+            "fold": np.array([0, 1, 2]),
+            "probability": [0.5, 1e-7, 1.0],
+        }
+    )
+    write_table(tmp_path / "new" / "a.csv", table)
+    again = read_table(tmp_path / "new" / "a.csv")
+    assert again["patient"].tolist() == ["007", "NA", "é, ß"]  # no number, nothing missing
+    assert again["special_characteristics"].tolist() == ["None", "", 'Auer rods|"x"']
+    assert again["fold"].dtype == np.int64
+    assert again["probability"].tolist() == [0.5, 1e-7, 1.0]
+    write_table(tmp_path / "b.csv", again)
+    assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "new" / "a.csv").read_bytes()
+
+
+def test_the_file_is_written_to_the_byte(tmp_path):
+    write_table(tmp_path / "a.csv", pd.DataFrame({"item": ["1", "2"], "probability": [1 / 3, 2.0]}))
+    assert (tmp_path / "a.csv").read_bytes() == b"item,probability\n1,0.333333\n2,2\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]  # no scratch file stays
+
+
+def test_an_empty_table_keeps_its_columns(tmp_path):
+    write_table(tmp_path / "a.csv", pd.DataFrame({"cell": [], "y0": []}))
+    again = read_table(tmp_path / "a.csv")
+    assert list(again.columns) == ["cell", "y0"]
+    assert len(again) == 0
+
+
+def test_scores_keep_every_bit(tmp_path):
+    scores = pd.DataFrame({"item": ["1"], "world_0": np.array([1 / 3], dtype=np.float32)})
+    scores.to_parquet(tmp_path / "scores.parquet", index=False)
+    pd.testing.assert_frame_equal(read_scores(tmp_path / "scores.parquet"), scores)
