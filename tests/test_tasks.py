@@ -33,13 +33,14 @@ def test_what_is_positive_is_not_negative():
     assert labels({"diagnosis": ["apl"]}, {"diagnosis": ["apl", "aml"]}) == [0, 1, -1, 1]
 
 
-def test_columns_are_alternatives():
-    assert labels({"cell_type": ["Myeloblast"], "diagnosis": ["apl"]}, {"diagnosis": ["healthy"]}) == [
-        1,
-        1,
-        0,
-        1,
-    ]
+def test_several_columns_must_all_hold():
+    immature_of_apl = {"cell_type": ["Myeloblast", "Promyelocyte"], "diagnosis": ["apl"]}
+    both = labels(immature_of_apl, {"diagnosis": ["healthy"]})
+    of_apl = labels({"diagnosis": ["apl"]}, {"diagnosis": ["healthy"]})
+    typed = labels({"cell_type": ["Myeloblast", "Promyelocyte"]}, {"diagnosis": ["healthy"]})
+    assert [label == 1 for label in both] == [a == b == 1 for a, b in zip(of_apl, typed, strict=True)]
+    assert 1 in both
+    assert both.count(1) < min(of_apl.count(1), typed.count(1))
 
 
 def test_a_table_without_rows_has_no_labels():

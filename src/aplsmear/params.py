@@ -169,7 +169,7 @@ class Tune(_Strict):
             raise ValueError("must be empty, or the URL of a database: postgresql+psycopg://...")
         if urlsplit(value).password is not None:
             raise ValueError(
-                "must not hold a password, since params.yaml is shared: give the whole URL in the environment "
+                "must not hold a password, since params.yaml is shared: give the URL in the environment "
                 "variable APLSMEAR_STUDY_STORAGE, or the password in ~/.pgpass"
             )
         return value
@@ -222,6 +222,7 @@ class Combine(_Strict):
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
     shuffles: int = Field(ge=1)
+    shares: list[Name] = []
 
 
 class Params(_Strict):
@@ -325,6 +326,9 @@ def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
                 yield f"tasks.{name}.{side}: is empty: name a column and its labels"
     for name, ensemble in ensembles.items():
         yield from _crossed_ensemble(name, _table(ensemble), tasks)
+    for name in _texts(_table(raw.get("combine")).get("shares")):
+        if name not in tasks:
+            yield f"combine.shares: {name!r} is no task{nearest(name, tasks)}"
     yield from _without_level("augment.size", _table(raw.get("augment")).get("size"))
     layers = []
     for name, backbone in backbones.items():

@@ -7,8 +7,8 @@ Their learning rates, weight decays, dropout rates, class weights, label smoothi
 vectors over (lane, model); narrower models are padded with zeros, which stay zero, since neither signal nor
 gradient reaches them.
 
-The learning rate of a model scales its weights instead of its steps (W = rate * V, and V takes steps of Adam with
-rate 1, whose direction does not depend on the scale of the gradient). So one fused update serves all models.
+The learning rate of a model scales its weights instead of its steps (W = rate * V, and V takes steps of Adam
+with rate 1, whose direction does not depend on the scale of the gradient). So one fused update serves all.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ ANY = "*"
 
 
 def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
-    """Which items carry, in any column of `condition`, one of its labels (``*``: any label at all).
+    """Which items carry, in every column of `condition`, one of its labels (``*``: any label at all).
 
     Args:
         items: a table with a column of ``|``-joined labels for each key of `condition`.
@@ -21,12 +21,11 @@ def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
     Returns:
         bool, shape (items,).
     """
-    met = np.zeros(len(items), dtype=bool)
+    met = np.ones(len(items), dtype=bool)
     for column, wanted in condition.items():
         for text, rows in items.groupby(column, sort=False).indices.items():
             labels = set(filter(None, str(text).split(SEPARATOR)))
-            if (labels and ANY in wanted) or labels.intersection(wanted):
-                met[rows] = True
+            met[rows] &= bool((labels and ANY in wanted) or labels.intersection(wanted))
     return met
 
 

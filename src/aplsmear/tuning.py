@@ -1,9 +1,9 @@
 """The search over heads: which trial each world chooses, and the held-out scores that follow.
 
 Candidates are drawn before any score is known (random search), so that one study serves every world of
-`aplsmear.splits` without a leak: what steers the search for a world never looked at the world's held-out
-patients. (A sampler that learns from finished trials would need a study of its own for every world.) Every trial is
-trained once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then
+`aplsmear.splits` without a leak: what steers the search for a world never looked at its held-out patients. (A
+sampler that learns from finished trials would need a study of its own for every world.) Every trial is trained
+once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then
 compares the trials, and finds out how long to train, by its own inner folds.
 """
 
@@ -44,9 +44,8 @@ class TuneError(UserError, ValueError):
 class Trial:
     """A candidate and how it did on each inner fold (columns) of each world (rows).
 
-    At [w, j] stands what the head that saw neither w nor j did on j; NaN (and 0 epochs) on the diagonal, where j
-    lacks a class, and everywhere if the trial failed. The last world has all folds inside and uses every
-    entry.
+    At [w, j] stands what the head that saw neither w nor j did on j; NaN (and 0 epochs) on the diagonal, and
+    everywhere if the trial failed; NaN where j lacks a class. The last world uses every entry.
     """
 
     number: int
