@@ -6,7 +6,13 @@ Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yam
 from pathlib import Path
 
 from aplsmear.comparison import compare, pooled_features, pooled_rival, rivals_of
-from aplsmear.curves import calibration_table, confusion_table, precision_recall_table, roc_curve_table
+from aplsmear.curves import (
+    calibration_table,
+    confusion_table,
+    precision_recall_table,
+    roc_band_table,
+    roc_curve_table,
+)
 from aplsmear.ensembles import (
     as_model,
     draw_candidates,
@@ -18,6 +24,7 @@ from aplsmear.ensembles import (
 )
 from aplsmear.features import read_features
 from aplsmear.params import read_params
+from aplsmear.report import Findings, fingerprints, write_page
 from aplsmear.stage import run
 from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
@@ -26,30 +33,53 @@ from aplsmear.tables import read_table, write_table
 def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     ensemble, combine = params.ensembles[name], params.combine
-    patients = patients_of(read_table(Path("splits/folds.csv")), ensemble.positive, ensemble.negative)
-    members = read_members(Path(f"members/{name}"), ensemble.members)
+    inputs = folds, cells = Path("splits/folds.csv"), Path("dataset/cells.csv")
+    patients = patients_of(read_table(folds), ensemble.positive, ensemble.negative)
+    folder = Path(f"members/{name}")
+    members = read_members(folder, ensemble.members)
     candidates = draw_candidates(combine, params.seed)
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
 
     rivals = rivals_of(patients, members, combine.shares, params.seed)
     features = read_features(Path("features/cell"), params.backbones)
-    cells = read_table(Path("dataset/cells.csv")).rename(columns={"cell": "item"})
-    if pooled := pooled_features(features.values(), cells, patients):
+    items = read_table(cells).rename(columns={"cell": "item"})
+    if pooled := pooled_features(features.values(), items, patients):
         rivals["mean-pooled features"] = pooled_rival(patients, pooled)
 
-    out = Path(f"ensembles/{name}")
     table = verdicts.table
     label, probability = table["label"], table["probability"]
+    findings = Findings(
+        name=name,
+        ensemble=ensemble,
+        verdicts=verdicts,
+        members=members,
+        measured=measure(verdicts, combine.resamples, params.seed),
+        comparison=compare(patients, probability.to_numpy(), rivals),
+        importance=importance(verdicts, combine.shuffles, params.seed),
+        roc=roc_curve_table(label, probability),
+        band=roc_band_table(label, probability, combine.resamples, params.seed),
+        precision_recall=precision_recall_table(label, probability),
+        calibration=calibration_table(label, probability),
+        inputs=fingerprints([*inputs, *(folder / f"{task}.csv" for task in ensemble.members)]),
+        settings={
+            "seed": params.seed,
+            "combine": combine.model_dump(),
+            f"ensembles.{name}": ensemble.model_dump(),
+        },
+    )
+
+    out = Path(f"ensembles/{name}")
     names = [ensemble.negative, ensemble.positive]
     write_table(out / "predictions.csv", table)
-    write_table(out / "comparison.csv", compare(patients, probability.to_numpy(), rivals))
-    write_table(out / "importance.csv", importance(verdicts, combine.shuffles, params.seed))
-    write_table(out / "roc.csv", roc_curve_table(label, probability))
-    write_table(out / "precision_recall.csv", precision_recall_table(label, probability))
-    write_table(out / "calibration.csv", calibration_table(label, probability))
+    write_table(out / "comparison.csv", findings.comparison)
+    write_table(out / "importance.csv", findings.importance)
+    write_table(out / "roc.csv", findings.roc)
+    write_table(out / "precision_recall.csv", findings.precision_recall)
+    write_table(out / "calibration.csv", findings.calibration)
     write_table(out / "confusion.csv", confusion_table(label, table["verdict"], names))
-    write_json(out / "metrics.json", measure(verdicts, combine.resamples, params.seed))
+    write_json(out / "metrics.json", findings.measured)
     write_json(out / "model" / "combination.json", as_model(verdicts, ensemble), digits=12)
+    write_page(out / "report.html", findings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Heads: trained together as alone, scored as by hand, kept without loss."""
 
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,9 +95,7 @@ def test_score_is_the_network_by_hand() -> None:
         (1, 2, "tanh"),
     ]:
         units = [5, *[width] * depth, 1]
-        kernels = [
-            random.normal(size=size).astype(np.float32) for size in zip(units, units[1:], strict=False)
-        ]
+        kernels = [random.normal(size=size).astype(np.float32) for size in pairwise(units)]
         biases = [random.normal(size=size).astype(np.float32) for size in units[1:]]
         signal = values[rows].astype(np.float64)
         for layer, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
@@ -191,14 +190,12 @@ def test_a_head_is_what_keras_trains() -> None:
     model.compile(optimizer, keras.losses.BinaryCrossentropy(label_smoothing=0.1))
     heavier = ((label == 0).sum() / label.sum()) ** 0.7
     weight = np.where(label == 1, heavier, 1.0)
-    schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.02 * pace(recipe, epoch))
-    model.fit(
-        (x - mean) / spread, label[:, None], sample_weight=weight / weight.mean(), batch_size=90, epochs=15,
-        shuffle=False, verbose=0, callbacks=[schedule],
-    )  # fmt: skip
+    for epoch in range(15):
+        optimizer.learning_rate = 0.02 * pace(recipe, epoch)
+        model.train_on_batch((x - mean) / spread, label[:, None], weight / weight.mean())
 
     every = ground.values["net/layer"]
-    expected = model.predict((every - mean) / spread, verbose=0, batch_size=200)[:, 0]
+    expected = model((every - mean) / spread).numpy()[:, 0]
     found = score([end], every, np.arange(len(every)))[0]
     assert np.abs(found - score([start], every, np.arange(len(every)))[0]).max() > 0.3  # it has learned
     np.testing.assert_allclose(found, expected, atol=2e-3)
@@ -305,7 +302,7 @@ def test_a_plan_keeps_within_memory_and_leaves_nobody_out() -> None:
     ground = replace(material(), values={"net/layer": np.zeros((1, 2000), np.float16)}, memory=64)
     jobs = jobs_of(*(replace(BASE, width=width, views=width % 3) for width in (4, 64, 256, 300, 17, 2000)))
     stacked = plan(jobs, ground)
-    assert sorted(sum(stacked, [])) == list(range(len(jobs)))
+    assert sorted(chain(*stacked)) == list(range(len(jobs)))
     assert len(stacked) > len(plan(jobs, replace(ground, memory=8192)))
     for stack in stacked:
         assert len(stack) == 1 or stacks._cost([jobs[i] for i in stack], 2000)[1] <= 32 * 2**20

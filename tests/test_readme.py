@@ -22,7 +22,9 @@ def test_its_make_commands_are_targets_of_the_makefile() -> None:
 
 def test_the_stages_that_it_names_exist() -> None:
     text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    named = {word for command in commands() if command.startswith("dvc repro") for word in command.split()[2:]}
+    named = {
+        word for command in commands() if command.startswith("dvc repro") for word in command.split()[2:]
+    }
     assert named
     assert all(re.search(rf"^  {stage}:$", text, re.MULTILINE) for stage in named)
 

@@ -125,6 +125,52 @@ def tidy() -> None:
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
 
+@app.command("null-check")
+def null_check(
+    ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],
+    repeats: Annotated[int, typer.Option(min=2, help="Permutations.")] = 30,
+) -> None:
+    """Does the ensemble find something where there is nothing? Needs `members/NAME`, changes nothing.
+
+    Permuted: the diagnoses of the patients, within each fold. Done again: choice of the combination, its
+    weights, calibration, held-out verdicts. Not done again: the members' scores. Exit code 1 where the mean
+    AUROC is further from 0.5 than 0.03 and than three standard errors.
+
+    Example: `aplsmear null-check --ensemble apl_healthy`
+    """
+    from aplsmear import ensembles
+    from aplsmear.errors import UserError
+    from aplsmear.params import named
+    from aplsmear.tables import read_table
+
+    knobs = _knobs(PARAMS)
+    if knobs is None:
+        _fail("there is no params.yaml here")
+    try:
+        asked = named(knobs.ensembles, ensemble, "ensembles")
+        folds = _made(Path("splits/folds.csv"))
+        members = ensembles.read_members(_made(Path("members") / ensemble), asked.members)
+        patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
+        candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
+        found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)
+    except UserError as error:
+        _fail(str(error))
+    failed = False
+    for column, what in (("auroc", "all pairs of patients"), ("auroc_within_folds", "pairs within a fold")):
+        mean, error_of_mean = found[column].mean(), found[column].std() / repeats**0.5
+        failed |= abs(mean - 0.5) > max(0.03, 3 * error_of_mean)
+        typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error_of_mean:.3f})")
+    if failed:
+        _fail("This should be 0.5: something leaks from the held-out patients into their verdicts.")
+
+
+def _made(path: Path) -> Path:
+    """The path, if it is there."""
+    if not path.exists():
+        _fail(f"{path} is not there: `dvc repro` makes it")
+    return path
+
+
 def _pair(setting: str) -> tuple[str, str]:
     key, found, value = setting.partition("=")
     if not found or not key:

@@ -18,7 +18,6 @@ from aplsmear.features import Features
 from aplsmear.members import SUMMARIES
 from aplsmear.statistics import auroc_within_folds, delong_interval, delong_test
 
-_FREEDOM = 1.0  # of a rival's single weight; only the calibration of folds to each other hangs on it
 _FREEDOMS = (0.0001, 0.001, 0.01, 0.1)  # of a regression on hundreds of features
 _ROWS = 65536  # of features read at once
 
@@ -38,10 +37,9 @@ def rivals_of(
         ``<member> alone``, by the summary that does best on the inner folds; ``share of <member> cells``; and
         ``plain average``, of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
     """
-    alone = [Candidate(n, "logistic", kind, _FREEDOM, 0) for n, kind in enumerate(SUMMARIES)]
     average = [Candidate(n, "average", kind, 0.0, 0) for n, kind in enumerate(SUMMARIES)]
-    share = [Candidate(0, "logistic", "share", _FREEDOM, 0)]
-    asked = {f"{name} alone": ({name: table}, alone) for name, table in members.items()}
+    share = [one for one in average if one.summary == "share"]
+    asked = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
     asked |= {f"share of {name} cells": ({name: members[name]}, share) for name in shares if name in members}
     asked["plain average"] = (dict(members), average)
     return {

@@ -13,7 +13,7 @@ import pandas as pd
 from sklearn import metrics
 
 from aplsmear.files import whole
-from aplsmear.statistics import call_at, check_columns
+from aplsmear.statistics import call_at, check_columns, roc_band
 
 MAX_ROWS = 500
 
@@ -29,6 +29,15 @@ def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = 
     threshold[0] = s.max() + 1
     keep = _thinned(fpr, tpr, max_rows)
     return pd.DataFrame({"fpr": fpr[keep], "tpr": tpr[keep], "threshold": threshold[keep]})
+
+
+def roc_band_table(
+    label: npt.ArrayLike, score: npt.ArrayLike, resamples: int, seed: int, points: int = 101
+) -> pd.DataFrame:
+    """The 95 % band of `aplsmear.statistics.roc_band`: columns ``fpr, low, high``, evenly spaced."""
+    fpr = np.linspace(0, 1, points)
+    low, high = roc_band(label, score, fpr, resamples=resamples, seed=seed)
+    return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
 
 
 def precision_recall_table(

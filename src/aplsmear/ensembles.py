@@ -451,7 +451,7 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
         weights = np.sign(np.round(inputs.T @ (label - label.mean()), 9)) / inputs.shape[1]
         intercept = 0.0
     elif candidate.model == "logistic":
-        model = LogisticRegression(C=candidate.freedom, max_iter=1000).fit(inputs, label)
+        model = LogisticRegression(C=candidate.freedom, tol=1e-6, max_iter=1000).fit(inputs, label)
         weights, intercept = model.coef_[0], float(model.intercept_[0])
     else:
         network = MLPClassifier(
@@ -471,7 +471,7 @@ def _calibrated(
     fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
 ) -> Combination:
     """Calibrate (Platt 1999) and call, on the logits `inner`, what was fitted on all inner folds."""
-    line = LogisticRegression(C=1.0, max_iter=1000)
+    line = LogisticRegression(C=1.0, tol=1e-6, max_iter=1000)
     spread = max(float(inner.std()), _LEAST_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])

@@ -156,6 +156,7 @@ class Tune(_Strict):
     trials: int = Field(ge=1)
     generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
+    average: int = Field(ge=0)
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
     storage: str

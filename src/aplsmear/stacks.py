@@ -213,7 +213,7 @@ class _Stack:
         for number, mine in enumerate(lanes.values()):
             self.place[number, : len(mine)] = mine
         self.width = max(job.recipe.width for job in jobs) if self.recipe.depth else 1
-        self.steps = _steps(items, len(jobs[0].held_out), self.recipe.batch)
+        self.steps = steps_of_epoch(items, len(jobs[0].held_out), self.recipe.batch)
         self.randoms = [np.random.Generator(np.random.Philox(_job_seed(job, seed))) for job in jobs]
         self.dice = int(
             np.random.SeedSequence([seed, *(job.trial for job in jobs)]).generate_state(1)[0] >> 2
@@ -454,7 +454,7 @@ def pace(recipe: Recipe, epoch: int) -> float:
     return 1.0 - min(progress, 0.99) if recipe.schedule == "linear" else 1.0
 
 
-def _steps(items: TrainingItems, held_out: int, batch: int) -> int:
+def steps_of_epoch(items: TrainingItems, held_out: int, batch: int) -> int:
     """Steps of an epoch: the same for all heads that miss as many folds, so that they can train side by
     side."""
     folds = int(items.fold.max()) + 1
@@ -468,8 +468,7 @@ def _job_seed(job: Job, seed: int) -> list[int]:
 def _standardisation(
     values: np.ndarray, items: TrainingItems, held_out: Sequence[tuple[int, ...]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1/deviation of each channel over the plain views outside each held-out set: (sets, 1,
-    channels)."""
+    """Mean and 1/deviation of channels over the plain views outside each held-out set: (sets, 1, channels)."""
     folds = np.unique(items.fold)
     total, square = np.zeros((2, len(folds), values.shape[1]))
     for number, fold in enumerate(folds):
@@ -483,7 +482,8 @@ def _standardisation(
     for unseen in held_out:
         seen = ~np.isin(folds, unseen)
         mean = total[seen].sum(axis=0) / count[seen].sum()
-        deviation = np.sqrt(np.maximum(square[seen].sum(axis=0) / count[seen].sum() - mean**2, 0))
+        with np.errstate(invalid="ignore"):  # features that are not finite come out as a loss that is not
+            deviation = np.sqrt(np.maximum(square[seen].sum(axis=0) / count[seen].sum() - mean**2, 0))
         # A channel that hardly moves is not blown up to the size of the others.
         scales.append(1 / (deviation + 0.05 * deviation.mean() + 1e-6))
         means.append(mean)

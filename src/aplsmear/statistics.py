@@ -633,6 +633,41 @@ def bootstrap_interval(
     return _bootstrap(statistic, y, [s], groups, resamples=resamples, level=level, seed=seed)
 
 
+def roc_band(
+    label: npt.ArrayLike,
+    score: npt.ArrayLike,
+    fpr: npt.ArrayLike,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int,
+) -> tuple[Array, Array]:
+    """Pointwise percentile band of the ROC curve over stratified bootstrap resamples.
+
+    Args:
+        label: 0 or 1, shape (n,).
+        score: any finite numbers, shape (n,).
+        fpr: where on the axis 1 - specificity, shape (k,).
+        resamples, level, seed: as in `bootstrap_interval`.
+
+    Returns:
+        The ends of the band of the sensitivity, each of shape (k,).
+    """
+    y, s = check_columns(label, score)
+    z = np.asarray(fpr, dtype=np.float64)
+    order = np.lexsort([s, y])
+    y, s = y[order], s[order]
+    drawn = []
+    for weight in _resamples(y, None, resamples, seed):
+        for positive, negative in zip(*_curve(y, s, weight), strict=True):
+            tpr, alarms = positive.cumsum() / positive.sum(), negative.cumsum() / negative.sum()
+            # The highest sensitivity among thresholds with as few alarms.
+            place = np.searchsorted(alarms, z + 1e-12, side="right") - 1
+            drawn.append(np.where(place >= 0, tpr[place], 0.0))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
 def paired_bootstrap_difference(
     statistic: Statistic,
     label: npt.ArrayLike,

@@ -130,7 +130,8 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
 
     journal.parent.mkdir(parents=True, exist_ok=True)
     locks = _FileLocks(journal.with_suffix(".locks"))
-    backend = JournalFileBackend(str(journal), lock_obj=_JournalLock(journal, locks))  # type: ignore[arg-type]
+    lock: Any = _JournalLock(journal, locks)
+    backend = JournalFileBackend(str(journal), lock_obj=lock)
     return Study(name, optuna.storages.JournalStorage(backend), locks)
 
 

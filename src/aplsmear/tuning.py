@@ -2,9 +2,9 @@
 
 Candidates are drawn before any score is known (random search), so that one study serves every world of
 `aplsmear.splits` without a leak: what steers the search for a world never looked at its held-out patients. (A
-sampler that learns from finished trials would need a study of its own for every world.) Every trial is trained
-once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then
-compares the trials, and finds out how long to train, by its own inner folds.
+sampler that learns from scores would need a study of its own for every world.) Every trial is trained once for
+each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then compares the
+trials, and finds out how long to train, by its own inner folds.
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ def held_out_scores(
     Args:
         board: items and features.
         chosen: the trial of each world.
-        settings: for the number of items per patient and the memory.
+        settings: for the number of items per patient, the memory, and how many views of an item are averaged.
         seed: of the heads.
 
     Returns:
@@ -328,7 +328,9 @@ def held_out_scores(
         rows = np.flatnonzero(fold == scored)
         if len(rows):
             values = board.features[job.recipe.features].values
-            scores[rows, world] = score([trained[job]], values, board.row[rows])[0]
+            views = [np.minimum(view, board.views[rows]) for view in range(settings.average + 1)]
+            each = [score([trained[job]], values, board.row[rows] + view)[0] for view in views]
+            scores[rows, world] = np.mean(each, axis=0)
     return scores, [trained[wanted[world, world]] for world in range(len(chosen))]
 
 

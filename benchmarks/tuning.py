@@ -1,0 +1,354 @@
+"""How fast tuning is: against a `keras.Model.fit` loop, end-to-end training, and the bare arithmetic.
+
+Usage: python benchmarks/tuning.py [--data DIR --weights FILE] [--task TASK] [--work DIR] [--trials N] [--fits N]
+
+With --data (a folder in the Kaggle layout) and --weights (of MobileNet, alpha 1), features are made by the
+pipeline's own stages; without, those of the demo are used, as `make demo` leaves them. Everything is measured in this
+process, on the same features, folds, candidates and epochs, early stopping off. What is too slow to be measured whole
+is measured on a part, drawn by lot, and extrapolated: names that begin with `extrapolated_` say so. Results go to
+benchmarks/results/tuning.json, one section a data set.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from aplsmear.backbones import build_backbone
+from aplsmear.features import read_features
+from aplsmear.heads import Job, Recipe, TrainingItems, layer_sizes, score
+from aplsmear.images import decode
+from aplsmear.params import Params, Tune, read_params
+from aplsmear.runtime import start_tensorflow
+from aplsmear.shards import read_views
+from aplsmear.splits import tuning_sets
+from aplsmear.stacks import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
+from aplsmear.statistics import auroc_within_folds, write_json
+from aplsmear.tables import read_table
+from aplsmear.tasks import task_labels
+from aplsmear.tuning import Board, draw_candidates, make_board
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "tuning.json"
+LAYER = "conv_pw_12_relu"
+TASKS = ["blast", "apl_aml_cell"]  # those that any set of leukaemia cells can be asked
+
+# What is searched here: the knobs that cost time, spread as a user would spread them.
+SPACE: dict[str, Any] = {
+    "views": [0],
+    "depth": [0, 1, 2],
+    "width": [16, 32, 64, 128],
+    "batch": [32, 64],
+    "epochs": [10, 20],
+    "mixup": [0.0],  # Keras's loop has no mixup
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--task", default="")
+    parser.add_argument("--work", type=Path, default=ROOT)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--fits", type=int, default=16, help="fits of Keras's loop that are measured")
+    asked = parser.parse_args()
+    if asked.data:
+        prepare(asked.work, asked.data, asked.weights)
+    os.chdir(asked.work)
+    task = asked.task or ("blast" if asked.data else "apl_aml_cell")
+    params = read_params(Path("params.yaml"))
+    tf = start_tensorflow(params.compute.threads)
+    board = board_of(task, params)
+    tune = params.tune_of(task)
+    space = tune.space.model_dump() | SPACE
+    tune = Tune.model_validate(tune.model_dump() | {"trials": asked.trials, "patience": 0, "space": space})
+    found = measure(board, tune, params, asked.fits, tf)
+    found |= {"data": "real cells" if asked.data else "demo", "task": task, "machine": machine(), "commit": commit()}
+    whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    section = "real" if asked.data else "demo"
+    whole[section] = found
+    if section == "real" or "speedup_vs_fit" not in whole:
+        names = ("speedup_vs_fit", "speedup_vs_end_to_end", "times_arithmetic", "auroc_difference")
+        whole |= {name: found[name] for name in names}
+    write_json(RESULTS, whole)
+    print(json.dumps(found, indent=2))
+
+
+def prepare(work: Path, data: Path, weights: Path) -> None:
+    """Features of a data set in a folder of their own, by the stages of the pipeline."""
+    work.mkdir(parents=True, exist_ok=True)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for section in ("tasks", "overrides"):
+        params[section] = {task: row for task, row in params[section].items() if task in TASKS}
+    params["ensembles"] = {"apl_aml": params["ensembles"]["apl_aml"] | {"members": TASKS}}
+    params |= {"task": TASKS[0]}
+    params["dataset"] |= {"root": str(data.resolve()), "source": "folder", "skip_bad_images": True}
+    params["augment"] |= {"views": 0, "size": {"cell": 160, "smear": 64}}
+    params["backbones"] = {
+        "mobilenet": {
+            "application": "MobileNet",
+            "options": {},
+            "input_size": {"cell": 160, "smear": 64},
+            "layer": [LAYER],
+            "weights": str(weights.resolve()),
+            "batch": 64,
+        }
+    }
+    (work / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    if not (work / "features" / "cell" / "mobilenet" / f"{LAYER}.npy").exists():
+        for stage in (["download"], ["split"], ["augment"], ["bottleneck", "mobilenet"]):
+            script = [sys.executable, "-P", str(ROOT / "stages" / f"{stage[0]}.py"), *stage[1:]]
+            subprocess.run(script, cwd=work, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+
+
+def board_of(task: str, params: Params) -> Board:
+    level = params.tasks[task].level
+    items = read_table(Path(f"dataset/{level}s.csv")).assign(item=lambda table: table[level])
+    return make_board(
+        items,
+        task_labels(items, params.tasks[task]),
+        read_table(Path("splits/folds.csv")),
+        read_features(Path(f"features/{level}"), params.backbones),
+    )
+
+
+def measure(board: Board, tune: Tune, params: Params, fits: int, tf: Any) -> dict[str, Any]:
+    """Everything about one data set."""
+    recipes, _ = draw_candidates(tune, sorted(board.features), params.seed)
+    material = board.material(tune, params.seed)
+    jobs = [Job(number, recipe, pair) for number, recipe in enumerate(recipes) for pair in tuning_sets(board.folds)]
+    load = os.getloadavg()[0]
+    stacked, _ = timed(lambda: search(jobs, material, tune.generation * len(tuning_sets(board.folds))))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    random = np.random.Generator(np.random.Philox(params.seed))
+    sample = [jobs[i] for i in sorted(random.choice(len(jobs), min(fits, len(jobs)), replace=False))]
+    keras_seconds, keras_aurocs = zip(*(keras_fit(job, material) for job in sample), strict=True)
+    share = sum(steps_of(job, material) for job in sample) / sum(steps_of(job, material) for job in jobs)
+    mine = own_aurocs(sample, material)
+    bare = bare_arithmetic(jobs, material, tf)
+    image_seconds = end_to_end(params, board, tf)
+    images = sum(images_of(job, material) for job in jobs)
+    found = {
+        "trials": len(recipes),
+        "heads": len(jobs),
+        "items": len(material.items.row),
+        "channels": next(iter(material.values.values())).shape[1],
+        "seconds": stacked,
+        "trials_per_minute": 60 * len(recipes) / stacked,
+        "peak_memory_gb": peak,
+        "keras_fits_measured": len(sample),
+        "keras_seconds_of_these": sum(keras_seconds),
+        "extrapolated_keras_seconds": sum(keras_seconds) / share,
+        "speedup_vs_fit": sum(keras_seconds) / share / stacked,
+        "arithmetic_seconds": bare,
+        "times_arithmetic": stacked / bare,
+        "end_to_end_milliseconds_per_image": 1000 * image_seconds,
+        "extrapolated_end_to_end_seconds": images * image_seconds,
+        "speedup_vs_end_to_end": images * image_seconds / stacked,
+        "auroc": float(np.mean(mine)),
+        "auroc_keras": float(np.mean(keras_aurocs)),
+        "auroc_difference": float(np.mean(mine) - np.mean(keras_aurocs)),
+        "load_before": load,
+    }
+    return found | {"growth": growth(board, tune, params)}
+
+
+def timed(action: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = action()
+    return time.perf_counter() - start, result
+
+
+def search(jobs: Sequence[Job], material: Material, at_once: int) -> list[Judged]:
+    """What the stage does with a study: a generation after the other."""
+    found: list[Judged] = []
+    for start in range(0, len(jobs), at_once):
+        found += judge_heads(jobs[start : start + at_once], material, 0)
+    return found
+
+
+def steps_of(job: Job, material: Material) -> int:
+    """Steps of training, to which a fit of Keras is about proportional."""
+    return job.recipe.epochs * steps_of_epoch(material.items, len(job.held_out), job.recipe.batch)
+
+
+def images_of(job: Job, material: Material) -> float:
+    """Images that pass the backbone in one fit: training and held-out ones in every epoch."""
+    return job.recipe.epochs * len(material.items.row)
+
+
+def held_out_auroc(job: Job, probability: np.ndarray, material: Material) -> float:
+    """Mean AUROC on a job's held-out folds, of the probabilities of all items."""
+    items = material.items
+    each = [
+        auroc_within_folds(items.label[rows], probability[rows], np.zeros(len(rows), int))
+        for rows in (np.flatnonzero(items.fold == fold) for fold in sorted(job.held_out))
+    ]
+    return float(np.nanmean(each))
+
+
+def own_aurocs(jobs: Sequence[Job], material: Material) -> list[float]:
+    """Held-out AUROC of heads trained to their last epoch."""
+    heads = train_heads(jobs, material)
+    return [
+        held_out_auroc(job, score([head], material.values[head.features], material.items.row)[0], material)
+        for job, head in zip(jobs, heads, strict=True)
+    ]
+
+
+def keras_fit(job: Job, material: Material) -> tuple[float, float]:
+    """Seconds and held-out AUROC of one head by the usual loop: build, compile, fit with validation data."""
+    import keras
+
+    items, recipe = material.items, job.recipe
+    x = np.asarray(material.values[recipe.features])[items.row].astype(np.float32)
+    inside = ~np.isin(items.fold, sorted(job.held_out))
+    label = items.label.astype(np.float32)
+    started = time.perf_counter()
+    mean, spread = x[inside].mean(axis=0), x[inside].std(axis=0)
+    x = (x - mean) / (spread + 0.05 * spread.mean() + 1e-6)
+    heavier = ((label[inside] == 0).sum() / (label[inside] == 1).sum()) ** recipe.balance
+    weight = np.where(label == 1, heavier, 1.0)
+    weight /= weight[inside].mean()
+    keras.utils.set_random_seed(material.seed + job.trial)
+    model = keras.Sequential([keras.Input((x.shape[1],))])
+    for _ in range(recipe.depth):
+        model.add(keras.layers.Dense(recipe.width, activation=recipe.activation))
+        model.add(keras.layers.Dropout(recipe.dropout))
+    model.add(keras.layers.Dense(1, activation="sigmoid"))
+    optimizer = keras.optimizers.AdamW(recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer, keras.losses.BinaryCrossentropy(label_smoothing=recipe.smoothing))
+    model.fit(
+        x[inside],
+        label[inside],
+        sample_weight=weight[inside],
+        batch_size=recipe.batch,
+        epochs=recipe.epochs,
+        validation_data=(x[~inside], label[~inside], weight[~inside]),
+        validation_batch_size=512,
+        verbose=0,
+        callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch: recipe.learning_rate * pace(recipe, epoch))],
+    )
+    seconds = time.perf_counter() - started
+    return seconds, held_out_auroc(job, model.predict(x, verbose=0, batch_size=2048)[:, 0], material)
+
+
+def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
+    """Seconds of the same matrix products, forward and backward, with nothing around them."""
+
+    @tf.function(reduce_retracing=True)
+    def products(x: Any, kernels: list[Any], count: Any, backward: bool) -> Any:
+        total = tf.constant(0.0)
+        for _ in tf.range(count):
+            signals = [x]
+            for kernel in kernels:
+                signals.append(tf.matmul(signals[-1], kernel))
+            back = signals[-1]
+            total += back[0, 0, 0]
+            if backward:
+                for layer in range(len(kernels) - 1, -1, -1):
+                    total += tf.matmul(signals[layer], back, transpose_a=True)[0, 0, 0]
+                    back = tf.matmul(back, kernels[layer], transpose_b=True) if layer else back
+        return total
+
+    random = np.random.Generator(np.random.Philox(1))
+    shapes: dict[tuple[int, int, int, int], list[int]] = {}
+    for job in jobs:
+        recipe = job.recipe
+        channels = material.values[recipe.features].shape[1]
+        counts = shapes.setdefault((channels, recipe.depth, recipe.width if recipe.depth else 0, recipe.batch), [0, 0])
+        counts[0] += steps_of(job, material)
+        held_out = np.isin(material.items.fold, sorted(job.held_out)).sum()
+        counts[1] += recipe.epochs * -(-int(held_out) // JUDGED)
+    together, repeats = 10, 20
+    seconds = 0.0
+    for (channels, depth, width, batch), counts in sorted(shapes.items()):
+        kernels = [
+            tf.constant(random.normal(size=(together, *size)).astype(np.float32))
+            for size in layer_sizes(depth, width, channels)
+        ]
+        for items, count, backward in ((batch, counts[0], True), (JUDGED, counts[1], False)):
+            x = tf.constant(random.normal(size=(together, items, channels)).astype(np.float32))
+            products(x, kernels, 2, backward).numpy()
+            took = min(timed(lambda: products(x, kernels, repeats, backward).numpy())[0] for _ in range(3))  # noqa: B023
+            seconds += count * took / together / repeats
+    return seconds
+
+
+def end_to_end(params: Params, board: Board, tf: Any, count: int = 512) -> float:
+    """Seconds an image takes to pass Keras's transfer-learning loop: a frozen backbone, a head on top, `fit`."""
+    import keras
+
+    name, layer = sorted(board.features)[0].split("/")
+    settings = params.backbones[name]
+    level = "cell"
+    keras.utils.set_random_seed(1)
+    frozen = build_backbone(settings, level, params.seed)
+    frozen.trainable = False
+    size = settings.input_size[level]
+    images = keras.Input((size, size, 3), dtype="uint8")
+    features = frozen(images, training=False)[layer]
+    model = keras.Model(images, keras.layers.Dense(1, activation="sigmoid")(features))
+    model.compile(keras.optimizers.AdamW(0.001), "binary_crossentropy")
+    batches = read_views(Path(f"augmented/{level}/views.parquet"), count)
+    pixels = np.stack([decode(view.image) for view in next(iter(batches))][:count])
+    label = (np.arange(len(pixels)) % 2).astype(np.float32)
+    model.fit(pixels[:64], label[:64], batch_size=32, verbose=0)  # traces
+    took = timed(lambda: model.fit(pixels, label, batch_size=32, verbose=0))[0]
+    _ = tf
+    return took / len(pixels)
+
+
+def growth(board: Board, tune: Tune, params: Params) -> dict[str, float]:
+    """How many times as long a search takes when one thing doubles (folds: five instead of three)."""
+    recipe = draw_candidates(tune, sorted(board.features), params.seed)[0][0]
+    recipe = replace(recipe, depth=1, width=64, batch=64, epochs=10, learning_rate=0.001, dropout=0.2)
+
+    def seconds(trials: int = 4, folds: int = board.folds, recipe: Recipe = recipe, patients: int = 2) -> float:
+        here = replace(board, table=board.table.assign(fold=board.table["fold"] % folds), folds=folds)
+        material = here.material(tune, params.seed)
+        items = material.items
+        who = board.table["patient"].astype("category").cat.codes.to_numpy()
+        patient = who[np.searchsorted(board.row, items.row)]
+        kept = patient % 2 < patients
+        fewer = TrainingItems(*(each[kept] for each in (items.row, items.views, items.copies, items.label, items.fold)))
+        jobs = [Job(number, recipe, pair) for number in range(trials) for pair in tuning_sets(folds)]
+        return min(timed(lambda: judge_heads(jobs, replace(material, items=fewer), 0))[0] for _ in range(2))
+
+    base = seconds()
+    return {
+        "twice_the_items": base / seconds(patients=1),
+        "twice_the_trials": seconds(trials=8) / base,
+        "twice_the_width": seconds(recipe=replace(recipe, width=128)) / base,
+        "five_folds_for_three": base / seconds(folds=3),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What it ran on."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def commit() -> str:
+    """The commit of this repository."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
