@@ -1,12 +1,13 @@
 """How fast tuning is: against a `keras.Model.fit` loop, end-to-end training, and the bare arithmetic.
 
-Usage: python benchmarks/tuning.py [--data DIR --weights FILE] [--task TASK] [--work DIR] [--trials N] [--fits N]
+Usage: python benchmarks/tuning.py [--data DIR --weights FILE --work DIR] [--task T] [--trials N] [--fits N]
 
-With --data (a folder in the Kaggle layout) and --weights (of MobileNet, alpha 1), features are made by the
-pipeline's own stages; without, those of the demo are used, as `make demo` leaves them. Everything is measured in this
-process, on the same features, folds, candidates and epochs, early stopping off. What is too slow to be measured whole
-is measured on a part, drawn by lot, and extrapolated: names that begin with `extrapolated_` say so. Results go to
-benchmarks/results/tuning.json, one section a data set.
+With --data (a folder in the Kaggle layout) and --weights (of MobileNet, alpha 1), features are made by
+the pipeline's own stages, in the folder --work; without, those of the demo are used, as `make demo`
+leaves them. Everything is measured in this process, on the same features, folds, candidates and epochs;
+nothing stops early. What is too slow to be measured whole is measured on a part, drawn by lot, and
+extrapolated: names that begin with `extrapolated_` say so. Results go to benchmarks/results/tuning.json,
+one section a data set.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,9 @@ SPACE: dict[str, Any] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--task", default="")
@@ -75,7 +79,12 @@ def main() -> None:
     space = tune.space.model_dump() | SPACE
     tune = Tune.model_validate(tune.model_dump() | {"trials": asked.trials, "patience": 0, "space": space})
     found = measure(board, tune, params, asked.fits, tf)
-    found |= {"data": "real cells" if asked.data else "demo", "task": task, "machine": machine(), "commit": commit()}
+    found |= {
+        "data": "real cells" if asked.data else "demo",
+        "task": task,
+        "machine": machine(),
+        "commit": commit(),
+    }
     whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     section = "real" if asked.data else "demo"
     whole[section] = found
@@ -128,17 +137,21 @@ def measure(board: Board, tune: Tune, params: Params, fits: int, tf: Any) -> dic
     """Everything about one data set."""
     recipes, _ = draw_candidates(tune, sorted(board.features), params.seed)
     material = board.material(tune, params.seed)
-    jobs = [Job(number, recipe, pair) for number, recipe in enumerate(recipes) for pair in tuning_sets(board.folds)]
+    jobs = [
+        Job(number, recipe, pair)
+        for number, recipe in enumerate(recipes)
+        for pair in tuning_sets(board.folds)
+    ]
     load = os.getloadavg()[0]
     stacked, _ = timed(lambda: search(jobs, material, tune.generation * len(tuning_sets(board.folds))))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     random = np.random.Generator(np.random.Philox(params.seed))
     sample = [jobs[i] for i in sorted(random.choice(len(jobs), min(fits, len(jobs)), replace=False))]
-    keras_seconds, keras_aurocs = zip(*(keras_fit(job, material) for job in sample), strict=True)
+    keras_seconds, keras_aurocs = zip(*(keras_fit(job, material, tf.keras) for job in sample), strict=True)
     share = sum(steps_of(job, material) for job in sample) / sum(steps_of(job, material) for job in jobs)
     mine = own_aurocs(sample, material)
     bare = bare_arithmetic(jobs, material, tf)
-    image_seconds = end_to_end(params, board, tf)
+    image_seconds = end_to_end(params, board, tf.keras)
     images = sum(images_of(job, material) for job in jobs)
     found = {
         "trials": len(recipes),
@@ -208,10 +221,8 @@ def own_aurocs(jobs: Sequence[Job], material: Material) -> list[float]:
     ]
 
 
-def keras_fit(job: Job, material: Material) -> tuple[float, float]:
+def keras_fit(job: Job, material: Material, keras: Any) -> tuple[float, float]:
     """Seconds and held-out AUROC of one head by the usual loop: build, compile, fit with validation data."""
-    import keras
-
     items, recipe = material.items, job.recipe
     x = np.asarray(material.values[recipe.features])[items.row].astype(np.float32)
     inside = ~np.isin(items.fold, sorted(job.held_out))
@@ -240,7 +251,9 @@ def keras_fit(job: Job, material: Material) -> tuple[float, float]:
         validation_data=(x[~inside], label[~inside], weight[~inside]),
         validation_batch_size=512,
         verbose=0,
-        callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch: recipe.learning_rate * pace(recipe, epoch))],
+        callbacks=[
+            keras.callbacks.LearningRateScheduler(lambda epoch: recipe.learning_rate * pace(recipe, epoch))
+        ],
     )
     seconds = time.perf_counter() - started
     return seconds, held_out_auroc(job, model.predict(x, verbose=0, batch_size=2048)[:, 0], material)
@@ -269,7 +282,9 @@ def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
     for job in jobs:
         recipe = job.recipe
         channels = material.values[recipe.features].shape[1]
-        counts = shapes.setdefault((channels, recipe.depth, recipe.width if recipe.depth else 0, recipe.batch), [0, 0])
+        counts = shapes.setdefault(
+            (channels, recipe.depth, recipe.width if recipe.depth else 0, recipe.batch), [0, 0]
+        )
         counts[0] += steps_of(job, material)
         held_out = np.isin(material.items.fold, sorted(job.held_out)).sum()
         counts[1] += recipe.epochs * -(-int(held_out) // JUDGED)
@@ -283,15 +298,14 @@ def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
         for items, count, backward in ((batch, counts[0], True), (JUDGED, counts[1], False)):
             x = tf.constant(random.normal(size=(together, items, channels)).astype(np.float32))
             products(x, kernels, 2, backward).numpy()
-            took = min(timed(lambda: products(x, kernels, repeats, backward).numpy())[0] for _ in range(3))  # noqa: B023
+            run = partial(products, x, kernels, repeats, backward)
+            took = min(timed(lambda run=run: run().numpy())[0] for _ in range(3))
             seconds += count * took / together / repeats
     return seconds
 
 
-def end_to_end(params: Params, board: Board, tf: Any, count: int = 512) -> float:
-    """Seconds an image takes to pass Keras's transfer-learning loop: a frozen backbone, a head on top, `fit`."""
-    import keras
-
+def end_to_end(params: Params, board: Board, keras: Any, count: int = 512) -> float:
+    """Seconds an image takes in Keras's transfer-learning loop: frozen backbone, a head on top, `fit`."""
     name, layer = sorted(board.features)[0].split("/")
     settings = params.backbones[name]
     level = "cell"
@@ -308,30 +322,33 @@ def end_to_end(params: Params, board: Board, tf: Any, count: int = 512) -> float
     label = (np.arange(len(pixels)) % 2).astype(np.float32)
     model.fit(pixels[:64], label[:64], batch_size=32, verbose=0)  # traces
     took = timed(lambda: model.fit(pixels, label, batch_size=32, verbose=0))[0]
-    _ = tf
     return took / len(pixels)
 
 
 def growth(board: Board, tune: Tune, params: Params) -> dict[str, float]:
     """How many times as long a search takes when one thing doubles (folds: five instead of three)."""
     recipe = draw_candidates(tune, sorted(board.features), params.seed)[0][0]
-    recipe = replace(recipe, depth=1, width=64, batch=64, epochs=10, learning_rate=0.001, dropout=0.2)
+    recipe = replace(recipe, depth=1, width=64, batch=64, epochs=6, learning_rate=0.001, dropout=0.2)
 
-    def seconds(trials: int = 4, folds: int = board.folds, recipe: Recipe = recipe, patients: int = 2) -> float:
+    def seconds(
+        trials: int = 3, folds: int = board.folds, recipe: Recipe = recipe, patients: int = 2
+    ) -> float:
         here = replace(board, table=board.table.assign(fold=board.table["fold"] % folds), folds=folds)
         material = here.material(tune, params.seed)
         items = material.items
         who = board.table["patient"].astype("category").cat.codes.to_numpy()
         patient = who[np.searchsorted(board.row, items.row)]
         kept = patient % 2 < patients
-        fewer = TrainingItems(*(each[kept] for each in (items.row, items.views, items.copies, items.label, items.fold)))
+        fewer = TrainingItems(
+            *(each[kept] for each in (items.row, items.views, items.copies, items.label, items.fold))
+        )
         jobs = [Job(number, recipe, pair) for number in range(trials) for pair in tuning_sets(folds)]
-        return min(timed(lambda: judge_heads(jobs, replace(material, items=fewer), 0))[0] for _ in range(2))
+        return timed(lambda: judge_heads(jobs, replace(material, items=fewer), 0))[0]
 
     base = seconds()
     return {
         "twice_the_items": base / seconds(patients=1),
-        "twice_the_trials": seconds(trials=8) / base,
+        "twice_the_trials": seconds(trials=6) / base,
         "twice_the_width": seconds(recipe=replace(recipe, width=128)) / base,
         "five_folds_for_three": base / seconds(folds=3),
     }
@@ -339,8 +356,14 @@ def growth(board: Board, tune: Tune, params: Params) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What it ran on."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
 
 

@@ -24,7 +24,8 @@ from aplsmear.ensembles import (
 )
 from aplsmear.features import read_features
 from aplsmear.params import read_params
-from aplsmear.report import Findings, fingerprints, write_page
+from aplsmear.report import Findings, fingerprints, wanted_cells, write_page
+from aplsmear.shards import plain_views
 from aplsmear.stage import run
 from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
@@ -46,6 +47,12 @@ def main(name: str) -> None:
     if pooled := pooled_features(features.values(), items, patients):
         rivals["mean-pooled features"] = pooled_rival(patients, pooled)
 
+    important = importance(verdicts, combine.shuffles, params.seed)
+    of_cells = important[[params.tasks[task].level == "cell" for task in important["member"]]]
+    pictured_by = "" if of_cells.empty else str(of_cells.loc[of_cells["auroc_drop"].idxmax(), "member"])
+    wanted = wanted_cells(verdicts, pictured_by, members[pictured_by]) if pictured_by else {}
+    names = {cell for ends in wanted.values() for end in ends for cell in end}
+
     table = verdicts.table
     label, probability = table["label"], table["probability"]
     findings = Findings(
@@ -55,11 +62,13 @@ def main(name: str) -> None:
         members=members,
         measured=measure(verdicts, combine.resamples, params.seed),
         comparison=compare(patients, probability.to_numpy(), rivals),
-        importance=importance(verdicts, combine.shuffles, params.seed),
+        importance=important,
         roc=roc_curve_table(label, probability),
         band=roc_band_table(label, probability, combine.resamples, params.seed),
         precision_recall=precision_recall_table(label, probability),
         calibration=calibration_table(label, probability),
+        pictures=plain_views(Path("augmented/cell/views.parquet"), names) if names else {},
+        pictured_by=pictured_by,
         inputs=fingerprints([*inputs, *(folder / f"{task}.csv" for task in ensemble.members)]),
         settings={
             "seed": params.seed,
@@ -69,14 +78,16 @@ def main(name: str) -> None:
     )
 
     out = Path(f"ensembles/{name}")
-    names = [ensemble.negative, ensemble.positive]
     write_table(out / "predictions.csv", table)
     write_table(out / "comparison.csv", findings.comparison)
     write_table(out / "importance.csv", findings.importance)
     write_table(out / "roc.csv", findings.roc)
     write_table(out / "precision_recall.csv", findings.precision_recall)
     write_table(out / "calibration.csv", findings.calibration)
-    write_table(out / "confusion.csv", confusion_table(label, table["verdict"], names))
+    write_table(
+        out / "confusion.csv",
+        confusion_table(label, table["verdict"], [ensemble.negative, ensemble.positive]),
+    )
     write_json(out / "metrics.json", findings.measured)
     write_json(out / "model" / "combination.json", as_model(verdicts, ensemble), digits=12)
     write_page(out / "report.html", findings)

@@ -37,7 +37,7 @@ def settings(space: Mapping[str, Any] | None = None, **changed: Any) -> Tune:
 def board(
     patients: int = 16, per_patient: int = 5, channels: int = 6, seed: int = 1, **changed: Any
 ) -> Board:
-    """Patients p00, p01, ... with cells of both classes; two kinds of features, one of which tells the class."""
+    """Patients p00, p01, ... with cells of both classes; two kinds of features, one tells the class."""
     random = np.random.Generator(np.random.Philox(seed))
     items = pd.DataFrame(
         [{"item": f"p{p:02}-{c}", "patient": f"p{p:02}"} for p in range(patients) for c in range(per_patient)]
@@ -57,7 +57,7 @@ def board(
 
 
 def quick_judge(jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
-    """Scores that depend on the job alone; trial 3 fails; each call is noted in the file that JUDGED names."""
+    """Scores by the job alone; trial 3 fails; each call is noted in the file that JUDGED names."""
     if "JUDGED" in os.environ:
         with Path(os.environ["JUDGED"]).open("a") as file:
             file.write(f"start {jobs[0].trial}\n")

@@ -114,3 +114,21 @@ def test_bad_input_is_an_error(make):
         make([1, 0], [math.nan, 0.2])
     with pytest.raises(ValueError, match="no negative"):
         make([1, 1], [0.3, 0.2])
+
+
+def test_the_roc_band_holds_the_curve_and_is_right_at_its_ends():
+    label, score = items(200)
+    band = curves.roc_band_table(label, score, 500, 1, points=21)
+    assert band.columns.tolist() == ["fpr", "low", "high"]
+    fpr, tpr, _ = metrics.roc_curve(label, score)
+    reached = tpr[np.searchsorted(fpr, band["fpr"] + 1e-12, side="right") - 1]
+    assert ((band["low"] - 0.02 <= reached) & (reached <= band["high"] + 0.02)).all()
+    assert band[["low", "high"]].iloc[-1].tolist() == [1, 1]
+    assert 0.05 < (band["high"] - band["low"]).max() < 0.5
+    mixed = np.random.default_rng(2).permutation(200)
+    pd.testing.assert_frame_equal(band, curves.roc_band_table(label[mixed], score[mixed], 500, 1, points=21))
+
+
+def test_a_perfect_score_has_a_band_without_width():
+    band = curves.roc_band_table([0, 0, 0, 1, 1, 1], [0, 0.1, 0.2, 0.7, 0.8, 0.9], 200, 1, points=5)
+    assert band[["low", "high"]].to_numpy().tolist() == [[1, 1]] * 5

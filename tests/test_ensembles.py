@@ -73,8 +73,11 @@ def combine(**knobs) -> Combine:
 # --- no leak --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("candidates", [RIDGE, NETWORK, AVERAGE], ids=["ridge", "network", "average"])
-@pytest.mark.parametrize("fold", [0, 3])
+@pytest.mark.parametrize(
+    ("candidates", "fold"),
+    [(RIDGE, 0), (RIDGE, 3), (NETWORK, 3), (AVERAGE, 0)],
+    ids=["ridge 0", "ridge 3", "network", "average"],
+)
 def test_labels_of_the_held_out_patients_do_not_reach_their_verdicts(candidates, fold) -> None:
     patients, members = cohort()
     there = (patients["fold"] == fold).to_numpy()
@@ -129,7 +132,7 @@ def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() 
     # be told apart by rote, and a combination that had seen its patients would score near 1.
     random = np.random.default_rng(5)
     found = []
-    for seed in range(6):
+    for seed in range(4):
         patients = patients_of(people(20, 5), "apl", "aml")
         marks = random.normal(size=(12, len(patients)))
         members = {
@@ -150,7 +153,7 @@ def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() 
 
 def test_permuted_diagnoses_are_worth_nothing() -> None:
     patients, members = cohort(n=12, strength=2.0)
-    table = null_check(patients, members, RIDGE, 12, 1)
+    table = null_check(patients, members, RIDGE, 6, 1)
     assert table.columns.tolist() == ["repeat", "auroc", "auroc_within_folds"]
     assert table["auroc_within_folds"].mean() == pytest.approx(0.5, abs=0.1)
     assert measure(judge(patients, members, RIDGE, 0, 1), 100, 1)["auroc"]["value"] > 0.85
@@ -247,10 +250,10 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
 
 
 def test_of_equally_simple_ones_the_better_is_chosen() -> None:
-    patients, members = cohort(n=20, strength=2.0)
+    patients, members = cohort(n=20, strength=0.7)
     random = np.random.default_rng(0)
     blurred = {
-        name: table.assign(median=table["mean"] + 0.3 * random.normal(size=len(table)))
+        name: table.assign(median=table["mean"] + 0.1 * random.normal(size=len(table)))
         for name, table in members.items()
     }
     candidates = [Candidate(n, "logistic", kind, 0.1, 0) for n, kind in enumerate(("median", "mean"))]

@@ -214,7 +214,7 @@ def test_standardisation_knows_the_training_folds_alone() -> None:
 
 
 def test_a_fold_is_judged_without_a_look_at_the_other() -> None:
-    """What a head is said to do on one held-out fold, best epoch included, depends on no item of the other."""
+    """What a head is said to do on one held-out fold, best epoch too, depends on no item of the other."""
     ground = material()
     spoilt = ground.values["net/layer"].copy()
     spoilt[ground.items.fold == 2] = spoilt[ground.items.fold == 2][::-1] * -1
@@ -275,27 +275,26 @@ def test_views_and_copies_are_seen_and_held_out_items_are_not() -> None:
 def test_every_fold_trains_for_as_many_steps_and_batches_are_full() -> None:
     ground = material(items=50, fold=np.array([0] * 5 + [1] * 25 + [2] * 10 + [3] * 10))
     jobs = [Job(0, replace(BASE, batch=16, epochs=1), frozenset({fold})) for fold in range(4)]
-    stack = stacks._Stack(jobs, ground)
+    stack = stacks._Stack(jobs, ground, None)
     assert stack.steps == round(50 * 3 / 4 / 16)
     assert [lane.draw(32)[0].size for lane in stack.lanes] == [32] * 4
 
 
-@pytest.mark.parametrize("memory", [16, 4096])
-def test_a_table_that_does_not_fit_into_memory_gives_the_same_heads(
-    memory: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("block", [1, 40_000])
+def test_features_that_do_not_fit_into_memory_give_the_same_heads(
+    block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = jobs_of(*MIXED)
     expected = train_heads(jobs, material(views=2))
-    streamed = stacks._Table.__init__
+    real = stacks._Table.__init__
 
-    def never_whole(self: Any, values: np.ndarray, items: TrainingItems, memory: int) -> None:
-        streamed(self, values, items, memory)
-        self.x = None
-        self.block = memory * 100
+    def too_large(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.x, self.block = None, block
 
-    monkeypatch.setattr(stacks._Table, "__init__", never_whole)
+    monkeypatch.setattr(stacks._Table, "__init__", too_large)
     found = train_heads(jobs, material(views=2))
-    assert all(same(a, b, 1e-6) for a, b in zip(expected, found, strict=True))
+    assert all(same(a, b, 1e-5) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_plan_keeps_within_memory_and_leaves_nobody_out() -> None:

@@ -55,7 +55,7 @@ def test_patients_by_hand() -> None:
         }
     )
     table = summarise_patients(scores)
-    assert list(table.columns) == ["patient", "fold", "world", "items", *SUMMARIES]
+    assert list(table.columns) == ["patient", "fold", "world", "items", *SUMMARIES, "most", "least"]
     assert table[["patient", "fold", "world", "items"]].to_numpy().tolist() == [
         ["p1", 0, 0, 1],
         ["p1", 0, 1, 1],
@@ -63,6 +63,13 @@ def test_patients_by_hand() -> None:
         ["p2", 1, 1, 2],
     ]
     assert expit(table["mean"]).tolist() == pytest.approx([1e-4, 1 - 1e-4, 0.5, 0.5])
+    assert table["most"].tolist() == [
+        "[]",
+        "[]",
+        "[]",
+        '["c1"]',
+    ]  # in his own world alone; one cell is at no end
+    assert table["least"].tolist() == ["[]", "[]", "[]", '["c3"]']
     assert table["top"][2] == pytest.approx(0.0)  # a logit
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
 

@@ -11,7 +11,8 @@ import yaml
 from aplsmear.demo import draw_data_set
 from clones import clone, commit, run, stages_run
 
-pytestmark = pytest.mark.pipeline
+# One clone serves all of them, so they run in one process.
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 MEMBERS = {
     "apl_healthy": ["blast", "apl_healthy_cell", "apl_healthy_smear"],
@@ -114,12 +115,3 @@ def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
             assert drawn["content"]["data"]["values"], f"{name} {curve} is empty"
     for task in TASKS:
         assert any(task in key and key.endswith("roc.csv") for key in plots)
-
-
-def test_a_fresh_clone_leaves_the_committed_lock_as_it_was(tmp_path: Path) -> None:
-    folder = clone(tmp_path / "fresh")
-    ran = stages_run(run(folder, "dvc", "repro", "tune@auer_rod"))
-    assert {"download", "split", "augment", "tune@auer_rod"} <= set(ran)
-    assert run(folder, "git", "status", "--porcelain") == "", (
-        "dvc.lock is stale: run `dvc repro` and commit it"
-    )

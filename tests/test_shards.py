@@ -4,7 +4,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from aplsmear.shards import View, ViewWriter, count_views, read_index, read_views
+from aplsmear.shards import View, ViewWriter, count_views, plain_views, read_index, read_views
 
 GROUPS = [
     {"smear": [View("7", 0, b"whole"), View("7", 1, b"turned")], "cell": [View("a", 0, b"\x00\xff")]},
@@ -72,3 +72,8 @@ def test_an_error_leaves_no_file_of_any_level(tmp_path):
     with pytest.raises(RuntimeError):
         fail_half_way()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_views_of_some_items(paths):
+    assert plain_views(paths["cell"], {"c", "a", "nobody"}) == {"a": b"\x00\xff", "c": b"x"}
+    assert plain_views(paths["cell"], set()) == {}

@@ -281,7 +281,7 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
 
 
 def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> None:
-    """Each patient has a mark of its own, all its cells one label, drawn by lot: held out, nobody can be told.
+    """Each patient has a mark of its own, and all its cells one label, by lot: held out, nobody is told.
 
     If a head had seen a held-out patient, its mark would give its label away, and AUROC would be near 1.
     """
@@ -316,8 +316,11 @@ def test_tables_for_plots(tmp_path: Path) -> None:
     table = trials_table(trials, choices)
     assert table["trial"].tolist() == list(range(9))
     assert table["best_so_far"].is_monotonic_increasing
-    assert table["chosen"].notna().sum() == 1
-    assert table["trial"][table["chosen"].notna()].tolist() == [choices[-1].trial.number]
+    assert table["trial"][table["standing"] == "chosen"].tolist() == [choices[-1].trial.number]
+    assert table["standing"].tolist()[3] == "failed"
+    near = table["auroc"] >= table["auroc"].max() - table["standard_error"][table["auroc"].idxmax()]
+    assert set(table["standing"][near]) <= {"chosen", "within one standard error"}
+    assert set(table["standing"][~near]) == {"other", "failed"}
     assert table["failure"].tolist()[3] == "made to fail"
     importance = importance_table(study.trials(), 1)
     assert np.isclose(importance["importance"].sum(), 1)

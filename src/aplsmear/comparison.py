@@ -147,7 +147,8 @@ def _holm(p: np.ndarray) -> np.ndarray:
 
 def _regressed(train: np.ndarray, label: np.ndarray, test: np.ndarray, freedom: float) -> np.ndarray:
     """Logits of the patients `test` by a ridge regression on standardised features."""
-    usual = np.nanmean(train, axis=0)
+    known = ~np.isnan(train)
+    usual = np.where(known, train, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     train, test = (np.where(np.isnan(each), usual, each) - usual for each in (train, test))
     scale = np.maximum(train.std(axis=0), 1e-9)
     model = LogisticRegression(C=freedom, max_iter=1000).fit(train / scale, label)

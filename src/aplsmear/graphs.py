@@ -16,6 +16,7 @@ import numpy as np
 from aplsmear.heads import ACTIVATIONS
 
 EPSILON = 1e-7  # of Adam
+DECAY_EVERY = 8  # steps: weights decay for so many at once, which saves a pass over all weights at most steps
 
 
 class Knobs(NamedTuple):
@@ -31,11 +32,9 @@ class Knobs(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some steps: the items of each, and how a lane standardises them."""
+    """Some steps: the items of each."""
 
-    x: Any  # float16 (views, channels)
-    mean: Any  # float32 (lanes, 1, channels)
-    scale: Any  # float32 (lanes, 1, channels)
+    x: Any  # float32 (rows, channels): features, each row as the lane that uses it standardises it
     index: Any  # int32 (steps, lanes, items): rows of x
     target: Any  # float32 (steps, lanes, items)
 
@@ -54,13 +53,13 @@ def train_graph(depth: int) -> Any:
         weights, first_moment, second_moment = state
         rate, dropout = knobs.rate[..., None, None], knobs.dropout[..., None, None]
         models, width = tf.shape(weights[1])[1], tf.shape(weights[1])[3]
-        shrink = 1 - rate * knobs.decay[..., None, None]
+        shrink = (1 - rate * knobs.decay[..., None, None]) ** DECAY_EVERY
         columns = tf.reshape(tf.repeat(shrink[:, :, 0, 0], width, axis=1), [-1, 1, models * width])
         mixing, dropping = tf.reduce_any(shares < 1), tf.reduce_any(dropout > 0)
 
         def step(number: Any) -> Any:
             mix = _mixer(mixing, shares[number][:, :, None, None])
-            batch = _standardised(block, number)
+            batch = tf.gather(block.x, block.index[number])
             signal = mix(_first(batch, weights, rate))
             inputs, slopes = [], []
             for layer in range(1, depth + 1):
@@ -79,10 +78,10 @@ def train_graph(depth: int) -> Any:
                 tf.transpose(back, [0, 2, 1, 3]), [-1, tf.shape(back)[2], models * width]
             )
             gradients = [tf.matmul(batch, side_by_side, transpose_a=True), _summed(back), *gradients]
-            time = tf.cast(dice[1] + number + 1, tf.float32)
+            taken = dice[1] + number
+            time = tf.cast(taken + 1, tf.float32)
+            tf.cond(taken % DECAY_EVERY == 0, lambda: _decay(weights, shrink, columns), lambda: 0)
             for place, gradient in enumerate(gradients):
-                if place % 2 == 0:  # biases do not decay
-                    weights[place].assign(weights[place] * (shrink if place else columns))
                 _adam(weights[place], first_moment[place], second_moment[place], gradient, time)
             return number + 1
 
@@ -108,7 +107,7 @@ def judge_graph(depth: int) -> Any:
         rate = knobs.rate[..., None, None]
 
         def one(number: Any) -> Any:
-            signal = _first(_standardised(block, number), weights, rate)
+            signal = _first(tf.gather(block.x, block.index[number]), weights, rate)
             for layer in range(1, depth + 1):
                 signal = _activated(signal, knobs.activation)[0]
                 signal = (tf.matmul(signal, weights[2 * layer]) + weights[2 * layer + 1]) * rate
@@ -121,6 +120,20 @@ def judge_graph(depth: int) -> Any:
         return tf.map_fn(one, steps, fn_output_signature=(tf.float32, tf.float32))
 
     return tf.function(judge).get_concrete_function(_variables(depth), _block(), _numbers(4), _knobs())
+
+
+@lru_cache(maxsize=1)
+def standardise_graph() -> Any:
+    """Standardises float16 (steps, lanes or 1, items, channels) by means and scales (lanes, 1, channels).
+
+    Returns float32 (steps x lanes x items, channels).
+    """
+    import tensorflow as tf
+
+    def standardise(x: Any, mean: Any, scale: Any) -> Any:
+        return tf.reshape((tf.cast(x, tf.float32) - mean) * scale, [-1, tf.shape(x)[3]])
+
+    return tf.function(standardise).get_concrete_function(_numbers(4, "float16"), _numbers(3), _numbers(3))
 
 
 def _variables(depth: int) -> list[Any]:
@@ -138,19 +151,12 @@ def _numbers(rank: int, kind: str = "float32") -> Any:
 
 
 def _block() -> Block:
-    return Block(_numbers(2, "float16"), _numbers(3), _numbers(3), _numbers(3, "int32"), _numbers(3))
+    return Block(_numbers(2), _numbers(3, "int32"), _numbers(3))
 
 
 def _knobs() -> Knobs:
     real, whole = _numbers(2), _numbers(2, "int32")
     return Knobs(real, real, real, real, real, real, activation=whole)
-
-
-def _standardised(block: Block, number: Any) -> Any:
-    """The items of a step: (lanes, items, channels)."""
-    import tensorflow as tf
-
-    return (tf.cast(tf.gather(block.x, block.index[number]), tf.float32) - block.mean) * block.scale
 
 
 def _first(batch: Any, weights: list[Any], rate: Any) -> Any:
@@ -208,6 +214,13 @@ def _summed(back: Any) -> Any:
     import tensorflow as tf
 
     return tf.reduce_sum(back, axis=2, keepdims=True)
+
+
+def _decay(weights: list[Any], shrink: Any, columns: Any) -> int:
+    """Shrink the kernels (biases do not decay)."""
+    for place in range(0, len(weights), 2):
+        weights[place].assign(weights[place] * (shrink if place else columns))
+    return 0
 
 
 def _adam(weight: Any, first_moment: Any, second_moment: Any, gradient: Any, time: Any) -> None:

@@ -6,7 +6,9 @@ script runs, and neither a time nor a random name is written.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -70,6 +72,8 @@ class Findings:
     band: pd.DataFrame
     precision_recall: pd.DataFrame
     calibration: pd.DataFrame
+    pictures: Mapping[str, bytes]
+    pictured_by: str
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
 
@@ -145,6 +149,35 @@ def write_page(path: Path, found: Findings) -> None:
     """Write `page`; a reader finds the old file or the new one, whole."""
     with whole(path) as part:
         part.write_text(page(found), encoding="utf-8", newline="\n")
+
+
+def wanted_cells(
+    verdicts: Verdicts, name: str, member: pd.DataFrame
+) -> dict[str, tuple[list[str], list[str]]]:
+    """The cells that speak most for and most against the positive diagnosis in the patients who get a card.
+
+    A high score speaks for it where patients who have it score higher on the whole: `blast` against other
+    AML does not.
+
+    Args:
+        verdicts: of `aplsmear.ensembles.judge`.
+        name: of the member that chooses; one that scores cells.
+        member: its table, of `aplsmear.members.summarise_patients`.
+
+    Returns:
+        For each of these patients whom the member has scored: the cells for and the cells against.
+    """
+    own = {row["patient"]: row for row in _records(member[member["world"] == member["fold"]])}
+    places = {place for shown in _noteworthy(verdicts.table).values() for place in shown}
+    patients = verdicts.table["patient"].iloc[sorted(places)]
+    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
+    upwards = np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0
+    ends = ("most", "least") if upwards else ("least", "most")
+    return {
+        patient: (json.loads(own[patient][ends[0]]), json.loads(own[patient][ends[1]]))
+        for patient in patients
+        if patient in own
+    }
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
@@ -304,9 +337,9 @@ def _patients(found: Findings) -> ET.Element:
     table = found.verdicts.table.sort_values(["probability", "patient"], ascending=[False, True])
     rows: list[Node] = []
     for row in _records(table):
-        called = {2: "both points", 1: "sensitive point", 0: ""}[int(row["verdict"]) + int(row["sensitive"])]
+        called = {2: "both", 1: "sensitive", 0: ""}[int(row["verdict"]) + int(row["sensitive"])]
         rows += [
-            tag("span", str(row["patient"]), class_="who", title=str(row["patient"])),
+            tag("span", str(row["patient"]), class_="who"),
             _lane(row["probability"], row["low"], row["high"], positive=bool(row["label"])),
             tag("span", f"{row['probability']:.2f}" + (f" · {called}" if called else ""), class_="number"),
         ]
@@ -315,8 +348,8 @@ def _patients(found: Findings) -> ET.Element:
         tag(
             "p",
             f"Probability of {found.positive}, highest first, with the 95 % interval over combinations "
-            "refitted on resampled patients; at the right, the operating points at which he is called "
-            f"{found.positive}.",
+            "refitted on resampled patients; at the right, the operating points (sensitive, or both) at "
+            f"which he is called {found.positive}.",
         ),
         _legend(found),
         tag("div", tag("div", *rows, class_="rows"), class_="patients"),
@@ -324,25 +357,36 @@ def _patients(found: Findings) -> ET.Element:
 
 
 def _certain(found: Findings) -> ET.Element:
-    table = found.verdicts.table
-    doubt = (table["probability"] - 0.5).abs()
-    wrong = table["verdict"] != table["label"]
-    width = table["high"] - table["low"]
-    kinds = (
-        ("Most certain", table.assign(key=-doubt)),
-        ("Least certain: widest interval", table.assign(key=-width)),
-        ("Wrong at the balanced point, the surest first", table.assign(key=-doubt)[wrong]),
-    )
+    member = found.pictured_by
+    cells = wanted_cells(found.verdicts, member, found.members[member]) if member else {}
     parts: list[Node] = []
-    for title, rows in kinds:
-        order = rows.sort_values(["key", "patient"]).index[:_SHOWN]
-        cards = [_card(found, int(place)) for place in order]
+    for title, places in _noteworthy(found.verdicts.table).items():
+        cards = [_card(found, place, cells) for place in places]
         parts += [tag("h3", title), tag("div", *cards, class_="cards") if cards else tag("p", "Nobody.")]
     about = "What each member says of some patients: its summary, as a probability of its own question."
+    if member:
+        about += (
+            f" Above, the cells that speak most for and most against {found.positive} in the eyes of "
+            f"{member}, the cell member that contributes most."
+        )
     return _section("The most and the least certain", tag("p", about), *parts)
 
 
-def _card(found: Findings, place: int) -> ET.Element:
+def _noteworthy(table: pd.DataFrame) -> dict[str, list[int]]:
+    """Rows of the patients who get a card, by why."""
+    certainty = (table["probability"] - 0.5).abs()
+    kinds = {
+        "Most certain": certainty,
+        "Least certain: widest interval": table["high"] - table["low"],
+        "Wrong at the balanced point, the surest first": certainty[table["verdict"] != table["label"]],
+    }
+    return {
+        title: [int(place) for place in key.sort_values(ascending=False, kind="stable").index[:_SHOWN]]
+        for title, key in kinds.items()
+    }
+
+
+def _card(found: Findings, place: int, cells: Mapping[str, tuple[list[str], list[str]]]) -> ET.Element:
     row = found.verdicts.table.loc[place]
     positive = bool(row["label"])
     rows: list[Node] = []
@@ -350,7 +394,7 @@ def _card(found: Findings, place: int) -> ET.Element:
         score = float(expit(said))
         known = not np.isnan(said)
         rows += [
-            tag("span", member, class_="who", title=member),
+            tag("span", member, class_="who"),
             _lane(score, score, score, positive=positive) if known else tag("span", "no cell or smear"),
             tag("span", f"{score:.2f}" if known else "", class_="number"),
         ]
@@ -364,9 +408,28 @@ def _card(found: Findings, place: int) -> ET.Element:
             f"{row['fold']}",
             class_="note",
         ),
+        *_pictures(found, str(row["patient"]), cells),
         tag("div", *rows, class_="rows"),
         class_="card",
     )
+
+
+def _pictures(
+    found: Findings, patient: str, cells: Mapping[str, tuple[list[str], list[str]]]
+) -> Iterator[ET.Element]:
+    for word, ends in zip(("for", "against"), cells.get(patient, ([], [])), strict=True):
+        images = [
+            tag(
+                "img",
+                src="data:image/jpeg;base64," + base64.b64encode(found.pictures[cell]).decode("ascii"),
+                alt=f"cell {cell}",
+                title=f"cell {cell}",
+            )
+            for cell in ends
+            if cell in found.pictures
+        ]
+        if images:
+            yield tag("div", tag("span", word, class_="note"), *images, class_="pictures")
 
 
 def _members(found: Findings) -> ET.Element:
@@ -374,28 +437,42 @@ def _members(found: Findings) -> ET.Element:
     most = max(0.05, float(table[["auroc_drop", "low", "high"]].abs().to_numpy().max()))
     rows: list[Node] = []
     for row in _records(table.sort_values(["auroc_drop", "member"], ascending=[False, True])):
-        table = found.members[row["member"]]
-        items = table[(table["world"] == 0) & table["patient"].isin(found.verdicts.table["patient"])]["items"]
-        each = f"{items.median():g} a patient"
         rows += [
-            tag("span", str(row["member"]), class_="who", title=str(row["member"])),
+            tag("span", str(row["member"]), class_="who"),
             _lane(
                 *((value / most + 1) / 2 for value in (row["auroc_drop"], row["low"], row["high"])),
                 positive=row["auroc_drop"] > 0,
                 marks=[0.5],
             ),
-            tag("span", f"{row['auroc_drop']:+.3f} · {each}", class_="number"),
+            tag("span", f"{row['auroc_drop']:+.3f}", class_="number"),
         ]
+    final = found.verdicts.combinations[-1].fitted
+    linear = not final.hidden.shape[1]
+    patients = found.verdicts.table["patient"]
+    lines = []
+    for place, (member, said) in enumerate(found.members.items()):
+        items = said[(said["world"] == 0) & said["patient"].isin(patients)]["items"]
+        weight = [f"{final.weights[place]:+.3f}"] if linear else []
+        lines.append([member, str(len(items)), f"{items.median():g}", *weight])
+    remark = "Items: cells or smears, the median of patients."
+    if linear:
+        remark += " Weight: of its standardised logit, in the model for new patients."
     return _section(
         "What each member contributes",
         tag(
             "p",
             "Drop of the AUROC when what a member says is permuted among the patients of a fold: the mean "
-            "and the middle 95 % of the permutations, right of the line where the ensemble needs it. At "
-            "the right also the median number of cells or smears behind it. Members that say the same "
-            "stand in for each other.",
+            "and the middle 95 % of the permutations, right of the line where the ensemble needs it. "
+            "Members that say the same stand in for each other.",
         ),
         tag("div", *rows, class_="rows"),
+        tag("h3", "What stands behind them"),
+        _table(
+            ["member", "patients", "items each", *(["weight"] if linear else [])],
+            lines,
+            numbers=True,
+        ),
+        tag("p", remark, class_="note"),
     )
 
 
@@ -404,7 +481,7 @@ def _comparison(found: Findings) -> ET.Element:
     cells = []
     for place, row in enumerate(_records(found.comparison)):
         rows += [
-            tag("span", str(row["against"]), class_="who", title=str(row["against"])),
+            tag("span", str(row["against"]), class_="who"),
             _lane(row["auroc"], row["low"], row["high"], positive=place == 0, marks=[0.5]),
             tag("span", f"{row['auroc']:.3f}", class_="number"),
         ]
@@ -429,7 +506,6 @@ def _comparison(found: Findings) -> ET.Element:
 
 def _making(found: Findings) -> ET.Element:
     chosen = found.verdicts.chosen
-    final = found.verdicts.combinations[-1]
     rows = [
         [f"without fold {world}" if world < len(chosen) - 1 else "for new patients", *_described(candidate)]
         for world, candidate in enumerate(chosen)
@@ -443,16 +519,6 @@ def _making(found: Findings) -> ET.Element:
         ),
         _table(["chosen", "combination", "summary of a patient's scores", "freedom"], rows),
     ]
-    if not final.fitted.hidden.shape[1]:
-        weights = zip(final.members, final.fitted.weights, strict=True)
-        parts += [
-            tag("h3", "Weights for new patients"),
-            _table(
-                ["member", "weight of its standardised logit"],
-                [[member, f"{weight:+.3f}"] for member, weight in weights],
-                numbers=True,
-            ),
-        ]
     return _section("How the verdicts were made", *parts)
 
 

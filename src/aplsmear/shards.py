@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +73,20 @@ def read_views(path: Path, batch: int) -> Iterator[list[View]]:
     for rows in pq.ParquetFile(path).iter_batches(batch):
         columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
         yield [View(*row) for row in zip(*columns, strict=True)]
+
+
+def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:
+    """The encoded plain view of each of some items, by item; only the groups that hold one are read whole."""
+    found: dict[str, bytes] = {}
+    file = pq.ParquetFile(path)
+    for group in range(file.num_row_groups):
+        names = file.read_row_group(group, columns=["item", "view"])
+        pairs = zip(names["item"].to_pylist(), names["view"].to_pylist(), strict=True)
+        rows = [row for row, (item, view) in enumerate(pairs) if view == 0 and item in items]
+        if rows:
+            kept = file.read_row_group(group, columns=["item", "image"]).take(rows)
+            found |= dict(zip(kept["item"].to_pylist(), kept["image"].to_pylist(), strict=True))
+    return found
 
 
 def read_index(path: Path) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from aplsmear.graphs import Block, Knobs, judge_graph, train_graph
+from aplsmear.graphs import Block, Knobs, judge_graph, standardise_graph, train_graph
 from aplsmear.heads import ACTIVATIONS, Head, Job, Recipe, TrainingItems, layer_sizes
 
 JUDGED = 512  # items judged at a time
@@ -64,8 +64,10 @@ def train_heads(jobs: Sequence[Job], material: Material) -> list[Head]:
         FloatingPointError: a head came out with weights that are not finite.
     """
     heads: dict[int, Head] = {}
+    table = None
     for chosen in plan(jobs, material):
-        stack = _Stack([jobs[i] for i in chosen], material)
+        stack = _Stack([jobs[i] for i in chosen], material, table)
+        table = stack.table
         heads.update((chosen[place], head) for place, head in stack.train())
     return [heads[i] for i in range(len(jobs))]
 
@@ -92,9 +94,12 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
     import tensorflow as tf
 
     judged: dict[int, Judged] = {}
+    table = None
     for chosen in plan(jobs, material):
         try:
-            found = _Stack([jobs[i] for i in chosen], material).judge(patience)
+            stack = _Stack([jobs[i] for i in chosen], material, table)
+            table = stack.table
+            found = stack.judge(patience)
         except (MemoryError, tf.errors.ResourceExhaustedError):
             failure = (
                 f"out of memory: {len(chosen)} heads together; set tune.memory below {material.memory} (MiB)"
@@ -153,9 +158,10 @@ def _cost(jobs: Sequence[Job], channels: int) -> tuple[float, float]:
     width = max(job.recipe.width if job.recipe.depth else 1 for job in jobs)
     batch, depth = jobs[0].recipe.batch, jobs[0].recipe.depth
     weights = models * (channels + width * max(depth - 1, 0)) * width
+    gathered = len(lanes) * batch * channels
     state = 16 * weights  # weights, two moments, gradient
     signals = max(batch, JUDGED) * (16 * models * width * max(depth, 1) + 10 * len(lanes) * channels)
-    return STEP_FLOPS + 4.0 * batch * weights, float(state + signals)
+    return STEP_FLOPS + 40.0 * gathered + (4.0 * batch + 60) * weights, float(state + signals)
 
 
 def _lanes(jobs: Sequence[Job]) -> dict[tuple[tuple[int, ...], int], list[int]]:
@@ -200,13 +206,12 @@ class _Lane:
 class _Stack:
     """Jobs of one plan: their lanes, hyper-parameters and weights."""
 
-    def __init__(self, jobs: Sequence[Job], material: Material) -> None:
+    def __init__(self, jobs: Sequence[Job], material: Material, table: _Table | None) -> None:
         lanes = _lanes(jobs)
         items, seed = material.items, material.seed
         self.jobs = jobs
         self.recipe = jobs[0].recipe  # what all have in common: features, depth, batch
-        values = material.values[self.recipe.features]
-        self.channels = values.shape[1]
+        self.channels = material.values[self.recipe.features].shape[1]
         self.lanes = [_Lane(held_out, views, items, seed) for held_out, views in lanes]
         models = max(len(lane) for lane in lanes.values())
         self.place = np.full((len(lanes), models), -1)  # of each slot: its job, or -1
@@ -219,8 +224,10 @@ class _Stack:
             np.random.SeedSequence([seed, *(job.trial for job in jobs)]).generate_state(1)[0] >> 2
         )
         self.knobs = self._knobs()
-        self.table = _Table(values, items, material.memory)
-        self.mean, self.scale = _standardisation(values, items, [lane.held_out for lane in self.lanes])
+        held_out = [lane.held_out for lane in self.lanes]
+        made_of = self.recipe.features, tuple(dict.fromkeys(held_out))
+        self.table = table if table and table.made_of == made_of else _Table(*made_of, material)
+        self.sets = self.table.sets(held_out)
         self.state = self._start()
         self.taken = 0
 
@@ -330,8 +337,8 @@ class _Stack:
             if mixup:
                 share[:, lane, slot] = self.randoms[self.place[lane, slot]].beta(mixup, mixup, self.steps)
         train = train_graph(self.recipe.depth)
-        for steps, x, index in self.table.blocks(rows):
-            block = Block(x, self.mean, self.scale, index, target[steps])
+        for steps, x, index in self.table.blocks(rows, self.sets):
+            block = Block(x, index, target[steps])
             train(self.state, block, share[steps], self.knobs, np.array([self.dice, self.taken], np.int32))
             self.taken += len(index)
 
@@ -366,8 +373,8 @@ class _Stack:
         by_step = [_by_step(each, JUDGED) for each in (rows, target, fold)]
         total = np.zeros((*self.place.shape, folds), np.float64)
         logits = []
-        for steps, x, index in self.table.blocks(by_step[0]):
-            block = Block(x, self.mean, self.scale, index, by_step[1][steps])
+        for steps, x, index in self.table.blocks(by_step[0], self.sets):
+            block = Block(x, index, by_step[1][steps])
             loss, logit = judge_graph(self.recipe.depth)(self.state[0], block, by_step[2][steps], self.knobs)
             total += loss.numpy().sum(axis=0, dtype=np.float64)
             logits += list(logit.numpy())
@@ -385,8 +392,9 @@ class _Stack:
             mine = kernel[lane, :, columns] if not layer else kernel[lane, slot]
             kernels.append(rate * mine.numpy()[:rows, :width])
             biases.append(rate * bias[lane, slot, 0].numpy()[:width])
-        kernels[0] = self.scale[lane, 0][:, None] * kernels[0]
-        biases[0] = biases[0] - self.mean[lane, 0] @ kernels[0]
+        mean, scale = self.table.mean[self.sets[lane], 0], self.table.scale[self.sets[lane], 0]
+        kernels[0] = scale[:, None] * kernels[0]
+        biases[0] = biases[0] - mean @ kernels[0]
         if not all(np.isfinite(each).all() for each in kernels + biases):
             raise FloatingPointError(f"trial {job.trial} came out with weights that are not finite")
         return Head(job.recipe.features, tuple(kernels), tuple(biases), job.recipe.activation)
@@ -404,7 +412,7 @@ class _Stack:
         slots = np.argsort(~alive[lanes], axis=1, kind="stable")[:, :models]
         self.place = self.place[lanes[:, None], slots]
         self.knobs = Knobs(*(knob[lanes[:, None], slots] for knob in self.knobs))
-        self.mean, self.scale = self.mean[lanes], self.scale[lanes]
+        self.sets = self.sets[lanes]
         self.lanes = [self.lanes[lane] for lane in lanes]
         columns = (slots[:, :, None] * self.width + np.arange(self.width)).reshape(
             len(lanes), models * self.width
@@ -416,29 +424,40 @@ class _Stack:
 
 
 class _Table:
-    """The features that training reads: in memory if they are small, else read block by block."""
+    """The features that stacks read, standardised for each held-out set: all in memory, or block by block."""
 
-    def __init__(self, values: np.ndarray, items: TrainingItems, memory: int) -> None:
-        import tensorflow as tf
-
-        self.values = values
-        self.block = memory * 2**17  # bytes of a block: an eighth of the memory
+    def __init__(self, features: str, held_out: Sequence[tuple[int, ...]], material: Material) -> None:
+        items, self.values = material.items, material.values[features]
+        self.made_of = features, tuple(held_out)
+        self.mean, self.scale = _standardisation(self.values, items, held_out)
+        self.block = material.memory * 2**17  # bytes of a block: an eighth of the memory
         self.used = np.unique(
             np.concatenate([np.arange(r, r + v + 1) for r, v in zip(items.row, items.views, strict=True)])
         )
-        whole = len(self.used) * values.shape[1] * 2 <= memory * 2**18
-        self.x = tf.constant(values[self.used]) if whole else None
+        self.x: Any = None
+        if len(held_out) * len(self.used) * self.values.shape[1] * 4 <= material.memory * 2**19:
+            self.x = standardise_graph()(self.values[self.used][None, None], self.mean, self.scale)
 
-    def blocks(self, rows: np.ndarray) -> Iterator[tuple[slice, Any, np.ndarray]]:
-        """Steps of (steps, lanes, items) rows, the features they need, and where in these each row is."""
+    def sets(self, held_out: Sequence[tuple[int, ...]]) -> np.ndarray:
+        """The places of held-out sets in this table."""
+        return np.array([self.made_of[1].index(each) for each in held_out], np.int64)
+
+    def blocks(self, rows: np.ndarray, sets: np.ndarray) -> Iterator[tuple[slice, Any, np.ndarray]]:
+        """Steps of (steps, lanes, items) rows, the features they need, and where in these each row is.
+
+        Args:
+            rows: int64 (steps, lanes, items).
+            sets: the place of each lane's held-out set.
+        """
         if self.x is not None:
-            yield slice(None), self.x, np.searchsorted(self.used, rows).astype(np.int32)
+            index = np.searchsorted(self.used, rows) + (sets * len(self.used))[:, None]
+            yield slice(None), self.x, index.astype(np.int32)
             return
-        each = max(self.block // (rows[0].size * self.values.shape[1] * 2), 1)
+        each = max(self.block // (rows[0].size * self.values.shape[1] * 4), 1)
         for start in range(0, len(rows), each):
-            steps = slice(start, start + each)
-            needed, index = np.unique(rows[steps], return_inverse=True)
-            yield steps, self.values[needed], index.reshape(rows[steps].shape).astype(np.int32)
+            part = rows[start : start + each]
+            found = standardise_graph()(self.values[part], self.mean[sets], self.scale[sets])
+            yield slice(start, start + each), found, np.arange(part.size, dtype=np.int32).reshape(part.shape)
 
 
 def _by_step(array: np.ndarray, size: int) -> np.ndarray:
@@ -468,7 +487,7 @@ def _job_seed(job: Job, seed: int) -> list[int]:
 def _standardisation(
     values: np.ndarray, items: TrainingItems, held_out: Sequence[tuple[int, ...]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and 1/deviation of channels over the plain views outside each held-out set: (sets, 1, channels)."""
+    """Mean and 1/deviation of channels over the plain views outside held-out sets: (sets, 1, channels)."""
     folds = np.unique(items.fold)
     total, square = np.zeros((2, len(folds), values.shape[1]))
     for number, fold in enumerate(folds):

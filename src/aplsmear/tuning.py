@@ -1,10 +1,10 @@
 """The search over heads: which trial each world chooses, and the held-out scores that follow.
 
 Candidates are drawn before any score is known (random search), so that one study serves every world of
-`aplsmear.splits` without a leak: what steers the search for a world never looked at its held-out patients. (A
-sampler that learns from scores would need a study of its own for every world.) Every trial is trained once for
-each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w then compares the
-trials, and finds out how long to train, by its own inner folds.
+`aplsmear.splits` without a leak: what steers the search for a world never saw its held-out patients. (A
+sampler that learns from scores would need a study of its own for every world.) Every trial is trained
+once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j. World w
+then compares the trials, and finds out how long to train, by its own inner folds.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ def draw_candidates(
             f"tune.space.features: there are no features {', '.join(unknown)}; "
             f"there are: {', '.join(features)}"
         )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     space: dict[str, Any] = {}
     for name, knob in settings.space:
         choices = wanted if name == "features" else knob
@@ -355,25 +356,37 @@ def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
 
 
 def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataFrame:
-    """One row a trial: its recipe, size, epochs and inner AUROC, overall and in every world; for plots, the
-    best AUROC
-    so far and the AUROC of the chosen trial alone."""
+    """One row a trial: recipe, size, epochs, inner AUROC overall and by world, how it stands among them.
+
+    Columns: ``trial``; those of the recipe (``epochs``: at most) and ``trained_epochs``;
+    ``parameters``; ``auroc`` and ``standard_error`` over all folds; ``best_so_far``; ``standing``
+    (chosen; within one standard error of the best; other; failed); ``auroc_world_w``, that without fold
+    w; ``failure``.
+    """
     final = len(choices) - 1
+    best = max(trials, key=lambda trial: -np.inf if trial.failure else trial.auroc(final))
+    bar = best.auroc(final) - best.standard_error(final)
     rows = []
-    best = -np.inf
+    so_far = -np.inf
     for trial in trials:
         value = trial.auroc(final)
-        best = np.fmax(best, value)
+        so_far = np.fmax(so_far, value)
+        if trial.number == choices[-1].trial.number:
+            standing = "chosen"
+        elif trial.failure:
+            standing = "failed"
+        else:
+            standing = "within one standard error" if value >= bar else "other"
         rows.append(
             {
                 "trial": trial.number,
                 **asdict(trial.recipe),
-                "parameters": trial.parameters,
                 "trained_epochs": 0 if trial.failure else trial.epochs(final),
+                "parameters": trial.parameters,
                 "auroc": value,
                 "standard_error": trial.standard_error(final),
-                "best_so_far": best,
-                "chosen": value if trial.number == choices[-1].trial.number else np.nan,
+                "best_so_far": so_far,
+                "standing": standing,
                 **{f"auroc_world_{world}": trial.auroc(world) for world in range(final)},
                 "failure": trial.failure,
             }

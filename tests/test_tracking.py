@@ -1,0 +1,93 @@
+"""MLflow sees everything once, and its absence is said once."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aplsmear.tracking import EXPERIMENT, Tracker
+
+# MLflow's own use of SQLAlchemy and SQLite.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+TAGS = {"stage": "tune", "task": "blast", "optuna_study": "abc", "git_commit": "f00", "data_version": "d41"}
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    mlflow = pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return mlflow.MlflowClient(uri)
+
+
+def runs(client: Any) -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id]))
+
+
+def study(tags: dict[str, str], trials: int) -> Tracker:
+    tracker = Tracker("tune blast", "abc", tags, {"trials": 3})
+    for number in range(trials):
+        failure = "loss not finite" if number == 2 else ""
+        metrics = {"auroc": float("nan") if failure else 0.7 + number / 10, "auroc_fold_0": 0.6}
+        tracker.log_trial(number, {"width": 16}, metrics, started=1000.0, ended=1012.5, failure=failure)
+    return tracker
+
+
+def test_trials_are_nested_runs_and_a_resumed_study_doubles_none(client: Any) -> None:
+    study(TAGS, 2)  # cut off: never closed
+    study(TAGS | {"DVC_EXP_NAME": "later"}, 3).close({"chosen": "1"}, {"auroc": 0.75})
+    study(TAGS, 3).close({"chosen": "0"}, {"auroc": 0.75})  # the same study once more, another pick
+    found = runs(client)
+    (parent,) = [run for run in found if "trial" not in run.data.tags]
+    nested = {run.data.tags["trial"]: run for run in found if "trial" in run.data.tags}
+    assert len(found) == 4
+    assert sorted(nested) == ["0", "1", "2"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in nested.values()} == {parent.info.run_id}
+    assert parent.info.status == "FINISHED"
+    assert TAGS.items() <= parent.data.tags.items()
+    assert parent.data.tags["DVC_EXP_NAME"] == "later"
+    assert parent.data.tags["chosen"] == "0"
+    assert parent.data.metrics["auroc"] == 0.75
+    assert parent.data.params == {"trials": "3"}
+    first, failed = nested["0"], nested["2"]
+    assert first.data.params == {"width": "16"}
+    assert first.data.metrics == {"auroc": 0.7, "auroc_fold_0": 0.6, "seconds": 12.5}
+    assert first.info.end_time - first.info.start_time == 12500
+    assert failed.info.status == "FAILED"
+    assert failed.data.tags["failure"] == "loss not finite"
+    assert "auroc" not in failed.data.metrics
+
+
+def test_a_server_that_is_away_is_mentioned_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with caplog.at_level(logging.WARNING, "aplsmear"):
+        study(TAGS, 3).close({}, {})
+    assert [record.message for record in caplog.records if "cannot be reached" in record.message] == [
+        record.message for record in caplog.records if record.name == "aplsmear.tracking"
+    ]
+    assert sum(record.name == "aplsmear.tracking" for record in caplog.records) == 1
+
+
+def test_a_server_that_goes_away_is_mentioned_once_too(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = study(TAGS, 1)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(tracker._client, "create_run", gone)
+    with caplog.at_level(logging.WARNING, "aplsmear"):
+        for number in (1, 2):
+            tracker.log_trial(number, {}, {}, started=0, ended=1)
+        tracker.close({}, {})
+    assert sum(record.name == "aplsmear.tracking" for record in caplog.records) == 1
+    assert len(runs(client)) == 2
