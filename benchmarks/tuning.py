@@ -51,7 +51,7 @@ SPACE: dict[str, Any] = {
     "views": [0],
     "depth": [0, 1, 2],
     "width": [16, 32, 64, 128],
-    "batch": [32, 64],
+    "batch": [32],  # Keras's own
     "epochs": [10, 20],
     "mixup": [0.0],  # Keras's loop has no mixup
 }
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--task", default="")
     parser.add_argument("--work", type=Path, default=ROOT)
     parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--fits", type=int, default=16, help="fits of Keras's loop that are measured")
+    parser.add_argument("--fits", type=int, default=24, help="fits of Keras's loop that are measured")
     asked = parser.parse_args()
     if asked.data:
         prepare(asked.work, asked.data, asked.weights)
@@ -77,7 +77,10 @@ def main() -> None:
     board = board_of(task, params)
     tune = params.tune_of(task)
     space = tune.space.model_dump() | SPACE
-    tune = Tune.model_validate(tune.model_dump() | {"trials": asked.trials, "patience": 0, "space": space})
+    tune = Tune.model_validate(
+        tune.model_dump()
+        | {"trials": asked.trials, "generation": asked.trials, "patience": 0, "space": space}
+    )
     found = measure(board, tune, params, asked.fits, tf)
     found |= {
         "data": "real cells" if asked.data else "demo",

@@ -27,7 +27,7 @@ from aplsmear.params import read_params
 from aplsmear.report import Findings, fingerprints, wanted_cells, write_page
 from aplsmear.shards import plain_views
 from aplsmear.stage import run
-from aplsmear.statistics import write_json
+from aplsmear.statistics import headline, write_json
 from aplsmear.tables import read_table, write_table
 
 
@@ -88,7 +88,8 @@ def main(name: str) -> None:
         out / "confusion.csv",
         confusion_table(label, table["verdict"], [ensemble.negative, ensemble.positive]),
     )
-    write_json(out / "metrics.json", findings.measured)
+    write_json(out / "metrics.json", headline(findings.measured), digits=4)
+    write_json(out / "intervals.json", findings.measured)
     write_json(out / "model" / "combination.json", as_model(verdicts, ensemble), digits=12)
     write_page(out / "report.html", findings)
 

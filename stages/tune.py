@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from aplsmear.curves import roc_curve_table
+from aplsmear.errors import UserError
 from aplsmear.features import read_features
 from aplsmear.files import whole
 from aplsmear.heads import write_heads
@@ -22,7 +23,7 @@ from aplsmear.params import read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.stage import run
-from aplsmear.statistics import write_json
+from aplsmear.statistics import headline, write_json
 from aplsmear.study import STORAGE_VARIABLE, open_study
 from aplsmear.tables import read_table, write_table
 from aplsmear.tasks import task_labels
@@ -44,6 +45,8 @@ from aplsmear.tuning import (
 
 
 def main(name: str, role: str = "") -> None:
+    if role not in ("", "--worker"):
+        raise UserError(f"{role!r} is neither left out nor --worker")
     params = read_params(Path("params.yaml"))
     settings = params.tune_of(name)
     threads = params.compute.threads
@@ -57,9 +60,10 @@ def main(name: str, role: str = "") -> None:
         read_table(Path("splits/folds.csv")),
         read_features(Path(f"features/{task.level}"), params.backbones),
     )
-    key = study_key(board, settings, params.seed, threads)
+    key = f"{name}-{study_key(board, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
-    study = open_study(key, Path(f".studies/{name}-{key}.journal"), url)
+    journal = Path(f".studies/{key}.journal")
+    study = open_study(key, journal, url)
     print(f"study {key}", file=sys.stderr)
     running = run_study(board, settings, params.seed, study)
     found = progress(running, "trials", settings.trials, best_so_far(board.folds))
@@ -68,7 +72,9 @@ def main(name: str, role: str = "") -> None:
             pass
         return
 
-    tracker = Tracker(f"tune {name}", key, tags(name, key), {"seed": params.seed, "trials": settings.trials})
+    dashboard = f"optuna-dashboard {'<the URL of the storage>' if url else journal}"
+    described = tags(name, key) | {"optuna_dashboard": dashboard}
+    tracker = Tracker(f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials})
     trials = list(logged(found, tracker, board.folds))
     choices = choose_all(trials, board.folds, settings.pick.get(name))
     scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)
@@ -84,7 +90,7 @@ def main(name: str, role: str = "") -> None:
     with whole(out / "scores.parquet") as part:
         scores_table(board, scores).to_parquet(part, index=False)
     write_heads(out / "heads.npz", heads)
-    write_json(out / "metrics.json", metrics)
+    write_json(out / "metrics.json", headline(metrics), digits=4)
     with whole(out / "best.yaml") as part:
         part.write_text(yaml.safe_dump(explained, sort_keys=False, allow_unicode=True), encoding="utf-8")
     tracker.close(

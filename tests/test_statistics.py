@@ -489,3 +489,19 @@ def test_the_calibration_line_settles_on_every_resample():
     score = np.random.default_rng(73).normal(size=24) + 2.5 * label
     record = s.summary(label, special.expit(score), 0.5, resamples=2000, seed=0)
     assert math.isfinite(record["calibration_slope"]["high"])
+
+
+def test_a_headline_keeps_the_interval_of_the_auroc_alone():
+    interval = {"value": 0.9, "low": 0.8, "high": 1.0}
+    record = {
+        "auroc": interval,
+        "brier": interval,
+        "n_patients": 3,
+        "at_sensitive": {"specificity": interval},
+    }
+    assert s.headline(record) == {
+        "auroc": interval,
+        "brier": 0.9,
+        "n_patients": 3,
+        "at_sensitive": {"specificity": 0.9},
+    }

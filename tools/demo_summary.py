@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = ROOT / "ensembles" / "apl_healthy" / "metrics.json"
+METRICS = ROOT / "ensembles" / "apl_healthy" / "intervals.json"
 
 NEXT = """\
 Where to look next
+  ensembles/apl_healthy/report.html       everything on one page, to open in a browser
   ensembles/apl_healthy/predictions.csv   the verdict on each patient, as a calibrated probability of APL
   source .venv/bin/activate               then these commands work as typed:
   dvc metrics show                        every number of every task and ensemble
@@ -20,7 +21,7 @@ Where to look next
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """The metrics of `ensembles/<name>/metrics.json` as lines to read.
+    """The metrics of `ensembles/<name>/intervals.json` as lines to read.
 
     `auroc`, `sensitivity` and `specificity` are dicts with `value` and the ends of its 95 % interval, `low`
     and `high`; `n_patients` is a count. Raises KeyError if one of them is missing.

@@ -241,7 +241,7 @@ def judge(
 
 
 def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
-    """What metrics.json says: every number with its 95 % interval over patients; `at_sensitive` aside."""
+    """What intervals.json says: each number with its 95 % interval over patients; `at_sensitive` aside."""
     table = verdicts.table
     label, probability = table["label"], table["probability"]
     measured = summary(label, probability, table["verdict"], resamples=resamples, seed=seed)

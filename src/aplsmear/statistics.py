@@ -790,6 +790,17 @@ def summary(
     return record | {"n_patients": len(y), "n_positive": positives}
 
 
+def headline(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits a table of runs: of each ``{value, low, high}`` the value, of ``auroc`` all three."""
+    short: dict[str, Any] = {}
+    for name, item in record.items():
+        if isinstance(item, Mapping) and name != "auroc":
+            short[name] = item["value"] if "value" in item else headline(item)
+        else:
+            short[name] = item
+    return short
+
+
 def round_floats(obj: Any, digits: int = 6) -> Any:
     """A copy of nested dicts and lists as JSON can hold them, floats rounded to ``digits`` decimals.
 
