@@ -328,3 +328,20 @@ def test_tables_for_plots(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(importance, importance_table(study.trials(), 1))
     assert "batch" not in set(importance["parameter"])  # it has one value
     assert importance_table(study.trials()[:2], 1).empty
+
+
+def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `average: 1`, an item's score is the mean of its plain and its first augmented view."""
+    whole = board()
+    index = pd.DataFrame({"item": np.repeat(whole.table["item"], 2), "view": [0, 1] * len(whole.table)})
+    doubled = {
+        name: replace(each, index=index.reset_index(drop=True), values=np.repeat(each.values, 2, axis=0))
+        for name, each in whole.features.items()
+    }
+    seen = replace(whole, features=doubled, row=2 * whole.row, views=np.ones_like(whole.row))
+    monkeypatch.setattr(tuning, "train_heads", lambda jobs, _: [object() for _ in jobs])
+    monkeypatch.setattr(tuning, "score", lambda _, __, rows: (rows % 2).astype(np.float32)[None])
+    chosen = [trial(0, level(0.8))] * (FOLDS + 1)
+    for average, expected in ((0, 0.0), (1, 0.5)):
+        scores, _ = held_out_scores(seen, chosen, settings(average=average), 5)
+        assert (scores == expected).all()
