@@ -86,7 +86,7 @@ def profile(
 ) -> None:
     """Write a profile into params.yaml, remarks included, and clear away what the old parameters had made.
 
-    Example: `aplsmear profile deepapl dataset.root=/data/deepapl backbones.mobilenet.weights=/data/net.h5`
+    Example: `aplsmear profile demo dataset.root=/data/our_smears split.folds=10`
     """
     from aplsmear.errors import UserError
     from aplsmear.files import whole

@@ -791,14 +791,15 @@ def summary(
 
 
 def headline(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What fits a table of runs: of each ``{value, low, high}`` the value, of ``auroc`` all three."""
-    short: dict[str, Any] = {}
-    for name, item in record.items():
-        if isinstance(item, Mapping) and name != "auroc":
-            short[name] = item["value"] if "value" in item else headline(item)
-        else:
-            short[name] = item
-    return short
+    """What fits a table of runs: of each ``{value, low, high}`` the value, of ``auroc`` all three.
+
+    Groups of further numbers, such as those of a second operating point, are left out.
+    """
+    short = {name: item for name, item in record.items() if not isinstance(item, Mapping) or "value" in item}
+    return {
+        name: item["value"] if isinstance(item, Mapping) and name != "auroc" else item
+        for name, item in short.items()
+    }
 
 
 def round_floats(obj: Any, digits: int = 6) -> Any:
