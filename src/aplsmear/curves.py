@@ -5,14 +5,12 @@ higher for more likely positive. Bad input raises ``ValueError``.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from sklearn import metrics
 
-from aplsmear.files import whole
 from aplsmear.statistics import call_at, check_columns, roc_band
 
 MAX_ROWS = 500
@@ -93,27 +91,6 @@ def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[s
     return pd.DataFrame(
         {"actual": words[y[order].astype(np.intp)], "predicted": words[c[order].astype(np.intp)]}
     )
-
-
-def write_table(path: Path, frame: pd.DataFrame, digits: int = 6) -> None:
-    r"""Write a CSV with ``digits`` decimals for every float and "\n" line ends, in one step.
-
-    Raises:
-        ValueError: missing or infinite numbers, each named by column and row.
-    """
-    rounded = frame.copy()
-    problems = []
-    for name in frame.columns:
-        if pd.api.types.is_float_dtype(frame[name]):
-            values = frame[name].to_numpy(dtype=np.float64)
-            problems += [f"{name}, row {row}: {values[row]}" for row in np.flatnonzero(~np.isfinite(values))]
-            rounded[name] = np.round(values, digits) + 0.0  # no negative zero
-        else:
-            problems += [f"{name}, row {row}: missing" for row in np.flatnonzero(frame[name].isna())]
-    if problems:
-        raise ValueError(f"{path.name} would hold missing or infinite values: " + "; ".join(problems[:20]))
-    with whole(path) as part:
-        rounded.to_csv(part, index=False, float_format=f"%.{digits}f", lineterminator="\n")
 
 
 def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], max_rows: int) -> npt.NDArray[np.intp]:
