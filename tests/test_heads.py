@@ -358,7 +358,7 @@ def test_one_class_alone_is_refused() -> None:
 def test_class_weights_balance_and_average_to_one() -> None:
     lane = stacks._Lane((), 0, material().items, 1)
     for balance in (0.0, 0.5, 1.0):
-        positive, negative = lane.weights(SimpleNamespace(balance=balance))  # type: ignore[arg-type]
+        positive, negative = lane.weights(SimpleNamespace(balance=balance))
         n1, n0 = lane.positive, lane.negative
         assert np.isclose((positive * n1 + negative * n0) / (n1 + n0), 1)
         assert np.isclose(positive / negative, (n0 / n1) ** balance)

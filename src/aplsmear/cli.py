@@ -117,9 +117,7 @@ def tidy() -> None:
 
     from aplsmear.profiles import leftovers
 
-    knobs = _knobs(PARAMS)
-    if knobs is None:
-        _fail("there is no params.yaml here")
+    knobs = _knobs_here()
     for path in leftovers(Path(), knobs):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
@@ -143,9 +141,7 @@ def null_check(
     from aplsmear.params import named
     from aplsmear.tables import read_table
 
-    knobs = _knobs(PARAMS)
-    if knobs is None:
-        _fail("there is no params.yaml here")
+    knobs = _knobs_here()
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
@@ -176,6 +172,11 @@ def _pair(setting: str) -> tuple[str, str]:
     if not found or not key:
         _fail(f"{setting!r} is not KEY=VALUE, such as split.folds=10")
     return key, value
+
+
+def _knobs_here() -> Params:
+    knobs = _knobs(None)
+    return knobs if knobs is not None else _fail("there is no params.yaml here")
 
 
 def _knobs(path: Path | None) -> Params | None:

@@ -57,12 +57,20 @@ class Tracker:
             ended: seconds since 1970.
             failure: why the trial failed, if it did.
         """
-        if self._client and str(number) not in self._trials:
-            self._guard(
-                lambda: self._log_trial(
-                    number, params, metrics, started=started, ended=ended, failure=failure
-                )
+
+        def log() -> None:
+            tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
+            tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
+            run = self._client.create_run(
+                self._experiment, run_name=f"trial {number}", tags=tags, start_time=int(started * 1000)
             )
+            self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
+            status = "FAILED" if failure else "FINISHED"
+            self._client.set_terminated(run.info.run_id, status, int(ended * 1000))
+            self._trials.add(str(number))
+
+        if self._client and str(number) not in self._trials:
+            self._guard(log)
 
     def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Log what came out of the whole and end its run."""
@@ -113,25 +121,6 @@ class Tracker:
             if not token:
                 break
         self._client = client
-
-    def _log_trial(
-        self,
-        number: int,
-        params: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        *,
-        started: float,
-        ended: float,
-        failure: str,
-    ) -> None:
-        tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
-        tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
-        run = self._client.create_run(
-            self._experiment, run_name=f"trial {number}", tags=tags, start_time=int(started * 1000)
-        )
-        self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
-        self._client.set_terminated(run.info.run_id, "FAILED" if failure else "FINISHED", int(ended * 1000))
-        self._trials.add(str(number))
 
     def _close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         for tag, value in tags.items():
