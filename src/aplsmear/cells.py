@@ -103,7 +103,7 @@ _FEW = 5  # cells; fewer do not tell the size
 _SHOWN = 24  # smears on the contact sheet
 _ACROSS = 4  # of them in a row
 _TILE, _CAPTION, _GAP = 560, 26, 8  # px
-_GREEN = (0, 130, 60)  # of no stain
+_GREEN = (0, 160, 0)  # of no stain
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -486,7 +486,9 @@ def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: s
     pen = ImageDraw.Draw(tile)
     pen.text((2, 1), caption, fill="black", font=ImageFont.load_default(_CAPTION - 8))
     for y0, x0, y1, x1 in np.rint(boxes * scale).astype(int).tolist():
-        pen.rectangle((x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION), outline=_GREEN)
+        pen.rectangle(
+            (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION), outline=_GREEN, width=2
+        )
     return tile
 
 

@@ -94,7 +94,7 @@ def cells(
     """Find the nucleated cells of smears that nobody has boxed, and write their boxes: labeled_cells.csv.
 
     Beside the table, a contact sheet to look at (PNG). Without --size or --micrometres-per-pixel the size of
-    a cell is estimated. Where there is no wsi.csv, one is written, a row an image, for labels to be filled in.
+    a cell is estimated. Where there is no wsi.csv, one is written: a row an image, its label left empty.
 
     Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
     """
@@ -124,6 +124,8 @@ def cells(
     if kept:
         typer.echo(f"The table that was there is now {kept}")
     typer.echo(f"{table} holds the boxes. Look at {sheet} first: does each box hold one cell?")
+    if listed:
+        typer.echo(f"Then: fill in the labels in {listed} (new patients, to be judged only, need none)")
     typer.echo(f"Then: aplsmear check {folder}")
 
 
