@@ -1,12 +1,13 @@
 """How well `aplsmear cells` finds nucleated cells: on drawn smears against what was drawn, on real ones.
 
-Usage: python benchmarks/cells.py [--patients N] [--seed S] [--data DIR]
+Usage: python benchmarks/cells.py [--patients N] [--seed S]
+       python benchmarks/cells.py --data DIR --size PX
 
-Without --data: demo smears of N patients, one stain and camera each. A found box is right when its IoU with a
-drawn one is at least 0.5, one to one; size of a cell estimated. With --data, a folder in the Kaggle layout whose
-boxes hold a cell each with its surroundings: is exactly one found box around the middle of an annotated one, and
-does it keep to it? At half, whole and twice the size of the pictures, the size of a cell estimated and given.
-Results go to benchmarks/results/cells.json.
+Drawn smears, of N patients with a stain and a camera each: a found box is right when its IoU with a drawn one
+is at least 0.5, one to one; the size of a cell is estimated. With --data, a folder in the Kaggle layout whose
+boxes hold a cell each with its surroundings: is exactly one found box around the middle of an annotated one,
+and does it keep to it? Each picture at half, whole and twice its size; the size of a cell estimated, then
+given (PX at whole size). Results go to benchmarks/results/cells.json.
 """
 
 import argparse
@@ -46,8 +47,9 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--size", type=float, default=90.0, help="px of a typical cell of --data")
     asked = parser.parse_args()
-    found = real(asked.data) if asked.data else drawn(asked.patients, asked.seed)
+    found = real(asked.data, asked.size) if asked.data else drawn(asked.patients, asked.seed)
     found |= {"machine": machine(), "commit": commit()}
     whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     whole["real" if asked.data else "drawn"] = found
@@ -105,7 +107,7 @@ def iou(one: Boxes, other: Boxes) -> npt.NDArray[np.float64]:
     return common / (areas[0][:, None] + areas[1][None] - common)
 
 
-def real(root: Path) -> dict[str, Any]:
+def real(root: Path, size: float) -> dict[str, Any]:
     """Share of annotated boxes whose cell is found, at three scales, with the size estimated and given."""
     data = read_data_set(root, {}, min_box=MIN_BOX, skip_bad_images=True)
     found: dict[str, Any] = {"smears": len(data.smears), "boxes": len(data.cells)}
@@ -113,12 +115,10 @@ def real(root: Path) -> dict[str, Any]:
         for zoom in (0.5, 1.0, 2.0):
             pages = rescaled(root, data.smears, zoom, Path(folder))
             estimated = find_all(pages, data.smears)
-            if zoom == 0.5:
-                given = 2 * float(estimated.size or 0)  # px of a whole page, known once for all
-            fixed = find_all(pages, data.smears, given * zoom)
+            fixed = find_all(pages, data.smears, size * zoom)
             found[f"scale_{zoom:g}"] = {
                 "estimated": agreement(data.cells, estimated.cells, zoom) | {"size": estimated.size},
-                "given": agreement(data.cells, fixed.cells, zoom) | {"size": given * zoom},
+                "given": agreement(data.cells, fixed.cells, zoom) | {"size": size * zoom},
             }
     return found
 
