@@ -88,8 +88,8 @@ class BagStack(Stack):
             )
             limit = np.sqrt(6 / (width + 1))
             weights[lane, slot, :width] = self.randoms[place].uniform(-limit, limit, (width, 1))
-        gates = gates.reshape(lanes, models, self.width, 2 * self.width)
-        return [*layers, gates, np.zeros((lanes, models, 1, 2 * self.width), np.float32), weights]
+        biases = np.zeros((lanes, models, 1, 2 * self.width), np.float32)
+        return [*layers, gates.reshape(lanes, models, self.width, 2 * self.width), biases, weights]
 
     def _epoch(self, epoch: int) -> None:
         """Train all models for one epoch."""
@@ -197,6 +197,6 @@ def sizes(items: TrainingItems) -> tuple[np.ndarray, np.ndarray]:
 
 def _activated(signal: np.ndarray, activation: str) -> np.ndarray:
     if activation == "tanh":
-        return np.tanh(signal)
+        return np.asarray(np.tanh(signal))
     normal = (1 + erf(signal / np.sqrt(2))) / 2 if activation == "gelu" else signal > 0
     return np.asarray(signal * normal)

@@ -220,7 +220,7 @@ class Stack:
     """Jobs of one plan: their lanes, hyper-parameters and weights."""
 
     def __init__(self, jobs: Sequence[Job], material: Material, table: Table | None) -> None:
-        """Heads at their start; `table` is that of an earlier stack, used again if it is of the same features."""
+        """Heads at their start; `table` is an earlier stack's, used again where it fits."""
         lanes = _lanes(jobs)
         items, seed = material.items, material.seed
         self.jobs, self.bag = jobs, material.bag
