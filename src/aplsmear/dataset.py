@@ -406,6 +406,7 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
     for name, task in tasks.items():
         items = task_items(cells if task.images == "cell" else smears, task.level)
         found = task_labels(items, task)
+        item = "patient with cells" if task.level == "patient" else task.level
         for side, value, condition in (("positive", 1, task.positive), ("negative", 0, task.negative)):
             if (found == value).any():
                 continue
@@ -416,7 +417,7 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
                 notes.add(
                     file, None, title, "any label" if ANY in wanted else ", ".join(wanted),
-                    expected=f"at least one {side} {task.level} for the task {name}{hint}",
+                    expected=f"at least one {side} {item} for the task {name}{hint}",
                     mend=f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml",
                 )  # fmt: skip
 

@@ -52,14 +52,17 @@ def summarise_patients(scores: pd.DataFrame) -> pd.DataFrame:
         ``patient, fold, world, items``, `SUMMARIES`, ``most`` and ``least``, one row a patient and world,
         sorted by both; the summaries as logits, clipped to probabilities of 0.0001 to 0.9999. ``most`` and
         ``least`` are JSON lists of the items with the highest and the lowest scores by the heads that never
-        saw the patient's fold, the furthest first; empty in the other worlds.
+        saw the patient's fold, the furthest first; empty in the other worlds. Where no patient has more than
+        one item, there is nothing to summarise: all summaries are its score.
     """
     worlds = [column for column in scores.columns if column.startswith("world_")]
+    one_each = scores["patient"].is_unique
     rows = []
     for patient, mine in sorted(dict(list(scores.groupby("patient", sort=False))).items()):
         fold = int(mine["fold"].iloc[0])
         for world, column in enumerate(worlds):
-            summary = summarise(mine[column].to_numpy())
+            score = mine[column].to_numpy()
+            summary = dict.fromkeys(SUMMARIES, float(score[0])) if one_each else summarise(score)
             logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in summary.items()}
             row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)} | logits
             ends = _ends(mine, column) if world == fold else ([], [])
