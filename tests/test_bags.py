@@ -186,7 +186,7 @@ def test_a_head_on_bags_is_what_keras_trains() -> None:
     import tensorflow as tf
 
     recipe = replace(
-        BASE, depth=2, activation="tanh", schedule="constant", balance=0.7, smoothing=0.1, batch=60, epochs=20
+        BASE, depth=2, activation="tanh", schedule="constant", balance=0.7, smoothing=0.1, batch=60, epochs=16
     )
     x = made()[0].astype(np.float16)
     count = len(x) // CELLS
@@ -194,7 +194,7 @@ def test_a_head_on_bags_is_what_keras_trains() -> None:
     whole = {"row": row, "views": np.zeros(len(x), np.int64), "size": np.full(count, CELLS)}
     ground = material(bag=CELLS)
     ground = replace(ground, values={"net/layer": x[:, 0]}, items=replace(ground.items, **whole))
-    start, end = (train_bags([Job(0, recipe, frozenset(), epochs)], ground)[0] for epochs in (0, 20))
+    start, end = (train_bags([Job(0, recipe, frozenset(), epochs)], ground)[0] for epochs in (0, 16))
     cells = x.reshape(count, CELLS, -1).astype(np.float64)
     mean, spread = cells.mean(axis=(0, 1)), cells.std(axis=(0, 1))
     spread = spread + 0.05 * spread.mean() + 1e-6
@@ -223,7 +223,7 @@ def test_a_head_on_bags_is_what_keras_trains() -> None:
         optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
 
     optimizer.build(weights)
-    for _ in range(20):
+    for _ in range(16):
         step()
     expected = tf.sigmoid(logits()).numpy()
     assert np.abs(said(end, ground) - said(start, ground)).max() > 0.2  # it has learned
