@@ -66,23 +66,35 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
         ``patient, fold, world, items``, `SUMMARIES`, ``most`` and ``least``, one row a patient and world,
         sorted by both; the summaries as logits, clipped to probabilities of 0.0001 to 0.9999. ``most`` and
         ``least`` are JSON lists of the items with the highest and the lowest scores by the heads that never
-        saw the patient's fold, the furthest first; empty in the other worlds.
+        saw the patient's fold, the furthest first; empty in the other worlds. Where no patient has more than
+        one item, there is nothing to summarise: all summaries are its score.
     """
     worlds = [column for column in scores.columns if column.startswith("world_")]
     weighing = None if weights is None else weights.set_index("item").loc[scores["item"], worlds]
+    one_each = scores["patient"].is_unique
     rows = []
     for patient, mine in scores.groupby("patient"):
         fold = int(mine["fold"].iloc[0])
         for world, column in enumerate(worlds):
             score = mine[column].to_numpy()
             weight = np.ones(len(mine)) if weighing is None else weighing[column].loc[mine["item"]].to_numpy()
-            plain, weighed = summarise(score), summarise(score, np.maximum(weight, CLIP))
-            said = plain | {f"weighed_{name}": value for name, value in weighed.items()}
+            said = _one(float(score[0])) if one_each else _summaries(score, np.maximum(weight, CLIP))
             logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
             row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)} | logits
             ends = _ends(mine, column) if world == fold else ([], [])
             rows.append(row | dict(zip(("most", "least"), map(json.dumps, ends), strict=True)))
     return pd.DataFrame(rows)
+
+
+def _one(score: float) -> dict[str, float]:
+    """All `SUMMARIES` of a patient who is one item."""
+    return dict.fromkeys(SUMMARIES, score)
+
+
+def _summaries(score: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """All `SUMMARIES` of a patient's items."""
+    weighed = {f"weighed_{name}": value for name, value in summarise(score, weight).items()}
+    return summarise(score) | weighed
 
 
 def _ends(mine: pd.DataFrame, column: str) -> tuple[list[str], list[str]]:

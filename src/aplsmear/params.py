@@ -16,6 +16,7 @@ from aplsmear.errors import UserError
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
+TaskLevel = Literal["cell", "smear", "patient"]
 Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
 Summary = Literal[
@@ -38,6 +39,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
+COLUMNS: dict[TaskLevel, tuple[str, ...]]
+COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis",)}
 
 
 _LONGEST = 80  # characters of a value in a message
@@ -172,6 +175,7 @@ class Tune(_Strict):
     trials: int = Field(ge=1)
     generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
+    cells_per_step: int = Field(ge=2)
     average: int = Field(ge=0)
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
@@ -193,15 +197,15 @@ class Tune(_Strict):
 
 
 class Task(_Strict):
-    """A binary question about cells or smears, as a row of data."""
+    """A binary question about cells, smears or patients, as a row of data."""
 
-    level: Level
+    level: TaskLevel
     positive: Condition
     negative: Condition
 
     @model_validator(mode="after")
     def _columns(self) -> Task:
-        known = CELL_COLUMNS if self.level == "cell" else SMEAR_COLUMNS
+        known = COLUMNS[self.level]
         for condition in (self.positive, self.negative):
             for column, labels in condition.items():
                 if column not in known:
@@ -212,6 +216,11 @@ class Task(_Strict):
                 if not labels:
                     raise ValueError(f"column {column!r} lists no label")
         return self
+
+    @property
+    def images(self) -> Level:
+        """What an item is seen by: a patient by all its cells."""
+        return "cell" if self.level == "patient" else self.level
 
 
 class Ensemble(_Strict):
