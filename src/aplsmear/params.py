@@ -88,6 +88,7 @@ class Split(_Strict):
     """The outer folds."""
 
     folds: int = Field(ge=3, le=20)  # nested inner folds need two folds beside the held-out one
+    by: Literal["patient", "site"]
 
 
 class Augment(_Strict):
@@ -105,6 +106,7 @@ class Augment(_Strict):
     brightness: float = Field(ge=0, le=0.9)
     blur: float = Field(ge=0, le=10)
     noise: float = Field(ge=0, le=100)
+    stain: float = Field(ge=0, le=2)
 
 
 class Backbone(_Strict):

@@ -1,9 +1,9 @@
 """Smears as another laboratory would have shown them: a graded change of stain, lamp, focus and camera.
 
 For measuring how verdicts hold elsewhere; nothing is ever trained on what comes from here. Training views
-(`aplsmear.views`) jitter colours in other spaces and one by one; here a *laboratory* is drawn once and
-changes all its smears alike, as a laboratory does. Stain is changed along haematoxylin, eosin and residual
-(Ruifrok and Johnston, Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix).
+(`aplsmear.views`) are jittered one by one, in other colour spaces; here a *laboratory* is drawn once and
+changes all its smears alike. Stain is changed along haematoxylin, eosin and residual (Ruifrok and Johnston,
+Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix), focus by a disk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STRENGTHS: Mapping[str, float] = {"mild": 0.5, "medium": 1.0, "strong": 2.0}
 STAIN = 0.2  # relative, either way: amount of each stain
 WHITE_BALANCE = 0.1  # relative, either way: gain of red and of blue
 GAMMA = 0.2  # of the exponent's logarithm, either way
-BLUR = 1.0  # px of the smear: standard deviation
+BLUR = 2.0  # px of the smear: radius of the disk that a point out of focus becomes
 RESOLUTION = 0.5  # how much coarser the pixels are, relative
 JPEG = 40  # of 100: quality lost
 _LOWEST_QUALITY = 20
@@ -33,7 +33,7 @@ _LEAST_LIGHT = 1 / 255  # of a black pixel, so that its optical density is a num
 
 @dataclass(frozen=True)
 class Laboratory:
-    """A draw of all that a laboratory does differently; each number is how far it goes, in units of the above."""
+    """A draw of all that a laboratory does differently; in units of the above."""
 
     stain: tuple[float, float, float]  # haematoxylin, eosin, residual; -1 to 1
     white_balance: tuple[float, float]  # red, blue; -1 to 1
@@ -78,7 +78,7 @@ def shifted(
     if {"stain", "white_balance", "gamma"} & set(kinds):
         out = _coloured(out, laboratory, strength, kinds)
     if "blur" in kinds:
-        out = np.asarray(cv2.GaussianBlur(out, (0, 0), strength * laboratory.blur * BLUR), np.uint8)
+        out = np.asarray(cv2.filter2D(out, -1, _disk(strength * laboratory.blur * BLUR)), np.uint8)
     if "resolution" in kinds:
         height, width = out.shape[:2]
         coarser = 1 + strength * laboratory.resolution * RESOLUTION
@@ -91,11 +91,16 @@ def shifted(
     return out
 
 
-def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str]) -> np.ndarray:
-    """Stain, white balance and gamma, pixel by pixel: one product of optical densities, then a table a channel.
+def _disk(radius: float) -> np.ndarray:
+    """A disk with a soft rim, summing to 1: float64 (side, side)."""
+    reach = int(np.ceil(radius))
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disk = np.clip(radius + 0.5 - np.hypot(y, x), 0, 1)
+    return np.asarray(disk / disk.sum())
 
-    Optical density is linear in the amounts of stain, and a gain of light only adds to it.
-    """
+
+def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str]) -> np.ndarray:
+    """Stain, white balance and gamma, pixel by pixel; optical density is linear in the amounts of stain."""
     mix = np.eye(3)
     if "stain" in kinds:
         amounts = 1 + strength * STAIN * np.array(laboratory.stain)

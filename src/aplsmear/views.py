@@ -142,6 +142,10 @@ def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None =
             unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
             unless_0(knobs.blur, iaa.GaussianBlur((0.0, knobs.blur))),
             unless_0(knobs.noise, iaa.AdditiveGaussianNoise(scale=(0.0, knobs.noise), per_channel=True)),
+            # A power of the light is a multiple of the optical density: of the stain that a channel sees.
+            unless_0(
+                knobs.stain, iaa.GammaContrast((1 / (1 + knobs.stain), 1 + knobs.stain), per_channel=True)
+            ),
         ]
     )
 
