@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from tuning import commit, machine
 
-from aplsmear import backbones, shifts, views
+from aplsmear import backbones, shifts, stains, views
 from aplsmear.adaptation import adapted
 from aplsmear.backbones import batch_of, features_of
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
@@ -43,8 +44,7 @@ from aplsmear.shards import View
 from aplsmear.shifts import KINDS, STRENGTHS, draw_laboratory, shifted
 from aplsmear.statistics import auroc, balanced_accuracy, calibration_slope_intercept, write_json
 from aplsmear.tables import read_scores, read_table, write_table
-from aplsmear.views import cell_views, smear_views
-from tuning import commit, machine
+from aplsmear.views import cell_views, prepared, smear_views
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
@@ -52,12 +52,14 @@ LABORATORIES = 3
 TRIALS = 2  # of each task, where a measure is compared
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
 
-# What else training could do: settings of `augment`, and of `tune`.
+# What training could do otherwise: settings of `augment`.
 MEASURES: dict[str, dict[str, Any]] = {
     "no augmentation of colour or focus": COLOUR,
     "augmentation as shipped": {},
     "augmentation of stain": {"stain": 0.35},
     "wider augmentation": {"stain": 0.35, "hue": 12, "saturation": 30, "brightness": 0.2, "blur": 1.5},
+    "normalisation by Reinhard": {"normalise": "reinhard"},
+    "normalisation by Macenko": {"normalise": "macenko"},
 }
 
 
@@ -100,29 +102,33 @@ def main() -> None:
     start_tensorflow()
     kept = Path(".shift")
     bench = open_bench(Path(), asked.ensemble, asked.cells, kept)
-    found: dict[str, Any] = {strength: held(bench, strength) for strength in STRENGTHS}
-    found["one thing alone, medium"] = {
-        kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS
-    }
-    if not asked.no_measures:
-        found["measures, medium"] = {
-            name: held(variant(bench, asked.ensemble, asked.cells, name, settings), "medium")
-            for name, settings in MEASURES.items()
-        }
-    found |= {
+    found: dict[str, Any] = {
         "patients": len(bench.patients),
-        "cells": len(bench.items["cell"]),
+        "cells_per_patient": asked.cells,
         "laboratories": LABORATORIES,
         "machine": machine(),
         "commit": commit(),
     }
+    section = "demo" if Path().resolve() == ROOT else "real"
+    for strength in sorted(STRENGTHS, key=lambda name: name != "medium"):
+        found[strength] = held(bench, strength)
+        record(section, found)
+    found["alone"] = {kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS}
+    record(section, found)
+    for name, settings in {} if asked.no_measures else MEASURES.items():
+        other = variant(bench, asked.ensemble, asked.cells, name, settings)
+        found.setdefault("measures", {})[name] = held(other, "medium")
+        record(section, found)
+    print(json.dumps(found, indent=2))
+
+
+def record(section: str, found: Mapping[str, Any]) -> None:
+    """Keep what is known so far; the real cells' headline stands before the demo's."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    section = "demo" if asked.workspace.resolve() == ROOT else "real"
     results[section] = found
     if section == "real" or "real" not in results:
-        results |= {strength: found[strength] for strength in STRENGTHS}
+        results |= {strength: found[strength] for strength in STRENGTHS if strength in found}
     write_json(RESULTS, results)
-    print(json.dumps(found, indent=2))
 
 
 def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
@@ -289,7 +295,10 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         params.backbones[backbone].model_dump(),
         bench.items[level]["item"].tolist(),
         vars(condition) if condition else None,
-        *(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (backbones, shifts, views)),
+        *(
+            Path(str(module.__file__)).read_text(encoding="utf-8")
+            for module in (backbones, shifts, stains, views)
+        ),
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -325,6 +334,7 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
         if condition:
             laboratory = draw_laboratory(params.seed, condition.laboratory)
             image = shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
+        image = prepared(image, params.augment, Path(smear))
         for row in rows.itertuples(index=False):
             box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
             made = (
@@ -338,7 +348,7 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
 
 
 def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mapping[str, Any]) -> Bench:
-    """The same cells with other settings of `augment`: views, features and heads by the pipeline's own stages."""
+    """The same cells with other settings of `augment`: by the stages of the pipeline."""
     params = bench.params.model_dump()
     params["augment"] |= settings
     params["tune"] |= {"trials": TRIALS, "generation": TRIALS}

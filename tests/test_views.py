@@ -30,7 +30,7 @@ from aplsmear.views import (
 SRC = str(Path(__file__).parents[1] / "src")
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0, "stain": 0.0}
+OFF |= {"blur": 0.0, "noise": 0.0, "stain": 0.0, "normalise": "none"}
 KNOBS = {"rotate": 45.0, "scale": 0.3, "shift": 0.2, "hue": 20, "saturation": 60, "brightness": 0.4}
 KNOBS |= {"blur": 2.0, "noise": 20.0, "stain": 0.5}
 PINK, PURPLE = (230, 200, 205), (90, 40, 130)

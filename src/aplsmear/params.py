@@ -95,6 +95,7 @@ class Augment(_Strict):
     """Plain and augmented views of cells and smears."""
 
     size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
+    normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
     more: dict[str, Annotated[int, Field(ge=1, le=50)]]

@@ -16,6 +16,7 @@ import numpy as np
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 from aplsmear.images import decode, encode_jpeg
+from aplsmear.stains import as_image, remixed
 
 KINDS = ("stain", "white_balance", "gamma", "blur", "resolution", "jpeg")
 STRENGTHS: Mapping[str, float] = {"mild": 0.5, "medium": 1.0, "strong": 2.0}
@@ -28,7 +29,6 @@ BLUR = 2.0  # px of the smear: radius of the disk that a point out of focus beco
 RESOLUTION = 0.5  # how much coarser the pixels are, relative
 JPEG = 40  # of 100: quality lost
 _LOWEST_QUALITY = 20
-_LEAST_LIGHT = 1 / 255  # of a black pixel, so that its optical density is a number
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,5 @@ def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds:
     if "white_balance" in kinds:
         gain[[0, 2]] += strength * WHITE_BALANCE * np.array(laboratory.white_balance)
     exponent = np.exp(strength * GAMMA * laboratory.gamma) if "gamma" in kinds else 1.0
-    density = -np.log(np.maximum(np.arange(256) / 255, _LEAST_LIGHT)).astype(np.float32)
-    stained = cv2.transform(cv2.LUT(image, density), mix.T.astype(np.float32))
-    light = np.exp(-stained) * gain.astype(np.float32)
-    return np.rint(255 * np.clip(light, 0, 1) ** np.float32(exponent)).astype(np.uint8)
+    light = remixed(image, mix) * gain.astype(np.float32)
+    return as_image(np.clip(light, 0, 1) ** np.float32(exponent))

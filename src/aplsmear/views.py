@@ -23,6 +23,7 @@ from aplsmear.errors import UserError
 from aplsmear.images import encode_jpeg, read_image
 from aplsmear.params import Augment, Level
 from aplsmear.shards import View
+from aplsmear.stains import StainError, normalised
 from aplsmear.tasks import SEPARATOR
 
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
@@ -101,6 +102,26 @@ def room(settings: Augment) -> float:
     angle = math.radians(min(settings.rotate, 45.0))
     turn = math.cos(angle) + math.sin(angle)  # side of the square around a turned square of side 1
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
+
+
+def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
+    """A smear as its views are cut from it: in the colours that `settings.normalise` asks for.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+        settings: of the views.
+        path: of the image, for messages.
+
+    Raises:
+        ViewError: it cannot be normalised.
+    """
+    try:
+        return normalised(image, settings.normalise)
+    except StainError as error:
+        raise ViewError(
+            f"{path}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
+            "augment.normalise in params.yaml to none"
+        ) from None
 
 
 def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None = None) -> Any:
@@ -283,7 +304,7 @@ def _views_of_smear(
     path: Path, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
 ) -> dict[Level, list[View]]:
     cv2.setNumThreads(1)
-    image = read_image(path)
+    image = prepared(read_image(path), settings, path)
     return {
         "smear": list(smear_views(image, name, count, settings, seed)),
         "cell": [
