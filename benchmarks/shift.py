@@ -3,9 +3,9 @@
 Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--no-measures]
 
 DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
-patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the heads
-and the combination that never saw the patient. Reference: the same cells as they are. A cohort that adapts
-itself (`aplsmear.adaptation`) is the patients of one fold in one laboratory, without their labels.
+patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the
+heads and the combination that never saw the patient. Reference: the same cells as they are. A cohort
+that adapts itself (`aplsmear.adaptation`) is the patients of one fold in one laboratory, without labels.
 
 Measures that change training are compared on heads of their own, trained on the cells that are measured here
 (at most N of a patient, drawn by lot) by the pipeline's own stages in DIR/.shift. What was forwarded is
@@ -54,12 +54,12 @@ COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.
 
 # What training could do otherwise: settings of `augment`.
 MEASURES: dict[str, dict[str, Any]] = {
-    "no augmentation of colour or focus": COLOUR,
-    "augmentation as shipped": {},
-    "augmentation of stain": {"stain": 0.35},
-    "wider augmentation": {"stain": 0.35, "hue": 12, "saturation": 30, "brightness": 0.2, "blur": 1.5},
-    "normalisation by Reinhard": {"normalise": "reinhard"},
-    "normalisation by Macenko": {"normalise": "macenko"},
+    "no_augmentation_of_colour": COLOUR,
+    "augmentation_as_shipped": {},
+    "augmentation_of_stain": {"stain": 0.35},
+    "wider_augmentation": {"stain": 0.35, "hue": 12, "saturation": 30, "brightness": 0.2, "blur": 1.5},
+    "reinhard": {"normalise": "reinhard"},
+    "macenko": {"normalise": "macenko"},
 }
 
 
@@ -181,10 +181,10 @@ def held(
     home = scored_features(bench, None)
     away = [scored_features(bench, Condition(strength, number, kinds)) for number in range(laboratories)]
     treatments: dict[str, dict[str, bool]] = {
-        "as shipped": {},
-        "not adapted": {"adapt": False},
-        "plain view alone": {"average": False},
-        "features standardised by cohort": {"standardise": True},
+        "as_shipped": {},
+        "not_adapted": {"adapt": False},
+        "plain_view_alone": {"average": False},
+        "features_standardised_by_cohort": {"standardise": True},
     }
     found = {}
     for name, treatment in treatments.items():
@@ -198,7 +198,7 @@ def held(
             "worst_balanced_accuracy": min(one["balanced_accuracy"] for one in each),
             "home": before,
         }
-    return found.pop("as shipped") | {"without or with": found}
+    return found.pop("as_shipped") | found
 
 
 def measured(

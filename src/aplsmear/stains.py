@@ -59,12 +59,12 @@ def remixed(image: np.ndarray, mix: np.ndarray) -> np.ndarray:
     """
     density = -np.log(np.maximum(np.arange(256) / 255, _LEAST_LIGHT)).astype(np.float32)
     mixed = cv2.transform(cv2.LUT(image, density), mix.T.astype(np.float32))
-    return np.exp(-mixed)
+    return np.asarray(np.exp(-mixed))
 
 
 def as_image(light: np.ndarray) -> np.ndarray:
     """Light of 0 to 1, and what lies beyond, as uint8."""
-    return np.rint(255 * np.clip(light, 0, 1)).astype(np.uint8)
+    return np.asarray(np.rint(255 * np.clip(light, 0, 1)), dtype=np.uint8)
 
 
 def _reinhard(image: np.ndarray) -> np.ndarray:
