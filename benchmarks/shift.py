@@ -1,15 +1,15 @@
 """How verdicts hold in another laboratory: held-out patients under a graded change of stain, lamp and camera.
 
-Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--no-measures]
+Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures]
 
 DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
 patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the
 heads and the combination that never saw the patient. Reference: the same cells as they are. A cohort
 that adapts itself (`aplsmear.adaptation`) is the patients of one fold in one laboratory, without labels.
 
-Measures that change training are compared on heads of their own, trained on the cells that are measured here
-(at most N of a patient, drawn by lot) by the pipeline's own stages in DIR/.shift. What was forwarded is
-kept there: a bench that was cut off goes on. Results go to benchmarks/results/shift.json.
+With --measures, those that change training are compared too, on heads of their own: trained on the cells
+that are measured (at most N of a patient, drawn by lot) by the pipeline's own stages, in DIR/.shift. What was
+forwarded is kept there, so that a bench that was cut off goes on. Results: benchmarks/results/shift.json.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=ROOT)
     parser.add_argument("--ensemble", default="", help="default: apl_aml, or the only one that was made")
     parser.add_argument("--cells", type=int, default=30, help="of a patient, at most")
-    parser.add_argument("--no-measures", action="store_true", help="only what the workspace holds")
+    parser.add_argument("--measures", action="store_true", help="train otherwise too, once for each measure")
     asked = parser.parse_args()
     os.chdir(asked.workspace)
     start_tensorflow()
@@ -115,7 +115,7 @@ def main() -> None:
         record(section, found)
     found["alone"] = {kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS}
     record(section, found)
-    for name, settings in {} if asked.no_measures else MEASURES.items():
+    for name, settings in MEASURES.items() if asked.measures else ():
         other = variant(bench, asked.ensemble, asked.cells, name, settings)
         found.setdefault("measures", {})[name] = held(other, "medium")
         record(section, found)
