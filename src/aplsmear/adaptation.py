@@ -17,8 +17,8 @@ from scipy.special import expit
 
 from aplsmear.ensembles import Combination
 
-LIKENESS = 30.0  # patients: the share of positives is known as if that many had been counted
-REACH = 1.5  # standard deviation of how far laboratories move logits
+LIKENESS = 50.0  # patients: the share of positives is known as if that many had been counted
+REACH = 2.0  # standard deviation of how far laboratories move logits
 _FARTHEST = 50.0
 
 
