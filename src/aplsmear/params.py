@@ -91,12 +91,14 @@ class Split(_Strict):
     """The outer folds."""
 
     folds: int = Field(ge=3, le=20)  # nested inner folds need two folds beside the held-out one
+    by: Literal["patient", "site"]
 
 
 class Augment(_Strict):
     """Plain and augmented views of cells and smears."""
 
     size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
+    normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
     more: dict[str, Annotated[int, Field(ge=1, le=50)]]
@@ -108,6 +110,7 @@ class Augment(_Strict):
     brightness: float = Field(ge=0, le=0.9)
     blur: float = Field(ge=0, le=10)
     noise: float = Field(ge=0, le=100)
+    stain: float = Field(ge=0, le=2)
 
 
 class Backbone(_Strict):
