@@ -28,7 +28,7 @@ from aplsmear.statistics import auroc, write_json
 RIDGE = [Candidate(0, "logistic", "mean", 0.1, 0), Candidate(1, "logistic", "top", 1.0, 0)]
 NETWORK = [Candidate(0, "network", "mean", 1.0, 3)]
 AVERAGE = [Candidate(0, "average", "mean", 0.0, 0)]
-APL_AML = Ensemble(positive="apl", negative="aml", members=["a"])
+APL_AML = Ensemble(positive="apl", negative="aml", members=["a"], weigh_by="a")
 
 
 def people(n: int, folds: int) -> pd.DataFrame:

@@ -250,11 +250,26 @@ def test_patience_stops_a_head_that_gains_nothing() -> None:
     random = np.random.Generator(np.random.Philox(5))
     ground = material(label=random.integers(0, 2, 160).astype(np.int8))
     recipe = replace(BASE, learning_rate=0.1, width=32, epochs=30)
-    patient, impatient = (judge_heads(jobs_of(recipe), ground, patience) for patience in (0, 3))
+    patient, impatient = (judge_heads(jobs_of(recipe), ground, patience) for patience in (30, 3))
     assert all(max(judged.epoch.values()) < 20 for judged in impatient)
     assert all(
         a.epoch == b.epoch for a, b in zip(patient, impatient, strict=True) if max(a.epoch.values()) < 4
     )
+
+
+def test_without_patience_the_last_epoch_counts() -> None:
+    random = np.random.Generator(np.random.Philox(5))
+    ground = material(label=random.integers(0, 2, 160).astype(np.int8))
+    recipes = [replace(BASE, learning_rate=0.1, epochs=epochs) for epochs in (3, 7)]
+    jobs = [replace(job, trial=n) for n, recipe in enumerate(recipes) for job in jobs_of(recipe)]
+    for job, judged in zip(jobs, judge_heads(jobs, ground, 0), strict=True):
+        assert set(judged.epoch.values()) == {job.recipe.epochs}
+        (head,) = train_heads([job], ground)
+        for fold in job.held_out:
+            rows = ground.items.row[ground.items.fold == fold]
+            np.testing.assert_allclose(
+                expit(judged.score[fold]), score([head], ground.values["net/layer"], rows)[0], atol=1e-3
+            )
 
 
 def test_views_and_copies_are_seen_and_held_out_items_are_not() -> None:

@@ -44,7 +44,7 @@ from aplsmear.training import Course, FinetuneError, Run, Store, Tuner, fitting,
 from aplsmear.tuning import Board, study_key
 from aplsmear.unfreezing import divide
 
-INNER = 2  # inner folds that decide for a world
+INNER = 1  # inner folds that decide for a world
 WITHOUT_EFFECT = {"log_model", "log_images", "pictures"}  # settings that change no model
 BATCH = 64  # views of one forward pass of the frozen part
 

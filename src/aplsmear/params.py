@@ -18,6 +18,22 @@ Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
 Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
+Summary = Literal[
+    "mean",
+    "logits",
+    "median",
+    "upper",
+    "top",
+    "share",
+    "noisy_or",
+    "weighed_mean",
+    "weighed_logits",
+    "weighed_median",
+    "weighed_upper",
+    "weighed_top",
+    "weighed_share",
+    "weighed_noisy_or",
+]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
@@ -224,13 +240,14 @@ class Ensemble(_Strict):
     positive: Diagnosis
     negative: Diagnosis
     members: list[Name] = Field(min_length=1)
+    weigh_by: Name
 
 
 class CombineSpace(_Strict):
     """What the search over combinations may choose from."""
 
     model: list[Literal["average", "logistic", "network"]] = Field(min_length=1)
-    summary: list[Literal["mean", "median", "upper", "top", "share", "noisy_or"]] = Field(min_length=1)
+    summary: list[Summary] = Field(min_length=1)
     freedom: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
     units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
 
@@ -367,6 +384,9 @@ def _crossed_ensemble(name: str, ensemble: Mapping[str, Any], tasks: Collection[
         if member not in tasks:
             yield f"ensembles.{name}.members: {member!r} is no task{nearest(member, tasks)}"
     yield from (f"ensembles.{name}.members: {member!r} is named twice" for member in _twice(members))
+    weigher = ensemble.get("weigh_by")
+    if isinstance(weigher, str) and weigher not in tasks:
+        yield f"ensembles.{name}.weigh_by: {weigher!r} is no task{nearest(weigher, tasks)}"
     if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
         yield f"ensembles.{name}: positive and negative are both {ensemble['positive']!r}"
 

@@ -77,12 +77,13 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
 
     What is judged on one held-out fold depends on no item of another: for each fold, the epoch with the
     lowest loss there (class weights as in training) is kept. A head stops when no fold has gained for
-    `patience` epochs.
+    `patience` epochs. Without patience the last epoch counts, that in which a falling learning rate has
+    come to rest, and the others are not judged.
 
     Args:
         jobs: what to train.
         material: what to train it on.
-        patience: in epochs; 0 trains every head to its end (and still keeps the best epoch).
+        patience: in epochs; 0 trains every head to its end.
 
     Returns:
         One a job, in their order. A head whose loss is not finite, or whose stack does not fit into memory,
@@ -252,6 +253,9 @@ class _Stack:
         least = {(place, fold): np.inf for place, job in enumerate(self.jobs) for fold in job.held_out}
         for epoch in range(max(job.recipe.epochs for job in self.jobs)):
             self._epoch(epoch)
+            alive = self.place[self.place >= 0]
+            if not patience and epoch + 1 not in {self.jobs[place].recipe.epochs for place in alive}:
+                continue
             losses, logits = self._judge()
             done = np.zeros(self.place.shape, bool)
             for lane, slot in np.argwhere(self.place >= 0):
@@ -261,7 +265,7 @@ class _Stack:
                 for number, fold in enumerate(here.held_out):
                     count = int((here.items.fold == fold).sum())
                     loss = losses[lane, slot, number]
-                    if count and loss < least[place, fold]:
+                    if count and (loss < least[place, fold] or not patience):
                         least[place, fold] = loss
                         found[place].epoch[fold] = epoch + 1
                         found[place].score[fold] = logits[lane, slot, start : start + count].copy()
