@@ -46,9 +46,34 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     """
     import keras
 
+    keras.utils.clear_session()
+    cut, preprocess = cut_network(settings, level, seed)
+    size = settings.input_size[level]
+    image = keras.Input((size, size, 3), dtype="uint8")
+    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
+    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
+    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+
+
+def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The network of `settings` up to its layers, frozen, and the preprocessing that belongs to it.
+
+    Args:
+        settings: as for `build_backbone`.
+        level: whose input size to use.
+        seed: of the untrained filters.
+
+    Returns:
+        keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, a joint layer's parts
+        each by itself; and a function from float32 RGB, 0 to 255, to what it takes.
+
+    Raises:
+        BackboneError: as `build_backbone`.
+    """
+    import keras
+
     builder, preprocess = _application(settings.application)
     size = settings.input_size[level]
-    keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     full = _full_network(builder, settings, size)
     names = [layer.name for layer in full.layers]
@@ -64,10 +89,7 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     if settings.weights not in (UNTRAINED, IMAGENET):
         _load(Path(settings.weights), full, cut)
     cut.trainable = False
-    image = keras.Input((size, size, 3), dtype="uint8")
-    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
-    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+    return cut, preprocess
 
 
 def batch_of(settings: Backbone, level: Level) -> int:

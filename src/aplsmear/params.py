@@ -199,6 +199,26 @@ class Tune(_Strict):
         return value
 
 
+class Finetune(_Strict):
+    """Training on from a tuned head: the uppermost blocks of its backbone."""
+
+    trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
+    folds: int = Field(ge=0)
+    blocks: int = Field(ge=1)
+    rate: float = Field(gt=0, le=1)
+    deeper: float = Field(ge=0, le=1)
+    head_rate: float = Field(gt=0, le=1)
+    epochs: int = Field(ge=0, le=10000)
+    patience: int = Field(ge=0)
+    batch: int = Field(ge=2, le=65536)
+    views: int = Field(ge=0)
+    online: bool
+    precision: Literal["auto", "on", "off"]
+    pictures: int = Field(ge=0, le=20)
+    log_model: bool
+    log_images: bool
+
+
 class Task(_Strict):
     """A binary question about cells, smears or patients, as a row of data."""
 
@@ -266,6 +286,7 @@ class Params(_Strict):
     augment: Augment
     backbones: dict[Name, Backbone] = Field(min_length=1)
     tune: Tune
+    finetune: Finetune
     overrides: dict[Name, dict[str, Any]]  # of `tune`, a row a task
     tasks: dict[Name, Task] = Field(min_length=1)
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
