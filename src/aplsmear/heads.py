@@ -110,9 +110,16 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
     return scores
 
 
-def write_heads(path: Path, heads: Sequence[Head]) -> None:
-    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run)."""
+def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
+    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run).
+
+    Args:
+        path: of the file.
+        heads: of each world.
+        average: augmented views whose scores are averaged with that of the plain one.
+    """
     arrays: dict[str, np.ndarray] = {
+        "average": np.array(average),
         "features": np.array([head.features for head in heads]),
         "activation": np.array([head.activation for head in heads]),
     }
@@ -135,6 +142,12 @@ def read_heads(path: Path) -> list[Head]:
             biases = tuple(file[f"{place}.bias.{layer}"] for layer in range(depth))
             heads.append(Head(features, kernels, biases, activation))
     return heads
+
+
+def read_average(path: Path) -> int:
+    """How many augmented views are averaged with the plain one; see `write_heads`."""
+    with np.load(path, allow_pickle=False) as file:
+        return int(file["average"])
 
 
 def _padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
