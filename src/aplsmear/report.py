@@ -156,9 +156,6 @@ def wanted_cells(
 ) -> dict[str, tuple[list[str], list[str]]]:
     """The cells that speak most for and most against the positive diagnosis in the patients who get a card.
 
-    A high score speaks for it where patients who have it score higher on the whole: `blast` against other
-    AML does not.
-
     Args:
         verdicts: of `aplsmear.ensembles.judge`.
         name: of the member that chooses; one that scores cells.
@@ -170,14 +167,19 @@ def wanted_cells(
     own = {row["patient"]: row for row in _records(member[member["world"] == member["fold"]])}
     places = {place for shown in _noteworthy(verdicts.table).values() for place in shown}
     patients = verdicts.table["patient"].iloc[sorted(places)]
-    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
-    upwards = np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0
-    ends = ("most", "least") if upwards else ("least", "most")
+    ends = ("most", "least") if speaks_for(verdicts, name) else ("least", "most")
     return {
         patient: (json.loads(own[patient][ends[0]]), json.loads(own[patient][ends[1]]))
         for patient in patients
         if patient in own
     }
+
+
+def speaks_for(verdicts: Verdicts, name: str) -> bool:
+    """Whether a high score of a member speaks for the positive diagnosis: patients who have it score higher
+    on the whole. `blast` against other AML does not."""
+    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
+    return bool(np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0)
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
