@@ -198,7 +198,9 @@ def write_bundle(
         reference: of `make_reference`.
     """
     levels = {member.task: member.level for member in [model.weigh_by, *model.members]}
-    needed = {_weights(*each) for each in needed_backbones(levels, {t: read_heads(p) for t, p in heads.items()})}
+    needed = {
+        _weights(*each) for each in needed_backbones(levels, {t: read_heads(p) for t, p in heads.items()})
+    }
     needed.add(_weights(reference.features.split("/")[0], reference.level))
     files = {_heads(task): path for task, path in heads.items()}
     files |= {name: backbones.parent / name for name in needed}
@@ -272,7 +274,9 @@ def read_bundle(folder: Path) -> Bundle:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BundleError):
             raise
-        raise BundleError(f"{folder}: what it holds does not fit together ({_brief(error)}); {_AGAIN}") from None
+        raise BundleError(
+            f"{folder}: what it holds does not fit together ({_brief(error)}); {_AGAIN}"
+        ) from None
     return bundle
 
 
@@ -347,8 +351,8 @@ def _scorer(folder: Path, member: Member) -> Scorer:
 
 def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:
     found = {each.name: arrays[f"{kind}.{each.name}"] for each in fields(Cloud)}
-    found |= {name: float(found[name]) for name in ("rest", "limit")}
-    return Cloud(**found)
+    rest, limit = float(found.pop("rest")), float(found.pop("limit"))
+    return Cloud(**found, rest=rest, limit=limit)
 
 
 def _heads(task: str) -> str:

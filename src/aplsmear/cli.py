@@ -123,6 +123,60 @@ def tidy() -> None:
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
 
+@app.command()
+def predict(
+    ensemble: Annotated[
+        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
+    out: Annotated[Path, typer.Option(metavar="CSV", help="A row a patient.")],
+    report: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="The same for people, on a page.")
+    ] = None,
+    fold: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="A check: judge by the models that never saw this fold of the training run."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
+) -> None:
+    """Judge patients whom the ensemble has never seen. For research only.
+
+    The CSV file has, for each patient: the calibrated `probability` of the positive diagnosis; the calls at
+    the balanced (`verdict`) and at the `sensitive` operating point; how many `cells` and `smears` were seen;
+    the `distance` from the training patients by what cells look like, and by `stain` (beyond 1 it is further
+    than nearly all of these are from each other); a `warning`. A name that a spreadsheet would take for a
+    formula gets a ' in front.
+
+    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
+    report.html`
+    """
+    from aplsmear.bundle import read_bundle
+    from aplsmear.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.errors import UserError
+    from aplsmear.predict import Judge, check_input, judge_patients, verdict_table, write_predictions
+    from aplsmear.runtime import start_tensorflow
+
+    taken = [path for path in (out, report) if path is not None and path.exists()]
+    if taken and not overwrite:
+        _fail(f"{', '.join(map(str, taken))} is there already: another name, or --overwrite")
+    try:
+        bundle = read_bundle(ensemble)
+        found = read_data_set(data, {}, min_box=bundle.model.min_box, skip_bad_images=False, labelled=False)
+        check_input(bundle, found.cells, data)
+        start_tensorflow()
+        judge = Judge(bundle, fold)
+        judged = list(judge_patients(judge, data, found.smears, found.cells))
+        table = verdict_table(judged, judge)
+        write_predictions(out, table)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except (UserError, OSError) as error:
+        _fail(str(error))
+
+
 @app.command("null-check")
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],

@@ -37,7 +37,7 @@ from sklearn.neural_network import MLPClassifier
 
 from aplsmear.errors import UserError
 from aplsmear.members import SUMMARIES
-from aplsmear.params import Combine, Ensemble
+from aplsmear.params import Combine
 from aplsmear.statistics import (
     auroc,
     auroc_standard_error,

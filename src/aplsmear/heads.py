@@ -19,6 +19,7 @@ from aplsmear.files import whole
 from aplsmear.splits import HeldOut
 
 CHUNK = 2048  # items scored at a time
+_BLOCK = 64  # whole ones alone: the last rows of another product have other last digits
 ACTIVATIONS = ("relu", "gelu", "tanh")
 
 
@@ -87,7 +88,7 @@ def parameters(recipe: Recipe, channels: int) -> int:
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class.
+    """Probabilities of the positive class; those of an item do not depend on what else is scored.
 
     Args:
         heads: that read these features.
@@ -106,7 +107,10 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
             weights.append(_padded([heads[place].biases[layer][None] for place in chosen]))
         for start in range(0, len(rows), CHUNK):
             part = values[rows[start : start + CHUNK]].astype(np.float32)
-            scores[chosen, start : start + CHUNK] = _forward(*kind)(part, weights).numpy()
+            short = -len(part) % _BLOCK
+            part = np.pad(part, ((0, short), (0, 0)))
+            said = _forward(*kind)(part, weights).numpy()
+            scores[chosen, start : start + CHUNK] = said[:, : said.shape[1] - short]
     return scores
 
 

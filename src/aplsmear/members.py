@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -98,7 +98,7 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
     return {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
 
 
-def ends_of(items: Sequence[str], score: np.ndarray) -> tuple[list[str], list[str]]:
+def ends_of(items: Iterable[str], score: np.ndarray) -> tuple[list[str], list[str]]:
     """The items of a patient with the highest and the lowest scores, the furthest first; none is in both."""
     mine = pd.DataFrame({"item": list(items), "score": score})
     order = mine.sort_values(["score", "item"], ascending=[False, True])["item"].astype(str).tolist()
