@@ -6,7 +6,7 @@
     model.json                                members, views, backbones, a combination for every world
     heads/<task>.npz                          heads of every world
     backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
-    reference.npz                             where training patients lie; their held-out logits, nameless
+    reference.npz                             where training patients lie, as a whole
 
 No pickle, no code, no path out of the folder, and no network as a file: `aplsmear.backbones` builds it from
 its name in keras.applications, so a stranger's folder has nothing that could run. (Keras's own loading of
@@ -29,7 +29,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import aplsmear
-from aplsmear.ensembles import Combination, Verdicts, as_json, combination_of
+from aplsmear.ensembles import Combination, as_json, combination_of
 from aplsmear.errors import UserError
 from aplsmear.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.features import Features
@@ -131,14 +131,18 @@ class Bundle:
     members: list[Scorer]
     weigher: Scorer
     combinations: list[Combination]  # of every world
-    logits: list[np.ndarray]  # of every world: calibrated, of its training patients, each held out once
-    labels: list[np.ndarray]  # int8, of the same patients
     reference: Reference
 
-    @property
-    def worlds(self) -> int:
-        """Outer folds, and one more for new patients."""
-        return len(self.combinations)
+    def world_of(self, fold: int | None) -> int:
+        """The world whose models never saw this outer fold; None: that for new patients, the last one.
+
+        Raises:
+            BundleError: there is no such fold.
+        """
+        last = len(self.combinations) - 1
+        if fold is not None and not 0 <= fold < last:
+            raise BundleError(f"there is no fold {fold}: the training run had {last}, from 0")
+        return last if fold is None else fold
 
     def backbone(self, name: str, level: Level) -> Backbone:
         """A backbone whose weights are those of the bundle."""
@@ -184,7 +188,6 @@ def write_bundle(
     model: Model,
     heads: Mapping[str, Path],
     backbones: Path,
-    verdicts: Verdicts,
     reference: Reference,
 ) -> None:
     """Write a bundle; the same bytes from the same inputs. The manifest comes last.
@@ -194,7 +197,6 @@ def write_bundle(
         model: of it.
         heads: task -> file of `aplsmear.heads.write_heads`, of members and weigher.
         backbones: the folder with ``<backbone>/<level>.weights.h5``.
-        verdicts: of `aplsmear.ensembles.judge`.
         reference: of `make_reference`.
     """
     levels = {member.task: member.level for member in [model.weigh_by, *model.members]}
@@ -207,9 +209,7 @@ def write_bundle(
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
-    arrays = {f"logit.{world}": logit for world, logit in enumerate(verdicts.inner)}
-    label, fold = verdicts.table["label"].to_numpy(np.int8), verdicts.table["fold"].to_numpy()
-    arrays |= {f"label.{world}": label[fold != world] for world in range(len(verdicts.inner))}
+    arrays: dict[str, np.ndarray] = {}
     for kind in ("typical", "stain"):
         cloud = getattr(reference, kind)
         arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
@@ -250,9 +250,6 @@ def read_bundle(folder: Path) -> Bundle:
         combinations = [combination_of(each) for each in model.combinations]
         scorers = {each.task: _scorer(folder, each) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
-            worlds = range(len(combinations))
-            logits = [np.asarray(arrays[f"logit.{world}"], np.float64) for world in worlds]
-            labels = [np.asarray(arrays[f"label.{world}"], np.int8) for world in worlds]
             reference = Reference(
                 model.reference_level,
                 model.reference_features,
@@ -266,8 +263,6 @@ def read_bundle(folder: Path) -> Bundle:
             members=[scorers[each.task] for each in model.members],
             weigher=scorers[model.weigh_by.task],
             combinations=combinations,
-            logits=logits,
-            labels=labels,
             reference=reference,
         )
         _check_fit(bundle, listed)
@@ -316,7 +311,7 @@ def _checked(folder: Path) -> set[str]:
 
 def _check_fit(bundle: Bundle, listed: set[str]) -> None:
     """Heads for every world, backbones for every head, weights for every backbone."""
-    model, worlds = bundle.model, bundle.worlds
+    model, worlds = bundle.model, len(bundle.combinations)
     scorers = [*bundle.members, bundle.weigher]
     names = tuple(each.task for each in bundle.members)
     problems = [

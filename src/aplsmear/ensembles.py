@@ -123,7 +123,6 @@ class Verdicts:
     said: np.ndarray  # float64 (patients, members): the logits that the verdict on a patient was made of
     combinations: list[Combination]  # of each world; the last one is for new patients
     chosen: list[Candidate]  # of each world
-    inner: list[np.ndarray]  # of each world: calibrated logits of its inner patients, held out on inner folds
 
 
 def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
@@ -208,7 +207,7 @@ def judge(
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0)
     said = np.full((len(patients), len(members)), np.nan)
-    combinations, chosen, held_out = [], [], []
+    combinations, chosen = [], []
     for world in range(folds + 1):
         inside, outside = np.flatnonzero(fold != world), np.flatnonzero(fold == world)
         kinds = {candidate.summary for candidate in candidates}
@@ -225,7 +224,6 @@ def judge(
         )
         combinations.append(combination)
         chosen.append(candidate)
-        held_out.append(combination.slope * inner + combination.offset)
         if len(outside):
             said[outside] = mine[outside]
             probability = combination.probability(mine[outside])
@@ -239,7 +237,7 @@ def judge(
             table.loc[outside, "high"] = np.maximum(high, probability)
             for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
                 table.loc[outside, column] = (probability >= combination.thresholds[point]).astype(int)
-    return Verdicts(table, said, combinations, chosen, held_out)
+    return Verdicts(table, said, combinations, chosen)
 
 
 def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:

@@ -7,18 +7,19 @@ Memory holds some smears' views and the patient in hand, however many patients t
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from aplsmear.backbones import batch_of, forward_pass
 from aplsmear.bundle import Bundle, Scorer
+from aplsmear.ensembles import Combination
 from aplsmear.errors import UserError
 from aplsmear.familiarity import Moments, how_stained, stain_of
 from aplsmear.heads import score
@@ -47,7 +48,7 @@ class Judged:
         smears: how many.
         cells: how many.
         said: float64 (members,): summaries as logits, NaN where a member has seen nothing of the patient.
-        logit: of the calibrated probability.
+        probability: calibrated, of the positive diagnosis.
         distance: from the training patients by features, see `aplsmear.familiarity`; NaN without items.
         stain: the same by stain.
         warnings: for people.
@@ -59,7 +60,7 @@ class Judged:
     smears: int
     cells: int
     said: np.ndarray
-    logit: float
+    probability: float
     distance: float
     stain: float
     warnings: list[str]
@@ -79,22 +80,21 @@ class _InHand:
 
 
 class Judge:
-    """A bundle with its networks built."""
+    """A bundle with its networks built.
 
-    def __init__(self, bundle: Bundle, world: int | None = None) -> None:
+    Attributes:
+        bundle: it.
+        world: whose models judge.
+        combination: of that world.
+    """
+
+    def __init__(self, bundle: Bundle, world: int) -> None:
         """Build what the models of one world need.
 
         Args:
             bundle: of `aplsmear.bundle.read_bundle`.
-            world: whose models judge: the fold that they have not seen; None: the last one, for new
-                patients.
-
-        Raises:
-            PredictError: there is no such fold.
+            world: of `Bundle.world_of`.
         """
-        if world is not None and not 0 <= world < bundle.worlds - 1:
-            raise PredictError(f"there is no fold {world}: the training run had {bundle.worlds - 1}, from 0")
-        world = bundle.worlds - 1 if world is None else world
         self.bundle, self.world = bundle, world
         self.combination = bundle.combinations[world]
         self.weighs = self.combination.summary.startswith("weighed_")
@@ -174,9 +174,6 @@ class Judge:
         """What all smears of a patient say together."""
         members, model = self.bundle.members, self.bundle.model
         said = np.array([self._summary(scorer, seen) for scorer in members])
-        logit = (
-            self.combination.slope * self.combination.fitted.logit(said[None])[0] + self.combination.offset
-        )
         reference = self.bundle.reference
         distance = stain = float("nan")
         if seen.features.count:
@@ -187,7 +184,7 @@ class Judge:
             smears=seen.smears,
             cells=len(seen.items["cell"]),
             said=said,
-            logit=float(logit),
+            probability=float(self.combination.probability(said[None])[0]),
             distance=distance,
             stain=stain,
             warnings=[],
@@ -271,34 +268,37 @@ def judge_patients(judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.Dat
         yield judge.conclude(patient, seen)
 
 
-def verdict_table(judged: Iterable[Judged], judge: Judge, logits: np.ndarray | None = None) -> pd.DataFrame:
-    """The table that `predict` writes, patients sorted by name.
+def keep_pictures(judged: Iterable[Judged], count: int) -> list[Judged]:
+    """All of them, the pictures only of the `count` with the highest probabilities: memory stays flat."""
+    kept: list[Judged] = []
+    pictured: list[tuple[float, int]] = []
+    for place, each in enumerate(judged):
+        kept.append(each)
+        heapq.heappush(pictured, (each.probability, -place))
+        if len(pictured) > count:
+            lowest = -heapq.heappop(pictured)[1]
+            kept[lowest] = replace(kept[lowest], pictures=([], []))
+    return kept
+
+
+def verdict_table(judged: Sequence[Judged], combination: Combination) -> pd.DataFrame:
+    """The table that `predict` writes.
 
     Args:
-        judged: every patient.
-        judge: whose operating points count.
-        logits: float64 (patients,), adapted; None: as they are.
+        judged: of `judge_patients`.
+        combination: whose probability and operating points count: that of the judge, or an adapted one.
 
     Returns:
-        ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``.
+        ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
+        `judged`.
     """
-    rows = []
-    for place, each in enumerate(judged):
-        probability = float(expit(each.logit if logits is None else logits[place]))
-        rows.append(
-            {
-                "patient": each.patient,
-                "probability": probability,
-                "verdict": int(probability >= judge.combination.thresholds["balanced"]),
-                "sensitive": int(probability >= judge.combination.thresholds["sensitive"]),
-                "cells": each.cells,
-                "smears": each.smears,
-                "distance": each.distance,
-                "stain": each.stain,
-                "warning": "; ".join(each.warnings),
-            }
-        )
-    return pd.DataFrame(rows)
+    probability = combination.probability(np.array([each.said for each in judged]))
+    table = pd.DataFrame({"patient": [each.patient for each in judged], "probability": probability})
+    for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
+        table[column] = (probability >= combination.thresholds[point]).astype(np.int64)
+    for column in ("cells", "smears", "distance", "stain"):
+        table[column] = [getattr(each, column) for each in judged]
+    return table.assign(warning=["; ".join(each.warnings) for each in judged])
 
 
 def write_predictions(path: Path, table: pd.DataFrame) -> None:
