@@ -160,6 +160,27 @@ def null_check(
         _fail("This should be 0.5: something leaks from the held-out patients into their verdicts.")
 
 
+@app.command("share-check")
+def share_check(
+    remote: Annotated[
+        str | None,
+        typer.Argument(metavar="[REMOTE]", help="A name of `dvc remote list`; default: the default."),
+    ] = None,
+) -> None:
+    """What is wrong with a remote, if anything (exit code 1)? Writes, reads and deletes a small object there.
+
+    Example: `aplsmear share-check lab`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import check_remote
+
+    try:
+        for line in check_remote(Path(), remote):
+            typer.echo(line)
+    except UserError as error:
+        _fail(str(error))
+
+
 def _made(path: Path) -> Path:
     """The path, if it is there."""
     if not path.exists():
