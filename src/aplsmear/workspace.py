@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
 from aplsmear import share
+from aplsmear.compare import Compared
 from aplsmear.errors import UserError
 
 # Parts of the names of DVC's settings whose values must not stand in a file that git shares.
@@ -123,3 +129,94 @@ def _counted(repo: Any, place: share.Place) -> str:
     if there == len(wanted):
         return f"{verdict}: `dvc pull` brings them."
     return f"{verdict}: the rest comes by `dvc push` from where they were made, or by `dvc repro` here."
+
+
+def compare(folder: Path, revisions: Sequence[str]) -> Compared:
+    """What DVC knows of experiments, branches, tags or commits, ready for a page.
+
+    Args:
+        folder: the top of a repository, with all that these revisions need in DVC's cache.
+        revisions: two or more names; ``workspace`` is what lies there now.
+
+    Raises:
+        UserError: a name is unknown, or the results of a revision are not in the cache.
+    """
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(folder)) as repo:
+            _check_revisions(repo, revisions)
+            metrics, params = (
+                _by_name(shown.show(revs=list(revisions)), revisions) for shown in (repo.metrics, repo.params)
+            )
+    except NotDvcRepoError:
+        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    for place, revision in enumerate(revisions):
+        if all(values[place] is None for numbers in metrics.values() for values in numbers.values()):
+            raise UserError(
+                f"the results of {revision} are not here: `dvc exp pull REMOTE {revision}` brings those of "
+                "an experiment, `dvc fetch --all-commits` those of commits."
+            )
+    with TemporaryDirectory(prefix="aplsmear-") as temporary:
+        command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", "--out", temporary, *revisions]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"`dvc plots diff {' '.join(revisions)}` failed:\n{done.stderr}")
+        plots, pictures = _drawn(json.loads(done.stdout)["data"], folder)
+    return Compared(revisions, metrics, params, plots, pictures)
+
+
+def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
+    from dvc.scm import RevError, resolve_rev
+
+    unknown = []
+    for revision in revisions:
+        try:
+            if revision != "workspace":
+                resolve_rev(repo.scm, revision)
+        except RevError:
+            unknown.append(revision)
+    if unknown:
+        names = sorted(
+            {name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found}
+        )
+        listed = ", ".join(names) or "none yet; `dvc exp run` makes one"
+        raise UserError(
+            f"no experiment, branch, tag or commit is called {' or '.join(unknown)}.\n"
+            f"  Experiments (`dvc exp list --all-commits`): {listed}"
+        )
+
+
+def _by_name(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """What DVC shows by revision, file and nested name: file -> dotted name -> values in their order."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for place, revision in enumerate(revisions):
+        for file, read in shown.get(revision, {}).get("data", {}).items():
+            for name, value in _flat(read.get("data", {})):
+                values = found.setdefault(file, {}).setdefault(name, [None] * len(revisions))
+                values[place] = value
+    return found
+
+
+def _flat(nested: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(nested, dict):
+        yield above, nested
+        return
+    for name, value in nested.items():
+        yield from _flat(value, f"{above}.{name}" if above else str(name))
+
+
+def _drawn(
+    shown: dict[str, list[dict[str, Any]]], folder: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, bytes]]]:
+    """The plots of `dvc plots diff --json`, and the pictures by name and revision."""
+    plots: dict[str, Any] = {}
+    pictures: dict[str, dict[str, bytes]] = {}
+    for name, drawn in shown.items():
+        for each in drawn:
+            if each["type"] == "vega":
+                plots[name] = each["content"]
+            else:
+                pictures.setdefault(name, {})[each["revisions"][0]] = (folder / each["url"]).read_bytes()
+    return plots, pictures
