@@ -12,7 +12,7 @@ from aplsmear.tables import read_scores, write_table
 
 def main(ensemble: str, task: str) -> None:
     scores = read_scores(Path(f"tuned/{task}/scores.parquet"))
-    write_table(Path(f"members/{ensemble}/{task}.csv"), summarise_patients(scores))
+    write_table(Path(f"member_{ensemble}/{task}.csv"), summarise_patients(scores))
 
 
 if __name__ == "__main__":

@@ -76,15 +76,16 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         Folders and files, sorted.
     """
     owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
+    owned |= {root / "bottleneck" / f"{name}.csv" for name in params.backbones}
     owned |= {root / "tuned" / task for task in params.tasks}
     owned |= {
-        root / "members" / name / f"{task}.csv"
+        root / f"member_{name}" / f"{task}.csv"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
     }
     found = [
         path
-        for pattern in ("features/*/*", "tuned/*", "members/*/*.csv")
+        for pattern in ("features/*/*", "bottleneck/*", "tuned/*", "member_*/*.csv")
         for path in root.glob(pattern)
         if path not in owned and path.name != ".gitignore"
     ]
