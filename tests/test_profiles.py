@@ -48,7 +48,7 @@ def test_leftovers_are_what_no_stage_of_these_parameters_makes(tmp_path: Path) -
     old = [tmp_path / "features" / "cell" / "old", tmp_path / "tuned" / "old"]
     for folder in kept + old:
         folder.mkdir(parents=True)
-    member = tmp_path / "members" / "apl_aml" / "old.csv"
+    member = tmp_path / "member_apl_aml" / "old.csv"
     member.parent.mkdir(parents=True)
     member.touch()
     assert leftovers(tmp_path, params) == sorted([*old, member])
