@@ -1,46 +1,30 @@
-<<<<<<< HEAD
 """One forward pass of one frozen backbone over every view of cells and smears; its weights are kept.
-=======
-"""One forward pass of one frozen backbone over every view of cells and smears; a table of what there is.
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
 
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
 
 from pathlib import Path
 
-<<<<<<< HEAD
 from aplsmear.backbones import batch_of, features_of, write_weights
 from aplsmear.features import write_features
-=======
-from aplsmear.backbones import batch_of, features_of
-from aplsmear.features import overview, write_features
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import count_views, read_index, read_views
 from aplsmear.stage import run
-from aplsmear.tables import write_table
 
 
 def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     backbone = named(params.backbones, name, "backbones")
-    folders = {level: Path(f"features/{level}/{name}") for level in LEVELS}
     start_tensorflow()
     for level in LEVELS:
         views = Path(f"augmented/{level}/views.parquet")
         batch = batch_of(backbone, level)
         batches = progress(read_views(views, batch), f"batches of {level}s", -(-count_views(views) // batch))
         features = features_of(batches, backbone, level, params.seed)
-<<<<<<< HEAD
         write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
-        write_weights(Path(f"backbones/{name}/{level}.weights.h5"), backbone, level, params.seed)
-=======
-        write_features(folders[level], read_index(views), backbone.layer, features)
-    write_table(Path(f"bottleneck/{name}.csv"), overview(folders))
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
+        write_weights(Path(f"bottleneck/{name}/{level}.weights.h5"), backbone, level, params.seed)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main(name: str) -> None:
         upwards=bool(pictured_by) and speaks_for(verdicts, pictured_by),
         inputs=findings.inputs,
     )
-    write_bundle(out / "model", model, heads, Path("backbones"), reference)
+    write_bundle(out / "model", model, heads, Path("bottleneck"), reference)
     write_page(out / "report.html", findings)
 
 

@@ -12,19 +12,13 @@ from aplsmear.stage import run
 from aplsmear.tables import read_scores, write_table
 
 
-<<<<<<< HEAD
 def main(ensemble: str, task: str, weigher: str) -> None:
     params = read_params(Path("params.yaml"))
     scores, weights = (read_scores(Path(f"tuned/{name}/scores.parquet")) for name in (task, weigher))
     alike = params.tasks[task].level == params.tasks[weigher].level
     table = summarise_patients(scores, weights if alike else None)
-    write_table(Path(f"members/{ensemble}/{task}.csv"), table)
-    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
-=======
-def main(ensemble: str, task: str) -> None:
-    scores = read_scores(Path(f"tuned/{task}/scores.parquet"))
-    write_table(Path(f"member_{ensemble}/{task}.csv"), summarise_patients(scores))
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
+    write_table(Path(f"member_{ensemble}/{task}.csv"), table)
+    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"member_{ensemble}/{task}.heads.npz"))
 
 
 if __name__ == "__main__":

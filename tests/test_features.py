@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aplsmear.features import FeaturesError, overview, read_features, write_features
+from aplsmear.features import FeaturesError, read_features, write_features
 
 INDEX = pd.DataFrame({"item": ["a", "a", "007"], "view": [0, 1, 0]})
 ROWS = {
@@ -35,13 +35,6 @@ def test_features_come_back_by_name_memory_mapped(tmp_path):
         "index.csv",
         "late.npy",
     ]
-
-
-def test_the_overview_lists_what_there_is(tmp_path):
-    write_features(tmp_path, INDEX, ["early", "late"], batches(3))
-    table = overview({"cell": tmp_path})
-    assert list(table.columns) == ["level", "layer", "items", "views", "channels"]
-    assert table.to_numpy().tolist() == [["cell", "early", 2, 3, 2], ["cell", "late", 2, 3, 1]]
 
 
 def test_the_size_of_batches_changes_no_byte(tmp_path):

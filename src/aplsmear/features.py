@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,20 +86,3 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
         name = f"{path.parent.name}/{path.stem}"
         found[name] = Features(name, read_table(path.parent / INDEX), np.load(path, mmap_mode="r"))
     return found
-
-
-def overview(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """What features there are.
-
-    Args:
-        folders: level -> the folder that `write_features` wrote.
-
-    Returns:
-        level, layer, items, views (of all items, the plain ones included), channels.
-    """
-    rows = [
-        (level, path.stem, read_table(folder / INDEX)["item"].nunique(), *np.load(path, mmap_mode="r").shape)
-        for level, folder in folders.items()
-        for path in sorted(folder.glob("*.npy"))
-    ]
-    return pd.DataFrame(rows, columns=["level", "layer", "items", "views", "channels"])

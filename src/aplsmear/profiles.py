@@ -76,26 +76,17 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         Folders and files, sorted.
     """
     owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
-    owned |= {root / "bottleneck" / f"{name}.csv" for name in params.backbones}
     owned |= {root / "tuned" / task for task in params.tasks}
-    owned |= {root / "backbones" / name for name in params.backbones}
+    owned |= {root / "bottleneck" / name for name in params.backbones}
     owned |= {
-<<<<<<< HEAD
-        root / "members" / name / f"{task}.{kind}"
-=======
-        root / f"member_{name}" / f"{task}.csv"
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
+        root / f"member_{name}" / f"{task}.{kind}"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
         for kind in ("csv", "heads.npz")
     }
     found = [
         path
-<<<<<<< HEAD
-        for pattern in ("features/*/*", "backbones/*", "tuned/*", "members/*/*.*")
-=======
-        for pattern in ("features/*/*", "bottleneck/*", "tuned/*", "member_*/*.csv")
->>>>>>> aac037fa5523a2ed8a482d9522dc08bdb2a4dcfe
+        for pattern in ("features/*/*", "bottleneck/*", "tuned/*", "member_*/*")
         for path in root.glob(pattern)
         if path not in owned and path.name != ".gitignore"
     ]
