@@ -36,7 +36,6 @@ from aplsmear.features import Features
 from aplsmear.files import copy_whole, whole
 from aplsmear.heads import Head, read_average, read_heads
 from aplsmear.params import Augment, Backbone, Level
-from aplsmear.schema import leaves_folder
 from aplsmear.shards import View
 from aplsmear.statistics import write_json
 
@@ -248,7 +247,7 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         model = Model.model_validate_json((folder / MODEL).read_text(encoding="utf-8"))
         combinations = [combination_of(each) for each in model.combinations]
-        scorers = {each.task: _scorer(folder, each) for each in [*model.members, model.weigh_by]}
+        scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
             reference = Reference(
                 model.reference_level,
@@ -297,7 +296,7 @@ def _checked(folder: Path) -> set[str]:
         )
     problems = []
     for name, expected in sorted(sums.items()):
-        if leaves_folder(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
             problems.append(f"{name!r} leads out of the folder")
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
@@ -330,18 +329,15 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
             problems.append(f"{_weights(name, level)} is not in its manifest")
         else:
             bundle.backbone(name, level)
-    problems += [
-        f"{_heads(each.task)} is not in its manifest" for each in scorers if _heads(each.task) not in listed
-    ]
     if worlds < 2 or problems:
         raise ValueError("; ".join(problems) or "no combination")
 
 
-def _scorer(folder: Path, member: Member) -> Scorer:
-    path = folder / _heads(member.task)
-    if leaves_folder(_heads(member.task)):
-        raise ValueError(f"{member.task!r} leads out of the folder")
-    return Scorer(member.task, member.level, read_heads(path), read_average(path))
+def _scorer(folder: Path, member: Member, listed: set[str]) -> Scorer:
+    name = _heads(member.task)
+    if name not in listed:  # whatever is listed lies in the folder
+        raise ValueError(f"{name} is not in its manifest")
+    return Scorer(member.task, member.level, read_heads(folder / name), read_average(folder / name))
 
 
 def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:
