@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import yaml
 
 from aplsmear.errors import UserError
 
@@ -35,3 +40,19 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         print(error, file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
+
+
+def origin(stage: str, task: str) -> dict[str, str]:
+    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
+    found = {"stage": stage, "task": task}
+    if "DVC_EXP_NAME" in os.environ:
+        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        found["git_commit"] = git.stdout.strip()
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
+        for out in stages.get("download", {}).get("outs", []):
+            found["data_version"] = out.get("md5", "")
+    return found

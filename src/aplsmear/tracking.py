@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class Tracker:
         started: float,
         ended: float,
         failure: str = "",
+        name: str = "",
+        curves: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """A finished trial as a nested run; a trial that is there already is not logged again.
 
@@ -56,21 +59,48 @@ class Tracker:
             started: seconds since 1970.
             ended: seconds since 1970.
             failure: why the trial failed, if it did.
+            name: what people see; empty: its number.
+            curves: numbers by name, one an epoch.
         """
 
         def log() -> None:
             tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
             tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
             run = self._client.create_run(
-                self._experiment, run_name=f"trial {number}", tags=tags, start_time=int(started * 1000)
+                self._experiment,
+                run_name=name or f"trial {number}",
+                tags=tags,
+                start_time=int(started * 1000),
             )
             self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
+            self._log_curves(run.info.run_id, curves or {})
             status = "FAILED" if failure else "FINISHED"
             self._client.set_terminated(run.info.run_id, status, int(ended * 1000))
             self._trials.add(str(number))
 
         if self._client and str(number) not in self._trials:
             self._guard(log)
+
+    def log_model(self, model: Any) -> None:
+        """A keras.Model that takes uint8 images, with its signature, below the run."""
+
+        def log() -> None:
+            import mlflow
+            import numpy as np
+            from mlflow.models import infer_signature
+
+            example = np.zeros((1, *model.input_shape[1:]), np.uint8)
+            signature = infer_signature(example, model.predict(example, verbose=0))
+            with mlflow.start_run(self._run):
+                mlflow.tensorflow.log_model(model, name="model", signature=signature)
+
+        if self._client:
+            self._guard(log)
+
+    def log_pictures(self, folder: Path) -> None:
+        """The files of a folder, below the run."""
+        if self._client:
+            self._guard(lambda: self._client.log_artifacts(self._run, str(folder), folder.name))
 
     def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Log what came out of the whole and end its run."""
@@ -127,6 +157,22 @@ class Tracker:
             self._client.set_tag(self._run, tag, str(value)[:LONGEST_TAG])
         self._log(self._client, self._run, {}, metrics)
         self._client.set_terminated(self._run)
+
+    def _log_curves(self, run: str, curves: Mapping[str, Sequence[float]]) -> None:
+        import math
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key, value, now, step)
+            for key, values in curves.items()
+            for step, value in enumerate(values)
+            if math.isfinite(value)
+        ]
+        for start in range(0, len(points), 1000):  # as many as MLflow takes at once
+            self._client.log_batch(run, metrics=points[start : start + 1000])
 
     @staticmethod
     def _log(client: Any, run: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
