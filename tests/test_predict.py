@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.special import logit
 from typer.testing import CliRunner
 
 from aplsmear import predict as module
 from aplsmear.backbones import BackboneError, batch_of, build_backbone, features_of, write_weights
+from aplsmear.bags import attend
 from aplsmear.bundle import Member, make_model, make_reference, read_bundle, write_bundle
 from aplsmear.cli import app
 from aplsmear.dataset import DataSet, read_data_set
@@ -46,7 +48,8 @@ BACKBONE = Backbone(
 )
 KNOBS = augment().model_copy(update={"margin": 0.1, "rotate": 30.0, "brightness": 0.2, "views": 2})
 TASKS = {"nuclei": ("cell", 1), "granules": ("cell", 0), "field": ("smear", 0), "gate": ("cell", 0)}
-MEMBERS = ("nuclei", "granules", "field")
+TASKS |= {"crowd": ("patient", 1)}
+MEMBERS = ("nuclei", "granules", "field", "crowd")
 RIDGE = [Candidate(0, "logistic", "weighed_mean", 1.0, 0)]
 
 
@@ -68,13 +71,21 @@ def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
     heads = []
     for _ in range(FOLDS + 1):
         kernel = (random.normal(size=len(mean)) / scale / 3).astype(np.float32)
-        heads.append(Head(name, (kernel[:, None],), (-(mean @ kernel)[None],)))
+        first = (kernel[:, None],), (-(mean @ kernel)[None],)
+        if TASKS[task][0] != "patient":
+            heads.append(Head(name, *first))
+        else:
+            second = (np.full((1, 1), 2, np.float32),), (np.zeros(1, np.float32),)
+            gates = (np.ones((1, 2), np.float32), np.zeros(2, np.float32), np.full(1, 3, np.float32))
+            heads.append(Head(name, first[0] + second[0], first[1] + second[1], "tanh", gates))
     return heads
 
 
 def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, fold: dict) -> pd.DataFrame:
     """What stages/tune writes to scores.parquet."""
     rows = of.index.reset_index(names="row").groupby("item", sort=False)["row"].agg(["min", "size"])
+    if TASKS[task][0] == "patient":
+        return bag_scores_of(task, heads, of, rows.assign(patient=patients.loc[rows.index]), fold)
     table = pd.DataFrame({"item": rows.index, "patient": patients.loc[rows.index].to_numpy()})
     table["fold"] = table["patient"].map(fold)
     for world, head in enumerate(heads):
@@ -82,6 +93,19 @@ def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, f
         each = [score([head], of.values, np.asarray(view))[0] for view in views]
         table[f"world_{world}"] = np.mean(each, axis=0)
     return table
+
+
+def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame, fold: dict) -> pd.DataFrame:
+    """The same of a task whose items are patients."""
+    table = []
+    for patient, mine in rows.sort_index().groupby("patient"):
+        row = {"item": patient, "patient": patient, "fold": fold[patient]}
+        for world, head in enumerate(heads):
+            views = [mine["min"] + np.minimum(view, mine["size"] - 1) for view in range(TASKS[task][1] + 1)]
+            each = [np.float32(attend(head, of.values[np.asarray(view)])[0]) for view in views]
+            row[f"world_{world}"] = np.mean(each)
+        table.append(row)
+    return pd.DataFrame(table)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +136,10 @@ def trained(tmp_path_factory) -> Run:
     heads, scores = {}, {}
     for task, (level, average) in TASKS.items():
         heads[task] = root / f"{task}.npz"
-        mine = random_heads(task, features[level])
+        images = "cell" if level == "patient" else level
+        mine = random_heads(task, features[images])
         write_heads(heads[task], mine, average)
-        scores[task] = scores_of(task, mine, features[level][mine[0].features], owner[level], fold)
+        scores[task] = scores_of(task, mine, features[images][mine[0].features], owner[images], fold)
     members = {}
     for task in MEMBERS:
         gate = scores["gate"] if TASKS[task][0] == "cell" else None
@@ -125,7 +150,10 @@ def trained(tmp_path_factory) -> Run:
     items = found.cells.rename(columns={"cell": "item"})
     chosen = features["cell"]["net/conv_pw_2_relu"]
     reference = make_reference(patients, items, "cell", chosen, read_views(views["cell"], 64))
-    of_task = {task: Member(task=task, level=level) for task, (level, _) in TASKS.items()}
+    of_task = {
+        task: Member(task=task, level=level, one_each=level == "patient")
+        for task, (level, _) in TASKS.items()
+    }
     model = make_model(
         name="apl_aml",
         positive="apl",
@@ -246,7 +274,7 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, fi
     assert found.loc[few, "cells"] == 1
     assert "few cells: 1" in found.loc[few, "warning"]
     assert found.loc[none, "cells"] == 0
-    assert "no cells: nuclei, granules cannot say anything" in found.loc[none, "warning"]
+    assert "no cells: nuclei, granules, crowd cannot say anything" in found.loc[none, "warning"]
     assert 0 < found.loc[none, "probability"] < 1
     everybody = predicted(final, trained.data)
     others = everybody.index.drop([few, none])
@@ -312,6 +340,10 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert str(data) not in page
     code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
     assert (code, "there already" in said) == (1, True)
+    code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "c.csv", "--adapt")
+    assert (code, "Adapted to these 18 patients" in said) == (0, True), said
+    moved = logit(pd.read_csv(tmp_path / "c.csv")["probability"]) - logit(table["probability"])
+    assert moved.std() < 1e-3 < abs(moved.mean())
 
 
 # --- bad input, before the long work -----------------------------------------------------------------
@@ -346,7 +378,7 @@ def test_all_that_is_wrong_is_said_before_the_work(trained, data, tmp_path) -> N
 def test_without_cells_it_says_what_finds_them(trained, data, tmp_path) -> None:
     (data / "labeled_cells.csv").unlink()
     code, said = command("--ensemble", trained.ensemble, "--data", data, "--out", tmp_path / "out.csv")
-    assert (code, f"aplsmear cells {data}" in said, "nuclei, granules" in said) == (1, True, True)
+    assert (code, f"aplsmear cells {data}" in said, "nuclei, granules, crowd" in said) == (1, True, True)
 
 
 @pytest.mark.usefixtures("no_work")
