@@ -32,7 +32,9 @@ LEVELS = {"m0": "cell", "m1": "smear", "m2": "cell", "gate": "cell"}
 def augment() -> Augment:
     """Whatever knobs there are, at 0."""
     off = {name: 0 if field.annotation is int else 0.0 for name, field in Augment.model_fields.items()}
-    return Augment(**off | {"size": {"cell": 32, "smear": 48}, "views": 1, "more": {"apl": 2}})
+    return Augment(
+        **off | {"size": {"cell": 32, "smear": 48}, "views": 1, "more": {"apl": 2}, "normalise": "none"}
+    )
 
 
 def make(folder: Path) -> Path:

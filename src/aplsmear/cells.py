@@ -531,7 +531,7 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
     The field is a quadratic surface through the palest tenth of each square of `side` px; squares that cells
     fill do not count. Where there are too few squares: one value for the whole picture.
     """
-    density: Floats = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)[image]
+    density = np.asarray(-np.log((np.arange(256) + 1) / 256), np.float32)[image]
     height, width = image.shape[:2]
     places, values = [], []
     for y in range(0, height, side):
@@ -547,7 +547,7 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
     for _ in range(3):
         if kept.sum() < _SQUARES:
             palest = np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32)
-            return np.maximum(density - palest, 0, out=density)
+            return np.asarray(np.maximum(density - palest, 0), np.float32)
         surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(5)  # the same on each CPU
         kept &= (value - terms @ surface).sum(axis=1) < 0.1
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]

@@ -287,7 +287,7 @@ def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],
     repeats: Annotated[int, typer.Option(min=2, help="Permutations.")] = 30,
 ) -> None:
-    """Does the ensemble find something where there is nothing? Needs `members/NAME`, changes nothing.
+    """Does the ensemble find something where there is nothing? Needs `member_NAME`, changes nothing.
 
     Permuted: the diagnoses of the patients, within each fold. Done again: choice of the combination, its
     weights, calibration, held-out verdicts. Not done again: the members' scores. Exit code 1 where the mean
@@ -304,7 +304,7 @@ def null_check(
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
-        members = ensembles.read_members(_made(Path("members") / ensemble), asked.members)
+        members = ensembles.read_members(_made(Path(f"member_{ensemble}")), asked.members)
         patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
         candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
         found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)
@@ -317,6 +317,52 @@ def null_check(
         typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error_of_mean:.3f})")
     if failed:
         _fail("This should be 0.5: something leaks from the held-out patients into their verdicts.")
+
+
+@app.command()
+def compare(
+    revisions: Annotated[
+        list[str],
+        typer.Argument(metavar="A B [C]...", help="Experiments, branches, tags, commits, or `workspace`."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("compare.html"),
+) -> None:
+    """How do experiments differ? One page that opens offline: numbers, parameters, plots, pictures.
+
+    Example: `aplsmear compare main more-trials --out compare.html`
+    """
+    from aplsmear.compare import write_page
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import compare as compared
+
+    if len(revisions) < 2:
+        _fail("a comparison needs two names or more, such as: aplsmear compare main workspace")
+    try:
+        write_page(out, compared(Path(), revisions))
+    except UserError as error:
+        _fail(str(error))
+    typer.echo(f"{out} is written: open it in a browser")
+
+
+@app.command("share-check")
+def share_check(
+    remote: Annotated[
+        str | None,
+        typer.Argument(metavar="[REMOTE]", help="A name of `dvc remote list`; default: the default."),
+    ] = None,
+) -> None:
+    """What is wrong with a remote, if anything (exit code 1)? Writes, reads and deletes a small object there.
+
+    Example: `aplsmear share-check lab`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import check_remote
+
+    try:
+        for line in check_remote(Path(), remote):
+            typer.echo(line)
+    except UserError as error:
+        _fail(str(error))
 
 
 def _made(path: Path) -> Path:
