@@ -101,7 +101,7 @@ def main(name: str) -> None:
         )
         for task in heads
     }
-    level: Level = "cell" if any(each.images == "cell" for each in of_task.values()) else "smear"
+    level: Level = "cell" if any(of_task[task].images == "cell" for task in ensemble.members) else "smear"
     features = read_features(Path(f"features/{level}"), params.backbones)
     chosen = reference_features(
         read_heads(heads[task]) for task in ensemble.members if of_task[task].images == level
