@@ -106,7 +106,8 @@ def test_held_out_patients_who_come_in_as_new_ones_get_the_verdict_of_the_run(
     """By the bundle alone, in a folder without anything else."""
     bundle = shutil.copytree(small / "ensembles" / "apl_aml" / "model", tmp_path / "bundle")
     asked = ["--data", str(small / "data"), "--out", "new.csv", "--fold", "1"]
-    run(tmp_path, "aplsmear", "predict", "--ensemble", str(bundle), *asked)
+    here = {"PYTHONPATH": str(small / "src")}
+    run(tmp_path, "aplsmear", "predict", "--ensemble", str(bundle), *asked, env=here)
     columns = ["patient", "probability", "verdict", "sensitive"]
     said = pd.read_csv(small / "ensembles" / "apl_aml" / "predictions.csv", dtype=str)
     new = pd.read_csv(tmp_path / "new.csv", dtype=str)
