@@ -43,7 +43,7 @@ def make_small(folder: Path) -> None:
     params["task"] = "blast"
     params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 1, "pictures": 1}
     for name, members in MEMBERS.items():
-        params["ensembles"][name]["members"] = members
+        params["ensembles"][name] |= {"members": members, "weigh_by": "blast"}
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     (folder / "dvc.lock").unlink()
