@@ -160,6 +160,52 @@ def null_check(
         _fail("This should be 0.5: something leaks from the held-out patients into their verdicts.")
 
 
+@app.command()
+def compare(
+    revisions: Annotated[
+        list[str],
+        typer.Argument(metavar="A B [C]...", help="Experiments, branches, tags, commits, or `workspace`."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("compare.html"),
+) -> None:
+    """How do experiments differ? One page that opens offline: numbers, parameters, plots, pictures.
+
+    Example: `aplsmear compare main more-trials --out compare.html`
+    """
+    from aplsmear.compare import write_page
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import compare as compared
+
+    if len(revisions) < 2:
+        _fail("a comparison needs two names or more, such as: aplsmear compare main workspace")
+    try:
+        write_page(out, compared(Path(), revisions))
+    except UserError as error:
+        _fail(str(error))
+    typer.echo(f"{out} is written: open it in a browser")
+
+
+@app.command("share-check")
+def share_check(
+    remote: Annotated[
+        str | None,
+        typer.Argument(metavar="[REMOTE]", help="A name of `dvc remote list`; default: the default."),
+    ] = None,
+) -> None:
+    """What is wrong with a remote, if anything (exit code 1)? Writes, reads and deletes a small object there.
+
+    Example: `aplsmear share-check lab`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import check_remote
+
+    try:
+        for line in check_remote(Path(), remote):
+            typer.echo(line)
+    except UserError as error:
+        _fail(str(error))
+
+
 def _made(path: Path) -> Path:
     """The path, if it is there."""
     if not path.exists():
