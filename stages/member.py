@@ -1,10 +1,11 @@
-"""Summarise, patient by patient, what one task says to one ensemble.
+"""Summarise, patient by patient, what one task says to one ensemble; its heads go along for new patients.
 
 Usage: python stages/member.py ENSEMBLE TASK WEIGHER   (a name of `ensembles` in params.yaml, two of `tasks`)
 """
 
 from pathlib import Path
 
+from aplsmear.files import copy_whole
 from aplsmear.members import summarise_patients
 from aplsmear.params import read_params
 from aplsmear.stage import run
@@ -17,6 +18,7 @@ def main(ensemble: str, task: str, weigher: str) -> None:
     alike = params.tasks[task].level == params.tasks[weigher].level
     table = summarise_patients(scores, weights if alike else None)
     write_table(Path(f"members/{ensemble}/{task}.csv"), table)
+    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
 
 
 if __name__ == "__main__":

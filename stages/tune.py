@@ -88,7 +88,7 @@ def main(name: str, role: str = "") -> None:
     write_table(out / "roc.csv", roc_curve_table(predictions["label"], predictions["probability"]))
     with whole(out / "scores.parquet") as part:
         scores_table(board, scores).to_parquet(part, index=False)
-    write_heads(out / "heads.npz", heads)
+    write_heads(out / "heads.npz", heads, settings.average)
     write_json(out / "metrics.json", headline(metrics), digits=4)
     with whole(out / "best.yaml") as part:
         part.write_text(yaml.safe_dump(explained, sort_keys=False, allow_unicode=True), encoding="utf-8")

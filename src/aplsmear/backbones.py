@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
 import numpy as np
 
 from aplsmear.errors import UserError
+from aplsmear.files import copy_whole
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
@@ -100,37 +102,73 @@ def batch_of(settings: Backbone, level: Level) -> int:
     return max(1, int(settings.batch * min(shrink, 1)))
 
 
-def features_of(
-    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
-) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views.
+def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> None:
+    """Write the weights of `cut_network`, so that `weights: <path>` gives the same network elsewhere, without
+    a download.
 
     Args:
-        batches: of at most `batch_of` views.
+        path: ends in ``.weights.h5``; the same bytes for the same weights.
         settings: the backbone.
         level: whose input size to use.
         seed: of untrained filters.
+    """
+    network, _ = cut_network(settings, level, seed)
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / "network.weights.h5"  # Keras looks at the name
+        network.save_weights(saved)
+        copy_whole(saved, path)
 
-    Yields:
-        For each batch, one float16 array (views, channels) per layer of the backbone.
+
+def features_of(
+    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
+) -> Iterator[list[np.ndarray]]:
+    """One forward pass over batches of encoded views; see `forward_pass`."""
+    forward = forward_pass(settings, level, seed)
+    for views in batches:
+        yield forward(views)
+
+
+def forward_pass(
+    settings: Backbone, level: Level, seed: int, layers: Sequence[str] | None = None
+) -> Callable[[Sequence[View]], list[np.ndarray]]:
+    """A function from at most `batch_of` encoded views to their features.
+
+    Args:
+        settings: the backbone.
+        level: whose input size to use.
+        seed: of untrained filters.
+        layers: some of the backbone's; None: all of them. What stands behind the last one is not computed.
+
+    Returns:
+        A function: it gives one float16 array (views, channels) per layer, and raises BackboneError where a
+        feature is not a number that float16 can hold.
 
     Raises:
-        BackboneError: as `build_backbone`; or a feature is not a number that float16 can hold.
+        BackboneError: as `build_backbone`.
     """
     import tensorflow as tf
 
     cv2.setNumThreads(1)
     network = build_backbone(settings, level, seed)
-    forward = tf.function(lambda images: network(images, training=False))
+    wanted = list(settings.layer if layers is None else layers)
+
+    def chosen(images: Any) -> list[Any]:
+        found = network(images, training=False)
+        return [found[layer] for layer in wanted]
+
+    graph = tf.function(chosen)
     size = settings.input_size[level]
     images = np.zeros((batch_of(settings, level), size, size, 3), dtype=np.uint8)
-    for views in batches:
+
+    def forward(views: Sequence[View]) -> list[np.ndarray]:
         for row, view in enumerate(views):
             image = decode(view.image)
             images[row] = image if image.shape[0] == size else resize(image, size)
         # A short last batch goes through at full length: one shape, one graph.
-        found = forward(images)
-        yield [_as_float16(found[layer].numpy()[: len(views)], layer) for layer in settings.layer]
+        found = zip(graph(images), wanted, strict=True)
+        return [_as_float16(values.numpy()[: len(views)], layer) for values, layer in found]
+
+    return forward
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:

@@ -123,6 +123,90 @@ def tidy() -> None:
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
 
+@app.command()
+def predict(
+    ensemble: Annotated[
+        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
+    out: Annotated[Path, typer.Option(metavar="CSV", help="A row a patient.")],
+    report: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="The same for people, on a page.")
+    ] = None,
+    fold: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="A check: judge by the models that never saw this fold of the training run."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
+) -> None:
+    """Judge patients whom the ensemble has never seen. For research only.
+
+    The CSV file has, for each patient: the calibrated `probability` of the positive diagnosis; the calls at
+    the balanced (`verdict`) and at the `sensitive` operating point; how many `cells` and `smears` were seen;
+    the `distance` from the training patients by what cells look like, and by `stain` (beyond 1 it is further
+    than nearly all of these are from each other); a `warning`. A name that a spreadsheet would take for a
+    formula gets a ' in front.
+
+    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
+    report.html`
+    """
+    from aplsmear.bundle import read_bundle
+    from aplsmear.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.errors import UserError
+    from aplsmear.predict import (
+        Judge,
+        check_input,
+        judge_patients,
+        keep_pictures,
+        verdict_table,
+        write_predictions,
+    )
+    from aplsmear.prediction_page import CARDS, write_page
+    from aplsmear.runtime import start_tensorflow
+
+    _check_outs([path for path in (out, report) if path is not None], overwrite)
+    try:
+        bundle = read_bundle(ensemble)
+        world = bundle.world_of(fold)
+        found = read_data_set(data, {}, min_box=bundle.model.min_box, skip_bad_images=False, labelled=False)
+        check_input(bundle, found.cells, data)
+        start_tensorflow()
+        judge = Judge(bundle, world)
+        judging = judge_patients(judge, data, found.smears, found.cells)
+        judged = keep_pictures(judging, CARDS if report else 0)
+        combination = judge.combination
+        table = verdict_table(judged, combination)
+        if report:
+            remarks = [] if fold is None else [f"A check: judged by the models that never saw fold {fold}."]
+            write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
+        write_predictions(out, table)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    left = {what: each["count"] for what, each in found.report["left_out"].items() if each["count"]}
+    typer.echo(
+        "".join(f"left out: {count:,} {what.replace('_', ' ')}\n" for what, count in left.items()), nl=False
+    )
+    warned = int((table["warning"] != "").sum())
+    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+def _check_outs(paths: list[Path], overwrite: bool) -> None:
+    """See, before the long work, that they can be written and that nothing is lost."""
+    problems = [f"{path} is a folder" for path in paths if path.is_dir()]
+    problems += ["CSV and HTML have the same name"] if len(set(paths)) < len(paths) else []
+    if not overwrite:
+        problems += [
+            f"{path} is there already: another name, or --overwrite" for path in paths if path.is_file()
+        ]
+    if problems:
+        _fail("\n".join(problems))
+
+
 @app.command("null-check")
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],

@@ -19,6 +19,7 @@ from aplsmear.files import whole
 from aplsmear.splits import HeldOut
 
 CHUNK = 2048  # items scored at a time
+_BLOCK = 64  # whole ones alone: the last rows of another product have other last digits
 ACTIVATIONS = ("relu", "gelu", "tanh")
 
 
@@ -87,7 +88,7 @@ def parameters(recipe: Recipe, channels: int) -> int:
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class.
+    """Probabilities of the positive class; those of an item do not depend on what else is scored.
 
     Args:
         heads: that read these features.
@@ -106,13 +107,23 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
             weights.append(_padded([heads[place].biases[layer][None] for place in chosen]))
         for start in range(0, len(rows), CHUNK):
             part = values[rows[start : start + CHUNK]].astype(np.float32)
-            scores[chosen, start : start + CHUNK] = _forward(*kind)(part, weights).numpy()
+            short = -len(part) % _BLOCK
+            part = np.pad(part, ((0, short), (0, 0)))
+            said = _forward(*kind)(part, weights).numpy()
+            scores[chosen, start : start + CHUNK] = said[:, : said.shape[1] - short]
     return scores
 
 
-def write_heads(path: Path, heads: Sequence[Head]) -> None:
-    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run)."""
+def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
+    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run).
+
+    Args:
+        path: of the file.
+        heads: of each world.
+        average: augmented views whose scores are averaged with that of the plain one.
+    """
     arrays: dict[str, np.ndarray] = {
+        "average": np.array(average),
         "features": np.array([head.features for head in heads]),
         "activation": np.array([head.activation for head in heads]),
     }
@@ -135,6 +146,12 @@ def read_heads(path: Path) -> list[Head]:
             biases = tuple(file[f"{place}.bias.{layer}"] for layer in range(depth))
             heads.append(Head(features, kernels, biases, activation))
     return heads
+
+
+def read_average(path: Path) -> int:
+    """How many augmented views are averaged with the plain one; see `write_heads`."""
+    with np.load(path, allow_pickle=False) as file:
+        return int(file["average"])
 
 
 def _padded(arrays: Sequence[np.ndarray]) -> np.ndarray:

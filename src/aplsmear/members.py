@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -75,18 +76,31 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
         fold = int(mine["fold"].iloc[0])
         for world, column in enumerate(worlds):
             score = mine[column].to_numpy()
-            weight = np.ones(len(mine)) if weighing is None else weighing[column].loc[mine["item"]].to_numpy()
-            plain, weighed = summarise(score), summarise(score, np.maximum(weight, CLIP))
-            said = plain | {f"weighed_{name}": value for name, value in weighed.items()}
-            logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
-            row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)} | logits
-            ends = _ends(mine, column) if world == fold else ([], [])
+            weight = None if weighing is None else weighing[column].loc[mine["item"]].to_numpy()
+            row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)}
+            row |= summary_logits(score, weight)
+            ends = ends_of(mine["item"], score) if world == fold else ([], [])
             rows.append(row | dict(zip(("most", "least"), map(json.dumps, ends), strict=True)))
     return pd.DataFrame(rows)
 
 
-def _ends(mine: pd.DataFrame, column: str) -> tuple[list[str], list[str]]:
-    """The items of a patient with the highest and the lowest scores; none is in both."""
-    order = mine.sort_values([column, "item"], ascending=[False, True])["item"].astype(str).tolist()
+def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[str, float]:
+    """`SUMMARIES` of the scores of one patient's items, as logits.
+
+    Args:
+        score: float (items,), at least one.
+        weight: float (items,), 0 to 1, for the weighed summaries; None: all items count whole.
+    """
+    weight = np.ones(len(score)) if weight is None else weight
+    said = summarise(score)
+    weighed = summarise(score, np.maximum(weight, CLIP))
+    said |= {f"weighed_{name}": value for name, value in weighed.items()}
+    return {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
+
+
+def ends_of(items: Iterable[str], score: np.ndarray) -> tuple[list[str], list[str]]:
+    """The items of a patient with the highest and the lowest scores, the furthest first; none is in both."""
+    mine = pd.DataFrame({"item": list(items), "score": score})
+    order = mine.sort_values(["score", "item"], ascending=[False, True])["item"].astype(str).tolist()
     half = min(ENDS, len(order) // 2)
     return order[:half], order[::-1][:half]
