@@ -78,6 +78,58 @@ def demo_data(
 
 
 @app.command()
+def cells(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the folder wsi with the images.")],
+    size: Annotated[float | None, typer.Option(metavar="PX", help="Diameter of a typical cell.")] = None,
+    micrometres_per_pixel: Annotated[
+        float | None, typer.Option(metavar="X", help="Instead of --size.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: labeled_cells.csv in DIR.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Put a new table in the place of one that is there.")
+    ] = False,
+) -> None:
+    """Find the nucleated cells of smears that nobody has boxed, and write their boxes: labeled_cells.csv.
+
+    Beside the table, a contact sheet to look at (PNG). Without --size or --micrometres-per-pixel the size of
+    a cell is estimated. Where there is no wsi.csv, one is written: a row an image, its label left empty.
+
+    Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
+    """
+    from aplsmear import cells as search
+    from aplsmear.dataset import DataSetError, print_problems
+    from aplsmear.errors import UserError
+    from aplsmear.schema import CELLS_FILE
+
+    table = out or folder / CELLS_FILE
+    try:
+        expected = search.expected_size(size, micrometres_per_pixel)
+        kept = search.kept_name(table, overwrite)
+        smears, listed = search.read_smears(folder)
+        found = search.find_all(folder, smears, expected)
+        sheet = search.write_search(table, kept, folder, smears, found)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    if listed:
+        typer.echo(f"{listed} was not there: it now has a row for each image, with an empty label")
+    for line in search.summary(found, smears["smear"]):
+        typer.echo(line)
+    if found.cells.empty:
+        _fail(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
+    if kept:
+        typer.echo(f"The table that was there is now {kept}")
+    typer.echo(f"{table} holds the boxes. Look at {sheet} first: does each box hold one cell?")
+    if listed:
+        typer.echo(f"Then: fill in the labels in {listed} (new patients, to be judged only, need none)")
+    typer.echo(f"Then: aplsmear check {folder}")
+
+
+@app.command()
 def profile(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A file of profiles/, without .yaml.")],
     settings: Annotated[
