@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # What a person's shell may say and a test must not depend on.
-UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME"}
+UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"}
 
 
 def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: bool = True) -> str:

@@ -20,8 +20,9 @@ TAGS = {"stage": "tune", "task": "blast", "optuna_study": "abc", "git_commit": "
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return mlflow.MlflowClient(uri)
 
 
@@ -30,7 +31,7 @@ def runs(client: Any) -> list[Any]:
 
 
 def study(tags: dict[str, str], trials: int) -> Tracker:
-    tracker = Tracker("tune blast", "abc", tags, {"trials": 3})
+    tracker = Tracker(Path(), "tune blast", "abc", tags, {"trials": 3})
     for number in range(trials):
         failure = "loss not finite" if number == 2 else ""
         metrics = {"auroc": float("nan") if failure else 0.7 + number / 10, "auroc_fold_0": 0.6}
