@@ -43,7 +43,6 @@ from aplsmear.training import Course, Run, set_precision
 from aplsmear.tuning import make_board
 
 
-
 def main() -> None:
     params = read_params(Path("params.yaml"))
     name, settings, seed = params.task, params.finetune, params.seed

@@ -146,9 +146,7 @@ class Tracker:
                 "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
             )
 
-    def _open(
-        self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]
-    ) -> None:
+    def _open(self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
 
         server = os.environ.get("MLFLOW_TRACKING_URI")
