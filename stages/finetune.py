@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import yaml
 
 from aplsmear.curves import roc_curve_table
@@ -100,14 +99,14 @@ def main() -> None:
     write_json(out / "metrics.json", metrics, digits=4)
     with whole(out / "architecture.json") as part:
         part.write_text(model.to_json() + "\n", encoding="utf-8")
-    model.save_weights(out / "model.weights.h5")
+    model.save_weights(shop.folder / "model.weights.h5")
+    (shop.folder / "model.weights.h5").replace(out / "model.weights.h5")
     chosen = examples(predictions, settings.pictures)
     pictures = plain_views(views, set(chosen["item"]))
     write_explanations(shop, done, chosen, pictures, out / "explanations")
 
     if settings.log_model:
-        size = model.input_shape[1]
-        tracker.log_model(model, np.zeros((1, size, size, 3), np.uint8))
+        tracker.log_model(model)
     if settings.log_images:
         tracker.log_pictures(out / "explanations")
     difference = metrics["difference"]

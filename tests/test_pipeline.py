@@ -1,7 +1,11 @@
 """The pipeline itself, through dvc, in fresh clones."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -37,6 +41,7 @@ def make_small(folder: Path) -> None:
     params["tasks"] = {task: params["tasks"][task] for task in TASKS}
     params["overrides"] = {task: {"trials": 2} for task in TASKS}
     params["task"] = "blast"
+    params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 1, "pictures": 1}
     for name, members in MEMBERS.items():
         params["ensembles"][name]["members"] = members
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
@@ -77,6 +82,7 @@ def test_a_second_clone_in_another_folder_gives_the_same_lock(small: Path, tmp_p
         *(f"tune@{task}" for task in TASKS),
         *(f"member_{name}@{task}" for name, members in MEMBERS.items() for task in members),
         *(f"ensemble_{name}" for name in MEMBERS),
+        "finetune",
         "kaggle",
     } - {"member_apl_aml@blast"}  # the same bytes as member_apl_healthy@blast, so dvc has it in its cache
     assert run(other, "git", "status", "--porcelain") == ""
@@ -115,3 +121,43 @@ def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
             assert drawn["content"]["data"]["values"], f"{name} {curve} is empty"
     for task in TASKS:
         assert any(task in key and key.endswith("roc.csv") for key in plots)
+
+
+def test_another_task_reruns_finetune_alone_and_has_its_line_among_the_experiments(small: Path) -> None:
+    printed = run(small, "dvc", "exp", "run", "--name", "deeper", "-S", "task=apl_healthy_cell")
+    assert stages_run(printed) == ["finetune"]
+    metrics = json.loads((small / "finetuned" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["task"] == "apl_healthy_cell"
+    predictions = pd.read_csv(small / "finetuned" / "predictions.csv")
+    tuned = pd.read_csv(small / "tuned" / "apl_healthy_cell" / "predictions.csv")
+    assert set(predictions["item"]) == set(tuned.loc[tuned["fold"] == 0, "item"])
+    assert list((small / "finetuned" / "explanations").glob("*.png"))
+    shown = run(small, "dvc", "exp", "show", "--csv")
+    assert "apl_healthy_cell" in next(line for line in shown.splitlines() if "deeper" in line)
+    plots = json.loads(run(small, "dvc", "plots", "show", "--json"))["data"]
+    assert any("explanations" in name for name in plots)
+    run(small, "git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
+    run(small, "dvc", "checkout", "--quiet")
+    run(small, "dvc", "exp", "remove", "deeper")
+
+
+def test_killed_in_training_finetune_goes_on_and_ends_with_the_same_bytes(small: Path) -> None:
+    wanted = {path: path.read_bytes() for path in (small / "finetuned").rglob("*") if path.is_file()}
+    command = [sys.executable, "-P", "stages/finetune.py"]
+    environment = os.environ | {
+        "PYTHONPATH": str(small / "src"),
+        "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
+    }
+    killed = subprocess.Popen(
+        command, cwd=small, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not list(small.glob(".finetuning/*/inner_*.npz")):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    for path in wanted:
+        path.unlink()
+    run(small, *command, env=environment)
+    assert {path: path.read_bytes() for path in (small / "finetuned").rglob("*") if path.is_file()} == wanted
+    assert not list(small.glob(".finetuning/*/"))

@@ -48,6 +48,7 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     """
     import keras
 
+    keras.utils.clear_session()
     cut, preprocess = cut_network(settings, level, seed)
     size = settings.input_size[level]
     image = keras.Input((size, size, 3), dtype="uint8")
@@ -58,8 +59,6 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
 
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
     """The network of `settings` up to its layers, frozen, and the preprocessing that belongs to it.
-
-    Keras's own state starts anew.
 
     Args:
         settings: as for `build_backbone`.
@@ -77,7 +76,6 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
 
     builder, preprocess = _application(settings.application)
     size = settings.input_size[level]
-    keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     full = _full_network(builder, settings, size)
     names = [layer.name for layer in full.layers]

@@ -44,6 +44,7 @@ from aplsmear.training import Course, FinetuneError, Run, Store, Tuner, fitting,
 from aplsmear.tuning import Board, study_key
 from aplsmear.unfreezing import divide
 
+TUNED = "tuned"  # in place of a trial
 INNER = 1  # inner folds that decide for a world
 WITHOUT_EFFECT = {"log_model", "log_images", "pictures"}  # settings that change no model
 BATCH = 64  # views of one forward pass of the frozen part
@@ -71,7 +72,7 @@ class Deepened:
 
 
 def starts(
-    best: Mapping[str, Any], trials: pd.DataFrame, trained: Sequence[Head], picked: int | None
+    best: Mapping[str, Any], trials: pd.DataFrame, trained: Sequence[Head], picked: int | str
 ) -> list[Start]:
     """What each world starts from, the final one last.
 
@@ -79,7 +80,7 @@ def starts(
         best: ``tuned/<task>/best.yaml``.
         trials: ``tuned/<task>/trials.csv``.
         trained: ``tuned/<task>/heads.npz``: the head of each world.
-        picked: a trial chosen by hand for the final model; held-out patients keep theirs, since a hand that
+        picked: ``tuned``, or a trial chosen by hand for the final model; held-out patients keep theirs, since a hand that
             has looked at all patients must not choose for them.
 
     Raises:
@@ -89,7 +90,7 @@ def starts(
     sound = [number for number, row in rows.items() if not row["failure"]]
     final = len(trained) - 1
     number = {world: int(best["chosen_without_fold"][world]) for world in range(final)}
-    number[final] = int(best["trial"]) if picked is None else picked
+    number[final] = int(best["trial"] if picked == TUNED else picked)
     if number[final] not in sound:
         raise FinetuneError(
             f"finetune.trial: there is no trial {picked} with scores; there are: {', '.join(map(str, sound))}"

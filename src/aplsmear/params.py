@@ -195,7 +195,7 @@ class Tune(_Strict):
 class Finetune(_Strict):
     """Training on from a tuned head: the uppermost blocks of its backbone."""
 
-    trial: int | None = Field(ge=0)
+    trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
     folds: int = Field(ge=0)
     blocks: int = Field(ge=1)
     rate: float = Field(gt=0, le=1)

@@ -104,18 +104,15 @@ class Tracker:
         if self._client and str(number) not in self._trials:
             self._guard(log)
 
-    def log_model(self, model: Any, example: Any) -> None:
-        """A Keras model with its signature, below the run.
-
-        Args:
-            model: keras.Model.
-            example: a batch that it takes.
-        """
+    def log_model(self, model: Any) -> None:
+        """A keras.Model that takes uint8 images, with its signature, below the run."""
 
         def log() -> None:
             import mlflow
+            import numpy as np
             from mlflow.models import infer_signature
 
+            example = np.zeros((1, *model.input_shape[1:]), np.uint8)
             signature = infer_signature(example, model.predict(example, verbose=0))
             with mlflow.start_run(self._run):
                 mlflow.tensorflow.log_model(model, name="model", signature=signature)

@@ -88,9 +88,11 @@ class Tuner:
         """
         import tensorflow as tf
         from keras import Model, losses, optimizers
+        from keras.utils import clear_session
 
         self.settings, self.light = settings, light
         self.strategy = strategy or machine_strategy()
+        clear_session()  # so that names do not depend on what was built before
         with self.strategy.scope():
             self.network = network()
             self.model = self.network.top
@@ -98,8 +100,8 @@ class Tuner:
                 image = self.network.trunk.input
                 self.model = Model(image, self.model(self.network.trunk(image, training=False)))
             depth = self.network.depth
-            rates = {block: settings.rate * settings.deeper**block for block in sorted(set(depth.values()))}
-            by_block = {block: optimizers.Adam(rate) for block, rate in rates.items() if block != HEAD}
+            blocks = sorted(set(depth.values()) - {HEAD})
+            by_block = {each: optimizers.Adam(settings.rate * settings.deeper**each) for each in blocks}
             by_block[HEAD] = optimizers.Adam(settings.head_rate)
 
             def of_block(weight: Any) -> Any:
