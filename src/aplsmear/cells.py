@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ COLUMNS = (
 BOX = ("y0", "x0", "y1", "x1")
 
 # Lengths in px of the scaled picture.
-_TYPICAL = 40  # diameter of a typical cell: a nucleus still has 15 px or more, and a field takes 0.1 s
+_TYPICAL = 40  # diameter of a typical cell: a nucleus still has 15 px or more
 _FIELD = 40  # side of the squares in which the empty field is looked for: wider than a cell
 _SQUARES = 12  # of them, twice what the surface has coefficients
 _SMOOTH = 2.0  # standard deviation that turns chromatin and granules into one surface
@@ -79,11 +79,12 @@ _OPEN = 3  # radius of the strands and specks that are brushed off
 _HOLE = 100  # px², holes up to this are vacuoles; larger ones lie between cells
 _BUMP = 2.0  # how much further from the edge two middles are than the waist between them
 _LEAST = 16.8  # diameter of the smallest cell; platelets are below half of it
-_LARGE = 1.6 * math.pi / 4 * 40**2  # px², above it a part may be several cells
+_LARGE = 1.6 * math.pi / 4 * _TYPICAL**2  # px², above it a part may be several cells
 _NUCLEUS = 32  # px² of nucleus that a cell holds
 _APART = 16  # between the middles of two nuclei of two cells; lobes of one nucleus are nearer
 _DEEP = 5.2  # from the middle of such a nucleus to its edge
-_MOST = 25_000_000  # px of a scaled picture: 1 GB of memory a process
+_WINDOW = 2048  # side of what is looked at at once, so that memory does not grow with the picture
+_MARGIN = 80  # around it, twice a typical cell: whoever has its middle in the window is seen whole
 
 # Optical densities (natural logarithm).
 _SEEN = 0.25  # sum of the three channels, above it there is something on the glass
@@ -130,14 +131,10 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
         the picture, no two the same; and `MEASURES` in px of the picture (`meanIntensity`: 0 to 1).
 
     Raises:
-        CellsError: `size` is below `MIN_SIZE`, or so small for this picture that it cannot be right.
+        CellsError: `size` is below `MIN_SIZE`.
     """
     _check_size(size)
-    regions, scale = _cells(image, size)
-    rows = [
-        [*_box(region, scale, image.shape[:2]), *_measures(region, math.sqrt(math.prod(scale)))]
-        for region in regions
-    ]
+    rows = [[*one.box, *_measures(one)] for one in _cells(image, size)]
     found = pd.DataFrame(rows, columns=[*BOX, *MEASURES]).astype(dict.fromkeys(BOX, np.int64))
     return found.drop_duplicates(list(BOX)).sort_values(list(BOX)).reset_index(drop=True)
 
@@ -168,12 +165,10 @@ def estimate_size(image: npt.NDArray[np.uint8]) -> float | None:
     for _ in range(_ROUNDS):
         if guess < max(least, MIN_SIZE):
             return None
-        regions, (down, across) = _cells(image, guess)
-        if len(regions) < _FEW:
+        boxes = np.array([one.box for one in _cells(image, guess)]).reshape(-1, 4)
+        if len(boxes) < _FEW:
             return None
-        boxes = np.array([region.bbox for region in regions])
-        sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) * (down * across))
-        last, guess = guess, float(np.median(sides))
+        last, guess = guess, float(np.median(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))))
         if abs(guess - last) < 0.03 * last:
             break
     return guess if guess >= max(least, MIN_SIZE) else None
@@ -210,32 +205,58 @@ def _radii(mask: Mask) -> Floats:
 def _scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
     """The picture scaled by about `factor`, and px of the picture for each px of it, down and across."""
     height, width = image.shape[:2]
-    if height * width * factor**2 > _MOST:
-        raise CellsError(
-            f"a picture of {width}x{height} px would hold far too many cells of {_TYPICAL / factor:.0f} px: "
-            "correct the size, or cut the picture into fields"
-        )
     new = max(round(height * factor), 1), max(round(width * factor), 1)
     method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     small = np.asarray(cv2.resize(image, new[::-1], interpolation=method), np.uint8)
     return small, (height / new[0], width / new[1])
 
 
-def _cells(image: npt.NDArray[np.uint8], size: float) -> tuple[list[Any], tuple[float, float]]:
-    """The cells of a picture as regions (skimage) of the scaled picture, and its scale."""
-    small, scale = _scaled(image, _TYPICAL / size)
+@dataclass(frozen=True)
+class _Cell:
+    """A region of skimage in a scaled window, its box in px of the picture, and how many of these a px is."""
+
+    region: Any
+    box: tuple[int, int, int, int]
+    scale: float
+
+
+def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
+    """The cells of a picture of any size, window by window; a cell belongs to the window of its middle."""
+    factor = _TYPICAL / size
+    side, margin = math.ceil(_WINDOW / factor), math.ceil(_MARGIN / factor)
+    height, width = image.shape[:2]
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            y, x = max(top - margin, 0), max(left - margin, 0)
+            window = image[y : top + side + margin, x : left + side + margin]
+            small, (down, across) = _scaled(window, factor)
+            for region in _regions(small):
+                y0, x0, y1, x1 = region.bbox
+                box = (
+                    y + round(y0 * down),
+                    x + round(x0 * across),
+                    y + round(y1 * down),
+                    x + round(x1 * across),
+                )
+                middle = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
+                if top <= middle[0] < top + side and left <= middle[1] < left + side:
+                    yield _Cell(region, box, math.sqrt(down * across))
+
+
+def _regions(small: npt.NDArray[np.uint8]) -> list[Any]:
+    """The cells of a scaled picture."""
     signal = _basophilic(_over_empty_field(small, _FIELD))
     signal = cv2.GaussianBlur(signal, (0, 0), _SMOOTH)
     strength = _strength(signal)
     if strength < _STRONG:
-        return [], scale
+        return []
     body = _without_holes(signal > _BODY * strength)
     brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _OPEN + 1,) * 2)
     opened = cv2.morphologyEx(body.view(np.uint8), cv2.MORPH_OPEN, brush, borderType=cv2.BORDER_REPLICATE)
     parts = _parted_again(_parted(opened.view(np.bool_)), signal)
     core = signal > _CORE * strength
     regions = regionprops(parts, intensity_image=np.dstack([small.mean(axis=2) / 255, core]))
-    return [region for region in regions if _is_cell(region, parts.shape)], scale
+    return [region for region in regions if _is_cell(region, parts.shape)]
 
 
 def _is_cell(region: Any, shape: Sequence[int]) -> bool:
@@ -246,15 +267,9 @@ def _is_cell(region: Any, shape: Sequence[int]) -> bool:
     return bool(max(y1 - y0, x1 - x0) >= _LEAST and region.area >= least and nucleus >= _NUCLEUS)
 
 
-def _box(region: Any, scale: tuple[float, float], shape: Sequence[int]) -> list[int]:
-    y0, x0, y1, x1 = region.bbox
-    down, across = scale
-    bottom, right = min(round(y1 * down), shape[0]), min(round(x1 * across), shape[1])
-    return [round(y0 * down), round(x0 * across), bottom, right]
-
-
-def _measures(region: Any, scale: float) -> list[float]:
+def _measures(cell: _Cell) -> list[float]:
     """In the order of `MEASURES`; rounded, so that the last bits of the arithmetic reach no file."""
+    region, scale = cell.region, cell.scale
     values = (
         region.area_convex * scale**2,
         region.eccentricity,
@@ -516,14 +531,14 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
     The field is a quadratic surface through the palest tenth of each square of `side` px; squares that cells
     fill do not count. Where there are too few squares: one value for the whole picture.
     """
-    density: Floats = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)[image]
+    density = np.asarray(-np.log((np.arange(256) + 1) / 256), np.float32)[image]
     height, width = image.shape[:2]
     places, values = [], []
     for y in range(0, height, side):
         for x in range(0, width, side):
             square = density[y : y + side, x : x + side].reshape(-1, 3)
-            palest = np.argsort(square.sum(axis=1), kind="stable")[: len(square) // 10 + 1]
-            values.append(np.median(square[palest], axis=0))
+            first = np.argsort(square.sum(axis=1), kind="stable")[: len(square) // 10 + 1]
+            values.append(np.median(square[first], axis=0))
             places.append(((y + side / 2) / height - 0.5, (x + side / 2) / width - 0.5))
     value = np.array(values)
     terms = np.stack(_quadratic_terms(*np.array(places, np.float32).T), axis=1)
@@ -531,10 +546,9 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
     kept = dark < np.percentile(dark, 20) + 0.35
     for _ in range(3):
         if kept.sum() < _SQUARES:
-            return np.maximum(
-                density - np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32), 0
-            )
-        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0]
+            palest = np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32)
+            return np.asarray(np.maximum(density - palest, 0), np.float32)
+        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(5)  # the same on each CPU
         kept &= (value - terms @ surface).sum(axis=1) < 0.1
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]
     columns = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :]
