@@ -25,9 +25,10 @@ from aplsmear.stage import home, origin, run
 from aplsmear.statistics import headline, write_json
 from aplsmear.study import STORAGE_VARIABLE, open_study
 from aplsmear.tables import read_table, write_table
-from aplsmear.tasks import task_labels
+from aplsmear.tasks import task_items, task_labels
 from aplsmear.tracking import Tracker
 from aplsmear.tuning import (
+    Board,
     Trial,
     choose_all,
     explain_choice,
@@ -35,6 +36,7 @@ from aplsmear.tuning import (
     held_out_scores,
     importance_table,
     make_board,
+    make_patient_board,
     measure,
     run_study,
     scores_table,
@@ -52,13 +54,15 @@ def main(name: str, role: str = "") -> None:
     start_tensorflow(threads)
 
     task = params.tasks[name]
-    items = read_table(Path(f"dataset/{task.level}s.csv")).assign(item=lambda table: table[task.level])
-    board = make_board(
-        items,
-        task_labels(items, task),
-        read_table(Path("splits/folds.csv")),
-        read_features(Path(f"features/{task.level}"), params.backbones),
-    )
+    images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
+    items = task_items(images, task.level)
+    label = task_labels(items, task)
+    folds = read_table(Path("splits/folds.csv"))
+    features = read_features(Path(f"features/{task.images}"), params.backbones)
+    if task.level == "patient":
+        board: Board = make_patient_board(images, items, label, folds, features)
+    else:
+        board = make_board(items, label, folds, features)
     key = f"{name}-{study_key(board, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
     journal = home() / f".studies/{key}.journal"

@@ -75,6 +75,16 @@ def test_patients_by_hand() -> None:
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
 
 
+def test_a_score_of_a_patient_is_not_summarised() -> None:
+    """Where each patient is one item, every summary is the logit of its score."""
+    scores = pd.DataFrame({"item": ["p2", "p1"], "patient": ["p2", "p1"], "fold": [1, 0]})
+    scores = scores.assign(world_0=np.float32([0.25, 0.0]), world_1=np.float32([0.5, 0.9]))
+    table = summarise_patients(scores)
+    for name in SUMMARIES:
+        assert expit(table[name]).tolist() == pytest.approx([1e-4, 0.9, 0.25, 0.5])
+    assert set(table["most"]) == set(table["least"]) == {"[]"}
+
+
 def test_the_order_of_the_cells_does_not_matter() -> None:
     random = np.random.default_rng(0)
     scores = pd.DataFrame(

@@ -30,9 +30,9 @@ from aplsmear.views import (
 SRC = str(Path(__file__).parents[1] / "src")
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0}
+OFF |= {"blur": 0.0, "noise": 0.0, "stain": 0.0, "normalise": "none"}
 KNOBS = {"rotate": 45.0, "scale": 0.3, "shift": 0.2, "hue": 20, "saturation": 60, "brightness": 0.4}
-KNOBS |= {"blur": 2.0, "noise": 20.0}
+KNOBS |= {"blur": 2.0, "noise": 20.0, "stain": 0.5}
 PINK, PURPLE = (230, 200, 205), (90, 40, 130)
 
 
@@ -124,7 +124,7 @@ def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
 
 def test_stain_knobs_change_colour_and_leave_white_white():
     white = np.full((32, 32, 3), 255, np.uint8)
-    augmenter = make_augmenter(knobs(hue=20), 32)
+    augmenter = make_augmenter(knobs(hue=20, stain=0.5), 32)
     assert all((augmented(white, augmenter, seed) == 255).all() for seed in range(5))
 
 

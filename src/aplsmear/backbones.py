@@ -110,6 +110,9 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
         level: whose input size to use.
         seed: of untrained filters.
     """
+    import keras
+
+    keras.utils.clear_session()
     network, _ = cut_network(settings, level, seed)
     with TemporaryDirectory() as folder:
         saved = Path(folder) / "network.weights.h5"  # Keras looks at the name

@@ -25,7 +25,7 @@ from aplsmear.params import Task
 from aplsmear.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
-from aplsmear.tasks import ANY, task_labels
+from aplsmear.tasks import ANY, task_items, task_labels
 
 __all__ = [
     "CELL_COLUMNS",
@@ -400,10 +400,13 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
 def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
     """Note each task that has no positive or no negative item, and the labels that it looks for."""
     if "diagnosis" not in cells:
-        cells = cells.merge(smears[["smear", "diagnosis", "fab"]], on="smear", how="left").fillna("")
+        cells = cells.merge(smears[["smear", "patient", "diagnosis", "fab"]], on="smear", how="left").fillna(
+            ""
+        )
     for name, task in tasks.items():
-        items = cells if task.level == "cell" else smears
+        items = task_items(cells if task.images == "cell" else smears, task.level)
         found = task_labels(items, task)
+        item = "patient with cells" if task.level == "patient" else task.level
         for side, value, condition in (("positive", 1, task.positive), ("negative", 0, task.negative)):
             if (found == value).any():
                 continue
@@ -414,7 +417,7 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
                 notes.add(
                     file, None, title, "any label" if ANY in wanted else ", ".join(wanted),
-                    expected=f"at least one {side} {task.level} for the task {name}{hint}",
+                    expected=f"at least one {side} {item} for the task {name}{hint}",
                     mend=f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml",
                 )  # fmt: skip
 
@@ -477,7 +480,7 @@ def _report(
         "remarks": sorted(notes.remarks),
     }
     for name, task in tasks.items():
-        found = task_labels(cells if task.level == "cell" else smears, task)
+        found = task_labels(task_items(cells if task.images == "cell" else smears, task.level), task)
         report["tasks"][name] = {
             "positive": int((found == 1).sum()),
             "negative": int((found == 0).sum()),

@@ -1,7 +1,7 @@
 """Heads on bottleneck features: what one is, what it says, and how it is kept.
 
 A head is a logistic regression or a network with a few hidden layers; `aplsmear.stacks` trains many of them
-together.
+together. A head that sees a patient as a bag of cells weighs them by attention besides (`aplsmear.bags`).
 """
 
 from __future__ import annotations
@@ -63,17 +63,28 @@ class Head:
     ]  # float32: (channels, width), ..., (width, 1); one more than hidden layers
     biases: tuple[np.ndarray, ...]  # float32: (units,) each
     activation: str = ACTIVATIONS[0]
+    attention: tuple[
+        np.ndarray, ...
+    ] = ()  # of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width,)
 
 
 @dataclass(frozen=True)
 class TrainingItems:
-    """The labelled items of a task; all arrays have the shape (items,)."""
+    """The labelled items of a task. A cell or a smear is one image; a patient, a bag of cells, has many."""
 
-    row: np.ndarray  # int64: the row of the item's plain view; its augmented views follow
-    views: np.ndarray  # int64: how many augmented views follow
-    copies: np.ndarray  # int64: how often an epoch shows the item
-    label: np.ndarray  # int8: 0 or 1
-    fold: np.ndarray  # int64
+    row: np.ndarray  # int64 (images,): the row of the image's plain view; its augmented views follow
+    views: np.ndarray  # int64 (images,): how many augmented views follow
+    copies: np.ndarray  # int64 (items,): how often an epoch shows the item
+    label: np.ndarray  # int8 (items,): 0 or 1
+    fold: np.ndarray  # int64 (items,)
+    size: np.ndarray | None = (
+        None  # int64 (items,), of bags: so many images, one behind another, are an item's
+    )
+
+    @property
+    def image_fold(self) -> np.ndarray:
+        """int64 (images,)."""
+        return self.fold if self.size is None else np.repeat(self.fold, self.size)
 
 
 def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
@@ -131,6 +142,8 @@ def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
         for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
             arrays[f"{place}.kernel.{layer}"] = kernel
             arrays[f"{place}.bias.{layer}"] = bias
+        for number, array in enumerate(head.attention):
+            arrays[f"{place}.attention.{number}"] = array
     with whole(path) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -144,7 +157,9 @@ def read_heads(path: Path) -> list[Head]:
             depth = sum(name.startswith(f"{place}.kernel.") for name in file.files)
             kernels = tuple(file[f"{place}.kernel.{layer}"] for layer in range(depth))
             biases = tuple(file[f"{place}.bias.{layer}"] for layer in range(depth))
-            heads.append(Head(features, kernels, biases, activation))
+            names = (f"{place}.attention.{number}" for number in range(3))
+            attention = tuple(file[name] for name in names if name in file.files)
+            heads.append(Head(features, kernels, biases, activation, attention))
     return heads
 
 

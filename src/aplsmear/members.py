@@ -67,10 +67,12 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
         ``patient, fold, world, items``, `SUMMARIES`, ``most`` and ``least``, one row a patient and world,
         sorted by both; the summaries as logits, clipped to probabilities of 0.0001 to 0.9999. ``most`` and
         ``least`` are JSON lists of the items with the highest and the lowest scores by the heads that never
-        saw the patient's fold, the furthest first; empty in the other worlds.
+        saw the patient's fold, the furthest first; empty in the other worlds. Where no patient has more than
+        one item, there is nothing to summarise: all summaries are its score.
     """
     worlds = [column for column in scores.columns if column.startswith("world_")]
     weighing = None if weights is None else weights.set_index("item").loc[scores["item"], worlds]
+    one_each = scores["patient"].is_unique
     rows = []
     for patient, mine in scores.groupby("patient"):
         fold = int(mine["fold"].iloc[0])
@@ -78,7 +80,7 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
             score = mine[column].to_numpy()
             weight = None if weighing is None else weighing[column].loc[mine["item"]].to_numpy()
             row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)}
-            row |= summary_logits(score, weight)
+            row |= same_logits(score[0]) if one_each else summary_logits(score, weight)
             ends = ends_of(mine["item"], score) if world == fold else ([], [])
             rows.append(row | dict(zip(("most", "least"), map(json.dumps, ends), strict=True)))
     return pd.DataFrame(rows)
@@ -96,6 +98,11 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
     weighed = summarise(score, np.maximum(weight, CLIP))
     said |= {f"weighed_{name}": value for name, value in weighed.items()}
     return {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
+
+
+def same_logits(score: float) -> dict[str, float]:
+    """`SUMMARIES` of a patient who is one item, as logits: there is nothing to summarise."""
+    return dict.fromkeys(SUMMARIES, float(logit(np.clip(score, CLIP, 1 - CLIP))))
 
 
 def ends_of(items: Iterable[str], score: np.ndarray) -> tuple[list[str], list[str]]:

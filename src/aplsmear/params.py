@@ -16,6 +16,7 @@ from aplsmear.errors import UserError
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
+TaskLevel = Literal["cell", "smear", "patient"]
 Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
 Summary = Literal[
@@ -38,6 +39,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
+COLUMNS: dict[TaskLevel, tuple[str, ...]]
+COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis",)}
 
 
 _LONGEST = 80  # characters of a value in a message
@@ -88,12 +91,14 @@ class Split(_Strict):
     """The outer folds."""
 
     folds: int = Field(ge=3, le=20)  # nested inner folds need two folds beside the held-out one
+    by: Literal["patient", "site"]
 
 
 class Augment(_Strict):
     """Plain and augmented views of cells and smears."""
 
     size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
+    normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
     more: dict[str, Annotated[int, Field(ge=1, le=50)]]
@@ -105,6 +110,7 @@ class Augment(_Strict):
     brightness: float = Field(ge=0, le=0.9)
     blur: float = Field(ge=0, le=10)
     noise: float = Field(ge=0, le=100)
+    stain: float = Field(ge=0, le=2)
 
 
 class Backbone(_Strict):
@@ -172,6 +178,7 @@ class Tune(_Strict):
     trials: int = Field(ge=1)
     generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
+    cells_per_step: int = Field(ge=2)
     average: int = Field(ge=0)
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
@@ -213,15 +220,15 @@ class Finetune(_Strict):
 
 
 class Task(_Strict):
-    """A binary question about cells or smears, as a row of data."""
+    """A binary question about cells, smears or patients, as a row of data."""
 
-    level: Level
+    level: TaskLevel
     positive: Condition
     negative: Condition
 
     @model_validator(mode="after")
     def _columns(self) -> Task:
-        known = CELL_COLUMNS if self.level == "cell" else SMEAR_COLUMNS
+        known = COLUMNS[self.level]
         for condition in (self.positive, self.negative):
             for column, labels in condition.items():
                 if column not in known:
@@ -232,6 +239,11 @@ class Task(_Strict):
                 if not labels:
                     raise ValueError(f"column {column!r} lists no label")
         return self
+
+    @property
+    def images(self) -> Level:
+        """What an item is seen by: a patient by all its cells."""
+        return "cell" if self.level == "patient" else self.level
 
 
 class Ensemble(_Strict):
