@@ -3,7 +3,6 @@
 import json
 import shutil
 import sqlite3
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,11 @@ def folder(small: Path, tmp_path: Path) -> Path:
 
 
 def mlflow_runs(folder: Path, experiment: str) -> dict[str, str]:
-    """What MLflow's search finds for an experiment of DVC: name -> status of each run that has it in its tag."""
+    """What MLflow has of an experiment of DVC, by its tag: name -> status of each run."""
     with sqlite3.connect(folder / "mlflow.db") as database:
         found = database.execute(
-            "select name, status from runs join tags using (run_uuid) where key = 'DVC_EXP_NAME' and value = ?",
+            "select name, status from runs join tags using (run_uuid) "
+            "where key = 'DVC_EXP_NAME' and value = ?",
             (experiment,),
         )
         return dict(found.fetchall())
