@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aplsmear.files import hold
+
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "aplsmear"
@@ -18,18 +20,10 @@ IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEO
 LONGEST_TAG = 5000  # characters
 
 
-def _experiment(client: Any, artifacts: str | None) -> str:
-    """The id of this project's experiment, made if it is not there; another process may be making it, too."""
-    from mlflow.exceptions import MlflowException
-
-    if found := client.get_experiment_by_name(EXPERIMENT):
-        return str(found.experiment_id)
-    try:
-        return str(client.create_experiment(EXPERIMENT, artifacts))
-    except MlflowException:
-        if found := client.get_experiment_by_name(EXPERIMENT):
-            return str(found.experiment_id)
-        raise
+def _experiment(client: Any, artifacts: str | None = None) -> str:
+    """The id of this project's experiment, made if it is not there."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts))
 
 
 def _with_names(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
@@ -146,11 +140,17 @@ class Tracker:
     def _open(self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
 
-        server = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(server or f"sqlite:///{folder / 'mlflow.db'}")
-        client = mlflow.MlflowClient()
-        artifacts = None if server else (folder / "mlartifacts").resolve().as_uri()
-        self._experiment = _experiment(client, artifacts)
+        if server := os.environ.get("MLFLOW_TRACKING_URI"):
+            mlflow.set_tracking_uri(server)
+            client = mlflow.MlflowClient()
+            self._experiment = _experiment(client)
+        else:
+            database = (folder / "mlflow.db").resolve()
+            mlflow.set_tracking_uri(f"sqlite:///{database}")
+            # Two processes that make the tables at once would be in each other's way.
+            with hold(database.with_name("mlflow.db.lock")):
+                client = mlflow.MlflowClient()
+                self._experiment = _experiment(client, database.with_name("mlartifacts").as_uri())
         runs = client.search_runs([self._experiment], f"tags.key = '{key}'", max_results=1)
         if runs:
             self._run = runs[0].info.run_id
