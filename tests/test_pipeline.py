@@ -14,7 +14,7 @@ import yaml
 from clones import run, stages_run
 from small import MEMBERS, TASKS
 
-# One clone serves all of them, so they run in one process.
+# One clone serves all tests of this group (`small`, of conftest.py), so they run in one process.
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 

@@ -245,6 +245,8 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
     try:
         tensors = _count_tensors(path)
+        if _leads_elsewhere(path):
+            raise ValueError("it takes data from another file")
         networks = {len(full.weights): full, len(cut.weights): cut}
         if tensors not in networks:
             raise ValueError(
@@ -277,6 +279,25 @@ def _count_tensors(path: Path) -> int:
     with h5py.File(path) as file:
         file.visititems(count)
     return tensors
+
+
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether a part of an HDF5 file lies in another one: a stranger's weights could read any file so."""
+    import h5py
+
+    def leads(group: Any) -> bool:
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                return True
+            node = group[name]
+            if isinstance(node, h5py.Group) and leads(node):
+                return True
+            if isinstance(node, h5py.Dataset) and (node.is_virtual or node.external):
+                return True
+        return False
+
+    with h5py.File(path) as file:
+        return leads(file)
 
 
 def _brief(error: Exception) -> str:

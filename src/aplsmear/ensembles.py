@@ -47,8 +47,8 @@ from aplsmear.statistics import (
 )
 
 MODELS = ("average", "logistic", "network")  # the simplest first
-# Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a line
-# separates get no endless slope; 1 still makes everybody's probability too timid (slopes of 1.4 on real patients).
+# Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
+# line separates get no endless slope. With 1, probabilities are too timid: slopes of 1.4 on real patients.
 _CALIBRATION_FREEDOM = 10.0
 _LEAST_SCALE = 1e-6  # of a member that says the same of everybody
 

@@ -80,8 +80,8 @@ def starts(
         best: ``tuned/<task>/best.yaml``.
         trials: ``tuned/<task>/trials.csv``.
         trained: ``tuned/<task>/heads.npz``: the head of each world.
-        picked: ``tuned``, or a trial chosen by hand for the final model; held-out patients keep theirs, since a hand that
-            has looked at all patients must not choose for them.
+        picked: ``tuned``, or a trial chosen by hand for the final model; held-out patients keep theirs, since
+            a hand that has looked at all patients must not choose for them.
 
     Raises:
         FinetuneError: there is no such trial with scores.
@@ -271,8 +271,9 @@ def predict_held_out(shop: Workshop, done: Sequence[Deepened]) -> pd.DataFrame:
         tuner, store = with_weights(shop, world), shop.store(world.start.recipe)
         each = [expit(tuner.logits(views, store).astype(np.float64)) for views in shop.views_of(here)]
         probability[here] = np.mean(each, axis=0)
-    table: pd.DataFrame = board.table.assign(label=board.label.astype(np.int64), probability=probability)
-    return table[~np.isnan(probability)].reset_index(drop=True)
+    scored = np.flatnonzero(~np.isnan(probability))
+    columns = {"label": board.label[scored].astype(np.int64), "probability": probability[scored]}
+    return board.table.iloc[scored].reset_index(drop=True).assign(**columns)
 
 
 def compare(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
@@ -317,13 +318,9 @@ def courses_table(done: Sequence[Deepened]) -> pd.DataFrame:
 
 def history_table(courses: pd.DataFrame) -> pd.DataFrame:
     """``epoch, auroc, loss``: the mean over the inner models; one that has stopped counts as it stopped."""
-    means = {
-        name: courses.pivot_table(index="epoch", columns="run", values=name, dropna=False)
-        .ffill()
-        .mean(axis="columns")
-        for name in ("auroc", "loss")
-    }
-    return pd.DataFrame(means).reset_index()
+    wide = courses.pivot_table(index="epoch", columns="run", values=["auroc", "loss"], dropna=False).ffill()
+    means: pd.DataFrame = wide.T.groupby(level=0).mean().T.reset_index()
+    return means
 
 
 def examples(predictions: pd.DataFrame, count: int) -> pd.DataFrame:

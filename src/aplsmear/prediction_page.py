@@ -106,7 +106,7 @@ def _everybody(rows: _Rows, combination: Combination, positive: str, negative: s
             f"right, those (sensitive, or both) at which the patient is called {positive}. (!): see the "
             "warnings.",
         ),
-        legend(f"called {positive} at the balanced point", negative),
+        legend(f"called {positive} at the balanced point", f"called {negative} there"),
         tag("div", tag("div", *lanes, class_="rows"), class_="patients"),
     )
 
@@ -160,7 +160,7 @@ def _card(each: Judged, row: pd.Series[Any], bundle: Bundle) -> ET.Element:
             else tag("span", "nothing seen"),
             tag("span", f"{score:.2f}" if known else "", class_="number"),
         ]
-    seen = f"{each.cells} cells, {each.smears} smears"
+    seen = f"{each.cells} cells, {each.smears} smear{'s' if each.smears > 1 else ''}"
     return tag(
         "div",
         tag("b", each.patient),
