@@ -58,7 +58,7 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     assert status.count("Success") == 2, status + logs(folder)
 
     # Which is better? A line each, in 80 columns.
-    shown = run(folder, "aplsmear", "experiments", env={"COLUMNS": "80"})
+    shown = run(folder, "aplsmear", "experiments", env={"COLUMNS": "80", "PYTHONPATH": str(folder / "src")})
     assert max(map(len, shown.splitlines())) <= 80
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
     assert "task=apl_heal" in lines["deeper"]

@@ -59,7 +59,8 @@ def printed(folder: Path, typed: list[str]) -> list[list[str]]:
         script += [line, f"printf '\\n{MARK}%s{MARK}\\n' $?"]
     path = folder / ".git" / "walk.sh"
     path.write_text("\n".join(script) + "\n", encoding="utf-8")
-    text = run(folder, "bash", str(path))
+    person = {f"GIT_{who}_{what}": "reader" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    text = run(folder, "bash", str(path), env=person | {"PYTHONPATH": str(folder / "src")})
     parts = re.split(f"\n{MARK}(\\d+){MARK}\n", text)
     outputs, codes = parts[0:-1:2], [int(code) for code in parts[1::2]]
     for line, output, code in zip(typed, outputs, codes, strict=True):
