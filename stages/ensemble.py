@@ -24,6 +24,7 @@ from aplsmear.ensembles import (
 )
 from aplsmear.features import read_features
 from aplsmear.heads import read_heads
+from aplsmear.model_card import write_model_card
 from aplsmear.params import Level, read_params
 from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, write_page
 from aplsmear.shards import plain_views, read_views
@@ -134,6 +135,7 @@ def main(name: str) -> None:
     )
     write_bundle(out / "model", model, heads, Path("bottleneck"), reference)
     write_page(out / "report.html", findings)
+    write_model_card(out / "model_card.md", findings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 
 from aplsmear.curves import roc_curve_table
 from aplsmear.features import read_features
-from aplsmear.files import whole
+from aplsmear.files import hold, whole
 from aplsmear.finetuning import (
     Deepened,
     Workshop,
@@ -33,15 +33,13 @@ from aplsmear.params import read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import plain_views
-from aplsmear.stage import origin, run
+from aplsmear.stage import home, origin, run
 from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
 from aplsmear.tasks import task_labels
 from aplsmear.tracking import Tracker
 from aplsmear.training import Course, Run, set_precision
 from aplsmear.tuning import make_board
-
-KEPT = Path(".finetuning")  # what must survive a kill
 
 
 def main() -> None:
@@ -71,10 +69,11 @@ def main() -> None:
         seed,
     )
     key = f"{name}-{finetune_key(shop, found, params.compute.threads)}"
-    shop.folder = KEPT / key
-    tracker = Tracker(
-        f"finetune {name}", key, origin("finetune", name), {"seed": seed} | settings.model_dump()
-    )
+    shop.folder = home() / ".finetuning" / key
+    # Two experiments at once may need the same training: the second waits.
+    lock = hold(shop.folder.with_suffix(".lock"))
+    knobs = {"seed": seed} | settings.model_dump()
+    tracker = Tracker(home(), f"finetune {name}", key, origin("finetune", name), knobs)
 
     done: list[Deepened] = []
     courses: dict[Run, Course] = {}
@@ -113,6 +112,7 @@ def main() -> None:
     difference = metrics["difference"]
     tracker.close({}, {"auroc": metrics["auroc"]["value"], "difference": difference["value"]})
     shutil.rmtree(shop.folder)
+    lock.close()
     print(
         f"{name}: AUROC {metrics['auroc']['value']:.3f}, frozen {metrics['frozen']['auroc']:.3f}; difference "
         f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f}); "

@@ -21,7 +21,7 @@ from aplsmear.heads import write_heads
 from aplsmear.params import read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
-from aplsmear.stage import origin, run
+from aplsmear.stage import home, origin, run
 from aplsmear.statistics import headline, write_json
 from aplsmear.study import STORAGE_VARIABLE, open_study
 from aplsmear.tables import read_table, write_table
@@ -65,7 +65,7 @@ def main(name: str, role: str = "") -> None:
         board = make_board(items, label, folds, features)
     key = f"{name}-{study_key(board, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
-    journal = Path(f".studies/{key}.journal")
+    journal = home() / f".studies/{key}.journal"
     study = open_study(key, journal, url)
     print(f"study {key}", file=sys.stderr)
     running = run_study(board, settings, params.seed, study)
@@ -75,9 +75,11 @@ def main(name: str, role: str = "") -> None:
             pass
         return
 
-    dashboard = f"optuna-dashboard {'<the URL of the storage>' if url else journal}"
+    dashboard = f"optuna-dashboard {'<the URL of the storage>' if url else journal.relative_to(home())}"
     described = origin("tune", name) | {"optuna_study": key, "optuna_dashboard": dashboard}
-    tracker = Tracker(f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials})
+    tracker = Tracker(
+        home(), f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials}
+    )
     trials = list(logged(found, tracker, board.folds))
     choices = choose_all(trials, board.folds, settings.pick.get(name))
     scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)

@@ -320,6 +320,31 @@ def null_check(
 
 
 @app.command()
+def experiments(
+    commits: Annotated[int, typer.Option(min=1, help="So many commits back, each with its own.")] = 1,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Also the tuned heads, where they differ.")] = False,
+) -> None:
+    """Which experiment is better? What each changed, and each AUROC that differs, with its 95 % interval.
+
+    `dvc exp show` has every number and parameter, `aplsmear compare` what lies behind two of them. The runs
+    and trials of an experiment in MLflow have its name in their tag DVC_EXP_NAME.
+
+    Example: `aplsmear experiments --commits 3`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.experiments import table
+    from aplsmear.workspace import experiments as known
+
+    try:
+        found = known(Path(), commits)
+    except UserError as error:
+        _fail(str(error))
+    Console().print(table(found, tasks))
+    if len(found) <= commits:
+        typer.echo("\nNo experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one.")
+
+
+@app.command()
 def compare(
     revisions: Annotated[
         list[str],

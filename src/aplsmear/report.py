@@ -197,6 +197,34 @@ def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
     return found
 
 
+def measures(found: Findings) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Title, meaning and ``value, low, high`` of each number that hangs on no operating point."""
+    words = {"positive": found.positive, "negative": found.negative}
+    return [
+        (title, meaning.format(**words), found.measured[key]) for key, (title, meaning) in _METRICS.items()
+    ]
+
+
+def calls(found: Findings, point: str) -> Mapping[str, Mapping[str, float]]:
+    """The numbers at the operating point ``balanced`` or ``sensitive``, each ``value, low, high``."""
+    return found.measured if point == "balanced" else found.measured[f"at_{point}"]
+
+
+def limits(found: Findings) -> tuple[str, ...]:
+    """What nobody who reads the numbers may forget, in sentences."""
+    n = int(found.measured["n_patients"])
+    return (
+        "Research only. This is not a medical device and was not validated as one.",
+        f"The numbers hold for patients like these {n}: same laboratories, stain, microscope and camera. "
+        "Models of this kind are known to lose much of their accuracy elsewhere; operating points more "
+        "than AUROC.",
+        f"Probabilities presume that {found.positive} is as common as here, among {found.positive} and "
+        f"{found.negative} alone. A patient with any other condition is not foreseen.",
+        "With few patients the intervals are wide; a difference well inside them says nothing.",
+        "A low probability does not rule out APL. Where it is suspected, treat and test as guidelines say.",
+    )
+
+
 # --- sections -------------------------------------------------------------------------------------
 
 
@@ -263,16 +291,14 @@ def _cohort(found: Findings) -> ET.Element:
 
 
 def _numbers(found: Findings) -> ET.Element:
-    words = {"positive": found.positive, "negative": found.negative}
-    named = [
-        (title, meaning.format(**words), found.measured[key]) for key, (title, meaning) in _METRICS.items()
-    ]
-    points = (
-        ("balanced", found.measured, "both errors weigh the same"),
-        ("sensitive", found.measured["at_sensitive"], f"aims at 0.95: no {found.positive} missed"),
-    )
-    for point, values, meaning in points:
-        named += [(key.replace("_", " "), f"{point} point; {meaning}", values[key]) for key in _CALLS]
+    named = measures(found)
+    points = {
+        "balanced": "both errors weigh the same",
+        "sensitive": f"aims at 0.95: no {found.positive} missed",
+    }
+    for point, meaning in points.items():
+        called = calls(found, point)
+        named += [(key.replace("_", " "), f"{point} point; {meaning}", called[key]) for key in _CALLS]
     rows: list[list[Node]] = [
         [_explained(title, meaning), _number(value["value"]), _range(value)]
         for title, meaning, value in named
@@ -551,18 +577,7 @@ def _versions(found: Findings) -> ET.Element:
 
 
 def _limits(found: Findings) -> ET.Element:
-    n = int(found.measured["n_patients"])
-    texts = (
-        "Research only. This is not a medical device and was not validated as one.",
-        f"The numbers hold for patients like these {n}: same laboratories, stain, microscope and camera. "
-        "Models of this kind are known to lose much of their accuracy elsewhere; operating points more "
-        "than AUROC.",
-        f"Probabilities presume that {found.positive} is as common as here, among {found.positive} and "
-        f"{found.negative} alone. A patient with any other condition is not foreseen.",
-        "With few patients the intervals are wide; a difference well inside them says nothing.",
-        "A low probability does not rule out APL. Where it is suspected, treat and test as guidelines say.",
-    )
-    return section("Limits of use", tag("ul", *(tag("li", text) for text in texts)))
+    return section("Limits of use", tag("ul", *(tag("li", text) for text in limits(found))))
 
 
 # --- parts ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import NoReturn
 import yaml
 
 from aplsmear.errors import UserError
+from aplsmear.tracking import NAMES
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -42,11 +43,22 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     sys.exit(code)
 
 
+def home() -> Path:
+    """The folder of what is to outlive a run beside its outs: tracking, studies, a training that was cut off.
+
+    It is the top of the repository that dvc was called in, also for an experiment of the queue or of
+    ``dvc exp run --temp``, which runs in a folder of its own that is gone afterwards.
+    """
+    here = Path()
+    top = Path(os.environ.get("DVC_ROOT", here))
+    return here if top.resolve() == here.resolve() else top
+
+
 def origin(stage: str, task: str) -> dict[str, str]:
     """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
     found = {"stage": stage, "task": task}
-    if "DVC_EXP_NAME" in os.environ:
-        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
+    if NAMES in os.environ:
+        found[NAMES] = os.environ[NAMES]
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if git.returncode == 0:
         found["git_commit"] = git.stdout.strip()

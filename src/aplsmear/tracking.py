@@ -9,26 +9,43 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from aplsmear.files import hold
+
 log = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 EXPERIMENT = "aplsmear"
+NAMES = "DVC_EXP_NAME"  # tag: the experiments of DVC that a run belongs to, with blanks between
 # MLflow would otherwise wait for a dead server for minutes; a wish of the user comes first.
 IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 LONGEST_TAG = 5000  # characters
+
+
+def _experiment(client: Any, artifacts: str | None = None) -> str:
+    """The id of this project's experiment, made if it is not there."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts))
+
+
+def _with_names(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Tags that replace old ones; a run that serves several experiments keeps the names of all."""
+    names = f"{old.get(NAMES, '')} {new.get(NAMES, '')}".split()
+    return dict(new) | ({NAMES: " ".join(dict.fromkeys(names))} if names else {})
 
 
 class Tracker:
     """A parent run and its nested trials. Where the server does not answer, it says so once and is silent
     after."""
 
-    def __init__(self, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> None:
         """Open the run of this key, or go on with it if an earlier process did a part or all of it.
 
         Args:
+            folder: gets mlflow.db and the folder mlartifacts, unless MLFLOW_TRACKING_URI names a server.
             name: what people see.
             key: names the run by what it depends on; with the same key, the same run.
-            tags: those of an earlier process are replaced.
+            tags: those of an earlier process are replaced; names of DVC's experiments are added to.
             params: what the trials have in common.
         """
         self._client: Any = None
@@ -36,7 +53,7 @@ class Tracker:
         self._trials: set[str] = set()
         for variable, value in IMPATIENCE.items():
             os.environ.setdefault(variable, value)
-        self._guard(lambda: self._open(name, key, dict(tags), dict(params)))
+        self._guard(lambda: self._open(folder, name, key, dict(tags), dict(params)))
 
     def log_trial(
         self,
@@ -120,18 +137,25 @@ class Tracker:
                 "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
             )
 
-    def _open(self, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
+    def _open(self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
 
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
-        client = mlflow.MlflowClient()
-        found = client.get_experiment_by_name(EXPERIMENT)
-        self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+        if server := os.environ.get("MLFLOW_TRACKING_URI"):
+            mlflow.set_tracking_uri(server)
+            client = mlflow.MlflowClient()
+            self._experiment = _experiment(client)
+        else:
+            database = (folder / "mlflow.db").resolve()
+            mlflow.set_tracking_uri(f"sqlite:///{database}")
+            # Two processes that make the tables at once would be in each other's way.
+            with hold(database.with_name("mlflow.db.lock")):
+                client = mlflow.MlflowClient()
+                self._experiment = _experiment(client, database.with_name("mlartifacts").as_uri())
         runs = client.search_runs([self._experiment], f"tags.key = '{key}'", max_results=1)
         if runs:
             self._run = runs[0].info.run_id
             client.update_run(self._run, status="RUNNING")
-            for tag, value in tags.items():
+            for tag, value in _with_names(runs[0].data.tags, tags).items():
                 client.set_tag(self._run, tag, value)
         else:
             self._run = client.create_run(
