@@ -1,4 +1,4 @@
-"""A real S3 server on 127.0.0.1 that checks signatures: rclone's, over a folder whose folders are the buckets."""
+"""A real S3 server on 127.0.0.1 that checks signatures: rclone's, over a folder that holds the buckets."""
 
 from __future__ import annotations
 

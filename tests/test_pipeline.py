@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from aplsmear.demo import draw_data_set
-from clones import clone, commit, run, stages_run
+from clones import run, stages_run
 
-# One clone serves all of them, so they run in one process.
+# One clone serves all tests of this group (`small`, of conftest.py), so they run in one process.
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
 MEMBERS = {
@@ -42,17 +42,6 @@ def make_small(folder: Path) -> None:
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     (folder / "dvc.lock").unlink()
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which `dvc repro` has run to the end; tests that change it put it back."""
-    folder = clone(tmp_path_factory.mktemp("small") / "first")
-    make_small(folder)
-    commit(folder)
-    run(folder, "dvc", "repro")
-    commit(folder)
-    return folder
 
 
 def test_every_patient_gets_one_verdict_with_its_uncertainty(small: Path) -> None:

@@ -97,7 +97,7 @@ def _signed_in(place: share.Place, kind: Any, settings: dict[str, Any]) -> tuple
     s3 = kind.protocol == "s3"
     timeouts = {"connect_timeout": share.PATIENCE, "read_timeout": share.PATIENCE} if s3 else {}
     try:
-        files = share.within(lambda: kind(**settings | timeouts).fs)
+        files = share.within(lambda: kind(**settings | timeouts).fs, 3 * share.PATIENCE)  # imports much
     except Exception as error:
         failure = share.explained(place, error)
     else:

@@ -1,0 +1,22 @@
+"""What several modules of tests share."""
+
+from pathlib import Path
+
+import pytest
+
+from clones import clone, commit, run
+from test_pipeline import make_small
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `dvc repro` has run to the end; tests that change it put it back.
+
+    Tests that ask for it have the marks `pipeline` and `xdist_group("pipeline")`: it takes a minute.
+    """
+    folder = clone(tmp_path_factory.mktemp("small") / "first")
+    make_small(folder)
+    commit(folder)
+    run(folder, "dvc", "repro")
+    commit(folder)
+    return folder
