@@ -21,7 +21,7 @@ def model_card(found: Findings) -> str:
     named = {"balanced": "both errors weigh the same", "sensitive": f"no {found.positive} is to be missed"}
     points = {point: calls(found, point) for point in named}
     rivals = found.comparison.iloc[1:]
-    best = rivals.loc[rivals["auroc"].idxmax()] if len(rivals) else None
+    best = rivals.nlargest(1, "auroc").iloc[0] if len(rivals) else None
     parts = [
         f"# {found.name}: {found.positive} or {found.negative}?",
         "**For research only. Not a medical device; no diagnosis may rest on it.**",
