@@ -4,7 +4,7 @@ import csv
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -243,6 +243,15 @@ def test_neither_order_nor_labels_nor_the_company_matters(trained, final, data, 
     pd.testing.assert_frame_equal(found, expected, check_exact=True)
     some = set(expected.index[::4])
     pd.testing.assert_frame_equal(predicted(final, data, some), expected.loc[sorted(some)], check_exact=True)
+
+
+def test_a_member_that_also_weighs_is_heard_where_nothing_is_weighed(trained) -> None:
+    bundle = read_bundle(trained.ensemble)
+    plain = [replace(each, summary="mean") for each in bundle.combinations]
+    changed = replace(bundle, weigher=bundle.members[0], combinations=plain)
+    judge = Judge(changed, changed.world_of(None))
+    assert [each.task for each in judge.scorers["cell"]] == ["nuclei", "granules", "crowd"]
+    assert [each.task for each in Judge(bundle, 0).scorers["cell"]] == ["nuclei", "granules", "crowd", "gate"]
 
 
 # --- warnings -------------------------------------------------------------------------------------

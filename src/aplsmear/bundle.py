@@ -282,8 +282,10 @@ def read_bundle(folder: Path) -> Bundle:
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BundleError):
             raise
+        writer = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("aplsmear")
         raise BundleError(
-            f"{folder}: what it holds does not fit together ({_brief(error)}); {_AGAIN}"
+            f"{folder}: what it holds does not fit together ({_brief(error)}). It was written by aplsmear "
+            f"{str(writer)[:20]}, this is {aplsmear.__version__}: {_AGAIN}"
         ) from None
     return bundle
 
