@@ -2,13 +2,13 @@
 
     python tests/walks.py FOLDER [PAGE]...   (with nothing: all of them)
 
-writes into the pages what their commands print in copies of FOLDER, a clone in which `dvc repro` has run.
+writes into the pages what their commands print in clones of FOLDER, in which `dvc repro` has run and its
+dvc.lock is committed.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +98,17 @@ def main(folder: str, *names: str) -> None:
             continue
         with TemporaryDirectory() as temporary:
             copy = Path(temporary) / "aplsmear"
-            shutil.copytree(folder, copy, symlinks=True)
+            run(Path(folder), "git", "clone", "--quiet", ".", str(copy))
+            run(copy, "git", "checkout", "--quiet", "-B", "main")
+            run(
+                copy,
+                "dvc",
+                "config",
+                "--local",
+                "cache.dir",
+                run(Path(folder), "dvc", "cache", "dir").strip(),
+            )
+            run(copy, "dvc", "checkout", "--quiet")
             page = path.read_text(encoding="utf-8")
             outputs = printed(copy, [command.typed for command in tested(page)])
         hidden = [[line.replace(temporary, "...") for line in output] for output in outputs]
