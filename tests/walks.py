@@ -21,7 +21,8 @@ PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"(<!-- not in the test: [^>]+-->\n)?```console\n(.*?)```", re.DOTALL)
 FAILS = "# exit code 1"
 MARK = "\x1e"
-NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^.*\r(?!\n)", re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+BAR = re.compile(r"^[\w ]*:? *\d+%\|[^|]*\| \S+ \[[^\]]*\]")
 
 
 @dataclass
@@ -70,7 +71,8 @@ def printed(folder: Path, typed: list[str]) -> list[list[str]]:
 
 def clean(output: str) -> list[str]:
     """Without colours and progress bars."""
-    lines = [line.rstrip() for line in NOISE.sub("", output).splitlines()]
+    lines = [line.rstrip() for line in COLOUR.sub("", output).splitlines()]
+    lines = [BAR.sub("", line) for line in lines if BAR.sub("", line) or not line]
     while lines and not lines[-1]:
         lines.pop()
     while lines and not lines[0]:
