@@ -47,7 +47,7 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     assert finetuned(folder)["task"] == "apl_healthy_cell"
     beside, _ = aside.communicate()
     assert aside.returncode == 0, beside
-    assert stages_run(beside) == ["finetune"]
+    assert stages_run(beside) == ["finetune"], beside
 
     # Two from the queue.
     run(folder, "dvc", "exp", "run", "--queue", "-S", "task=blast,apl_aml_smear", "-S", "finetune.pictures=0")

@@ -44,7 +44,7 @@ def commands(block: str) -> list[Command]:
     return found
 
 
-def tested(page: str) -> list[Command]:
+def steps_of(page: str) -> list[Command]:
     """The commands of a page, but for the blocks that the test leaves out."""
     return [command for remark, block in BLOCK.findall(page) if not remark for command in commands(block)]
 
@@ -112,7 +112,7 @@ def main(folder: str, *names: str) -> None:
             )
             run(copy, "dvc", "checkout", "--quiet")
             page = path.read_text(encoding="utf-8")
-            outputs = printed(copy, [command.typed for command in tested(page)])
+            outputs = printed(copy, [command.typed for command in steps_of(page)])
         hidden = [[line.replace(temporary, "...") for line in output] for output in outputs]
         path.write_text(refreshed(page, hidden), encoding="utf-8")
 
