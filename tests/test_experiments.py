@@ -41,13 +41,13 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
 
     # One in the workspace while another runs in a folder of its own.
     deepen = ("dvc", "exp", "run", "-S", "task=apl_healthy_cell")
-    aside = start(folder, *deepen, "--temp", "--name", "aside", "-S", "seed=1", "-S", "finetune.rate=0.001")
+    aside = start(folder, *deepen, "--temp", "--name", "aside", "-S", "finetune.rate=0.001")
     printed = run(folder, *deepen, "--name", "deeper")
     assert stages_run(printed) == ["finetune"]
     assert finetuned(folder)["task"] == "apl_healthy_cell"
     beside, _ = aside.communicate()
     assert aside.returncode == 0, beside
-    assert stages_run(beside) == ["finetune"], beside
+    assert stages_run(beside) == ["kaggle", "finetune"], beside  # what Kaggle gave is in no cache: asked anew
 
     # Two from the queue.
     run(folder, "dvc", "exp", "run", "--queue", "-S", "task=blast,apl_aml_smear", "-S", "finetune.pictures=0")
