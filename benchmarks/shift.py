@@ -29,7 +29,7 @@ import pandas as pd
 import yaml
 from tuning import commit, machine
 
-from aplsmear import backbones, shifts, stains, views
+from aplsmear import shifts, stains, views
 from aplsmear.adaptation import adapted
 from aplsmear.backbones import batch_of, features_of
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
 LABORATORIES = 3
 TRIALS = 2  # of each task, where a measure is compared
+SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (shifts, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
 
 # What training could do otherwise: settings of `augment`.
@@ -148,10 +149,10 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     asked = named(params.ensembles, name, "ensembles")
     folds = read_table(folder / "splits" / "folds.csv")
     patients = patients_of(folds, asked.positive, asked.negative)
-    said = {
-        task: read_scores(folder / "tuned" / task / "scores.parquet")
-        for task in dict.fromkeys([*asked.members, asked.weigh_by])
-    }
+    tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
+    if any(params.tasks[task].level not in LEVELS for task in tasks):
+        raise SystemExit("members that judge whole patients are not measured here yet")
+    said = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
     members = {task: summary_of(said, task, asked.weigh_by, params) for task in asked.members}
     verdicts = judge(patients, members, draw_candidates(params.combine, params.seed), 0, params.seed)
     items: dict[Level, pd.DataFrame] = {}
@@ -305,10 +306,7 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         params.backbones[backbone].model_dump(),
         bench.items[level]["item"].tolist(),
         vars(condition) if condition else None,
-        *(
-            Path(str(module.__file__)).read_text(encoding="utf-8")
-            for module in (backbones, shifts, stains, views)
-        ),
+        *SOURCES,
     ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

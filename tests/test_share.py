@@ -311,7 +311,7 @@ def test_what_one_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
     assert 0 < lab.objects() <= MOST_OBJECTS
     lab.dvc(lab.b, "pull")
     code, said = share_check(lab.b, keys=lab.keys)
-    assert code == 0
+    assert code == 0, said
     assert "`dvc pull` brings them" in said
     for ensemble in ("ensemble_apl_healthy", "ensemble_apl_aml"):
         said = lab.dvc(lab.b, "repro", ensemble)

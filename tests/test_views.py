@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from aplsmear.images import decode, encode_jpeg
+from aplsmear.images import decode, encode_jpeg, read_image
 from aplsmear.params import Augment
+from aplsmear.stains import normalised
 from aplsmear.views import (
     ViewError,
     all_views,
@@ -244,6 +245,7 @@ def test_one_process_and_two_give_the_same_bytes(folder):
 import sys
 from pathlib import Path
 from aplsmear.params import Augment
+from aplsmear.stains import normalised
 from aplsmear.shards import ViewWriter
 from aplsmear.tables import read_table
 from aplsmear.views import all_views
@@ -265,3 +267,19 @@ with ViewWriter({{level: Path(sys.argv[2]) / level for level in ("cell", "smear"
         )
         written.append([(folder / count / level).read_bytes() for level in ("cell", "smear")])
     assert written[0] == written[1]
+
+
+def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    settings = knobs(views=0, normalise="reinhard")
+    first = next(iter(all_views(folder, SMEARS, CELLS, settings, 1)))
+    common = normalised(read_image(folder / "a.png"), "reinhard")
+    assert first["smear"] == list(smear_views(common, "1", 0, settings, 1))
+    assert first["cell"][0] == next(cell_views(common, BOX, "1", 0, settings, 1))
+
+
+def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    Image.new("RGB", (160, 120), (250, 250, 250)).save(folder / "a.png")
+    with pytest.raises(ViewError, match=r"a\.png: cannot be brought .* or set augment\.normalise"):
+        list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))

@@ -35,8 +35,7 @@ from aplsmear.familiarity import COMMON, Cloud, describe_features, describe_stai
 from aplsmear.features import Features
 from aplsmear.files import copy_whole, whole
 from aplsmear.heads import Head, read_average, read_heads
-from aplsmear.params import Augment, Backbone, Level
-from aplsmear.schema import leaves_folder
+from aplsmear.params import Augment, Backbone, Level, TaskLevel
 from aplsmear.shards import View
 from aplsmear.statistics import write_json
 
@@ -55,10 +54,22 @@ class _Strict(BaseModel):
 
 
 class Member(_Strict):
-    """A task whose heads are in the bundle."""
+    """A task whose heads are in the bundle.
+
+    Attributes:
+        task: name.
+        level: of its items.
+        one_each: whether no patient of the training run had more than one item: nothing was summarised.
+    """
 
     task: str
-    level: Level
+    level: TaskLevel
+    one_each: bool = False
+
+    @property
+    def images(self) -> Level:
+        """What an item is seen by: a patient by all its cells."""
+        return "cell" if self.level == "patient" else self.level
 
 
 class Model(_Strict):
@@ -116,10 +127,14 @@ class Reference:
 class Scorer:
     """The heads of one task, one a world."""
 
-    task: str
-    level: Level
+    member: Member
     heads: list[Head]
     average: int  # augmented views whose scores are averaged with that of the plain one
+
+    @property
+    def task(self) -> str:
+        """Its name."""
+        return self.member.task
 
 
 @dataclass(frozen=True)
@@ -199,13 +214,11 @@ def write_bundle(
         backbones: the folder with ``<backbone>/<level>.weights.h5``.
         reference: of `make_reference`.
     """
-    levels = {member.task: member.level for member in [model.weigh_by, *model.members]}
-    needed = {
-        _weights(*each) for each in needed_backbones(levels, {t: read_heads(p) for t, p in heads.items()})
-    }
-    needed.add(_weights(reference.features.split("/")[0], reference.level))
+    levels = {member.task: member.images for member in [model.weigh_by, *model.members]}
+    read = {task: read_heads(path) for task, path in heads.items()}
+    needed = needed_backbones(levels, read) | {(reference.features.split("/")[0], reference.level)}
     files = {_heads(task): path for task, path in heads.items()}
-    files |= {name: backbones.parent / name for name in needed}
+    files |= {_weights(name, level): backbones / name / f"{level}.weights.h5" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
@@ -248,7 +261,7 @@ def read_bundle(folder: Path) -> Bundle:
     try:
         model = Model.model_validate_json((folder / MODEL).read_text(encoding="utf-8"))
         combinations = [combination_of(each) for each in model.combinations]
-        scorers = {each.task: _scorer(folder, each) for each in [*model.members, model.weigh_by]}
+        scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
             reference = Reference(
                 model.reference_level,
@@ -297,7 +310,7 @@ def _checked(folder: Path) -> set[str]:
         )
     problems = []
     for name, expected in sorted(sums.items()):
-        if leaves_folder(name) or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
             problems.append(f"{name!r} leads out of the folder")
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
@@ -320,7 +333,7 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
         if len(each.heads) != worlds
     ]
     problems += ["a combination is of other members" for each in bundle.combinations if each.members != names]
-    used = {(head.features, each.level) for each in scorers for head in each.heads}
+    used = {(head.features, each.member.images) for each in scorers for head in each.heads}
     used.add((bundle.reference.features, bundle.reference.level))
     for features, level in sorted(used):
         name, _, layer = features.partition("/")
@@ -330,18 +343,15 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
             problems.append(f"{_weights(name, level)} is not in its manifest")
         else:
             bundle.backbone(name, level)
-    problems += [
-        f"{_heads(each.task)} is not in its manifest" for each in scorers if _heads(each.task) not in listed
-    ]
     if worlds < 2 or problems:
         raise ValueError("; ".join(problems) or "no combination")
 
 
-def _scorer(folder: Path, member: Member) -> Scorer:
-    path = folder / _heads(member.task)
-    if leaves_folder(_heads(member.task)):
-        raise ValueError(f"{member.task!r} leads out of the folder")
-    return Scorer(member.task, member.level, read_heads(path), read_average(path))
+def _scorer(folder: Path, member: Member, listed: set[str]) -> Scorer:
+    name = _heads(member.task)
+    if name not in listed:  # whatever is listed lies in the folder
+        raise ValueError(f"{name} is not in its manifest")
+    return Scorer(member, read_heads(folder / name), read_average(folder / name))
 
 
 def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:

@@ -191,6 +191,12 @@ def predict(
             min=0, help="A check: judge by the models that never saw this fold of the training run."
         ),
     ] = None,
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt", help="Shift probabilities so that as many as in training are positive (below)."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
 ) -> None:
     """Judge patients whom the ensemble has never seen. For research only.
@@ -201,9 +207,15 @@ def predict(
     than nearly all of these are from each other); a `warning`. A name that a spreadsheet would take for a
     formula gets a ' in front.
 
+    `--adapt` is for patients of another laboratory who are known to be a mixture like that of training: it
+    moves all their probabilities together, without a label. Not for a screening, nor for few patients.
+
     Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
     report.html`
     """
+    import numpy as np
+
+    from aplsmear.adaptation import adapted
     from aplsmear.bundle import read_bundle
     from aplsmear.dataset import DataSetError, print_problems, read_data_set
     from aplsmear.errors import UserError
@@ -228,10 +240,19 @@ def predict(
         judge = Judge(bundle, world)
         judging = judge_patients(judge, data, found.smears, found.cells)
         judged = keep_pictures(judging, CARDS if report else 0)
-        combination = judge.combination
+        combination, remarks = judge.combination, []
+        if fold is not None:
+            remarks.append(f"A check: judged by the models that never saw fold {fold}.")
+        if adapt:
+            combination = adapted(combination, np.array([each.said for each in judged]))
+            share = combination.thresholds["balanced"]
+            remarks.append(
+                f"Adapted to these {len(judged)} patients: logits moved by "
+                f"{combination.offset - judge.combination.offset:+.2f}, on the assumption that about "
+                f"{share:.0%} of them are positive, as in training."
+            )
         table = verdict_table(judged, combination)
         if report:
-            remarks = [] if fold is None else [f"A check: judged by the models that never saw fold {fold}."]
             write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
         write_predictions(out, table)
     except DataSetError as error:
@@ -243,6 +264,8 @@ def predict(
     typer.echo(
         "".join(f"left out: {count:,} {what.replace('_', ' ')}\n" for what, count in left.items()), nl=False
     )
+    for remark in remarks:
+        typer.echo(remark)
     warned = int((table["warning"] != "").sum())
     typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
 

@@ -130,7 +130,8 @@ def read_data_set(
         if not notes.problems:  # or classes may seem empty because their rows are at fault
             _check_tasks(smears, cells, tasks, notes)
     looks = _looks([root / image for image in smears["image"]], workers, check_images)
-    smears = _with_images(smears, looks, skip_bad_images, notes)
+    mend = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "remove its row"
+    smears = _with_images(smears, looks, skip_bad_images, mend, notes)
     smears = _without_copies(smears, _has_patients(raw_smears), notes)
     cells = _with_boxes(cells, smears, min_box, notes)
     if labelled:
@@ -319,7 +320,9 @@ def _looks(paths: list[Path], workers: int, whole: bool) -> list[_Look]:
     return list(progress(jobs, "images", len(paths)))
 
 
-def _with_images(smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, notes: _Notes) -> pd.DataFrame:
+def _with_images(
+    smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, mend: str, notes: _Notes
+) -> pd.DataFrame:
     """Add width, height and content; a smear with a bad image is noted, or left out and listed."""
     bad = {}
     for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
@@ -328,7 +331,7 @@ def _with_images(smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, notes
         elif look.what:
             notes.add(
                 SMEARS_FILE, row, "imgName", image, expected=f"a whole picture: {look.what}",
-                mend=f"{look.mend}, or set dataset.skip_bad_images in params.yaml to leave it out",
+                mend=f"{look.mend}, or {mend}",
             )  # fmt: skip
     notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
     seen = smears.assign(

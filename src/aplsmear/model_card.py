@@ -20,8 +20,8 @@ def model_card(found: Findings) -> str:
     last, combination = found.verdicts.combinations[-1], found.verdicts.chosen[-1]
     named = {"balanced": "both errors weigh the same", "sensitive": f"no {found.positive} is to be missed"}
     points = {point: calls(found, point) for point in named}
-    rivals = found.comparison.to_dict("records")[1:]
-    best = max(rivals, key=lambda rival: rival["auroc"], default=None)
+    rivals = found.comparison.iloc[1:]
+    best = rivals.nlargest(1, "auroc").iloc[0] if len(rivals) else None
     parts = [
         f"# {found.name}: {found.positive} or {found.negative}?",
         "**For research only. Not a medical device; no diagnosis may rest on it.**",

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.backbones import batch_of, forward_pass
+from aplsmear.bags import attend
 from aplsmear.bundle import Bundle, Scorer
 from aplsmear.ensembles import Combination
 from aplsmear.errors import UserError
 from aplsmear.familiarity import Moments, how_stained, stain_of
 from aplsmear.heads import score
-from aplsmear.members import ends_of, summary_logits
+from aplsmear.members import ends_of, same_logits, summary_logits
 from aplsmear.params import LEVELS, Level
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE
@@ -73,6 +74,7 @@ class _InHand:
 
     smears: int = 0
     items: dict[Level, list[str]] = field(default_factory=lambda: {level: [] for level in LEVELS})
+    # By task, a score for each item; of a head on bags, the features of each cell.
     scores: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     features: Moments = field(default_factory=Moments)
     stain: Moments = field(default_factory=Moments)
@@ -98,12 +100,13 @@ class Judge:
         self.bundle, self.world = bundle, world
         self.combination = bundle.combinations[world]
         self.weighs = self.combination.summary.startswith("weighed_")
-        levels = {member.level for member in bundle.members}
-        self.scorers: dict[Level, list[Scorer]] = {level: [] for level in LEVELS}
-        for scorer in [*bundle.members, bundle.weigher]:
-            wanted = scorer is not bundle.weigher or (self.weighs and scorer.level in levels)
-            if wanted and scorer not in self.scorers[scorer.level]:
-                self.scorers[scorer.level].append(scorer)
+        scorers = {scorer.task: scorer for scorer in bundle.members}
+        if any(self._is_weighed(scorer) for scorer in bundle.members):
+            scorers[bundle.weigher.task] = bundle.weigher
+        self.scorers: dict[Level, list[Scorer]] = {
+            level: [scorer for scorer in scorers.values() if scorer.member.images == level]
+            for level in LEVELS
+        }
         self.networks = {level: list(self._networks(level)) for level in LEVELS}
 
     @property
@@ -111,6 +114,10 @@ class Judge:
         """Augmented views that are averaged with the plain one, at most."""
         averaged = [scorer.average for each in self.scorers.values() for scorer in each]
         return min(max(averaged), self.bundle.model.augment.views)
+
+    def _is_weighed(self, scorer: Scorer) -> bool:
+        """Whether its items count by what the weigher says of them."""
+        return self.weighs and scorer.member.level == self.bundle.weigher.member.level
 
     def _networks(self, level: Level) -> Iterator[tuple[int, list[str], Any]]:
         """Batch, names of the features, and forward pass of each backbone that is needed."""
@@ -165,9 +172,15 @@ class Judge:
     def _score(
         self, scorer: Scorer, features: Mapping[str, np.ndarray], plain: np.ndarray, more: np.ndarray
     ) -> np.ndarray:
-        """float32 (items,), over as many views as `aplsmear.tuning.held_out_scores` takes."""
+        """float32 (items,), over as many views as `aplsmear.tuning.held_out_scores` takes.
+
+        Of a head on bags, what it needs of each cell to score the patient later: float16 (items, views,
+        channels).
+        """
         head = scorer.heads[self.world]
         rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
+        if scorer.member.level == "patient":
+            return np.asarray(features[head.features][np.stack(rows, axis=1)])
         return np.asarray(np.mean([score([head], features[head.features], each)[0] for each in rows], axis=0))
 
     def conclude(self, patient: str, seen: _InHand) -> Judged:
@@ -201,10 +214,17 @@ class Judge:
         """What one member says, as a logit; NaN if it has seen nothing."""
         if not seen.scores.get(scorer.task):
             return float("nan")
-        weigher = self.bundle.weigher
-        alike = self.weighs and weigher.level == scorer.level
-        weight = np.array(seen.scores[weigher.task]) if alike else None
-        said = summary_logits(np.array(seen.scores[scorer.task]), weight)
+        scores = np.array(seen.scores[scorer.task])
+        if scorer.member.level == "patient":
+            bag = scores[np.argsort(np.array(seen.items["cell"]), kind="stable")]
+            head = scorer.heads[self.world]
+            each = [np.float32(attend(head, bag[:, view])[0]) for view in range(bag.shape[1])]
+            scores = np.mean(each, keepdims=True)
+        if scorer.member.one_each:
+            said = same_logits(float(np.mean(scores)))
+        else:
+            weight = seen.scores[self.bundle.weigher.task] if self._is_weighed(scorer) else None
+            said = summary_logits(scores, None if weight is None else np.array(weight))
         return as_written(said[self.combination.summary])  # as the combination was fitted and judged
 
     def _warnings(self, judged: Judged, seen: _InHand) -> Iterator[str]:
@@ -234,7 +254,7 @@ def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
     Raises:
         PredictError: they need cells and there are none.
     """
-    of_cells = [scorer.task for scorer in bundle.members if scorer.level != "smear"]
+    of_cells = [scorer.task for scorer in bundle.members if scorer.member.images == "cell"]
     if of_cells and cells.empty:
         what = "no cell has a usable box in" if (folder / CELLS_FILE).exists() else "there is no"
         raise PredictError(
