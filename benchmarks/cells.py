@@ -1,13 +1,13 @@
 """How well `aplsmear cells` finds nucleated cells: on drawn smears against what was drawn, on real ones.
 
 Usage: python benchmarks/cells.py [--patients N] [--seed S]
-       python benchmarks/cells.py --data DIR --size PX
+       python benchmarks/cells.py --data DIR --size PX [--smears N]
 
 Drawn smears, of N patients with a stain and a camera each: a found box is right when its IoU with a drawn one
 is at least 0.5, one to one; the size of a cell is estimated. With --data, a folder in the Kaggle layout whose
 boxes hold a cell each with its surroundings: is exactly one found box around the middle of an annotated one,
 and does it keep to it? Each picture at half, whole and twice its size; the size of a cell estimated, then
-given (PX at whole size). Results go to benchmarks/results/cells.json.
+given (PX at whole size). With --smears, on N of them, evenly spread. Results go to benchmarks/results/cells.json.
 """
 
 import argparse
@@ -48,8 +48,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--size", type=float, default=90.0, help="px of a typical cell of --data")
+    parser.add_argument("--smears", type=int, default=10**9, help="of --data, evenly spread")
     asked = parser.parse_args()
-    found = real(asked.data, asked.size) if asked.data else drawn(asked.patients, asked.seed)
+    found = real(asked.data, asked.size, asked.smears) if asked.data else drawn(asked.patients, asked.seed)
     found |= {"machine": machine(), "commit": commit()}
     whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     whole["real" if asked.data else "drawn"] = found
@@ -107,18 +108,21 @@ def iou(one: Boxes, other: Boxes) -> npt.NDArray[np.float64]:
     return common / (areas[0][:, None] + areas[1][None] - common)
 
 
-def real(root: Path, size: float) -> dict[str, Any]:
+def real(root: Path, size: float, most: int) -> dict[str, Any]:
     """Share of annotated boxes whose cell is found, at three scales, with the size estimated and given."""
     data = read_data_set(root, {}, min_box=MIN_BOX, skip_bad_images=True)
-    found: dict[str, Any] = {"smears": len(data.smears), "boxes": len(data.cells)}
+    places = np.linspace(0, len(data.smears) - 1, min(most, len(data.smears))).astype(int)
+    smears = data.smears.iloc[places]
+    cells = data.cells[data.cells["smear"].isin(set(smears["smear"]))]
+    found: dict[str, Any] = {"smears": len(smears), "boxes": len(cells)}
     with tempfile.TemporaryDirectory() as folder:
         for zoom in (0.5, 1.0, 2.0):
-            pages = rescaled(root, data.smears, zoom, Path(folder))
-            estimated = find_all(pages, data.smears)
-            fixed = find_all(pages, data.smears, size * zoom)
+            pages = rescaled(root, smears, zoom, Path(folder))
+            estimated = find_all(pages, smears)
+            fixed = find_all(pages, smears, size * zoom)
             found[f"scale_{zoom:g}"] = {
-                "estimated": agreement(data.cells, estimated.cells, zoom) | {"size": estimated.size},
-                "given": agreement(data.cells, fixed.cells, zoom) | {"size": size * zoom},
+                "estimated": agreement(cells, estimated.cells, zoom) | {"size": estimated.size},
+                "given": agreement(cells, fixed.cells, zoom) | {"size": size * zoom},
             }
     return found
 

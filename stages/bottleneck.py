@@ -24,7 +24,7 @@ def main(name: str) -> None:
         batches = progress(read_views(views, batch), f"batches of {level}s", -(-count_views(views) // batch))
         features = features_of(batches, backbone, level, params.seed)
         write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
-        write_weights(Path(f"bottleneck/{name}/{level}.weights.h5"), backbone, level, params.seed)
+        write_weights(Path(f"backbones/{name}/{level}.weights.h5"), backbone, level, params.seed)
 
 
 if __name__ == "__main__":

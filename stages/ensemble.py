@@ -38,7 +38,7 @@ def main(name: str) -> None:
     ensemble, combine = params.ensembles[name], params.combine
     inputs = folds, cells = Path("splits/folds.csv"), Path("dataset/cells.csv")
     patients = patients_of(read_table(folds), ensemble.positive, ensemble.negative)
-    folder = Path(f"member_{name}")
+    folder = Path(f"members/{name}")
     members = read_members(folder, ensemble.members)
     candidates = draw_candidates(combine, params.seed)
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
@@ -133,7 +133,7 @@ def main(name: str) -> None:
         upwards=bool(pictured_by) and speaks_for(verdicts, pictured_by),
         inputs=findings.inputs,
     )
-    write_bundle(out / "model", model, heads, Path("bottleneck"), reference)
+    write_bundle(out / "model", model, heads, Path("backbones"), reference)
     write_page(out / "report.html", findings)
     write_model_card(out / "model_card.md", findings)
 

@@ -17,8 +17,8 @@ def main(ensemble: str, task: str, weigher: str) -> None:
     scores, weights = (read_scores(Path(f"tuned/{name}/scores.parquet")) for name in (task, weigher))
     alike = params.tasks[task].level == params.tasks[weigher].level
     table = summarise_patients(scores, weights if alike else None)
-    write_table(Path(f"member_{ensemble}/{task}.csv"), table)
-    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"member_{ensemble}/{task}.heads.npz"))
+    write_table(Path(f"members/{ensemble}/{task}.csv"), table)
+    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     knobs = read_params(ROOT / "params.yaml")
     for seed, name in enumerate(knobs.ensembles["apl_aml"].members):
         table = summarise_patients(scores_of(everybody, seed, strength=2.0))
-        write_table(tmp_path / "member_apl_aml" / f"{name}.csv", table)
+        write_table(tmp_path / "members" / "apl_aml" / f"{name}.csv", table)
     write_table(tmp_path / "splits" / "folds.csv", everybody)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(text.replace("      - network\n", ""), encoding="utf-8")

@@ -332,7 +332,7 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
     changed = yaml.safe_load(params.read_text(encoding="utf-8"))
     changed["overrides"]["apl_aml_smear"]["trials"] = 1
     params.write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
-    said = lab.dvc(lab.b, "repro", "--pull", "--allow-missing", "ensemble_apl_aml")
+    said = lab.dvc(lab.b, "repro", "--pull", "ensemble_apl_aml")
     assert set(stages_run(said)) == {"tune@apl_aml_smear", "member_apl_aml@apl_aml_smear", "ensemble_apl_aml"}
     assert not (lab.b / "ensembles" / "apl_healthy" / "report.html").exists()
     assert not (lab.b / "tuned" / "apl_healthy_cell").exists()

@@ -287,7 +287,7 @@ def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],
     repeats: Annotated[int, typer.Option(min=2, help="Permutations.")] = 30,
 ) -> None:
-    """Does the ensemble find something where there is nothing? Needs `member_NAME`, changes nothing.
+    """Does the ensemble find something where there is nothing? Needs `members/NAME`, changes nothing.
 
     Permuted: the diagnoses of the patients, within each fold. Done again: choice of the combination, its
     weights, calibration, held-out verdicts. Not done again: the members' scores. Exit code 1 where the mean
@@ -304,7 +304,7 @@ def null_check(
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
-        members = ensembles.read_members(_made(Path(f"member_{ensemble}")), asked.members)
+        members = ensembles.read_members(_made(Path(f"members/{ensemble}")), asked.members)
         patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
         candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
         found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)

@@ -77,16 +77,16 @@ def leftovers(root: Path, params: Params) -> list[Path]:
     """
     owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
     owned |= {root / "tuned" / task for task in params.tasks}
-    owned |= {root / "bottleneck" / name for name in params.backbones}
+    owned |= {root / "backbones" / name for name in params.backbones}
     owned |= {
-        root / f"member_{name}" / f"{task}.{kind}"
+        root / "members" / name / f"{task}.{kind}"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
         for kind in ("csv", "heads.npz")
     }
     found = [
         path
-        for pattern in ("features/*/*", "bottleneck/*", "tuned/*", "member_*/*")
+        for pattern in ("features/*/*", "backbones/*", "tuned/*", "members/*/*")
         for path in root.glob(pattern)
         if path not in owned and path.name != ".gitignore"
     ]
