@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clones import ROOT
-from walks import PAGES, clean, commands, printed, refreshed, tested
+from walks import PAGES, clean, commands, printed, refreshed, steps_of
 
 
 def stable(shown: list[str]) -> list[str]:
@@ -21,7 +21,7 @@ def stable(shown: list[str]) -> list[str]:
 def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "aplsmear"
     shutil.copytree(small, folder, symlinks=True)
-    steps = tested(path.read_text(encoding="utf-8"))
+    steps = steps_of(path.read_text(encoding="utf-8"))
     assert steps
     outputs = printed(folder, [step.typed for step in steps])
     for step, output in zip(steps, outputs, strict=True):
@@ -45,11 +45,12 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_outputs_are_put_below_their_commands_and_nowhere_else() -> None:
     left_out = "<!-- not in the test: slow -->\n```console\n$ three\nkept\n```\n"
     page = f"```console\n$ one\nold\n$ two\n```\n{left_out}"
-    assert [step.typed for step in tested(page)] == ["one", "two"]
+    assert [step.typed for step in steps_of(page)] == ["one", "two"]
     again = refreshed(page, [["new", "newer"], []])
     assert again == page.replace("old", "new\nnewer")
     assert commands("$ one\nnew\n")[0].shown == ["new"]
 
 
 def test_colours_and_progress_bars_are_not_shown() -> None:
-    assert clean("\n\x1b[1mbold\x1b[0m \n  0%|  | 0/2\r100%|##| 2/2\rdone\n\n") == ["bold", "done"]
+    bars = "  0%|  | 0/2 [00:00<?, ? smears/s]\rpatients: 100%|##| 2/2 [00:01<00:00, 2it/s]done"
+    assert clean(f"\n\x1b[1mbold\x1b[0m \n{bars}\n\n100 %\n\n") == ["bold", "done", "", "100 %"]

@@ -2,13 +2,13 @@
 
     python tests/walks.py FOLDER [PAGE]...   (with nothing: all of them)
 
-writes into the pages what their commands print in copies of FOLDER, a clone in which `dvc repro` has run.
+writes into the pages what their commands print in clones of FOLDER, in which `dvc repro` has run and its
+dvc.lock is committed.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ PAGES = sorted(path for path in (ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"(<!-- not in the test: [^>]+-->\n)?```console\n(.*?)```", re.DOTALL)
 FAILS = "# exit code 1"
 MARK = "\x1e"
-NOISE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|^.*\r(?!\n)", re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+BAR = re.compile(r"^[\w ]*:? *\d+%\|[^|]*\| \S+ \[[^\]]*\]")
 
 
 @dataclass
@@ -43,7 +44,7 @@ def commands(block: str) -> list[Command]:
     return found
 
 
-def tested(page: str) -> list[Command]:
+def steps_of(page: str) -> list[Command]:
     """The commands of a page, but for the blocks that the test leaves out."""
     return [command for remark, block in BLOCK.findall(page) if not remark for command in commands(block)]
 
@@ -70,7 +71,8 @@ def printed(folder: Path, typed: list[str]) -> list[list[str]]:
 
 def clean(output: str) -> list[str]:
     """Without colours and progress bars."""
-    lines = [line.rstrip() for line in NOISE.sub("", output).splitlines()]
+    lines = [line.rstrip() for line in COLOUR.sub("", output).splitlines()]
+    lines = [BAR.sub("", line) for line in lines if BAR.sub("", line) or not line]
     while lines and not lines[-1]:
         lines.pop()
     while lines and not lines[0]:
@@ -98,9 +100,19 @@ def main(folder: str, *names: str) -> None:
             continue
         with TemporaryDirectory() as temporary:
             copy = Path(temporary) / "aplsmear"
-            shutil.copytree(folder, copy, symlinks=True)
+            run(Path(folder), "git", "clone", "--quiet", ".", str(copy))
+            run(copy, "git", "checkout", "--quiet", "-B", "main")
+            run(
+                copy,
+                "dvc",
+                "config",
+                "--local",
+                "cache.dir",
+                run(Path(folder), "dvc", "cache", "dir").strip(),
+            )
+            run(copy, "dvc", "checkout", "--quiet")
             page = path.read_text(encoding="utf-8")
-            outputs = printed(copy, [command.typed for command in tested(page)])
+            outputs = printed(copy, [command.typed for command in steps_of(page)])
         hidden = [[line.replace(temporary, "...") for line in output] for output in outputs]
         path.write_text(refreshed(page, hidden), encoding="utf-8")
 

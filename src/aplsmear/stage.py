@@ -13,7 +13,6 @@ from typing import NoReturn
 import yaml
 
 from aplsmear.errors import UserError
-from aplsmear.tracking import NAMES
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -57,8 +56,8 @@ def home() -> Path:
 def origin(stage: str, task: str) -> dict[str, str]:
     """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
     found = {"stage": stage, "task": task}
-    if NAMES in os.environ:
-        found[NAMES] = os.environ[NAMES]
+    if "DVC_EXP_NAME" in os.environ:
+        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if git.returncode == 0:
         found["git_commit"] = git.stdout.strip()
