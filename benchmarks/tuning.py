@@ -13,7 +13,6 @@ one section a data set.
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from record import commit, machine
 
 from aplsmear.backbones import build_backbone
 from aplsmear.features import read_features
@@ -355,25 +355,6 @@ def growth(board: Board, tune: Tune, params: Params) -> dict[str, float]:
         "twice_the_width": seconds(recipe=replace(recipe, width=128)) / base,
         "five_folds_for_three": base / seconds(folds=3),
     }
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    lines = (
-        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if Path("/proc/cpuinfo").exists()
-        else []
-    )
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {"cpu": model, "cores": os.cpu_count(), "system": f"{platform.system()} {platform.machine()}"}
-
-
-def commit() -> str:
-    """The commit of this repository."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

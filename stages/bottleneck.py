@@ -1,11 +1,11 @@
-"""One forward pass of one frozen backbone over every view of cells and smears.
+"""One forward pass of one frozen backbone over every view of cells and smears; its weights are kept.
 
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
 
 from pathlib import Path
 
-from aplsmear.backbones import batch_of, features_of
+from aplsmear.backbones import batch_of, features_of, write_weights
 from aplsmear.features import write_features
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
@@ -24,6 +24,7 @@ def main(name: str) -> None:
         batches = progress(read_views(views, batch), f"batches of {level}s", -(-count_views(views) // batch))
         features = features_of(batches, backbone, level, params.seed)
         write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
+        write_weights(Path(f"backbones/{name}/{level}.weights.h5"), backbone, level, params.seed)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Check the data set whole and index it; images stay where they are."""
 
-import json
 from pathlib import Path
 
 from aplsmear.dataset import DataSetError, print_problems, read_data_set
 from aplsmear.params import read_params
 from aplsmear.stage import run
+from aplsmear.statistics import write_json
 from aplsmear.tables import write_table
 
 OUT = Path("dataset")
@@ -25,8 +25,7 @@ def main() -> int:
         return 1
     write_table(OUT / "smears.csv", found.smears)
     write_table(OUT / "cells.csv", found.cells)
-    report = json.dumps(found.report, indent=2, sort_keys=True, ensure_ascii=False)
-    (OUT / "report.json").write_text(report + "\n", encoding="utf-8")
+    write_json(OUT / "report.json", found.report)
     print("{smears} smears of {patients} patients, {cells} cells".format(**found.report))
     return 0
 

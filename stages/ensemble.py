@@ -5,6 +5,7 @@ Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yam
 
 from pathlib import Path
 
+from aplsmear.bundle import Member, make_model, make_reference, reference_features, write_bundle
 from aplsmear.comparison import compare, pooled_features, pooled_rival, rivals_of
 from aplsmear.curves import (
     calibration_table,
@@ -14,7 +15,6 @@ from aplsmear.curves import (
     roc_curve_table,
 )
 from aplsmear.ensembles import (
-    as_model,
     draw_candidates,
     importance,
     judge,
@@ -23,9 +23,11 @@ from aplsmear.ensembles import (
     read_members,
 )
 from aplsmear.features import read_features
-from aplsmear.params import read_params
-from aplsmear.report import Findings, fingerprints, wanted_cells, write_page
-from aplsmear.shards import plain_views
+from aplsmear.heads import read_heads
+from aplsmear.model_card import write_model_card
+from aplsmear.params import Level, read_params
+from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, write_page
+from aplsmear.shards import plain_views, read_views
 from aplsmear.stage import run
 from aplsmear.statistics import headline, write_json
 from aplsmear.tables import read_table, write_table
@@ -90,8 +92,50 @@ def main(name: str) -> None:
     )
     write_json(out / "metrics.json", headline(findings.measured), digits=4)
     write_json(out / "intervals.json", findings.measured)
-    write_json(out / "model" / "combination.json", as_model(verdicts, ensemble), digits=12)
+    heads = {ensemble.weigh_by: Path(f"tuned/{ensemble.weigh_by}/heads.npz")}
+    heads |= {task: folder / f"{task}.heads.npz" for task in ensemble.members}
+    of_task = {
+        task: Member(
+            task=task,
+            level=params.tasks[task].level,
+            one_each=task in members and bool((members[task]["items"] == 1).all()),
+        )
+        for task in heads
+    }
+    level: Level = "cell" if any(of_task[task].images == "cell" for task in ensemble.members) else "smear"
+    features = read_features(Path(f"features/{level}"), params.backbones)
+    chosen = reference_features(
+        read_heads(heads[task]) for task in ensemble.members if of_task[task].images == level
+    )
+    smears = read_table(Path("dataset/smears.csv")).rename(columns={"smear": "item"})
+    reference = make_reference(
+        patients,
+        items if level == "cell" else smears,
+        level,
+        features[chosen],
+        read_views(Path(f"augmented/{level}/views.parquet"), 256),
+    )
+    model = make_model(
+        name=name,
+        positive=ensemble.positive,
+        negative=ensemble.negative,
+        members=[of_task[task] for task in ensemble.members],
+        weigh_by=of_task[ensemble.weigh_by],
+        seed=params.seed,
+        min_box=params.dataset.min_box,
+        augment=params.augment,
+        backbones=params.backbones,
+        combinations=verdicts.combinations,
+        reference_level=level,
+        reference_features=chosen,
+        least=reference.least,
+        pictured_by=pictured_by,
+        upwards=bool(pictured_by) and speaks_for(verdicts, pictured_by),
+        inputs=findings.inputs,
+    )
+    write_bundle(out / "model", model, heads, Path("backbones"), reference)
     write_page(out / "report.html", findings)
+    write_model_card(out / "model_card.md", findings)
 
 
 if __name__ == "__main__":

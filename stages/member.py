@@ -1,18 +1,24 @@
-"""Summarise, patient by patient, what one task says to one ensemble.
+"""Summarise, patient by patient, what one task says to one ensemble; its heads go along for new patients.
 
-Usage: python stages/member.py ENSEMBLE TASK   (names of `ensembles` and `tasks` in params.yaml)
+Usage: python stages/member.py ENSEMBLE TASK WEIGHER   (a name of `ensembles` in params.yaml, two of `tasks`)
 """
 
 from pathlib import Path
 
+from aplsmear.files import copy_whole
 from aplsmear.members import summarise_patients
+from aplsmear.params import read_params
 from aplsmear.stage import run
 from aplsmear.tables import read_scores, write_table
 
 
-def main(ensemble: str, task: str) -> None:
-    scores = read_scores(Path(f"tuned/{task}/scores.parquet"))
-    write_table(Path(f"members/{ensemble}/{task}.csv"), summarise_patients(scores))
+def main(ensemble: str, task: str, weigher: str) -> None:
+    params = read_params(Path("params.yaml"))
+    scores, weights = (read_scores(Path(f"tuned/{name}/scores.parquet")) for name in (task, weigher))
+    alike = params.tasks[task].level == params.tasks[weigher].level
+    table = summarise_patients(scores, weights if alike else None)
+    write_table(Path(f"members/{ensemble}/{task}.csv"), table)
+    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Deal patients into stratified folds, once, for every task and ensemble."""
+"""Deal patients, or whole sites, into stratified folds, once, for every task and ensemble."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from aplsmear.tables import read_table, write_table
 def main() -> None:
     params = read_params(Path("params.yaml"))
     smears = read_table(Path("dataset/smears.csv"))
-    folds = make_folds(smears, params.split.folds, params.seed)
+    folds = make_folds(smears, params.split.folds, params.seed, params.split.by)
     write_table(Path("splits/folds.csv"), folds)
 
 

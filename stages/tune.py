@@ -6,7 +6,6 @@ Usage: python stages/tune.py TASK            (a name of `tasks` in params.yaml)
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -22,13 +21,14 @@ from aplsmear.heads import write_heads
 from aplsmear.params import read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
-from aplsmear.stage import run
+from aplsmear.stage import home, origin, run
 from aplsmear.statistics import headline, write_json
 from aplsmear.study import STORAGE_VARIABLE, open_study
 from aplsmear.tables import read_table, write_table
-from aplsmear.tasks import task_labels
+from aplsmear.tasks import task_items, task_labels
 from aplsmear.tracking import Tracker
 from aplsmear.tuning import (
+    Board,
     Trial,
     choose_all,
     explain_choice,
@@ -36,6 +36,7 @@ from aplsmear.tuning import (
     held_out_scores,
     importance_table,
     make_board,
+    make_patient_board,
     measure,
     run_study,
     scores_table,
@@ -53,16 +54,18 @@ def main(name: str, role: str = "") -> None:
     start_tensorflow(threads)
 
     task = params.tasks[name]
-    items = read_table(Path(f"dataset/{task.level}s.csv")).assign(item=lambda table: table[task.level])
-    board = make_board(
-        items,
-        task_labels(items, task),
-        read_table(Path("splits/folds.csv")),
-        read_features(Path(f"features/{task.level}"), params.backbones),
-    )
+    images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
+    items = task_items(images, task.level)
+    label = task_labels(items, task)
+    folds = read_table(Path("splits/folds.csv"))
+    features = read_features(Path(f"features/{task.images}"), params.backbones)
+    if task.level == "patient":
+        board: Board = make_patient_board(images, items, label, folds, features)
+    else:
+        board = make_board(items, label, folds, features)
     key = f"{name}-{study_key(board, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
-    journal = Path(f".studies/{key}.journal")
+    journal = home() / f".studies/{key}.journal"
     study = open_study(key, journal, url)
     print(f"study {key}", file=sys.stderr)
     running = run_study(board, settings, params.seed, study)
@@ -72,9 +75,11 @@ def main(name: str, role: str = "") -> None:
             pass
         return
 
-    dashboard = f"optuna-dashboard {'<the URL of the storage>' if url else journal}"
-    described = tags(name, key) | {"optuna_dashboard": dashboard}
-    tracker = Tracker(f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials})
+    dashboard = f"optuna-dashboard {'<the URL of the storage>' if url else journal.relative_to(home())}"
+    described = origin("tune", name) | {"optuna_study": key, "optuna_dashboard": dashboard}
+    tracker = Tracker(
+        home(), f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials}
+    )
     trials = list(logged(found, tracker, board.folds))
     choices = choose_all(trials, board.folds, settings.pick.get(name))
     scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)
@@ -89,7 +94,7 @@ def main(name: str, role: str = "") -> None:
     write_table(out / "roc.csv", roc_curve_table(predictions["label"], predictions["probability"]))
     with whole(out / "scores.parquet") as part:
         scores_table(board, scores).to_parquet(part, index=False)
-    write_heads(out / "heads.npz", heads)
+    write_heads(out / "heads.npz", heads, settings.average)
     write_json(out / "metrics.json", headline(metrics), digits=4)
     with whole(out / "best.yaml") as part:
         part.write_text(yaml.safe_dump(explained, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -124,22 +129,6 @@ def logged(trials: Iterable[Trial], tracker: Tracker, folds: int) -> Iterator[Tr
             failure=trial.failure,
         )
         yield trial
-
-
-def tags(task: str, study: str) -> dict[str, str]:
-    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
-    found = {"stage": "tune", "task": task, "optuna_study": study}
-    if "DVC_EXP_NAME" in os.environ:
-        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if git.returncode == 0:
-        found["git_commit"] = git.stdout.strip()
-    lock = Path("dvc.lock")
-    if lock.is_file():
-        stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
-        for out in stages.get("download", {}).get("outs", []):
-            found["data_version"] = out.get("md5", "")
-    return found
 
 
 if __name__ == "__main__":

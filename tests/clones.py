@@ -11,28 +11,28 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # What a person's shell may say and a test must not depend on.
-UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME"}
+UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"}
 
 
 def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: bool = True) -> str:
     """What a command prints, stdout and stderr as they come, run in a folder in this environment."""
+    process = start(folder, *command, env=env)
+    printed, _ = process.communicate()
+    if ok:
+        assert process.returncode == 0, f"{' '.join(command)} in {folder}:\n{printed}"
+    return printed
+
+
+def start(folder: Path, *command: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """A command that goes on beside the test; see `run`."""
     whole = {key: value for key, value in os.environ.items() if key not in UNSET}
     whole |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "DVC_NO_ANALYTICS": "true",
     } | dict(env or {})
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=whole,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    return subprocess.Popen(
+        command, cwd=folder, env=whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    if ok:
-        assert done.returncode == 0, f"{' '.join(command)} in {folder}:\n{done.stdout}"
-    return done.stdout
 
 
 def commit(folder: Path) -> None:

@@ -443,6 +443,15 @@ def test_a_task_without_a_class_says_which_label_and_how_to_drop_it(tmp_path):
     assert second.file == "wsi.csv"
 
 
+def test_patients_without_cells_are_no_class_of_a_task_on_patients(tmp_path):
+    """P1 and P3 have cells, P2, the only one with another AML, has none."""
+    apl = {"level": "patient", "positive": {"diagnosis": ["apl"]}}
+    fine = read(folder(tmp_path), {"apl_healthy": Task(**apl, negative={"diagnosis": ["healthy"]})})
+    assert fine.report["tasks"]["apl_healthy"] == {"positive": 1, "negative": 1, "no_part": 0}
+    (found, *_) = problems(tmp_path, {"apl_aml": Task(**apl, negative={"diagnosis": ["aml"]})})
+    assert "at least one negative patient with cells for the task apl_aml" in found.message
+
+
 def test_a_class_that_is_emptied_by_what_is_left_out_is_told(tmp_path):
     folder(tmp_path)
     (tmp_path / "wsi/b.png").unlink()

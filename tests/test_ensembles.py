@@ -11,7 +11,7 @@ from aplsmear.ensembles import (
     MODELS,
     Candidate,
     EnsembleError,
-    as_model,
+    as_json,
     combination_of,
     draw_candidates,
     importance,
@@ -22,13 +22,12 @@ from aplsmear.ensembles import (
     read_members,
 )
 from aplsmear.members import SUMMARIES, summarise_patients
-from aplsmear.params import Combine, CombineSpace, Ensemble
+from aplsmear.params import Combine, CombineSpace
 from aplsmear.statistics import auroc, write_json
 
 RIDGE = [Candidate(0, "logistic", "mean", 0.1, 0), Candidate(1, "logistic", "top", 1.0, 0)]
 NETWORK = [Candidate(0, "network", "mean", 1.0, 3)]
 AVERAGE = [Candidate(0, "average", "mean", 0.0, 0)]
-APL_AML = Ensemble(positive="apl", negative="aml", members=["a"])
 
 
 def people(n: int, folds: int) -> pd.DataFrame:
@@ -170,7 +169,8 @@ def test_the_order_of_rows_changes_nothing() -> None:
     pd.testing.assert_frame_equal(patients, again)
     one, other = (judge(p, m, RIDGE, 20, 1) for p, m in ((patients, members), (again, mixed)))
     assert one.table.to_csv() == other.table.to_csv()
-    assert json.dumps(as_model(one, APL_AML)) == json.dumps(as_model(other, APL_AML))
+    for mine, others in zip(one.combinations, other.combinations, strict=True):
+        assert json.dumps(as_json(mine)) == json.dumps(as_json(others))
 
 
 # --- gaps and small cohorts ----------------------------------------------------------------------------
@@ -270,17 +270,28 @@ def test_what_params_may_name_is_what_there_is() -> None:
 
 
 @pytest.mark.parametrize("candidates", [RIDGE, NETWORK, AVERAGE], ids=["ridge", "network", "average"])
-def test_the_model_file_gives_the_final_probabilities(tmp_path, candidates) -> None:
+def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidates) -> None:
     patients, members = cohort()
     verdicts = judge(patients, members, candidates, 0, 1)
-    write_json(tmp_path / "combination.json", as_model(verdicts, APL_AML), digits=12)
-    model = json.loads((tmp_path / "combination.json").read_text())
-    assert (model["positive"], model["negative"], model["members"]) == ("apl", "aml", ["m0", "m1", "m2"])
     said = verdicts.said
     said[0, 1] = np.nan  # a patient without a cell for m1
-    np.testing.assert_allclose(
-        combination_of(model).probability(said), verdicts.combinations[-1].probability(said), atol=1e-9
-    )
+    for combination in verdicts.combinations:
+        write_json(tmp_path / "combination.json", as_json(combination), digits=12)
+        again = combination_of(json.loads((tmp_path / "combination.json").read_text()))
+        assert (again.members, again.summary) == (("m0", "m1", "m2"), combination.summary)
+        np.testing.assert_allclose(again.probability(said), combination.probability(said), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weights": [1.0]}, {"summary": "guess"}, {"thresholds": {}}, {"usual": "x"}, {"members": None}],
+    ids=str,
+)
+def test_what_is_no_combination_is_refused(wrong) -> None:
+    patients, members = cohort()
+    made = as_json(judge(patients, members, RIDGE, 0, 1).combinations[-1])
+    with pytest.raises(EnsembleError, match="no combination"):
+        combination_of(made | wrong)
 
 
 def test_importance_finds_the_member_that_matters() -> None:

@@ -1,6 +1,7 @@
 """Files that are whole or not there, also when the writer is killed."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -95,3 +96,31 @@ def test_a_killed_writer_leaves_nothing_that_passes_for_whole_and_the_next_run_i
     ]
     assert contents[0] == contents[1]
     assert not any(name.endswith(".part") for name in contents[0])
+
+
+def test_a_lock_is_one_process_s_until_it_lets_go_or_is_killed(tmp_path):
+    path = tmp_path / "new" / "a.lock"
+    code = """
+import sys, time
+from pathlib import Path
+from aplsmear.files import hold
+lock = hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    first, second = (
+        subprocess.Popen(command, env=os.environ | {"PYTHONPATH": SRC}, stdout=subprocess.PIPE)
+        for _ in range(2)
+    )
+    try:
+        ready, _, _ = select.select([first.stdout, second.stdout], [], [], 60)
+        assert len(ready) == 1
+        holder, waiter = (first, second) if ready == [first.stdout] else (second, first)
+        assert not select.select([waiter.stdout], [], [], 0.5)[0]
+        holder.kill()
+        assert waiter.stdout.readline() == b"held\n"
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()

@@ -250,17 +250,32 @@ def test_patience_stops_a_head_that_gains_nothing() -> None:
     random = np.random.Generator(np.random.Philox(5))
     ground = material(label=random.integers(0, 2, 160).astype(np.int8))
     recipe = replace(BASE, learning_rate=0.1, width=32, epochs=30)
-    patient, impatient = (judge_heads(jobs_of(recipe), ground, patience) for patience in (0, 3))
+    patient, impatient = (judge_heads(jobs_of(recipe), ground, patience) for patience in (30, 3))
     assert all(max(judged.epoch.values()) < 20 for judged in impatient)
     assert all(
         a.epoch == b.epoch for a, b in zip(patient, impatient, strict=True) if max(a.epoch.values()) < 4
     )
 
 
+def test_without_patience_the_last_epoch_counts() -> None:
+    random = np.random.Generator(np.random.Philox(5))
+    ground = material(label=random.integers(0, 2, 160).astype(np.int8))
+    recipes = [replace(BASE, learning_rate=0.1, epochs=epochs) for epochs in (3, 7)]
+    jobs = [replace(job, trial=n) for n, recipe in enumerate(recipes) for job in jobs_of(recipe)]
+    for job, judged in zip(jobs, judge_heads(jobs, ground, 0), strict=True):
+        assert set(judged.epoch.values()) == {job.recipe.epochs}
+        (head,) = train_heads([job], ground)
+        for fold in job.held_out:
+            rows = ground.items.row[ground.items.fold == fold]
+            np.testing.assert_allclose(
+                expit(judged.score[fold]), score([head], ground.values["net/layer"], rows)[0], atol=1e-3
+            )
+
+
 def test_views_and_copies_are_seen_and_held_out_items_are_not() -> None:
     seen: list[np.ndarray] = []
     ground = material(items=40, views=3, copies=np.where(np.arange(40) < 20, 1, 2))
-    lane = stacks._Lane((1,), 1, ground.items, 9)
+    lane = stacks.Lane((1,), 1, ground.items, 9)
     for _ in range(40):
         seen.append(lane.draw(lane.shown.size)[0])
     rows = np.concatenate(seen)
@@ -275,7 +290,7 @@ def test_views_and_copies_are_seen_and_held_out_items_are_not() -> None:
 def test_every_fold_trains_for_as_many_steps_and_batches_are_full() -> None:
     ground = material(items=50, fold=np.array([0] * 5 + [1] * 25 + [2] * 10 + [3] * 10))
     jobs = [Job(0, replace(BASE, batch=16, epochs=1), frozenset({fold})) for fold in range(4)]
-    stack = stacks._Stack(jobs, ground, None)
+    stack = stacks.Stack(jobs, ground, None)
     assert stack.steps == round(50 * 3 / 4 / 16)
     assert [lane.draw(32)[0].size for lane in stack.lanes] == [32] * 4
 
@@ -286,13 +301,13 @@ def test_features_that_do_not_fit_into_memory_give_the_same_heads(
 ) -> None:
     jobs = jobs_of(*MIXED)
     expected = train_heads(jobs, material(views=2))
-    real = stacks._Table.__init__
+    real = stacks.Table.__init__
 
     def too_large(self: Any, *arguments: Any) -> None:
         real(self, *arguments)
         self.x, self.block = None, block
 
-    monkeypatch.setattr(stacks._Table, "__init__", too_large)
+    monkeypatch.setattr(stacks.Table, "__init__", too_large)
     found = train_heads(jobs, material(views=2))
     assert all(same(a, b, 1e-5) for a, b in zip(expected, found, strict=True))
 
@@ -336,14 +351,14 @@ def test_what_is_not_finite_fails_alone() -> None:
 
 
 def test_out_of_memory_fails_its_stack_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = stacks._Stack.judge
+    real = stacks.Stack.judge
 
     def short(self: Any, patience: int) -> Any:
         if self.recipe.depth == 2:
             raise MemoryError
         return real(self, patience)
 
-    monkeypatch.setattr(stacks._Stack, "judge", short)
+    monkeypatch.setattr(stacks.Stack, "judge", short)
     judged = judge_heads(jobs_of(BASE, replace(BASE, depth=2)), material(), 0)
     assert [bool(each.failure) for each in judged] == [False] * 6 + [True] * 6
     assert "tune.memory" in judged[-1].failure
@@ -356,7 +371,7 @@ def test_one_class_alone_is_refused() -> None:
 
 
 def test_class_weights_balance_and_average_to_one() -> None:
-    lane = stacks._Lane((), 0, material().items, 1)
+    lane = stacks.Lane((), 0, material().items, 1)
     for balance in (0.0, 0.5, 1.0):
         positive, negative = lane.weights(SimpleNamespace(balance=balance))
         n1, n0 = lane.positive, lane.negative

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from aplsmear.members import SUMMARIES, summarise, summarise_patients
+from aplsmear.members import PLAIN, SUMMARIES, summarise, summarise_patients
 
 
 def test_summaries_of_four_cells_by_hand() -> None:
@@ -17,8 +17,9 @@ def test_summaries_of_four_cells_by_hand() -> None:
     assert found == pytest.approx(
         {
             "mean": 0.45,
+            "logits": 1 / (1 + (4 * 1 / 9 * 2 / 3 * 9) ** 0.25),  # the odds against it
             "median": 0.4,
-            "upper": 0.81,  # 0.6 + 0.7 of the way to 0.9
+            "upper": 0.9,  # which stands for all above 0.875
             "top": 0.75,
             "share": 2.5 / 5,
             "noisy_or": 1 - 0.99 * 0.955 * 0.97 * 0.995,
@@ -39,7 +40,7 @@ def test_one_rare_finding_shows_in_the_summaries_made_for_it() -> None:
 def test_summaries_are_probabilities_that_no_order_of_the_cells_changes(scores, random) -> None:
     mixed = random.sample(scores, len(scores))
     found = summarise(np.array(scores, dtype=np.float32))
-    assert tuple(found) == SUMMARIES
+    assert tuple(found) == PLAIN
     assert all(0 <= value <= 1 for value in found.values())
     assert found == summarise(np.array(mixed, dtype=np.float32))
 
@@ -74,6 +75,16 @@ def test_patients_by_hand() -> None:
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
 
 
+def test_a_score_of_a_patient_is_not_summarised() -> None:
+    """Where each patient is one item, every summary is the logit of its score."""
+    scores = pd.DataFrame({"item": ["p2", "p1"], "patient": ["p2", "p1"], "fold": [1, 0]})
+    scores = scores.assign(world_0=np.float32([0.25, 0.0]), world_1=np.float32([0.5, 0.9]))
+    table = summarise_patients(scores)
+    for name in SUMMARIES:
+        assert expit(table[name]).tolist() == pytest.approx([1e-4, 0.9, 0.25, 0.5])
+    assert set(table["most"]) == set(table["least"]) == {"[]"}
+
+
 def test_the_order_of_the_cells_does_not_matter() -> None:
     random = np.random.default_rng(0)
     scores = pd.DataFrame(
@@ -83,3 +94,37 @@ def test_the_order_of_the_cells_does_not_matter() -> None:
     )
     mixed = scores.sample(frac=1, random_state=1)
     pd.testing.assert_frame_equal(summarise_patients(scores), summarise_patients(mixed))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1))
+def test_items_that_all_count_the_same_say_what_they_say_unweighed(scores, weight) -> None:
+    score = np.array(scores, dtype=np.float32)
+    plain, weighed = summarise(score), summarise(score, np.full(len(score), weight), top=5 * weight)
+    for name in ("mean", "logits", "median", "upper", "top"):
+        assert weighed[name] == pytest.approx(plain[name])
+    assert plain["median"] == pytest.approx(np.median(score))
+    assert plain["upper"] == pytest.approx(np.quantile(score, 0.9, method="hazen"))
+
+
+def test_a_cell_that_does_not_count_says_nothing() -> None:
+    immature, lymphocytes = np.array([0.9, 0.7]), np.array([0.1, 0.2, 0.1])
+    alone = summarise(immature)
+    among = summarise(np.append(immature, lymphocytes), np.array([1, 1, 1e-6, 1e-6, 1e-6]))
+    for name in PLAIN:
+        assert among[name] == pytest.approx(alone[name], abs=1e-4)
+
+
+def test_cells_are_weighed_in_each_world_by_what_the_other_task_says_there() -> None:
+    scores = pd.DataFrame(
+        {
+            "item": ["c1", "c2"],
+            "patient": ["p", "p"],
+            "fold": [0, 0],
+            "world_0": np.float32([0.9, 0.1]),
+            "world_1": np.float32([0.9, 0.1]),
+        }
+    )
+    weights = scores.assign(world_0=np.float32([1, 0.0001]), world_1=np.float32([0.0001, 1])).iloc[::-1]
+    table = summarise_patients(scores, weights)
+    assert expit(table["weighed_mean"]).tolist() == pytest.approx([0.9, 0.1], abs=1e-3)
+    assert expit(table["mean"]).tolist() == pytest.approx([0.5, 0.5])

@@ -86,6 +86,7 @@ def test_every_profile_is_valid(profile):
         ("tasks.blast.positive", {"celltype": ["a"]},
          "a cell has no column 'celltype' (did you mean 'cell_type'?)"),
         ("tasks.apl_aml_smear.positive", {"cell_type": ["a"]}, "a smear has no column 'cell_type'"),
+        ("tasks.apl_aml_patient.positive", {"fab": ["m2"]}, "a patient has no column 'fab'"),
         ("overrides.blast", None, "overrides: 'blast' has no row; write `blast: {}`"),
         ("overrides.blasts", {}, "overrides: 'blasts' is no task (did you mean 'blast'?)"),
         ("overrides.blast.trails", 3, "overrides.blast.trails: unknown key (did you mean 'trials'?)"),

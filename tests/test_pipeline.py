@@ -1,47 +1,22 @@
 """The pipeline itself, through dvc, in fresh clones."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
-from aplsmear.demo import draw_data_set
 from clones import run, stages_run
+from small import MEMBERS, TASKS
 
 # One clone serves all tests of this group (`small`, of conftest.py), so they run in one process.
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
-
-MEMBERS = {
-    "apl_healthy": ["blast", "apl_healthy_cell", "apl_healthy_smear"],
-    "apl_aml": ["blast", "apl_aml_smear"],
-}
-TASKS = sorted({task for members in MEMBERS.values() for task in members})
-
-
-def make_small(folder: Path) -> None:
-    """A tiny data set, one backbone, few short trials; every stage still does all of its work."""
-    shutil.rmtree(folder / "demo")
-    draw_data_set(folder / "demo", 18, 3, size=(240, 320), cells_per_smear=8)
-    path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text(encoding="utf-8"))
-    params["split"]["folds"] = 3
-    params["augment"] |= {"size": {"cell": 32, "smear": 64}, "views": 1}
-    params["backbones"] = {
-        "mobilenet": params["backbones"]["mobilenet"] | {"input_size": {"cell": 32, "smear": 64}}
-    }
-    params["tune"] |= {"trials": 2, "generation": 2}
-    params["tune"]["space"]["epochs"] = [2]
-    params["tasks"] = {task: params["tasks"][task] for task in TASKS}
-    params["overrides"] = {task: {"trials": 2} for task in TASKS}
-    params["task"] = "blast"
-    for name, members in MEMBERS.items():
-        params["ensembles"][name]["members"] = members
-    params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
-    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    (folder / "dvc.lock").unlink()
 
 
 def test_every_patient_gets_one_verdict_with_its_uncertainty(small: Path) -> None:
@@ -66,6 +41,7 @@ def test_a_second_clone_in_another_folder_gives_the_same_lock(small: Path, tmp_p
         *(f"tune@{task}" for task in TASKS),
         *(f"member_{name}@{task}" for name, members in MEMBERS.items() for task in members),
         *(f"ensemble_{name}" for name in MEMBERS),
+        "finetune",
         "kaggle",
     } - {"member_apl_aml@blast"}  # the same bytes as member_apl_healthy@blast, so dvc has it in its cache
     assert run(other, "git", "status", "--porcelain") == ""
@@ -94,6 +70,21 @@ def test_one_tasks_tuning_parameter_reruns_that_task_and_its_ensemble_alone(smal
     assert run(small, "git", "status", "--porcelain") == ""
 
 
+def test_held_out_patients_who_come_in_as_new_ones_get_the_verdict_of_the_run(
+    small: Path, tmp_path: Path
+) -> None:
+    """By the bundle alone, in a folder without anything else."""
+    bundle = shutil.copytree(small / "ensembles" / "apl_aml" / "model", tmp_path / "bundle")
+    asked = ["--data", str(small / "data"), "--out", "new.csv", "--fold", "1"]
+    here = {"PYTHONPATH": str(small / "src")}
+    run(tmp_path, "aplsmear", "predict", "--ensemble", str(bundle), *asked, env=here)
+    columns = ["patient", "probability", "verdict", "sensitive"]
+    said = pd.read_csv(small / "ensembles" / "apl_aml" / "predictions.csv", dtype=str)
+    new = pd.read_csv(tmp_path / "new.csv", dtype=str)
+    mine = said[said["fold"] == "1"][columns].sort_values("patient", ignore_index=True)
+    assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
+
+
 def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
     shown = json.loads(run(small, "dvc", "metrics", "show", "--json"))
     assert shown[""]["data"]["ensembles/apl_aml/metrics.json"]["data"]["auroc"]["value"] >= 0
@@ -104,3 +95,43 @@ def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
             assert drawn["content"]["data"]["values"], f"{name} {curve} is empty"
     for task in TASKS:
         assert any(task in key and key.endswith("roc.csv") for key in plots)
+
+
+def test_another_task_reruns_finetune_alone_and_has_its_line_among_the_experiments(small: Path) -> None:
+    printed = run(small, "dvc", "exp", "run", "--name", "deeper", "-S", "task=apl_healthy_cell")
+    assert stages_run(printed) == ["finetune"]
+    metrics = json.loads((small / "finetuned" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["task"] == "apl_healthy_cell"
+    predictions = pd.read_csv(small / "finetuned" / "predictions.csv")
+    tuned = pd.read_csv(small / "tuned" / "apl_healthy_cell" / "predictions.csv")
+    assert set(predictions["item"]) == set(tuned.loc[tuned["fold"] == 0, "item"])
+    assert list((small / "finetuned" / "explanations").glob("*.png"))
+    shown = run(small, "dvc", "exp", "show", "--csv")
+    assert "apl_healthy_cell" in next(line for line in shown.splitlines() if "deeper" in line)
+    plots = json.loads(run(small, "dvc", "plots", "show", "--json"))["data"]
+    assert any("explanations" in name for name in plots)
+    run(small, "git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
+    run(small, "dvc", "checkout", "--quiet")
+    run(small, "dvc", "exp", "remove", "deeper")
+
+
+def test_killed_in_training_finetune_goes_on_and_ends_with_the_same_bytes(small: Path) -> None:
+    wanted = {path: path.read_bytes() for path in (small / "finetuned").rglob("*") if path.is_file()}
+    command = [sys.executable, "-P", "stages/finetune.py"]
+    environment = os.environ | {
+        "PYTHONPATH": str(small / "src"),
+        "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db",
+    }
+    killed = subprocess.Popen(
+        command, cwd=small, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not list(small.glob(".finetuning/*/inner_*.npz")):
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    for path in wanted:
+        path.unlink()
+    run(small, *command, env=environment)
+    assert {path: path.read_bytes() for path in (small / "finetuned").rglob("*") if path.is_file()} == wanted
+    assert not list(small.glob(".finetuning/*/"))

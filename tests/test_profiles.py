@@ -44,14 +44,20 @@ def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
 def test_leftovers_are_what_no_stage_of_these_parameters_makes(tmp_path: Path) -> None:
     params = read_params(PROFILES / "demo.yaml")
     backbone, task = next(iter(params.backbones)), next(iter(params.tasks))
-    kept = [tmp_path / "features" / "cell" / backbone, tmp_path / "tuned" / task]
-    old = [tmp_path / "features" / "cell" / "old", tmp_path / "tuned" / "old"]
+    kept = [tmp_path / "features" / "cell" / backbone, tmp_path / "backbones" / backbone]
+    kept += [tmp_path / "tuned" / task]
+    old = [
+        tmp_path / "features" / "cell" / "old",
+        tmp_path / "backbones" / "old",
+        tmp_path / "tuned" / "old",
+    ]
     for folder in kept + old:
         folder.mkdir(parents=True)
-    member = tmp_path / "members" / "apl_aml" / "old.csv"
-    member.parent.mkdir(parents=True)
-    member.touch()
-    assert leftovers(tmp_path, params) == sorted([*old, member])
+    members = [tmp_path / "members" / "apl_aml" / name for name in ("old.csv", "old.heads.npz")]
+    for member in members:
+        member.parent.mkdir(parents=True, exist_ok=True)
+        member.touch()
+    assert leftovers(tmp_path, params) == sorted([*old, *members])
 
 
 def test_the_command_writes_params_yaml_and_clears_leftovers(

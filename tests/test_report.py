@@ -35,7 +35,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True) -
     rivals = {"m0 alone": verdicts.said[:, 0], EVIL: verdicts.said[:, 1]}
     return Findings(
         name="apl_aml",
-        ensemble=Ensemble(positive="apl", negative="aml", members=list(members)),
+        ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
         verdicts=verdicts,
         members=members,
         measured=measure(verdicts, 100, 1),

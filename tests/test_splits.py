@@ -113,3 +113,70 @@ def test_every_problem_is_said_at_once():
     assert "apl: 2, healthy: 1" in str(error.value)
     with pytest.raises(SplitError, match="no patient"):
         make_folds(table[:0], 5, 1)
+
+
+@st.composite
+def smears_of_sites(draw: st.DrawFn) -> tuple[pd.DataFrame, int]:
+    """Sites that each have two diagnoses, and a number of folds up to theirs."""
+    sites = draw(st.integers(3, 7))
+    rows = []
+    for site in range(sites):
+        for diagnosis in DIAGNOSES[:2]:
+            for number in range(draw(st.integers(1, 6))):
+                rows += [(f"{site}-{diagnosis}-{number}", diagnosis, f"s{site}")] * draw(st.integers(1, 2))
+    return pd.DataFrame(rows, columns=["patient", "diagnosis", "site"]), draw(st.integers(3, sites))
+
+
+@few
+@given(smears_of_sites(), st.integers(0, 99), st.randoms(use_true_random=False))
+def test_no_site_is_on_two_sides_of_a_split(found, seed, random):
+    table, folds = found
+    dealt = make_folds(table, folds, seed, by="site")
+    assert list(dealt.columns) == ["patient", "diagnosis", "fold"]
+    site = dealt["patient"].map(table.drop_duplicates("patient").set_index("patient")["site"])
+    assert len(set(zip(site, dealt["fold"], strict=True))) == len(set(site))
+    assert set(dealt["fold"]) == set(range(folds))
+    assert all(set(theirs["diagnosis"]) == set(dealt["diagnosis"]) for _, theirs in dealt.groupby("fold"))
+    order = list(range(len(table)))
+    random.shuffle(order)
+    pd.testing.assert_frame_equal(make_folds(table.iloc[order], folds, seed, by="site"), dealt)
+
+
+def of_sites(*sites: str) -> pd.DataFrame:
+    """A patient with APL and one with AML at each site named."""
+    rows = [(f"{kind}{place}", kind, site) for place, site in enumerate(sites) for kind in ("apl", "aml")]
+    return pd.DataFrame(rows, columns=["patient", "diagnosis", "site"])
+
+
+def test_with_as_many_folds_as_sites_one_site_is_left_out_at_a_time():
+    dealt = make_folds(of_sites("b", "a", "c", "a"), 3, 1, by="site").set_index("patient")["fold"]
+    assert dealt.to_dict() == {
+        "apl1": 0,
+        "aml1": 0,
+        "apl3": 0,
+        "aml3": 0,
+        "apl0": 1,
+        "aml0": 1,
+        "apl2": 2,
+        "aml2": 2,
+    }
+
+
+def test_sites_that_cannot_be_dealt_are_said_with_what_to_do():
+    with pytest.raises(SplitError, match=r"no smear has one: add a column `site` to wsi\.csv"):
+        make_folds(of_sites("", "", "", ""), 3, 1, by="site")
+    with pytest.raises(
+        SplitError, match=r"need at least 5 sites, but there are 3: a, b, c\. .* split\.folds to 3"
+    ):
+        make_folds(of_sites("a", "b", "c", "c", "b"), 5, 1, by="site")
+    table = of_sites("a", "b", "c", "")
+    table.loc[len(table)] = ["apl0", "apl", "b"]
+    with pytest.raises(SplitError) as error:
+        make_folds(table, 3, 1, by="site")
+    assert "2 patients have none: aml3, apl3" in str(error.value)
+    assert "patient 'apl0' has the sites a, b: correct the column `site`" in str(error.value)
+    lopsided = of_sites("a", "b", "c", "c")[lambda each: ~each["patient"].isin(["apl1"])]
+    with pytest.raises(
+        SplitError, match=r"fold 1 \(sites: b\) would have no patient with apl\nEach of 3 folds"
+    ):
+        make_folds(lopsided, 3, 1, by="site")

@@ -10,7 +10,7 @@ import pytest
 
 from aplsmear.errors import UserError
 from aplsmear.params import ParamsError
-from aplsmear.stage import run
+from aplsmear.stage import home, run
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
@@ -62,6 +62,18 @@ def test_an_error_of_the_user_is_a_message_and_another_a_traceback(capsys):
     assert capsys.readouterr().err == "mend this\n"
     with pytest.raises(ZeroDivisionError):
         run(fail, [ZeroDivisionError()])
+
+
+def test_what_outlives_a_run_lies_where_dvc_was_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert home() == Path()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert home() == Path()  # so that messages name short paths
+    aside = tmp_path / ".dvc" / "tmp" / "exps" / "aside"
+    aside.mkdir(parents=True)
+    monkeypatch.chdir(aside)
+    assert home() == tmp_path
 
 
 @pytest.mark.parametrize("stage", [name for name in STAGES if name not in READ_NO_PARAMS])

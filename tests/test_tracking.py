@@ -1,6 +1,9 @@
 """MLflow sees everything once, and its absence is said once."""
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ TAGS = {"stage": "tune", "task": "blast", "optuna_study": "abc", "git_commit": "
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return mlflow.MlflowClient(uri)
 
 
@@ -30,7 +34,7 @@ def runs(client: Any) -> list[Any]:
 
 
 def study(tags: dict[str, str], trials: int) -> Tracker:
-    tracker = Tracker("tune blast", "abc", tags, {"trials": 3})
+    tracker = Tracker(Path(), "tune blast", "abc", tags, {"trials": 3})
     for number in range(trials):
         failure = "loss not finite" if number == 2 else ""
         metrics = {"auroc": float("nan") if failure else 0.7 + number / 10, "auroc_fold_0": 0.6}
@@ -91,3 +95,45 @@ def test_a_server_that_goes_away_is_mentioned_once_too(
         tracker.close({}, {})
     assert sum(record.name == "aplsmear.tracking" for record in caplog.records) == 1
     assert len(runs(client)) == 2
+
+
+def test_the_names_of_all_experiments_that_a_run_belongs_to_are_kept(client: Any) -> None:
+    for name in ("one", "two", "one"):
+        study(TAGS | {"DVC_EXP_NAME": name}, 1).close({}, {})
+    (parent,) = [run for run in runs(client) if "trial" not in run.data.tags]
+    assert parent.data.tags["DVC_EXP_NAME"] == "one two"
+
+
+def test_two_processes_may_begin_at_once_and_lose_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from aplsmear.tracking import Tracker
+tracker = Tracker(Path(sys.argv[1]), "tune", sys.argv[2], {"DVC_EXP_NAME": sys.argv[2]}, {})
+for number in range(5):
+    tracker.log_trial(number, {"width": number}, {"auroc": 0.5}, started=1.0, ended=2.0)
+tracker.close({}, {"auroc": 0.5})
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "src")
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), folder.name],
+            cwd=folder,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for folder in folders
+    ]
+    said = "".join(process.communicate()[1] for process in started)
+    assert [process.returncode for process in started] == [0, 0], said
+    assert "cannot be reached" not in said
+    found = runs(pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
+    assert sorted(run.data.tags.get("DVC_EXP_NAME", "trial") for run in found) == ["a", "b", *["trial"] * 10]
+    artifacts = {run.info.artifact_uri.split("/mlartifacts/")[0] for run in found}
+    assert artifacts == {tmp_path.as_uri()}
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]

@@ -339,7 +339,8 @@ def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> N
         for name, each in whole.features.items()
     }
     seen = replace(whole, features=doubled, row=2 * whole.row, views=np.ones_like(whole.row))
-    monkeypatch.setattr(tuning, "train_heads", lambda jobs, _: [object() for _ in jobs])
+    head = Head(RECIPE.features, (), ())
+    monkeypatch.setattr(tuning, "train_heads", lambda jobs, _: [replace(head) for _ in jobs])
     monkeypatch.setattr(tuning, "score", lambda _, __, rows: (rows % 2).astype(np.float32)[None])
     chosen = [trial(0, level(0.8))] * (FOLDS + 1)
     for average, expected in ((0, 0.0), (1, 0.5)):

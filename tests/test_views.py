@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from aplsmear.images import decode, encode_jpeg
+from aplsmear.images import decode, encode_jpeg, read_image
 from aplsmear.params import Augment
+from aplsmear.stains import normalised
 from aplsmear.views import (
     ViewError,
     all_views,
@@ -30,9 +31,9 @@ from aplsmear.views import (
 SRC = str(Path(__file__).parents[1] / "src")
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0}
+OFF |= {"blur": 0.0, "noise": 0.0, "stain": 0.0, "normalise": "none"}
 KNOBS = {"rotate": 45.0, "scale": 0.3, "shift": 0.2, "hue": 20, "saturation": 60, "brightness": 0.4}
-KNOBS |= {"blur": 2.0, "noise": 20.0}
+KNOBS |= {"blur": 2.0, "noise": 20.0, "stain": 0.5}
 PINK, PURPLE = (230, 200, 205), (90, 40, 130)
 
 
@@ -124,7 +125,7 @@ def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
 
 def test_stain_knobs_change_colour_and_leave_white_white():
     white = np.full((32, 32, 3), 255, np.uint8)
-    augmenter = make_augmenter(knobs(hue=20), 32)
+    augmenter = make_augmenter(knobs(hue=20, stain=0.5), 32)
     assert all((augmented(white, augmenter, seed) == 255).all() for seed in range(5))
 
 
@@ -244,6 +245,7 @@ def test_one_process_and_two_give_the_same_bytes(folder):
 import sys
 from pathlib import Path
 from aplsmear.params import Augment
+from aplsmear.stains import normalised
 from aplsmear.shards import ViewWriter
 from aplsmear.tables import read_table
 from aplsmear.views import all_views
@@ -265,3 +267,19 @@ with ViewWriter({{level: Path(sys.argv[2]) / level for level in ("cell", "smear"
         )
         written.append([(folder / count / level).read_bytes() for level in ("cell", "smear")])
     assert written[0] == written[1]
+
+
+def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    settings = knobs(views=0, normalise="reinhard")
+    first = next(iter(all_views(folder, SMEARS, CELLS, settings, 1)))
+    common = normalised(read_image(folder / "a.png"), "reinhard")
+    assert first["smear"] == list(smear_views(common, "1", 0, settings, 1))
+    assert first["cell"][0] == next(cell_views(common, BOX, "1", 0, settings, 1))
+
+
+def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    Image.new("RGB", (160, 120), (250, 250, 250)).save(folder / "a.png")
+    with pytest.raises(ViewError, match=r"a\.png: cannot be brought .* or set augment\.normalise"):
+        list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))

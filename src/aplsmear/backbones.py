@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
 import numpy as np
 
 from aplsmear.errors import UserError
+from aplsmear.files import copy_whole
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
@@ -46,9 +48,34 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     """
     import keras
 
+    keras.utils.clear_session()
+    cut, preprocess = cut_network(settings, level, seed)
+    size = settings.input_size[level]
+    image = keras.Input((size, size, 3), dtype="uint8")
+    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
+    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
+    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+
+
+def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
+    """The network of `settings` up to its layers, frozen, and the preprocessing that belongs to it.
+
+    Args:
+        settings: as for `build_backbone`.
+        level: whose input size to use.
+        seed: of the untrained filters.
+
+    Returns:
+        keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, a joint layer's parts
+        each by itself; and a function from float32 RGB, 0 to 255, to what it takes.
+
+    Raises:
+        BackboneError: as `build_backbone`.
+    """
+    import keras
+
     builder, preprocess = _application(settings.application)
     size = settings.input_size[level]
-    keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     full = _full_network(builder, settings, size)
     names = [layer.name for layer in full.layers]
@@ -64,10 +91,7 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
     if settings.weights not in (UNTRAINED, IMAGENET):
         _load(Path(settings.weights), full, cut)
     cut.trainable = False
-    image = keras.Input((size, size, 3), dtype="uint8")
-    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
-    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+    return cut, preprocess
 
 
 def batch_of(settings: Backbone, level: Level) -> int:
@@ -76,37 +100,76 @@ def batch_of(settings: Backbone, level: Level) -> int:
     return max(1, int(settings.batch * min(shrink, 1)))
 
 
-def features_of(
-    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
-) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views.
+def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> None:
+    """Write the weights of `cut_network`, so that `weights: <path>` gives the same network elsewhere, without
+    a download.
 
     Args:
-        batches: of at most `batch_of` views.
+        path: ends in ``.weights.h5``; the same bytes for the same weights.
         settings: the backbone.
         level: whose input size to use.
         seed: of untrained filters.
+    """
+    import keras
 
-    Yields:
-        For each batch, one float16 array (views, channels) per layer of the backbone.
+    keras.utils.clear_session()
+    network, _ = cut_network(settings, level, seed)
+    with TemporaryDirectory() as folder:
+        saved = Path(folder) / "network.weights.h5"  # Keras looks at the name
+        network.save_weights(saved)
+        copy_whole(saved, path)
+
+
+def features_of(
+    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
+) -> Iterator[list[np.ndarray]]:
+    """One forward pass over batches of encoded views; see `forward_pass`."""
+    forward = forward_pass(settings, level, seed)
+    for views in batches:
+        yield forward(views)
+
+
+def forward_pass(
+    settings: Backbone, level: Level, seed: int, layers: Sequence[str] | None = None
+) -> Callable[[Sequence[View]], list[np.ndarray]]:
+    """A function from at most `batch_of` encoded views to their features.
+
+    Args:
+        settings: the backbone.
+        level: whose input size to use.
+        seed: of untrained filters.
+        layers: some of the backbone's; None: all of them. What stands behind the last one is not computed.
+
+    Returns:
+        A function: it gives one float16 array (views, channels) per layer, and raises BackboneError where a
+        feature is not a number that float16 can hold.
 
     Raises:
-        BackboneError: as `build_backbone`; or a feature is not a number that float16 can hold.
+        BackboneError: as `build_backbone`.
     """
     import tensorflow as tf
 
     cv2.setNumThreads(1)
     network = build_backbone(settings, level, seed)
-    forward = tf.function(lambda images: network(images, training=False))
+    wanted = list(settings.layer if layers is None else layers)
+
+    def chosen(images: Any) -> list[Any]:
+        found = network(images, training=False)
+        return [found[layer] for layer in wanted]
+
+    graph = tf.function(chosen)
     size = settings.input_size[level]
     images = np.zeros((batch_of(settings, level), size, size, 3), dtype=np.uint8)
-    for views in batches:
+
+    def forward(views: Sequence[View]) -> list[np.ndarray]:
         for row, view in enumerate(views):
             image = decode(view.image)
             images[row] = image if image.shape[0] == size else resize(image, size)
         # A short last batch goes through at full length: one shape, one graph.
-        found = forward(images)
-        yield [_as_float16(found[layer].numpy()[: len(views)], layer) for layer in settings.layer]
+        found = zip(graph(images), wanted, strict=True)
+        return [_as_float16(values.numpy()[: len(views)], layer) for values, layer in found]
+
+    return forward
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
@@ -182,6 +245,8 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
     try:
         tensors = _count_tensors(path)
+        if _leads_elsewhere(path):
+            raise ValueError("it takes data from another file")
         networks = {len(full.weights): full, len(cut.weights): cut}
         if tensors not in networks:
             raise ValueError(
@@ -214,6 +279,25 @@ def _count_tensors(path: Path) -> int:
     with h5py.File(path) as file:
         file.visititems(count)
     return tensors
+
+
+def _leads_elsewhere(path: Path) -> bool:
+    """Whether a part of an HDF5 file lies in another one: a stranger's weights could read any file so."""
+    import h5py
+
+    def leads(group: Any) -> bool:
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                return True
+            node = group[name]
+            if isinstance(node, h5py.Group) and leads(node):
+                return True
+            if isinstance(node, h5py.Dataset) and (node.is_virtual or node.external):
+                return True
+        return False
+
+    with h5py.File(path) as file:
+        return leads(file)
 
 
 def _brief(error: Exception) -> str:

@@ -78,6 +78,58 @@ def demo_data(
 
 
 @app.command()
+def cells(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the folder wsi with the images.")],
+    size: Annotated[float | None, typer.Option(metavar="PX", help="Diameter of a typical cell.")] = None,
+    micrometres_per_pixel: Annotated[
+        float | None, typer.Option(metavar="X", help="Instead of --size.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Default: labeled_cells.csv in DIR.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Put a new table in the place of one that is there.")
+    ] = False,
+) -> None:
+    """Find the nucleated cells of smears that nobody has boxed, and write their boxes: labeled_cells.csv.
+
+    Beside the table, a contact sheet to look at (PNG). Without --size or --micrometres-per-pixel the size of
+    a cell is estimated. Where there is no wsi.csv, one is written: a row an image, its label left empty.
+
+    Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
+    """
+    from aplsmear import cells as search
+    from aplsmear.dataset import DataSetError, print_problems
+    from aplsmear.errors import UserError
+    from aplsmear.schema import CELLS_FILE
+
+    table = out or folder / CELLS_FILE
+    try:
+        expected = search.expected_size(size, micrometres_per_pixel)
+        kept = search.kept_name(table, overwrite)
+        smears, listed = search.read_smears(folder)
+        found = search.find_all(folder, smears, expected)
+        sheet = search.write_search(table, kept, folder, smears, found)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    if listed:
+        typer.echo(f"{listed} was not there: it now has a row for each image, with an empty label")
+    for line in search.summary(found, smears["smear"]):
+        typer.echo(line)
+    if found.cells.empty:
+        _fail(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
+    if kept:
+        typer.echo(f"The table that was there is now {kept}")
+    typer.echo(f"{table} holds the boxes. Look at {sheet} first: does each box hold one cell?")
+    if listed:
+        typer.echo(f"Then: fill in the labels in {listed} (new patients, to be judged only, need none)")
+    typer.echo(f"Then: aplsmear check {folder}")
+
+
+@app.command()
 def profile(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A file of profiles/, without .yaml.")],
     settings: Annotated[
@@ -123,6 +175,113 @@ def tidy() -> None:
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
 
+@app.command()
+def predict(
+    ensemble: Annotated[
+        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
+    out: Annotated[Path, typer.Option(metavar="CSV", help="A row a patient.")],
+    report: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="The same for people, on a page.")
+    ] = None,
+    fold: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="A check: judge by the models that never saw this fold of the training run."
+        ),
+    ] = None,
+    adapt: Annotated[
+        bool,
+        typer.Option(
+            "--adapt", help="Shift probabilities so that as many as in training are positive (below)."
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
+) -> None:
+    """Judge patients whom the ensemble has never seen. For research only.
+
+    The CSV file has, for each patient: the calibrated `probability` of the positive diagnosis; the calls at
+    the balanced (`verdict`) and at the `sensitive` operating point; how many `cells` and `smears` were seen;
+    the `distance` from the training patients by what cells look like, and by `stain` (beyond 1 it is further
+    than nearly all of these are from each other); a `warning`. A name that a spreadsheet would take for a
+    formula gets a ' in front.
+
+    `--adapt` is for patients of another laboratory who are known to be a mixture like that of training: it
+    moves all their probabilities together, without a label. Not for a screening, nor for few patients.
+
+    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
+    report.html`
+    """
+    import numpy as np
+
+    from aplsmear.adaptation import adapted
+    from aplsmear.bundle import read_bundle
+    from aplsmear.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.errors import UserError
+    from aplsmear.predict import (
+        Judge,
+        check_input,
+        judge_patients,
+        keep_pictures,
+        verdict_table,
+        write_predictions,
+    )
+    from aplsmear.prediction_page import CARDS, write_page
+    from aplsmear.runtime import start_tensorflow
+
+    _check_outs([path for path in (out, report) if path is not None], overwrite)
+    try:
+        bundle = read_bundle(ensemble)
+        world = bundle.world_of(fold)
+        found = read_data_set(data, {}, min_box=bundle.model.min_box, skip_bad_images=False, labelled=False)
+        check_input(bundle, found.cells, data)
+        start_tensorflow()
+        judge = Judge(bundle, world)
+        judging = judge_patients(judge, data, found.smears, found.cells)
+        judged = keep_pictures(judging, CARDS if report else 0)
+        combination, remarks = judge.combination, []
+        if fold is not None:
+            remarks.append(f"A check: judged by the models that never saw fold {fold}.")
+        if adapt:
+            combination = adapted(combination, np.array([each.said for each in judged]))
+            share = combination.thresholds["balanced"]
+            remarks.append(
+                f"Adapted to these {len(judged)} patients: logits moved by "
+                f"{combination.offset - judge.combination.offset:+.2f}, on the assumption that about "
+                f"{share:.0%} of them are positive, as in training."
+            )
+        table = verdict_table(judged, combination)
+        if report:
+            write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
+        write_predictions(out, table)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except (UserError, OSError) as error:
+        _fail(str(error))
+    left = {what: each["count"] for what, each in found.report["left_out"].items() if each["count"]}
+    typer.echo(
+        "".join(f"left out: {count:,} {what.replace('_', ' ')}\n" for what, count in left.items()), nl=False
+    )
+    for remark in remarks:
+        typer.echo(remark)
+    warned = int((table["warning"] != "").sum())
+    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+def _check_outs(paths: list[Path], overwrite: bool) -> None:
+    """See, before the long work, that they can be written and that nothing is lost."""
+    problems = [f"{path} is a folder" for path in paths if path.is_dir()]
+    problems += ["CSV and HTML have the same name"] if len(set(paths)) < len(paths) else []
+    if not overwrite:
+        problems += [
+            f"{path} is there already: another name, or --overwrite" for path in paths if path.is_file()
+        ]
+    if problems:
+        _fail("\n".join(problems))
+
+
 @app.command("null-check")
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],
@@ -145,7 +304,7 @@ def null_check(
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
-        members = ensembles.read_members(_made(Path("members") / ensemble), asked.members)
+        members = ensembles.read_members(_made(Path(f"members/{ensemble}")), asked.members)
         patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
         candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
         found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)
@@ -158,6 +317,31 @@ def null_check(
         typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error_of_mean:.3f})")
     if failed:
         _fail("This should be 0.5: something leaks from the held-out patients into their verdicts.")
+
+
+@app.command()
+def experiments(
+    commits: Annotated[int, typer.Option(min=1, help="So many commits back, each with its own.")] = 1,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Also the tuned heads, where they differ.")] = False,
+) -> None:
+    """Which experiment is better? What each changed, and each AUROC that differs, with its 95 % interval.
+
+    `dvc exp show` has every number and parameter, `aplsmear compare` what lies behind two of them. The runs
+    and trials of an experiment in MLflow have its name in their tag DVC_EXP_NAME.
+
+    Example: `aplsmear experiments --commits 3`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.experiments import table
+    from aplsmear.workspace import experiments as known
+
+    try:
+        found = known(Path(), commits)
+    except UserError as error:
+        _fail(str(error))
+    Console().print(table(found, tasks))
+    if len(found) <= commits:
+        typer.echo("\nNo experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one.")
 
 
 @app.command()

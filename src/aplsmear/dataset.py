@@ -25,7 +25,7 @@ from aplsmear.params import Task
 from aplsmear.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
-from aplsmear.tasks import ANY, task_labels
+from aplsmear.tasks import ANY, task_items, task_labels
 
 __all__ = [
     "CELL_COLUMNS",
@@ -130,7 +130,8 @@ def read_data_set(
         if not notes.problems:  # or classes may seem empty because their rows are at fault
             _check_tasks(smears, cells, tasks, notes)
     looks = _looks([root / image for image in smears["image"]], workers, check_images)
-    smears = _with_images(smears, looks, skip_bad_images, notes)
+    mend = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "remove its row"
+    smears = _with_images(smears, looks, skip_bad_images, mend, notes)
     smears = _without_copies(smears, _has_patients(raw_smears), notes)
     cells = _with_boxes(cells, smears, min_box, notes)
     if labelled:
@@ -319,7 +320,9 @@ def _looks(paths: list[Path], workers: int, whole: bool) -> list[_Look]:
     return list(progress(jobs, "images", len(paths)))
 
 
-def _with_images(smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, notes: _Notes) -> pd.DataFrame:
+def _with_images(
+    smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, mend: str, notes: _Notes
+) -> pd.DataFrame:
     """Add width, height and content; a smear with a bad image is noted, or left out and listed."""
     bad = {}
     for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
@@ -328,7 +331,7 @@ def _with_images(smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, notes
         elif look.what:
             notes.add(
                 SMEARS_FILE, row, "imgName", image, expected=f"a whole picture: {look.what}",
-                mend=f"{look.mend}, or set dataset.skip_bad_images in params.yaml to leave it out",
+                mend=f"{look.mend}, or {mend}",
             )  # fmt: skip
     notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
     seen = smears.assign(
@@ -400,10 +403,13 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
 def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
     """Note each task that has no positive or no negative item, and the labels that it looks for."""
     if "diagnosis" not in cells:
-        cells = cells.merge(smears[["smear", "diagnosis", "fab"]], on="smear", how="left").fillna("")
+        cells = cells.merge(smears[["smear", "patient", "diagnosis", "fab"]], on="smear", how="left").fillna(
+            ""
+        )
     for name, task in tasks.items():
-        items = cells if task.level == "cell" else smears
+        items = task_items(cells if task.images == "cell" else smears, task.level)
         found = task_labels(items, task)
+        item = "patient with cells" if task.level == "patient" else task.level
         for side, value, condition in (("positive", 1, task.positive), ("negative", 0, task.negative)):
             if (found == value).any():
                 continue
@@ -414,7 +420,7 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
                 notes.add(
                     file, None, title, "any label" if ANY in wanted else ", ".join(wanted),
-                    expected=f"at least one {side} {task.level} for the task {name}{hint}",
+                    expected=f"at least one {side} {item} for the task {name}{hint}",
                     mend=f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml",
                 )  # fmt: skip
 
@@ -477,7 +483,7 @@ def _report(
         "remarks": sorted(notes.remarks),
     }
     for name, task in tasks.items():
-        found = task_labels(cells if task.level == "cell" else smears, task)
+        found = task_labels(task_items(cells if task.images == "cell" else smears, task.level), task)
         report["tasks"][name] = {
             "positive": int((found == 1).sum()),
             "negative": int((found == 0).sum()),

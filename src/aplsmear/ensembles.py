@@ -24,7 +24,6 @@ error is taken (Breiman et al., Classification and Regression Trees, 1984).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
 from aplsmear.errors import UserError
-from aplsmear.params import Combine, Ensemble
+from aplsmear.members import SUMMARIES
+from aplsmear.params import Combine
 from aplsmear.statistics import (
     auroc,
     auroc_standard_error,
@@ -47,6 +47,9 @@ from aplsmear.statistics import (
 )
 
 MODELS = ("average", "logistic", "network")  # the simplest first
+# Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
+# line separates get no endless slope. With 1, probabilities are too timid: slopes of 1.4 on real patients.
+_CALIBRATION_FREEDOM = 10.0
 _LEAST_SCALE = 1e-6  # of a member that says the same of everybody
 
 
@@ -342,48 +345,52 @@ def read_members(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
     }
 
 
-def as_model(verdicts: Verdicts, ensemble: Ensemble) -> dict[str, Any]:
-    """The final combination as plain JSON; `combination_of` reads it back."""
-    final, candidate = verdicts.combinations[-1], verdicts.chosen[-1]
-    fitted = final.fitted
+def as_json(combination: Combination) -> dict[str, Any]:
+    """A combination as plain JSON; `combination_of` reads it back."""
+    fitted = combination.fitted
     return {
-        "positive": ensemble.positive,
-        "negative": ensemble.negative,
-        "model": candidate.model,
-        "summary": final.summary,
-        "members": list(final.members),
+        "summary": combination.summary,
+        "members": list(combination.members),
         "usual": fitted.usual.tolist(),
         "scale": fitted.scale.tolist(),
         "hidden": fitted.hidden.tolist(),
         "hidden_intercept": fitted.hidden_intercept.tolist(),
         "weights": fitted.weights.tolist(),
         "intercept": fitted.intercept,
-        "slope": final.slope,
-        "offset": final.offset,
-        "thresholds": final.thresholds,
+        "slope": combination.slope,
+        "offset": combination.offset,
+        "thresholds": combination.thresholds,
     }
 
 
 def combination_of(model: Mapping[str, Any]) -> Combination:
-    """The combination in what `as_model` gave, also after a trip through JSON."""
-    arrays = {
-        name: np.asarray(model[name], dtype=np.float64)
-        for name in ("usual", "scale", "hidden", "hidden_intercept", "weights")
-    }
-    arrays["hidden"] = arrays["hidden"].reshape(len(model["members"]), -1)
-    return Combination(
-        members=tuple(model["members"]),
-        summary=model["summary"],
-        fitted=Weights(**arrays, intercept=float(model["intercept"])),
-        slope=float(model["slope"]),
-        offset=float(model["offset"]),
-        thresholds=dict(model["thresholds"]),
-    )
+    """The combination in what `as_json` gave, also after a trip through JSON.
 
-
-def read_model(path: Path) -> Combination:
-    """The combination in ``ensembles/<name>/model/combination.json``."""
-    return combination_of(json.loads(path.read_text(encoding="utf-8")))
+    Raises:
+        EnsembleError: it is none: something is missing, or does not fit together.
+    """
+    try:
+        members = tuple(str(member) for member in model["members"])
+        arrays = {
+            name: np.asarray(model[name], dtype=np.float64)
+            for name in ("usual", "scale", "hidden", "hidden_intercept", "weights")
+        }
+        arrays["hidden"] = arrays["hidden"].reshape(len(members), -1)
+        units = arrays["hidden"].shape[1]
+        lengths = {"usual": len(members), "scale": len(members), "hidden_intercept": units}
+        lengths["weights"] = units or len(members)
+        if any(arrays[name].shape != (length,) for name, length in lengths.items()):
+            raise ValueError("numbers of weights that do not fit the members")
+        return Combination(
+            members=members,
+            summary=SUMMARIES[SUMMARIES.index(model["summary"])],
+            fitted=Weights(**arrays, intercept=float(model["intercept"])),
+            slope=float(model["slope"]),
+            offset=float(model["offset"]),
+            thresholds={point: float(model["thresholds"][point]) for point in ("balanced", "sensitive")},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise EnsembleError(f"this is no combination ({type(error).__name__}: {error})") from None
 
 
 def _check_members(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame]) -> None:
@@ -471,7 +478,7 @@ def _calibrated(
     fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
 ) -> Combination:
     """Calibrate (Platt 1999) and call, on the logits `inner`, what was fitted on all inner folds."""
-    line = LogisticRegression(C=1.0, tol=1e-6, max_iter=1000)
+    line = LogisticRegression(C=_CALIBRATION_FREEDOM, tol=1e-6, max_iter=1000)
     spread = max(float(inner.std()), _LEAST_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])

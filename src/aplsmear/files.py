@@ -1,10 +1,13 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and locks."""
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -21,3 +24,21 @@ def whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy the content of a file; see `whole`."""
+    with whole(path) as part:
+        shutil.copyfile(source, part)
+
+
+def hold(path: Path) -> IO[Any]:
+    """Wait until no other process holds the lock of this name, and hold it.
+
+    Returns:
+        The file that is the lock. It is free again when this is closed or the process ends, however it ends.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("ab")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file

@@ -2,7 +2,8 @@
 size.
 
 Signals have the shape (lanes, models, items, units). Gradients are written out, since the first layer of all
-models of a lane is one product, and since the learning rate is a part of the weights.
+models of a lane is one product, and since the learning rate is a part of the weights; those of heads on bags,
+whose attention sees all images of an item together, are TensorFlow's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ class Block(NamedTuple):
     target: Any  # float32 (steps, lanes, items)
 
 
+class Bags(NamedTuple):
+    """Some steps: the images of the items of each."""
+
+    x: Any  # float32 (rows, channels): features, each row as the lane that uses it standardises it
+    index: Any  # int32 (steps, lanes, items x images): rows of x
+    size: Any  # int32 (steps, lanes, items): so many images of each item count, the first ones
+    target: Any  # float32 (steps, lanes, items)
+
+
 @lru_cache(maxsize=16)
 def train_graph(depth: int) -> Any:
     """Trains a stack of heads with so many hidden layers for some steps.
@@ -54,7 +64,7 @@ def train_graph(depth: int) -> Any:
         rate, dropout = knobs.rate[..., None, None], knobs.dropout[..., None, None]
         models, width = tf.shape(weights[1])[1], tf.shape(weights[1])[3]
         shrink = (1 - rate * knobs.decay[..., None, None]) ** DECAY_EVERY
-        columns = tf.reshape(tf.repeat(shrink[:, :, 0, 0], width, axis=1), [-1, 1, models * width])
+        columns = _columns(shrink, width)
         mixing, dropping = tf.reduce_any(shares < 1), tf.reduce_any(dropout > 0)
 
         def step(number: Any) -> Any:
@@ -88,7 +98,7 @@ def train_graph(depth: int) -> Any:
         steps = tf.shape(block.index)[0]
         return tf.while_loop(lambda number: number < steps, step, (0,))
 
-    state = [_variables(depth) for _ in range(3)]
+    state = [_variables(_layers(depth)) for _ in range(3)]
     dice = tf.TensorSpec([2], tf.int32)
     return tf.function(train).get_concrete_function(state, _block(), _numbers(3), _knobs(), dice)
 
@@ -111,15 +121,80 @@ def judge_graph(depth: int) -> Any:
             for layer in range(1, depth + 1):
                 signal = _activated(signal, knobs.activation)[0]
                 signal = (tf.matmul(signal, weights[2 * layer]) + weights[2 * layer + 1]) * rate
-            logit, label = signal[..., 0], block.target[number][:, None]
-            weight = tf.where(label > 0.5, knobs.positive[..., None], knobs.negative[..., None])
-            loss = weight * (tf.nn.softplus(logit) - label * logit)
+            logit = signal[..., 0]
+            loss = _losses(logit, block.target[number][:, None], knobs)
             return tf.matmul(loss, folds[number]), logit
 
         steps = tf.range(tf.shape(block.index)[0])
         return tf.map_fn(one, steps, fn_output_signature=(tf.float32, tf.float32))
 
-    return tf.function(judge).get_concrete_function(_variables(depth), _block(), _numbers(4), _knobs())
+    variables = _variables(_layers(depth))
+    return tf.function(judge).get_concrete_function(variables, _block(), _numbers(4), _knobs())
+
+
+@lru_cache(maxsize=16)
+def train_bags_graph(depth: int) -> Any:
+    """Trains a stack of heads on bags for some steps: as `train_graph`, with `Bags` for a `Block`.
+
+    Behind the weights of the layers come, with hidden layers, those of the attention: kernel and bias of the
+    gates, the first half for tanh and the second for the sigmoid, and the vector.
+    """
+    import tensorflow as tf
+
+    def train(state: list[list[Any]], bags: Bags, shares: Any, knobs: Knobs, dice: Any) -> Any:
+        weights, first_moment, second_moment = state
+        rate, dropout = knobs.rate[..., None, None], knobs.dropout[..., None, None]
+        width = tf.shape(weights[1])[3]
+        shrink = (1 - rate * knobs.decay[..., None, None]) ** DECAY_EVERY
+        mixing, dropping = tf.reduce_any(shares < 1), tf.reduce_any(dropout > 0)
+
+        def step(number: Any) -> Any:
+            mix = _mixer(mixing, shares[number][:, :, None, None])
+            taken = dice[1] + number
+            values = [weight.read_value() for weight in weights]
+
+            def mask(signal: Any, layer: int) -> Any:
+                return _mask(dropping, signal, dropout, tf.stack([dice[0] + layer, taken]))
+
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(values)
+                signal = _bag_logits(bags, number, values, depth, knobs, mask)[..., None]
+            back = mix(_error(mix(signal), bags.target[number], knobs, mix))
+            gradients = tape.gradient(signal, values, output_gradients=back)
+            time = tf.cast(taken + 1, tf.float32)
+            columns = _columns(shrink, width)
+            tf.cond(taken % DECAY_EVERY == 0, lambda: _decay(weights, shrink, columns), lambda: 0)
+            for place, gradient in enumerate(gradients):
+                scale = (
+                    rate if place else _columns(rate, width)
+                )  # Adam's epsilon goes by the weights themselves
+                _adam(weights[place], first_moment[place], second_moment[place], gradient / scale, time)
+            return number + 1
+
+        steps = tf.shape(bags.index)[0]
+        return tf.while_loop(lambda number: number < steps, step, (0,))
+
+    state = [_variables(_layers(depth) + _attention(depth)) for _ in range(3)]
+    dice = tf.TensorSpec([2], tf.int32)
+    return tf.function(train).get_concrete_function(state, _bags(), _numbers(3), _knobs(), dice)
+
+
+@lru_cache(maxsize=16)
+def judge_bags_graph(depth: int) -> Any:
+    """Scores items by a stack of heads on bags: as `judge_graph`, with `Bags` for a `Block`."""
+    import tensorflow as tf
+
+    def judge(weights: list[Any], bags: Bags, folds: Any, knobs: Knobs) -> Any:
+        def one(number: Any) -> Any:
+            logit = _bag_logits(bags, number, weights, depth, knobs, None)
+            loss = _losses(logit, bags.target[number][:, None], knobs)
+            return tf.matmul(loss, folds[number]), logit
+
+        steps = tf.range(tf.shape(bags.index)[0])
+        return tf.map_fn(one, steps, fn_output_signature=(tf.float32, tf.float32))
+
+    variables = _variables(_layers(depth) + _attention(depth))
+    return tf.function(judge).get_concrete_function(variables, _bags(), _numbers(4), _knobs())
 
 
 @lru_cache(maxsize=1)
@@ -136,11 +211,20 @@ def standardise_graph() -> Any:
     return tf.function(standardise).get_concrete_function(_numbers(4, "float16"), _numbers(3), _numbers(3))
 
 
-def _variables(depth: int) -> list[Any]:
-    """Kernels and biases of a stack of no size: the first kernel is (lanes, channels, models x width)."""
+def _layers(depth: int) -> list[int]:
+    """Dimensions of kernels and biases: the first kernel is (lanes, channels, models x width)."""
+    return [3, 4] + [4, 4] * depth
+
+
+def _attention(depth: int) -> list[int]:
+    """Dimensions of the weights of an attention over the last hidden layer, if there is one."""
+    return [4, 4, 4] if depth else []
+
+
+def _variables(ranks: list[int]) -> list[Any]:
+    """Weights of a stack of no size."""
     import tensorflow as tf
 
-    ranks = [3, 4] + [4, 4] * depth
     return [tf.Variable(tf.zeros([0] * rank), shape=tf.TensorShape([None] * rank)) for rank in ranks]
 
 
@@ -152,6 +236,10 @@ def _numbers(rank: int, kind: str = "float32") -> Any:
 
 def _block() -> Block:
     return Block(_numbers(2), _numbers(3, "int32"), _numbers(3))
+
+
+def _bags() -> Bags:
+    return Bags(_numbers(2), _numbers(3, "int32"), _numbers(3, "int32"), _numbers(3))
 
 
 def _knobs() -> Knobs:
@@ -166,6 +254,54 @@ def _first(batch: Any, weights: list[Any], rate: Any) -> Any:
     lanes, models, width = (tf.shape(weights[1])[axis] for axis in (0, 1, 3))
     signal = tf.reshape(tf.matmul(batch, weights[0]), [lanes, -1, models, width])
     return (tf.transpose(signal, [0, 2, 1, 3]) + weights[1]) * rate
+
+
+def _bag_logits(
+    bags: Bags,
+    number: Any,
+    weights: list[Any],
+    depth: int,
+    knobs: Knobs,
+    mask: Callable[[Any, int], Any] | None,
+) -> Any:
+    """Logits of the items of a step, float32 (lanes, models, items): of their images, weighed by attention.
+
+    The last layer is linear, so that this is the logit of the weighed embedding (Ilse et al. 2018).
+    """
+    import tensorflow as tf
+
+    rate = knobs.rate[..., None, None]
+    signal = _first(tf.gather(bags.x, bags.index[number]), weights, rate)
+    size = bags.size[number]
+    images = tf.shape(bags.index)[2] // tf.shape(size)[1]
+    counts = tf.sequence_mask(size, images)[:, None]
+    by_item = tf.concat([tf.shape(signal)[:2], tf.shape(counts)[2:]], axis=0)
+    attention = tf.cast(counts, tf.float32) / tf.cast(size, tf.float32)[:, None, :, None]
+    for layer in range(1, depth + 1):
+        signal = _activated(signal, knobs.activation)[0]
+        signal = signal * mask(signal, layer) if mask else signal
+        if layer == depth:
+            gates = (tf.matmul(signal, weights[-3]) + weights[-2]) * rate
+            tanh, sigmoid = tf.split(gates, 2, axis=3)
+            raw = tf.matmul(tf.tanh(tanh) * tf.sigmoid(sigmoid), weights[-1]) * rate
+            attention = tf.nn.softmax(tf.where(counts, tf.reshape(raw, by_item), -np.inf))
+        signal = (tf.matmul(signal, weights[2 * layer]) + weights[2 * layer + 1]) * rate
+    return tf.reduce_sum(attention * tf.reshape(signal, by_item), axis=3)
+
+
+def _losses(logit: Any, label: Any, knobs: Knobs) -> Any:
+    """The weighed cross-entropy of logits (lanes, models, items) and labels (lanes, 1, items)."""
+    import tensorflow as tf
+
+    weight = tf.where(label > 0.5, knobs.positive[..., None], knobs.negative[..., None])
+    return weight * (tf.nn.softplus(logit) - label * logit)
+
+
+def _columns(each: Any, width: Any) -> Any:
+    """A number of each model, (lanes, models, 1, 1), for each column of the first kernel."""
+    import tensorflow as tf
+
+    return tf.repeat(each[:, :, 0, 0], width, axis=1)[:, None]
 
 
 def _mixer(mixing: Any, share: Any) -> Callable[[Any], Any]:

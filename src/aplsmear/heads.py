@@ -1,7 +1,7 @@
 """Heads on bottleneck features: what one is, what it says, and how it is kept.
 
 A head is a logistic regression or a network with a few hidden layers; `aplsmear.stacks` trains many of them
-together.
+together. A head that sees a patient as a bag of cells weighs them by attention besides (`aplsmear.bags`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from aplsmear.files import whole
 from aplsmear.splits import HeldOut
 
 CHUNK = 2048  # items scored at a time
+_BLOCK = 64  # whole ones alone: the last rows of another product have other last digits
 ACTIVATIONS = ("relu", "gelu", "tanh")
 
 
@@ -62,17 +63,28 @@ class Head:
     ]  # float32: (channels, width), ..., (width, 1); one more than hidden layers
     biases: tuple[np.ndarray, ...]  # float32: (units,) each
     activation: str = ACTIVATIONS[0]
+    attention: tuple[
+        np.ndarray, ...
+    ] = ()  # of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width,)
 
 
 @dataclass(frozen=True)
 class TrainingItems:
-    """The labelled items of a task; all arrays have the shape (items,)."""
+    """The labelled items of a task. A cell or a smear is one image; a patient, a bag of cells, has many."""
 
-    row: np.ndarray  # int64: the row of the item's plain view; its augmented views follow
-    views: np.ndarray  # int64: how many augmented views follow
-    copies: np.ndarray  # int64: how often an epoch shows the item
-    label: np.ndarray  # int8: 0 or 1
-    fold: np.ndarray  # int64
+    row: np.ndarray  # int64 (images,): the row of the image's plain view; its augmented views follow
+    views: np.ndarray  # int64 (images,): how many augmented views follow
+    copies: np.ndarray  # int64 (items,): how often an epoch shows the item
+    label: np.ndarray  # int8 (items,): 0 or 1
+    fold: np.ndarray  # int64 (items,)
+    size: np.ndarray | None = (
+        None  # int64 (items,), of bags: so many images, one behind another, are an item's
+    )
+
+    @property
+    def image_fold(self) -> np.ndarray:
+        """int64 (images,)."""
+        return self.fold if self.size is None else np.repeat(self.fold, self.size)
 
 
 def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
@@ -87,7 +99,7 @@ def parameters(recipe: Recipe, channels: int) -> int:
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class.
+    """Probabilities of the positive class; those of an item do not depend on what else is scored.
 
     Args:
         heads: that read these features.
@@ -106,13 +118,23 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
             weights.append(_padded([heads[place].biases[layer][None] for place in chosen]))
         for start in range(0, len(rows), CHUNK):
             part = values[rows[start : start + CHUNK]].astype(np.float32)
-            scores[chosen, start : start + CHUNK] = _forward(*kind)(part, weights).numpy()
+            short = -len(part) % _BLOCK
+            part = np.pad(part, ((0, short), (0, 0)))
+            said = _forward(*kind)(part, weights).numpy()
+            scores[chosen, start : start + CHUNK] = said[:, : said.shape[1] - short]
     return scores
 
 
-def write_heads(path: Path, heads: Sequence[Head]) -> None:
-    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run)."""
+def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
+    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run).
+
+    Args:
+        path: of the file.
+        heads: of each world.
+        average: augmented views whose scores are averaged with that of the plain one.
+    """
     arrays: dict[str, np.ndarray] = {
+        "average": np.array(average),
         "features": np.array([head.features for head in heads]),
         "activation": np.array([head.activation for head in heads]),
     }
@@ -120,6 +142,8 @@ def write_heads(path: Path, heads: Sequence[Head]) -> None:
         for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
             arrays[f"{place}.kernel.{layer}"] = kernel
             arrays[f"{place}.bias.{layer}"] = bias
+        for number, array in enumerate(head.attention):
+            arrays[f"{place}.attention.{number}"] = array
     with whole(path) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 
@@ -133,8 +157,16 @@ def read_heads(path: Path) -> list[Head]:
             depth = sum(name.startswith(f"{place}.kernel.") for name in file.files)
             kernels = tuple(file[f"{place}.kernel.{layer}"] for layer in range(depth))
             biases = tuple(file[f"{place}.bias.{layer}"] for layer in range(depth))
-            heads.append(Head(features, kernels, biases, activation))
+            names = (f"{place}.attention.{number}" for number in range(3))
+            attention = tuple(file[name] for name in names if name in file.files)
+            heads.append(Head(features, kernels, biases, activation, attention))
     return heads
+
+
+def read_average(path: Path) -> int:
+    """How many augmented views are averaged with the plain one; see `write_heads`."""
+    with np.load(path, allow_pickle=False) as file:
+        return int(file["average"])
 
 
 def _padded(arrays: Sequence[np.ndarray]) -> np.ndarray:

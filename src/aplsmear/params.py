@@ -16,12 +16,31 @@ from aplsmear.errors import UserError
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
+TaskLevel = Literal["cell", "smear", "patient"]
 Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
+Summary = Literal[
+    "mean",
+    "logits",
+    "median",
+    "upper",
+    "top",
+    "share",
+    "noisy_or",
+    "weighed_mean",
+    "weighed_logits",
+    "weighed_median",
+    "weighed_upper",
+    "weighed_top",
+    "weighed_share",
+    "weighed_noisy_or",
+]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
+COLUMNS: dict[TaskLevel, tuple[str, ...]]
+COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis",)}
 
 
 _LONGEST = 80  # characters of a value in a message
@@ -72,12 +91,14 @@ class Split(_Strict):
     """The outer folds."""
 
     folds: int = Field(ge=3, le=20)  # nested inner folds need two folds beside the held-out one
+    by: Literal["patient", "site"]
 
 
 class Augment(_Strict):
     """Plain and augmented views of cells and smears."""
 
     size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
+    normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
     more: dict[str, Annotated[int, Field(ge=1, le=50)]]
@@ -89,6 +110,7 @@ class Augment(_Strict):
     brightness: float = Field(ge=0, le=0.9)
     blur: float = Field(ge=0, le=10)
     noise: float = Field(ge=0, le=100)
+    stain: float = Field(ge=0, le=2)
 
 
 class Backbone(_Strict):
@@ -156,6 +178,7 @@ class Tune(_Strict):
     trials: int = Field(ge=1)
     generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
+    cells_per_step: int = Field(ge=2)
     average: int = Field(ge=0)
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
@@ -176,16 +199,36 @@ class Tune(_Strict):
         return value
 
 
-class Task(_Strict):
-    """A binary question about cells or smears, as a row of data."""
+class Finetune(_Strict):
+    """Training on from a tuned head: the uppermost blocks of its backbone."""
 
-    level: Level
+    trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
+    folds: int = Field(ge=0)
+    blocks: int = Field(ge=1)
+    rate: float = Field(gt=0, le=1)
+    deeper: float = Field(ge=0, le=1)
+    head_rate: float = Field(gt=0, le=1)
+    epochs: int = Field(ge=0, le=10000)
+    patience: int = Field(ge=0)
+    batch: int = Field(ge=2, le=65536)
+    views: int = Field(ge=0)
+    online: bool
+    precision: Literal["auto", "on", "off"]
+    pictures: int = Field(ge=0, le=20)
+    log_model: bool
+    log_images: bool
+
+
+class Task(_Strict):
+    """A binary question about cells, smears or patients, as a row of data."""
+
+    level: TaskLevel
     positive: Condition
     negative: Condition
 
     @model_validator(mode="after")
     def _columns(self) -> Task:
-        known = CELL_COLUMNS if self.level == "cell" else SMEAR_COLUMNS
+        known = COLUMNS[self.level]
         for condition in (self.positive, self.negative):
             for column, labels in condition.items():
                 if column not in known:
@@ -197,6 +240,11 @@ class Task(_Strict):
                     raise ValueError(f"column {column!r} lists no label")
         return self
 
+    @property
+    def images(self) -> Level:
+        """What an item is seen by: a patient by all its cells."""
+        return "cell" if self.level == "patient" else self.level
+
 
 class Ensemble(_Strict):
     """A verdict per patient, from the scores of several tasks."""
@@ -204,13 +252,14 @@ class Ensemble(_Strict):
     positive: Diagnosis
     negative: Diagnosis
     members: list[Name] = Field(min_length=1)
+    weigh_by: Name
 
 
 class CombineSpace(_Strict):
     """What the search over combinations may choose from."""
 
     model: list[Literal["average", "logistic", "network"]] = Field(min_length=1)
-    summary: list[Literal["mean", "median", "upper", "top", "share", "noisy_or"]] = Field(min_length=1)
+    summary: list[Summary] = Field(min_length=1)
     freedom: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
     units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
 
@@ -237,6 +286,7 @@ class Params(_Strict):
     augment: Augment
     backbones: dict[Name, Backbone] = Field(min_length=1)
     tune: Tune
+    finetune: Finetune
     overrides: dict[Name, dict[str, Any]]  # of `tune`, a row a task
     tasks: dict[Name, Task] = Field(min_length=1)
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
@@ -346,6 +396,9 @@ def _crossed_ensemble(name: str, ensemble: Mapping[str, Any], tasks: Collection[
         if member not in tasks:
             yield f"ensembles.{name}.members: {member!r} is no task{nearest(member, tasks)}"
     yield from (f"ensembles.{name}.members: {member!r} is named twice" for member in _twice(members))
+    weigher = ensemble.get("weigh_by")
+    if isinstance(weigher, str) and weigher not in tasks:
+        yield f"ensembles.{name}.weigh_by: {weigher!r} is no task{nearest(weigher, tasks)}"
     if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
         yield f"ensembles.{name}: positive and negative are both {ensemble['positive']!r}"
 

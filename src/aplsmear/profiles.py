@@ -64,7 +64,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:
-    """What earlier parameters made and no stage of these makes: features, tuned tasks, members.
+    """What earlier parameters made and no stage of these makes: features, backbones, tuned tasks, members.
 
     DVC takes all that lies in a folder for inputs of the stage that depends on the folder, so they must go.
 
@@ -77,14 +77,16 @@ def leftovers(root: Path, params: Params) -> list[Path]:
     """
     owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
     owned |= {root / "tuned" / task for task in params.tasks}
+    owned |= {root / "backbones" / name for name in params.backbones}
     owned |= {
-        root / "members" / name / f"{task}.csv"
+        root / "members" / name / f"{task}.{kind}"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
+        for kind in ("csv", "heads.npz")
     }
     found = [
         path
-        for pattern in ("features/*/*", "tuned/*", "members/*/*.csv")
+        for pattern in ("features/*/*", "backbones/*", "tuned/*", "members/*/*")
         for path in root.glob(pattern)
         if path not in owned and path.name != ".gitignore"
     ]

@@ -115,9 +115,7 @@ def tag(name: str, /, *children: Node, **attributes: object) -> ET.Element:
 def page(found: Findings) -> str:
     """The whole report as HTML."""
     title = f"{found.positive} or {found.negative}?"
-    style = resources.files("aplsmear").joinpath("report.css").read_text(encoding="utf-8")
-    body = tag(
-        "main",
+    sections = [
         *_head(found, title),
         _cohort(found),
         _numbers(found),
@@ -129,17 +127,23 @@ def page(found: Findings) -> str:
         _making(found),
         _versions(found),
         _limits(found),
-    )
+    ]
+    return document(f"{title} {found.name}", sections)
+
+
+def document(title: str, body: Iterable[Node]) -> str:
+    """A self-contained page of HTML in the one look of all reports."""
+    style = resources.files("aplsmear").joinpath("report.css").read_text(encoding="utf-8")
     root = tag(
         "html",
         tag(
             "head",
             tag("meta", charset="utf-8"),
             tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            tag("title", f"{title} {found.name}"),
+            tag("title", title),
             tag("style", style),
         ),
-        tag("body", body),
+        tag("body", tag("main", *body)),
         lang="en",
     )
     return "<!DOCTYPE html>\n" + ET.tostring(root, encoding="unicode", method="html") + "\n"
@@ -156,9 +160,6 @@ def wanted_cells(
 ) -> dict[str, tuple[list[str], list[str]]]:
     """The cells that speak most for and most against the positive diagnosis in the patients who get a card.
 
-    A high score speaks for it where patients who have it score higher on the whole: `blast` against other
-    AML does not.
-
     Args:
         verdicts: of `aplsmear.ensembles.judge`.
         name: of the member that chooses; one that scores cells.
@@ -170,14 +171,19 @@ def wanted_cells(
     own = {row["patient"]: row for row in _records(member[member["world"] == member["fold"]])}
     places = {place for shown in _noteworthy(verdicts.table).values() for place in shown}
     patients = verdicts.table["patient"].iloc[sorted(places)]
-    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
-    upwards = np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0
-    ends = ("most", "least") if upwards else ("least", "most")
+    ends = ("most", "least") if speaks_for(verdicts, name) else ("least", "most")
     return {
         patient: (json.loads(own[patient][ends[0]]), json.loads(own[patient][ends[1]]))
         for patient in patients
         if patient in own
     }
+
+
+def speaks_for(verdicts: Verdicts, name: str) -> bool:
+    """Whether a high score of a member speaks for the positive diagnosis: patients who have it score higher
+    on the whole. `blast` against other AML does not."""
+    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
+    return bool(np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0)
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
@@ -189,6 +195,34 @@ def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
                 file, lambda: hashlib.md5(usedforsecurity=False)
             ).hexdigest()
     return found
+
+
+def measures(found: Findings) -> list[tuple[str, str, Mapping[str, float]]]:
+    """Title, meaning and ``value, low, high`` of each number that hangs on no operating point."""
+    words = {"positive": found.positive, "negative": found.negative}
+    return [
+        (title, meaning.format(**words), found.measured[key]) for key, (title, meaning) in _METRICS.items()
+    ]
+
+
+def calls(found: Findings, point: str) -> Mapping[str, Mapping[str, float]]:
+    """The numbers at the operating point ``balanced`` or ``sensitive``, each ``value, low, high``."""
+    return found.measured if point == "balanced" else found.measured[f"at_{point}"]
+
+
+def limits(found: Findings) -> tuple[str, ...]:
+    """What nobody who reads the numbers may forget, in sentences."""
+    n = int(found.measured["n_patients"])
+    return (
+        "Research only. This is not a medical device and was not validated as one.",
+        f"The numbers hold for patients like these {n}: same laboratories, stain, microscope and camera. "
+        "Models of this kind are known to lose much of their accuracy elsewhere; operating points more "
+        "than AUROC.",
+        f"Probabilities presume that {found.positive} is as common as here, among {found.positive} and "
+        f"{found.negative} alone. A patient with any other condition is not foreseen.",
+        "With few patients the intervals are wide; a difference well inside them says nothing.",
+        "A low probability does not rule out APL. Where it is suspected, treat and test as guidelines say.",
+    )
 
 
 # --- sections -------------------------------------------------------------------------------------
@@ -240,7 +274,7 @@ def _cohort(found: Findings) -> ET.Element:
         counts = [str((mine["fold"] == fold).sum()) for fold in folds]
         rows.append([word, str(len(mine)), *counts])
     rows.append(["all", str(len(table)), *(str((table["fold"] == fold).sum()) for fold in folds)])
-    return _section(
+    return section(
         "Cohort and folds",
         tag(
             "p",
@@ -248,7 +282,7 @@ def _cohort(found: Findings) -> ET.Element:
             "from members, combination, calibration and operating points that were fitted and chosen "
             "without his fold.",
         ),
-        _table(
+        grid(
             ["diagnosis", "patients", *(f"fold {fold}" if fold == folds[0] else str(fold) for fold in folds)],
             rows,
             numbers=True,
@@ -257,24 +291,22 @@ def _cohort(found: Findings) -> ET.Element:
 
 
 def _numbers(found: Findings) -> ET.Element:
-    words = {"positive": found.positive, "negative": found.negative}
-    named = [
-        (title, meaning.format(**words), found.measured[key]) for key, (title, meaning) in _METRICS.items()
-    ]
-    points = (
-        ("balanced", found.measured, "both errors weigh the same"),
-        ("sensitive", found.measured["at_sensitive"], f"aims at 0.95: no {found.positive} missed"),
-    )
-    for point, values, meaning in points:
-        named += [(key.replace("_", " "), f"{point} point; {meaning}", values[key]) for key in _CALLS]
+    named = measures(found)
+    points = {
+        "balanced": "both errors weigh the same",
+        "sensitive": f"aims at 0.95: no {found.positive} missed",
+    }
+    for point, meaning in points.items():
+        called = calls(found, point)
+        named += [(key.replace("_", " "), f"{point} point; {meaning}", called[key]) for key in _CALLS]
     rows: list[list[Node]] = [
         [_explained(title, meaning), _number(value["value"]), _range(value)]
         for title, meaning, value in named
     ]
-    return _section(
+    return section(
         "Numbers",
         tag("p", "On held-out patients, with 95 % intervals over patients.", class_="note"),
-        _table(["measure", "value", "95 % interval"], rows, numbers=True),
+        grid(["measure", "value", "95 % interval"], rows, numbers=True),
     )
 
 
@@ -330,7 +362,7 @@ def _curves(found: Findings) -> ET.Element:
             for point, column in (("balanced", "verdict"), ("sensitive", "sensitive"))
         ),
     ]
-    return _section("Curves and calls", tag("div", *charts, class_="charts"))
+    return section("Curves and calls", tag("div", *charts, class_="charts"))
 
 
 def _patients(found: Findings) -> ET.Element:
@@ -340,10 +372,10 @@ def _patients(found: Findings) -> ET.Element:
         called = {2: "both", 1: "sensitive", 0: ""}[int(row["verdict"]) + int(row["sensitive"])]
         rows += [
             tag("span", str(row["patient"]), class_="who"),
-            _lane(row["probability"], row["low"], row["high"], positive=bool(row["label"])),
+            lane(row["probability"], row["low"], row["high"], positive=bool(row["label"])),
             tag("span", f"{row['probability']:.2f}" + (f" · {called}" if called else ""), class_="number"),
         ]
-    return _section(
+    return section(
         "Every patient",
         tag(
             "p",
@@ -351,7 +383,7 @@ def _patients(found: Findings) -> ET.Element:
             "refitted on resampled patients; at the right, the operating points (sensitive, or both) at "
             f"which he is called {found.positive}.",
         ),
-        _legend(found),
+        legend(found.positive, found.negative),
         tag("div", tag("div", *rows, class_="rows"), class_="patients"),
     )
 
@@ -369,7 +401,7 @@ def _certain(found: Findings) -> ET.Element:
             f" Above, the cells that speak most for and most against {found.positive} in the eyes of "
             f"{member}, the cell member that contributes most."
         )
-    return _section("The most and the least certain", tag("p", about), *parts)
+    return section("The most and the least certain", tag("p", about), *parts)
 
 
 def _noteworthy(table: pd.DataFrame) -> dict[str, list[int]]:
@@ -395,7 +427,7 @@ def _card(found: Findings, place: int, cells: Mapping[str, tuple[list[str], list
         known = not np.isnan(said)
         rows += [
             tag("span", member, class_="who"),
-            _lane(score, score, score, positive=positive) if known else tag("span", "no cell or smear"),
+            lane(score, score, score, positive=positive) if known else tag("span", "no cell or smear"),
             tag("span", f"{score:.2f}" if known else "", class_="number"),
         ]
     return tag(
@@ -417,16 +449,22 @@ def _card(found: Findings, place: int, cells: Mapping[str, tuple[list[str], list
 def _pictures(
     found: Findings, patient: str, cells: Mapping[str, tuple[list[str], list[str]]]
 ) -> Iterator[ET.Element]:
-    for word, ends in zip(("for", "against"), cells.get(patient, ([], [])), strict=True):
+    ends = cells.get(patient, ([], []))
+    shown = [[(cell, found.pictures[cell]) for cell in end if cell in found.pictures] for end in ends]
+    yield from pictures(*shown)
+
+
+def pictures(most: Sequence[tuple[str, bytes]], least: Sequence[tuple[str, bytes]]) -> Iterator[ET.Element]:
+    """Cells, as name and JPEG, that speak for and against the positive diagnosis, in a row each."""
+    for word, cells in (("for", most), ("against", least)):
         images = [
             tag(
                 "img",
-                src="data:image/jpeg;base64," + base64.b64encode(found.pictures[cell]).decode("ascii"),
-                alt=f"cell {cell}",
-                title=f"cell {cell}",
+                src="data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii"),
+                alt=f"cell {name}",
+                title=f"cell {name}",
             )
-            for cell in ends
-            if cell in found.pictures
+            for name, jpeg in cells
         ]
         if images:
             yield tag("div", tag("span", word, class_="note"), *images, class_="pictures")
@@ -439,7 +477,7 @@ def _members(found: Findings) -> ET.Element:
     for row in _records(table.sort_values(["auroc_drop", "member"], ascending=[False, True])):
         rows += [
             tag("span", str(row["member"]), class_="who"),
-            _lane(
+            lane(
                 *((value / most + 1) / 2 for value in (row["auroc_drop"], row["low"], row["high"])),
                 positive=row["auroc_drop"] > 0,
                 marks=[0.5],
@@ -457,7 +495,7 @@ def _members(found: Findings) -> ET.Element:
     remark = "Items: cells or smears, the median of patients."
     if linear:
         remark += " Weight: of its standardised logit, in the model for new patients."
-    return _section(
+    return section(
         "What each member contributes",
         tag(
             "p",
@@ -467,7 +505,7 @@ def _members(found: Findings) -> ET.Element:
         ),
         tag("div", *rows, class_="rows"),
         tag("h3", "What stands behind them"),
-        _table(
+        grid(
             ["member", "patients", "items each", *(["weight"] if linear else [])],
             lines,
             numbers=True,
@@ -482,7 +520,7 @@ def _comparison(found: Findings) -> ET.Element:
     for place, row in enumerate(_records(found.comparison)):
         rows += [
             tag("span", str(row["against"]), class_="who"),
-            _lane(row["auroc"], row["low"], row["high"], positive=place == 0, marks=[0.5]),
+            lane(row["auroc"], row["low"], row["high"], positive=place == 0, marks=[0.5]),
             tag("span", f"{row['auroc']:.3f}", class_="number"),
         ]
         if place:
@@ -490,7 +528,7 @@ def _comparison(found: Findings) -> ET.Element:
             cells.append(
                 [str(row["against"]), f"{row['difference']:+.3f}", span, _p(row["p"]), _p(row["p_holm"])]
             )
-    return _section(
+    return section(
         "Is the ensemble worth it?",
         tag(
             "p",
@@ -500,7 +538,7 @@ def _comparison(found: Findings) -> ET.Element:
         ),
         tag("div", *rows, class_="rows"),
         tag("h3", "Ensemble minus rival"),
-        _table(["rival", "difference", "95 % interval", "p (DeLong)", "p (Holm)"], cells, numbers=True),
+        grid(["rival", "difference", "95 % interval", "p (DeLong)", "p (Holm)"], cells, numbers=True),
     )
 
 
@@ -517,13 +555,13 @@ def _making(found: Findings) -> ET.Element:
             "standard error of the best is taken. Its probabilities are calibrated on the same inner "
             "folds.",
         ),
-        _table(["chosen", "combination", "summary of a patient's scores", "freedom"], rows),
+        grid(["chosen", "combination", "summary of a patient's scores", "freedom"], rows),
     ]
-    return _section("How the verdicts were made", *parts)
+    return section("How the verdicts were made", *parts)
 
 
 def _versions(found: Findings) -> ET.Element:
-    return _section(
+    return section(
         "Versions",
         tag(
             "p",
@@ -531,26 +569,15 @@ def _versions(found: Findings) -> ET.Element:
             tag("code", "git log -S MD5 -- dvc.lock"),
             " finds the commit that holds the code, parameters and data behind this page.",
         ),
-        _table(
+        grid(
             ["input", "md5"], [[name, tag("code", digest)] for name, digest in sorted(found.inputs.items())]
         ),
-        _table(["parameter", "value"], [[name, text] for name, text in _flat(found.settings)]),
+        grid(["parameter", "value"], [[name, text] for name, text in _flat(found.settings)]),
     )
 
 
 def _limits(found: Findings) -> ET.Element:
-    n = int(found.measured["n_patients"])
-    texts = (
-        "Research only. This is not a medical device and was not validated as one.",
-        f"The numbers hold for patients like these {n}: same laboratories, stain, microscope and camera. "
-        "Models of this kind are known to lose much of their accuracy elsewhere; operating points more "
-        "than AUROC.",
-        f"Probabilities presume that {found.positive} is as common as here, among {found.positive} and "
-        f"{found.negative} alone. A patient with any other condition is not foreseen.",
-        "With few patients the intervals are wide; a difference well inside them says nothing.",
-        "A low probability does not rule out APL. Where it is suspected, treat and test as guidelines say.",
-    )
-    return _section("Limits of use", tag("ul", *(tag("li", text) for text in texts)))
+    return section("Limits of use", tag("ul", *(tag("li", text) for text in limits(found))))
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -560,11 +587,12 @@ def _explained(title: str, meaning: str) -> ET.Element:
     return tag("span", title, tag("span", meaning, class_="meaning"))
 
 
-def _section(title: str, *children: Node) -> ET.Element:
+def section(title: str, *children: Node) -> ET.Element:
+    """A part of the page under a title."""
     return tag("section", tag("h2", title), *children)
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[Node]], numbers: bool = False) -> ET.Element:
+def grid(header: Sequence[str], rows: Iterable[Sequence[Node]], numbers: bool = False) -> ET.Element:
     """A table whose first column names the row; `numbers`: the others stand right."""
 
     def style(column: int) -> dict[str, str]:
@@ -584,20 +612,19 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Node]], numbers: bool 
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
 
 
-def _legend(found: Findings) -> ET.Element:
+def legend(positive: str, negative: str) -> ET.Element:
+    """What the two colours and shapes stand for."""
     return tag(
         "p",
         *(
             tag("span", tag("i", class_=side), word)
-            for side, word in (("positive", found.positive), ("negative", found.negative))
+            for side, word in (("positive", positive), ("negative", negative))
         ),
         class_="legend",
     )
 
 
-def _lane(
-    value: float, low: float, high: float, *, positive: bool, marks: Sequence[float] = ()
-) -> ET.Element:
+def lane(value: float, low: float, high: float, *, positive: bool, marks: Sequence[float] = ()) -> ET.Element:
     """A value and its interval on a line from 0 to 1."""
     ends = np.clip([value, low, high], 0, 1) * 100
     return tag(

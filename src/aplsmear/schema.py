@@ -143,7 +143,7 @@ SMEARS = pa.DataFrameSchema(
             "P012",
             _PRINTABLE,
         ),
-        "site": _column("hospital or cohort, kept for looking at", "Dresden", _PRINTABLE),
+        "site": _column("hospital or cohort; `split.by: site` holds out whole ones", "Dresden", _PRINTABLE),
     },
     name=SMEARS_FILE,
     description="one row a smear",

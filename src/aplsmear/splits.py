@@ -1,6 +1,7 @@
-"""Folds by patient, and the nest of held-out sets that follows from them.
+"""Folds by patient or by site, and the nest of held-out sets that follows from them.
 
-The patient is the unit of every split. With K outer folds there are K + 1 *worlds*::
+The patient is the unit of every split, or the site with all its patients. With K outer folds there are
+K + 1 *worlds*::
 
     fold          0   1   2   3   4
     world 0     [out] in  in  in  in      fold 0 is held out; everything fitted or chosen in this world
@@ -16,13 +17,16 @@ w, {} for the final model. The network without {w, j} serves world w (scoring j)
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from aplsmear.errors import UserError
 
 HeldOut = frozenset[int]
+Unit = Literal["patient", "site"]
 
 FEWEST = 3  # folds: inside a world, one trains and one is scored
 
@@ -31,25 +35,33 @@ class SplitError(UserError, ValueError):
     """The patients cannot be split as asked."""
 
 
-def make_folds(patients: pd.DataFrame, folds: int, seed: int) -> pd.DataFrame:
-    """Deal patients into folds, each with its share of every diagnosis.
+def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patient") -> pd.DataFrame:
+    """Deal patients into folds, each with its share of every diagnosis (as near as whole sites allow).
 
     Args:
-        patients: rows with ``patient`` and ``diagnosis``; a patient may occur often (one row a smear).
-        folds: how many.
+        patients: rows with ``patient`` and ``diagnosis``; a patient may occur often (one row a smear); by
+            site, ``site`` too.
+        folds: how many; by site, as many as there are sites leave one site out at a time.
         seed: of the shuffle.
+        by: what stays together.
 
     Returns:
         ``patient, diagnosis, fold``, one row a patient, sorted by patient, whatever the order of `patients`.
 
     Raises:
         SplitError: a diagnosis has fewer patients than there are folds, a patient has two diagnoses, or there
-            is no patient; says all of it.
+            is no patient; by site: patients without a site or with two, fewer sites than folds, or a fold
+            that would lack a diagnosis. Says all of it.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
     problems = _unsplittable(unique, folds)
+    if by == "site":
+        problems += _unsplittable_sites(patients, folds)
     if problems:
         raise SplitError("\n".join(problems))
+    if by == "site":
+        site = unique["patient"].map(patients.drop_duplicates("patient").set_index("patient")["site"])
+        return unique.assign(fold=_folds_of_sites(unique["diagnosis"], site, folds, seed))
     fold = np.zeros(len(unique), dtype=np.int64)
     dealer = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
     for number, (_, held_out) in enumerate(dealer.split(unique["patient"], unique["diagnosis"])):
@@ -94,3 +106,72 @@ def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
             f"{fewer}add patients"
         )
     return problems
+
+
+def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
+    """What keeps whole sites from being dealt into folds."""
+    if patients.empty:
+        return []
+    named = patients[patients["site"] != ""]
+    if named.empty:
+        return [
+            "split.by is site, but no smear has one: add a column `site` to wsi.csv (hospital or cohort), or "
+            "set split.by in params.yaml to patient"
+        ]
+    problems = []
+    nameless = sorted(set(patients["patient"]) - set(named["patient"]))
+    if nameless:
+        problems.append(
+            f"split.by is site, but {len(nameless)} patients have none: {_some(nameless)}. Fill the column "
+            "`site` of wsi.csv"
+        )
+    for patient, theirs in named.groupby("patient")["site"]:
+        places = sorted(set(theirs))
+        if len(places) > 1:
+            problems.append(
+                f"patient {patient!r} has the sites {', '.join(places)}: correct the column `site` of "
+                "wsi.csv, give both places one name, or name two patients"
+            )
+    sites = sorted(set(named["site"]))
+    if len(sites) < folds:
+        fewer = f"set split.folds to {len(sites)}, " if len(sites) >= FEWEST else ""
+        problems.append(
+            f"{folds} folds need at least {folds} sites, but there are {len(sites)}: {_some(sites)}. "
+            f"In params.yaml {fewer}or set split.by to patient"
+        )
+    return problems
+
+
+def _folds_of_sites(diagnosis: pd.Series, site: pd.Series, folds: int, seed: int) -> np.ndarray:
+    """The fold of each patient, int64 (patients,), with whole sites on one side.
+
+    Raises:
+        SplitError: a fold would lack a diagnosis.
+    """
+    fold = np.zeros(len(site), dtype=np.int64)
+    if site.nunique() == folds:
+        fold[:] = site.astype("category").cat.codes
+    else:
+        dealer = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+        for number, (_, held_out) in enumerate(dealer.split(site, diagnosis, groups=site)):
+            fold[held_out] = number
+    problems = []
+    for number in range(folds):
+        absent = sorted(set(diagnosis) - set(diagnosis[fold == number]))
+        if absent:
+            here = sorted(set(site[fold == number]))
+            problems.append(
+                f"fold {number} (sites: {_some(here)}) would have no patient with {', '.join(absent)}"
+            )
+    if problems:
+        raise SplitError(
+            "\n".join(problems) + f"\nEach of {folds} folds of whole sites needs every diagnosis: lower "
+            "split.folds, give small sites a common name, or set split.by in params.yaml to patient"
+        )
+    return fold
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -47,14 +47,16 @@ class Material:
     items: TrainingItems  # a job sees those outside its held-out folds
     seed: int  # with trial and held-out folds, of a head's weights; with the held-out folds, of its batches
     memory: int  # MiB that a stack may take (one head alone may take more)
+    bag: int = 1  # images of an item that a step sees, of those that it has; more than one for bags
 
 
-def train_heads(jobs: Sequence[Job], material: Material) -> list[Head]:
+def train_heads(jobs: Sequence[Job], material: Material, kind: type[Stack] | None = None) -> list[Head]:
     """Train heads for as many epochs as their jobs say.
 
     Args:
         jobs: what to train.
         material: what to train it on.
+        kind: of stack; None: `Stack`.
 
     Returns:
         One head a job, in their order. The same call gives the same bits.
@@ -66,23 +68,27 @@ def train_heads(jobs: Sequence[Job], material: Material) -> list[Head]:
     heads: dict[int, Head] = {}
     table = None
     for chosen in plan(jobs, material):
-        stack = _Stack([jobs[i] for i in chosen], material, table)
+        stack = (kind or Stack)([jobs[i] for i in chosen], material, table)
         table = stack.table
         heads.update((chosen[place], head) for place, head in stack.train())
     return [heads[i] for i in range(len(jobs))]
 
 
-def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
+def judge_heads(
+    jobs: Sequence[Job], material: Material, patience: int, kind: type[Stack] | None = None
+) -> list[Judged]:
     """Train heads and judge each after every epoch, on the plain views of each of its held-out folds apart.
 
     What is judged on one held-out fold depends on no item of another: for each fold, the epoch with the
     lowest loss there (class weights as in training) is kept. A head stops when no fold has gained for
-    `patience` epochs.
+    `patience` epochs. Without patience the last epoch counts, that in which a falling learning rate has
+    come to rest, and the others are not judged.
 
     Args:
         jobs: what to train.
         material: what to train it on.
-        patience: in epochs; 0 trains every head to its end (and still keeps the best epoch).
+        patience: in epochs; 0 trains every head to its end.
+        kind: of stack; None: `Stack`.
 
     Returns:
         One a job, in their order. A head whose loss is not finite, or whose stack does not fit into memory,
@@ -97,7 +103,7 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
     table = None
     for chosen in plan(jobs, material):
         try:
-            stack = _Stack([jobs[i] for i in chosen], material, table)
+            stack = (kind or Stack)([jobs[i] for i in chosen], material, table)
             table = stack.table
             found = stack.judge(patience)
         except (MemoryError, tf.errors.ResourceExhaustedError):
@@ -127,12 +133,12 @@ def plan(jobs: Sequence[Job], material: Material) -> list[list[int]]:
         channels = material.values[features].shape[1]
         mine: list[list[int]] = []
         for _, unit in sorted(units.items()):
-            for part in _parts(unit, jobs, channels, memory):
-                alone = _cost([jobs[i] for i in part], channels)[0]
+            for part in _parts(unit, jobs, channels, material):
+                alone = _cost([jobs[i] for i in part], channels, material.bag)[0]
                 best, place = alone, -1
                 for number, stack in enumerate(mine):
-                    joined, size = _cost([jobs[i] for i in stack + part], channels)
-                    more = joined - _cost([jobs[i] for i in stack], channels)[0]
+                    joined, size = _cost([jobs[i] for i in stack + part], channels, material.bag)
+                    more = joined - _cost([jobs[i] for i in stack], channels, material.bag)[0]
                     if more < best and size <= memory * 2**19:
                         best, place = more, number
                 if place < 0:
@@ -143,20 +149,24 @@ def plan(jobs: Sequence[Job], material: Material) -> list[list[int]]:
     return stacks
 
 
-def _parts(unit: list[int], jobs: Sequence[Job], channels: int, memory: int) -> list[list[int]]:
+def _parts(unit: list[int], jobs: Sequence[Job], channels: int, material: Material) -> list[list[int]]:
     """The jobs of one trial, halved until they fit into memory or stand alone."""
-    if len(unit) == 1 or _cost([jobs[i] for i in unit], channels)[1] <= memory * 2**19:
+    size = _cost([jobs[i] for i in unit], channels, material.bag)[1]
+    if len(unit) == 1 or size <= material.memory * 2**19:
         return [unit]
     half = len(unit) // 2
-    return _parts(unit[:half], jobs, channels, memory) + _parts(unit[half:], jobs, channels, memory)
+    return _parts(unit[:half], jobs, channels, material) + _parts(unit[half:], jobs, channels, material)
 
 
-def _cost(jobs: Sequence[Job], channels: int) -> tuple[float, float]:
-    """Of a stack: the floating-point operations of a step, overhead included, and its bytes."""
+def _cost(jobs: Sequence[Job], channels: int, bag: int = 1) -> tuple[float, float]:
+    """Of a stack: the floating-point operations of a step, overhead included, and its bytes.
+
+    What attention takes beside the hidden layer that it looks at is about three layers more.
+    """
     lanes = _lanes(jobs)
     models = len(lanes) * max(len(lane) for lane in lanes.values())
     width = max(job.recipe.width if job.recipe.depth else 1 for job in jobs)
-    batch, depth = jobs[0].recipe.batch, jobs[0].recipe.depth
+    batch, depth = jobs[0].recipe.batch * bag, jobs[0].recipe.depth + 3 * (bag > 1)
     weights = models * (channels + width * max(depth - 1, 0)) * width
     gathered = len(lanes) * batch * channels
     state = 16 * weights  # weights, two moments, gradient
@@ -171,10 +181,11 @@ def _lanes(jobs: Sequence[Job]) -> dict[tuple[tuple[int, ...], int], list[int]]:
     return dict(sorted(lanes.items()))
 
 
-class _Lane:
+class Lane:
     """The items of a lane and the order in which its models see them."""
 
     def __init__(self, held_out: tuple[int, ...], views: int, items: TrainingItems, seed: int) -> None:
+        """A lane that misses these folds and sees at most so many augmented views of an image."""
         self.items, self.views, self.held_out = items, views, held_out
         inside = np.flatnonzero(~np.isin(items.fold, held_out))
         self.shown = np.repeat(inside, items.copies[inside])
@@ -187,11 +198,14 @@ class _Lane:
         )
         self.random = np.random.Generator(np.random.Philox([seed, views, *(fold + 1 for fold in held_out)]))
 
-    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next so many items, in random order without repeats until all have been seen: view rows and
-        labels."""
+    def order(self, count: int) -> np.ndarray:
+        """The next so many items, in random order without repeats until all have been seen."""
         rounds = -(-count // len(self.shown))
-        order = np.concatenate([self.random.permutation(self.shown) for _ in range(rounds)])[:count]
+        return np.concatenate([self.random.permutation(self.shown) for _ in range(rounds)])[:count]
+
+    def draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """View rows and labels of the next so many items."""
+        order = self.order(count)
         seen = np.minimum(self.views * self.items.copies[order], self.items.views[order])
         view = (self.random.random(count) * (seen + 1)).astype(np.int64)
         return self.items.row[order] + view, self.items.label[order]
@@ -203,16 +217,17 @@ class _Lane:
         return heavier / mean, 1 / mean
 
 
-class _Stack:
+class Stack:
     """Jobs of one plan: their lanes, hyper-parameters and weights."""
 
-    def __init__(self, jobs: Sequence[Job], material: Material, table: _Table | None) -> None:
+    def __init__(self, jobs: Sequence[Job], material: Material, table: Table | None) -> None:
+        """Heads at their start; `table` is an earlier stack's, used again where it fits."""
         lanes = _lanes(jobs)
         items, seed = material.items, material.seed
-        self.jobs = jobs
+        self.jobs, self.bag = jobs, material.bag
         self.recipe = jobs[0].recipe  # what all have in common: features, depth, batch
         self.channels = material.values[self.recipe.features].shape[1]
-        self.lanes = [_Lane(held_out, views, items, seed) for held_out, views in lanes]
+        self.lanes = [Lane(held_out, views, items, seed) for held_out, views in lanes]
         models = max(len(lane) for lane in lanes.values())
         self.place = np.full((len(lanes), models), -1)  # of each slot: its job, or -1
         for number, mine in enumerate(lanes.values()):
@@ -226,7 +241,7 @@ class _Stack:
         self.knobs = self._knobs()
         held_out = [lane.held_out for lane in self.lanes]
         made_of = self.recipe.features, tuple(dict.fromkeys(held_out))
-        self.table = table if table and table.made_of == made_of else _Table(*made_of, material)
+        self.table = table if table and table.made_of == made_of else Table(*made_of, material)
         self.sets = self.table.sets(held_out)
         self.state = self._start()
         self.taken = 0
@@ -252,6 +267,9 @@ class _Stack:
         least = {(place, fold): np.inf for place, job in enumerate(self.jobs) for fold in job.held_out}
         for epoch in range(max(job.recipe.epochs for job in self.jobs)):
             self._epoch(epoch)
+            alive = self.place[self.place >= 0]
+            if not patience and epoch + 1 not in {self.jobs[place].recipe.epochs for place in alive}:
+                continue
             losses, logits = self._judge()
             done = np.zeros(self.place.shape, bool)
             for lane, slot in np.argwhere(self.place >= 0):
@@ -261,7 +279,7 @@ class _Stack:
                 for number, fold in enumerate(here.held_out):
                     count = int((here.items.fold == fold).sum())
                     loss = losses[lane, slot, number]
-                    if count and loss < least[place, fold]:
+                    if count and (loss < least[place, fold] or not patience):
                         least[place, fold] = loss
                         found[place].epoch[fold] = epoch + 1
                         found[place].score[fold] = logits[lane, slot, start : start + count].copy()
@@ -300,9 +318,17 @@ class _Stack:
         )
 
     def _start(self) -> list[list[Any]]:
-        """First weights (kernel and bias of each layer) and both moments of Adam for each of them."""
+        """First weights and both moments of Adam for each of them."""
         import tensorflow as tf
 
+        weights = self._weights()
+        return [
+            [tf.Variable(each, shape=tf.TensorShape([None] * each.ndim)) for each in group]
+            for group in (weights, [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights])
+        ]
+
+    def _weights(self) -> list[np.ndarray]:
+        """Kernel and bias of each layer."""
         lanes, models = self.place.shape
         sizes = layer_sizes(self.recipe.depth, self.width, self.channels)
         weights: list[np.ndarray] = []
@@ -316,10 +342,7 @@ class _Stack:
                 kernel[lane, slot, : size[0], : size[1]] = self.randoms[place].uniform(-limit, limit, size)
             side_by_side = np.swapaxes(kernel, 1, 2).reshape(lanes, rows, models * columns)
             weights += [kernel if layer else side_by_side, np.zeros((lanes, models, 1, columns), np.float32)]
-        return [
-            [tf.Variable(each, shape=tf.TensorShape([None] * each.ndim)) for each in group]
-            for group in (weights, [np.zeros_like(w) for w in weights], [np.zeros_like(w) for w in weights])
-        ]
+        return weights
 
     def _epoch(self, epoch: int) -> None:
         """Train all models for one epoch."""
@@ -331,16 +354,21 @@ class _Stack:
             row, label = lane.draw(self.steps * batch)
             rows[:, number] = row.reshape(self.steps, batch)
             target[:, number] = label.reshape(self.steps, batch)
-        share = np.ones((self.steps, *self.place.shape), np.float32)
-        for lane, slot in np.argwhere(self.place >= 0):
-            mixup = self.jobs[self.place[lane, slot]].recipe.mixup
-            if mixup:
-                share[:, lane, slot] = self.randoms[self.place[lane, slot]].beta(mixup, mixup, self.steps)
+        share = self._shares()
         train = train_graph(self.recipe.depth)
         for steps, x, index in self.table.blocks(rows, self.sets):
             block = Block(x, index, target[steps])
             train(self.state, block, share[steps], self.knobs, np.array([self.dice, self.taken], np.int32))
             self.taken += len(index)
+
+    def _shares(self) -> np.ndarray:
+        """What an item keeps of itself in mixup: float32 (steps, lanes, models)."""
+        share = np.ones((self.steps, *self.place.shape), np.float32)
+        for lane, slot in np.argwhere(self.place >= 0):
+            mixup = self.jobs[self.place[lane, slot]].recipe.mixup
+            if mixup:
+                share[:, lane, slot] = self.randoms[self.place[lane, slot]].beta(mixup, mixup, self.steps)
+        return share
 
     def _pace(self, epoch: int) -> None:
         """Set the learning rates of an epoch; the scaled weights change so that the weights do not."""
@@ -370,12 +398,12 @@ class _Stack:
             target[number, :count] = lane.items.label[lane.judged]
             for place, held_out in enumerate(lane.held_out):
                 fold[number, :count, place] = lane.items.fold[lane.judged] == held_out
-        by_step = [_by_step(each, JUDGED) for each in (rows, target, fold)]
+        stepped = [by_step(each, JUDGED) for each in (rows, target, fold)]
         total = np.zeros((*self.place.shape, folds), np.float64)
         logits = []
-        for steps, x, index in self.table.blocks(by_step[0], self.sets):
-            block = Block(x, index, by_step[1][steps])
-            loss, logit = judge_graph(self.recipe.depth)(self.state[0], block, by_step[2][steps], self.knobs)
+        for steps, x, index in self.table.blocks(stepped[0], self.sets):
+            block = Block(x, index, stepped[1][steps])
+            loss, logit = judge_graph(self.recipe.depth)(self.state[0], block, stepped[2][steps], self.knobs)
             total += loss.numpy().sum(axis=0, dtype=np.float64)
             logits += list(logit.numpy())
         counts = fold.sum(axis=1)[:, None]
@@ -423,10 +451,11 @@ class _Stack:
                 weight.assign(tf.gather(tf.gather(weight, lanes), slots, batch_dims=1))
 
 
-class _Table:
+class Table:
     """The features that stacks read, standardised for each held-out set: all in memory, or block by block."""
 
     def __init__(self, features: str, held_out: Sequence[tuple[int, ...]], material: Material) -> None:
+        """The features of this name, for each of the held-out sets."""
         items, self.values = material.items, material.values[features]
         self.made_of = features, tuple(held_out)
         self.mean, self.scale = _standardisation(self.values, items, held_out)
@@ -460,7 +489,7 @@ class _Table:
             yield slice(start, start + each), found, np.arange(part.size, dtype=np.int32).reshape(part.shape)
 
 
-def _by_step(array: np.ndarray, size: int) -> np.ndarray:
+def by_step(array: np.ndarray, size: int) -> np.ndarray:
     """(lanes, steps x size, ...) -> (steps, lanes, size, ...)."""
     return np.swapaxes(array.reshape(len(array), -1, size, *array.shape[2:]), 0, 1)
 
@@ -488,15 +517,16 @@ def _standardisation(
     values: np.ndarray, items: TrainingItems, held_out: Sequence[tuple[int, ...]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and 1/deviation of channels over the plain views outside held-out sets: (sets, 1, channels)."""
-    folds = np.unique(items.fold)
+    fold_of = items.image_fold
+    folds = np.unique(fold_of)
     total, square = np.zeros((2, len(folds), values.shape[1]))
     for number, fold in enumerate(folds):
-        rows = np.sort(items.row[items.fold == fold])
+        rows = items.row[fold_of == fold]
         for start in range(0, len(rows), 4096):
             part = values[rows[start : start + 4096]].astype(np.float64)
             total[number] += part.sum(axis=0)
             square[number] += (part**2).sum(axis=0)
-    count = np.array([(items.fold == fold).sum() for fold in folds], np.float64)
+    count = np.array([(fold_of == fold).sum() for fold in folds], np.float64)
     means, scales = [], []
     for unseen in held_out:
         seen = ~np.isin(folds, unseen)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import yaml
+
 from aplsmear.errors import UserError
+from aplsmear.tracking import NAMES
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -35,3 +41,30 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         print(error, file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
+
+
+def home() -> Path:
+    """The folder of what is to outlive a run beside its outs: tracking, studies, a training that was cut off.
+
+    It is the top of the repository that dvc was called in, also for an experiment of the queue or of
+    ``dvc exp run --temp``, which runs in a folder of its own that is gone afterwards.
+    """
+    here = Path()
+    top = Path(os.environ.get("DVC_ROOT", here))
+    return here if top.resolve() == here.resolve() else top
+
+
+def origin(stage: str, task: str) -> dict[str, str]:
+    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
+    found = {"stage": stage, "task": task}
+    if NAMES in os.environ:
+        found[NAMES] = os.environ[NAMES]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        found["git_commit"] = git.stdout.strip()
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
+        for out in stages.get("download", {}).get("outs", []):
+            found["data_version"] = out.get("md5", "")
+    return found

@@ -40,7 +40,7 @@ class Interval:
     high: float
 
     def as_dict(self) -> dict[str, float]:
-        """``{"value": ..., "low": ..., "high": ...}``, as metrics.json holds it."""
+        """``{"value": ..., "low": ..., "high": ...}``, as intervals.json holds it."""
         return asdict(self)
 
 
@@ -721,7 +721,7 @@ def summary(
     level: float = 0.95,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything that metrics.json says about held-out patients, as nested dicts of plain numbers.
+    """Everything that intervals.json says about held-out patients, as nested dicts of plain numbers.
 
     Args:
         label: 0 or 1, shape (n,); at least two patients of each class.

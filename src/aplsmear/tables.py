@@ -16,6 +16,8 @@ from aplsmear.files import whole
 INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", "trial")
 FLOATS = ("probability", "low", "high")
 
+_FLOAT = "%.6g"
+
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file written by `write_table`: text columns as str, `INTEGERS` as int64, `FLOATS` as float64."""
@@ -31,7 +33,12 @@ def read_table(path: Path) -> pd.DataFrame:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV: UTF-8, ``\\n`` line ends, floats with six significant digits."""
     with whole(path) as part:
-        table.to_csv(part, index=False, lineterminator="\n", float_format="%.6g")
+        table.to_csv(part, index=False, lineterminator="\n", float_format=_FLOAT)
+
+
+def as_written(value: float) -> float:
+    """A number after a trip through a table of `write_table`."""
+    return float(_FLOAT % value)
 
 
 def read_scores(path: Path) -> pd.DataFrame:

@@ -5,10 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from aplsmear.params import Condition, Task
+from aplsmear.params import Condition, Task, TaskLevel
 
 SEPARATOR = "|"
 ANY = "*"
+
+
+def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
+    """The items of a task, named by ``item``.
+
+    Args:
+        images: all cells or all smears; cells, if the items are patients.
+        level: of the task.
+
+    Returns:
+        `images` with ``item``; or ``item, patient, diagnosis`` of every patient who has cells.
+    """
+    if level != "patient":
+        return images.assign(item=images[level])
+    patients = images[["patient", "diagnosis"]].drop_duplicates("patient")
+    return patients.assign(item=patients["patient"]).sort_values("patient", ignore_index=True)
 
 
 def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:

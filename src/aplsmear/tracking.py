@@ -5,29 +5,47 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from aplsmear.files import hold
 
 log = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 EXPERIMENT = "aplsmear"
+NAMES = "DVC_EXP_NAME"  # tag: the experiments of DVC that a run belongs to, with blanks between
 # MLflow would otherwise wait for a dead server for minutes; a wish of the user comes first.
 IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 LONGEST_TAG = 5000  # characters
+
+
+def _experiment(client: Any, artifacts: str | None = None) -> str:
+    """The id of this project's experiment, made if it is not there."""
+    found = client.get_experiment_by_name(EXPERIMENT)
+    return str(found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts))
+
+
+def _with_names(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Tags that replace old ones; a run that serves several experiments keeps the names of all."""
+    names = f"{old.get(NAMES, '')} {new.get(NAMES, '')}".split()
+    return dict(new) | ({NAMES: " ".join(dict.fromkeys(names))} if names else {})
 
 
 class Tracker:
     """A parent run and its nested trials. Where the server does not answer, it says so once and is silent
     after."""
 
-    def __init__(self, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]
+    ) -> None:
         """Open the run of this key, or go on with it if an earlier process did a part or all of it.
 
         Args:
+            folder: gets mlflow.db and the folder mlartifacts, unless MLFLOW_TRACKING_URI names a server.
             name: what people see.
             key: names the run by what it depends on; with the same key, the same run.
-            tags: those of an earlier process are replaced.
+            tags: those of an earlier process are replaced; names of DVC's experiments are added to.
             params: what the trials have in common.
         """
         self._client: Any = None
@@ -35,7 +53,7 @@ class Tracker:
         self._trials: set[str] = set()
         for variable, value in IMPATIENCE.items():
             os.environ.setdefault(variable, value)
-        self._guard(lambda: self._open(name, key, dict(tags), dict(params)))
+        self._guard(lambda: self._open(folder, name, key, dict(tags), dict(params)))
 
     def log_trial(
         self,
@@ -46,6 +64,8 @@ class Tracker:
         started: float,
         ended: float,
         failure: str = "",
+        name: str = "",
+        curves: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """A finished trial as a nested run; a trial that is there already is not logged again.
 
@@ -56,21 +76,48 @@ class Tracker:
             started: seconds since 1970.
             ended: seconds since 1970.
             failure: why the trial failed, if it did.
+            name: what people see; empty: its number.
+            curves: numbers by name, one an epoch.
         """
 
         def log() -> None:
             tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
             tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
             run = self._client.create_run(
-                self._experiment, run_name=f"trial {number}", tags=tags, start_time=int(started * 1000)
+                self._experiment,
+                run_name=name or f"trial {number}",
+                tags=tags,
+                start_time=int(started * 1000),
             )
             self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
+            self._log_curves(run.info.run_id, curves or {})
             status = "FAILED" if failure else "FINISHED"
             self._client.set_terminated(run.info.run_id, status, int(ended * 1000))
             self._trials.add(str(number))
 
         if self._client and str(number) not in self._trials:
             self._guard(log)
+
+    def log_model(self, model: Any) -> None:
+        """A keras.Model that takes uint8 images, with its signature, below the run."""
+
+        def log() -> None:
+            import mlflow
+            import numpy as np
+            from mlflow.models import infer_signature
+
+            example = np.zeros((1, *model.input_shape[1:]), np.uint8)
+            signature = infer_signature(example, model.predict(example, verbose=0))
+            with mlflow.start_run(self._run):
+                mlflow.tensorflow.log_model(model, name="model", signature=signature)
+
+        if self._client:
+            self._guard(log)
+
+    def log_pictures(self, folder: Path) -> None:
+        """The files of a folder, below the run."""
+        if self._client:
+            self._guard(lambda: self._client.log_artifacts(self._run, str(folder), folder.name))
 
     def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Log what came out of the whole and end its run."""
@@ -90,18 +137,25 @@ class Tracker:
                 "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
             )
 
-    def _open(self, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
+    def _open(self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
 
-        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", DEFAULT_URI))
-        client = mlflow.MlflowClient()
-        found = client.get_experiment_by_name(EXPERIMENT)
-        self._experiment = found.experiment_id if found else client.create_experiment(EXPERIMENT)
+        if server := os.environ.get("MLFLOW_TRACKING_URI"):
+            mlflow.set_tracking_uri(server)
+            client = mlflow.MlflowClient()
+            self._experiment = _experiment(client)
+        else:
+            database = (folder / "mlflow.db").resolve()
+            mlflow.set_tracking_uri(f"sqlite:///{database}")
+            # Two processes that make the tables at once would be in each other's way.
+            with hold(database.with_name("mlflow.db.lock")):
+                client = mlflow.MlflowClient()
+                self._experiment = _experiment(client, database.with_name("mlartifacts").as_uri())
         runs = client.search_runs([self._experiment], f"tags.key = '{key}'", max_results=1)
         if runs:
             self._run = runs[0].info.run_id
             client.update_run(self._run, status="RUNNING")
-            for tag, value in tags.items():
+            for tag, value in _with_names(runs[0].data.tags, tags).items():
                 client.set_tag(self._run, tag, value)
         else:
             self._run = client.create_run(
@@ -127,6 +181,22 @@ class Tracker:
             self._client.set_tag(self._run, tag, str(value)[:LONGEST_TAG])
         self._log(self._client, self._run, {}, metrics)
         self._client.set_terminated(self._run)
+
+    def _log_curves(self, run: str, curves: Mapping[str, Sequence[float]]) -> None:
+        import math
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key, value, now, step)
+            for key, values in curves.items()
+            for step, value in enumerate(values)
+            if math.isfinite(value)
+        ]
+        for start in range(0, len(points), 1000):  # as many as MLflow takes at once
+            self._client.log_batch(run, metrics=points[start : start + 1000])
 
     @staticmethod
     def _log(client: Any, run: str, params: Mapping[str, Any], metrics: Mapping[str, float]) -> None:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aplsmear import graphs, heads, splits, stacks
+from aplsmear import bags, graphs, heads, splits, stacks
+from aplsmear.bags import attend, bag_parameters, judge_bags, train_bags
 from aplsmear.errors import UserError
 from aplsmear.features import Features
 from aplsmear.heads import Head, Job, Recipe, TrainingItems, parameters, score
@@ -88,23 +89,22 @@ class Trial:
 
 @dataclass(frozen=True)
 class Board:
-    """All that the study of one task works on."""
+    """All that the study of one task works on. An item is a cell or a smear, one image."""
 
     table: (
         pd.DataFrame
     )  # every item of the level: item, patient, fold; in the order of the features' plain views
     label: np.ndarray  # int8 (items,): 1, 0, or -1 for items without a part in the task
-    row: np.ndarray  # int64 (items,): the row of the item's plain view in the features
-    views: np.ndarray  # int64 (items,): augmented views that follow it
+    row: np.ndarray  # int64 (images,): the row of the image's plain view in the features; an image is an item
+    views: np.ndarray  # int64 (images,): augmented views that follow it
     features: Mapping[str, Features]
     folds: int
 
     def training_items(self, per_patient: int, seed: int) -> TrainingItems:
         """The labelled items, at most `per_patient` of each class from one patient, chosen by a hash of their
         name."""
-        rank = [hashlib.sha256(f"{seed}/{item}".encode()).hexdigest() for item in self.table["item"]]
-        order = pd.DataFrame({"patient": self.table["patient"], "label": self.label, "rank": rank})
-        place = order.sort_values("rank").groupby(["patient", "label"]).cumcount().sort_index().to_numpy()
+        classes = pd.DataFrame({"patient": self.table["patient"], "label": self.label})
+        place = _drawn(self.table["item"], classes, seed)
         kept = np.flatnonzero((self.label >= 0) & (place < per_patient))
         least = max(int(self.views.min()), 1)
         return TrainingItems(
@@ -120,6 +120,87 @@ class Board:
         values = {name: each.values for name, each in self.features.items()}
         return Material(values, self.training_items(settings.items_per_patient, seed), seed, settings.memory)
 
+    def parameters(self, recipe: Recipe) -> int:
+        """The number of weights of a head."""
+        return parameters(recipe, self.features[recipe.features].values.shape[1])
+
+    def judge(self, jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
+        """How heads do on each of their held-out folds."""
+        return judge_heads(jobs, material, patience)
+
+    def train(self, jobs: Sequence[Job], material: Material) -> list[Head]:
+        """Heads, trained for good."""
+        return train_heads(jobs, material)
+
+    def score(self, head: Head, places: np.ndarray, view: int) -> np.ndarray:
+        """Probabilities of the items at these places of the table, float32 (places,), by this view of each
+        image (or its last)."""
+        rows = self.row[places] + np.minimum(view, self.views[places])
+        return np.asarray(score([head], self.features[head.features].values, rows)[0])
+
+
+@dataclass(frozen=True)
+class PatientBoard(Board):
+    """A board whose items are patients: bags of cells, which are its images.
+
+    The cells of a patient stand together, sorted by name, so that the order of the tables does not matter.
+    """
+
+    cell: np.ndarray  # str (images,): names
+    size: np.ndarray  # int64 (items,): how many cells a patient has, at least one
+
+    def training_items(self, per_patient: int, seed: int) -> TrainingItems:
+        """The labelled patients, with at most `per_patient` cells of each, chosen by a hash of their name."""
+        owner = np.repeat(np.arange(len(self.size)), self.size)
+        place = _drawn(self.cell, pd.DataFrame({"patient": owner}), seed)
+        images = np.flatnonzero((self.label[owner] >= 0) & (place < per_patient))
+        kept = np.flatnonzero(self.label >= 0)
+        return TrainingItems(
+            row=self.row[images],
+            views=self.views[images],
+            copies=np.ones(len(kept), np.int64),
+            label=self.label[kept],
+            fold=self.table["fold"].to_numpy()[kept],
+            size=np.minimum(self.size[kept], per_patient),
+        )
+
+    def material(self, settings: Tune, seed: int) -> Material:
+        """What heads are trained on."""
+        return replace(super().material(settings, seed), bag=settings.cells_per_step)
+
+    def parameters(self, recipe: Recipe) -> int:
+        """The number of weights of a head."""
+        return bag_parameters(recipe, self.features[recipe.features].values.shape[1])
+
+    def judge(self, jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
+        """How heads do on each of their held-out folds."""
+        return judge_bags(jobs, material, patience)
+
+    def train(self, jobs: Sequence[Job], material: Material) -> list[Head]:
+        """Heads, trained for good."""
+        return train_bags(jobs, material)
+
+    def score(self, head: Head, places: np.ndarray, view: int) -> np.ndarray:
+        """Probabilities of the patients at these places of the table, float32 (places,)."""
+        return np.array([self.attend(head, place, view)[0] for place in places], np.float32)
+
+    def attend(self, head: Head, place: int, view: int = 0) -> tuple[float, pd.DataFrame]:
+        """What a head says of one patient, and how much it looked at each cell.
+
+        Args:
+            head: on bags.
+            place: of the patient in the table.
+            view: of each cell, or its last where it has fewer.
+
+        Returns:
+            The probability, and ``item, attention``: all cells of the patient.
+        """
+        start = int(self.size[:place].sum())
+        mine = slice(start, start + int(self.size[place]))
+        rows = self.row[mine] + np.minimum(view, self.views[mine])
+        probability, attention = attend(head, self.features[head.features].values[rows])
+        return probability, pd.DataFrame({"item": self.cell[mine], "attention": attention})
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -132,10 +213,10 @@ class Choice:
 def make_board(
     items: pd.DataFrame, label: np.ndarray, folds: pd.DataFrame, features: Mapping[str, Features]
 ) -> Board:
-    """Bring together the items of a level, their labels, folds and features.
+    """Bring together the cells or smears, their labels, folds and features.
 
     Args:
-        items: ``item, patient`` of every item of the level.
+        items: ``item, patient`` of every cell or smear.
         label: int8 (items,), of `aplsmear.tasks.task_labels`.
         folds: ``splits/folds.csv``.
         features: of `aplsmear.features.read_features`.
@@ -143,6 +224,58 @@ def make_board(
     Raises:
         TuneError: features are missing, or are not those of these items; or too few folds have both classes.
     """
+    rows = _rows(items, features)
+    board = Board(
+        table=_with_folds(items, folds),
+        label=label,
+        row=rows["min"].to_numpy(),
+        views=rows["size"].to_numpy() - 1,
+        features=features,
+        folds=int(folds["fold"].max()) + 1,
+    )
+    _check_classes(board)
+    return board
+
+
+def make_patient_board(
+    cells: pd.DataFrame,
+    patients: pd.DataFrame,
+    label: np.ndarray,
+    folds: pd.DataFrame,
+    features: Mapping[str, Features],
+) -> PatientBoard:
+    """Bring together patients, their labels and folds, their cells and the features of these.
+
+    Args:
+        cells: ``item, patient`` of every cell.
+        patients: ``item, patient``, twice the name, of every patient who has cells.
+        label: int8 (patients,), of `aplsmear.tasks.task_labels`.
+        folds: ``splits/folds.csv``.
+        features: of cells, of `aplsmear.features.read_features`.
+
+    Raises:
+        TuneError: as by `make_board`.
+    """
+    rows = _rows(cells, features).reset_index(drop=True)
+    rows = rows.assign(item=cells["item"].astype(str).to_numpy(), patient=cells["patient"].to_numpy())
+    order = np.argsort(patients["patient"].to_numpy(), kind="stable")
+    rows = rows.sort_values(["patient", "item"], ignore_index=True)
+    board = PatientBoard(
+        table=_with_folds(patients.iloc[order], folds),
+        label=label[order],
+        row=rows["min"].to_numpy(),
+        views=rows["size"].to_numpy() - 1,
+        features=features,
+        folds=int(folds["fold"].max()) + 1,
+        cell=rows["item"].to_numpy(),
+        size=rows.groupby("patient").size().to_numpy(),
+    )
+    _check_classes(board)
+    return board
+
+
+def _rows(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame:
+    """``min``, the row of each item's plain view in the features, and ``size``, how many views it has."""
     if not features:
         raise TuneError("there are no features; `dvc repro bottleneck` makes them")
     index = next(iter(features.values())).index
@@ -152,17 +285,20 @@ def make_board(
     rows = index.reset_index(names="row").groupby("item", sort=False)["row"].agg(["min", "size"])
     if list(rows.index) != list(items["item"]):
         raise TuneError("the features are not those of this data set; run `dvc repro bottleneck` again")
+    return rows
+
+
+def _with_folds(items: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
+    """``item, patient, fold``."""
     fold = items["patient"].map(folds.set_index("patient")["fold"])
-    board = Board(
-        table=items[["item", "patient"]].assign(fold=fold.astype(np.int64)).reset_index(drop=True),
-        label=label,
-        row=rows["min"].to_numpy(),
-        views=rows["size"].to_numpy() - 1,
-        features=features,
-        folds=int(folds["fold"].max()) + 1,
-    )
-    _check_classes(board)
-    return board
+    return items[["item", "patient"]].assign(fold=fold.astype(np.int64)).reset_index(drop=True)
+
+
+def _drawn(names: Iterable[str], groups: pd.DataFrame, seed: int) -> np.ndarray:
+    """The place of each name in its group (rows that are the same), drawn by lot: int64, from 0."""
+    rank = [hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in names]
+    order = groups.assign(rank=rank).sort_values("rank")
+    return np.asarray(order.groupby(list(groups.columns)).cumcount().sort_index())
 
 
 def draw_candidates(
@@ -201,7 +337,7 @@ def draw_candidates(
 
 
 def run_study(
-    board: Board, settings: Tune, seed: int, study: Study, judge: Judge = judge_heads
+    board: Board, settings: Tune, seed: int, study: Study, judge: Judge | None = None
 ) -> Iterator[Trial]:
     """Train every candidate on every pair of folds, a generation at a time, together with whoever else does.
 
@@ -210,7 +346,7 @@ def run_study(
         settings: the space and the budget.
         seed: of candidates and heads.
         study: keeps finished trials; other workers may be filling it too.
-        judge: trains and judges heads.
+        judge: trains and judges heads; None: the board's way.
 
     Yields:
         Every trial in order, those that were finished before first. The same trials, to the bit, with any
@@ -226,7 +362,7 @@ def run_study(
     def train(generation: Mapping[int, Recipe]) -> list[Record]:
         started = time.time()
         jobs = [Job(number, recipe, pair) for number, recipe in generation.items() for pair in pairs]
-        judged = judge(jobs, material, settings.patience)
+        judged = (judge or board.judge)(jobs, material, settings.patience)
         return [
             _record(recipe, judged[place * len(pairs) : (place + 1) * len(pairs)], board, material, started)
             for place, recipe in enumerate(generation.values())
@@ -323,15 +459,13 @@ def held_out_scores(
         for scored, unseen in held_out.items():
             wanted[world, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(world))
     jobs = list(dict.fromkeys(wanted.values()))
-    trained = dict(zip(jobs, train_heads(jobs, board.material(settings, seed)), strict=True))
+    trained = dict(zip(jobs, board.train(jobs, board.material(settings, seed)), strict=True))
     scores = np.full((len(fold), len(chosen)), np.nan, dtype=np.float32)
     for (world, scored), job in wanted.items():
-        rows = np.flatnonzero(fold == scored)
-        if len(rows):
-            values = board.features[job.recipe.features].values
-            views = [np.minimum(view, board.views[rows]) for view in range(settings.average + 1)]
-            each = [score([trained[job]], values, board.row[rows] + view)[0] for view in views]
-            scores[rows, world] = np.mean(each, axis=0)
+        places = np.flatnonzero(fold == scored)
+        if len(places):
+            each = [board.score(trained[job], places, view) for view in range(settings.average + 1)]
+            scores[places, world] = np.mean(each, axis=0)
     return scores, [trained[wanted[world, world]] for world in range(len(chosen))]
 
 
@@ -342,7 +476,7 @@ def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
     told = settings.model_dump(exclude=WITHOUT_EFFECT)
     versions = [version(package) for package in ("tensorflow", "numpy", "optuna")]
     digest.update(json.dumps([told, seed, threads, board.folds, versions], sort_keys=True).encode())
-    for module in (graphs, heads, splits, stacks):
+    for module in (bags, graphs, heads, splits, stacks):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     digest.update(board.table.to_csv(index=False).encode())
@@ -519,7 +653,7 @@ def _trial_of(kept: Any, board: Board) -> Trial:
         recipe=recipe,
         inner=_matrix(kept.user_attrs["inner"]),
         best_epoch=np.array(kept.user_attrs["best_epoch"]),
-        parameters=parameters(recipe, board.features[recipe.features].values.shape[1]),
+        parameters=board.parameters(recipe),
         failure=kept.user_attrs["failure"],
         started=kept.datetime_start.timestamp(),
         ended=kept.datetime_complete.timestamp(),

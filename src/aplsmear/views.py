@@ -23,6 +23,7 @@ from aplsmear.errors import UserError
 from aplsmear.images import encode_jpeg, read_image
 from aplsmear.params import Augment, Level
 from aplsmear.shards import View
+from aplsmear.stains import StainError, normalised
 from aplsmear.tasks import SEPARATOR
 
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
@@ -103,6 +104,26 @@ def room(settings: Augment) -> float:
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
 
 
+def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
+    """A smear as its views are cut from it: in the colours that `settings.normalise` asks for.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+        settings: of the views.
+        path: of the image, for messages.
+
+    Raises:
+        ViewError: it cannot be normalised.
+    """
+    try:
+        return normalised(image, settings.normalise)
+    except StainError as error:
+        raise ViewError(
+            f"{path}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
+            "augment.normalise in params.yaml to none"
+        ) from None
+
+
 def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None = None) -> Any:
     """imgaug's augmenter: geometry, the middle, stain, lamp, focus and camera, as wide as `settings` say.
 
@@ -142,6 +163,10 @@ def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None =
             unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
             unless_0(knobs.blur, iaa.GaussianBlur((0.0, knobs.blur))),
             unless_0(knobs.noise, iaa.AdditiveGaussianNoise(scale=(0.0, knobs.noise), per_channel=True)),
+            # A power of the light is a multiple of the optical density: of the stain that a channel sees.
+            unless_0(
+                knobs.stain, iaa.GammaContrast((1 / (1 + knobs.stain), 1 + knobs.stain), per_channel=True)
+            ),
         ]
     )
 
@@ -279,7 +304,7 @@ def _views_of_smear(
     path: Path, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
 ) -> dict[Level, list[View]]:
     cv2.setNumThreads(1)
-    image = read_image(path)
+    image = prepared(read_image(path), settings, path)
     return {
         "smear": list(smear_views(image, name, count, settings, seed)),
         "cell": [

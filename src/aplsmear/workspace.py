@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from aplsmear import share
 from aplsmear.compare import Compared
 from aplsmear.errors import UserError
+from aplsmear.experiments import Experiment
 
 # Parts of the names of DVC's settings whose values must not stand in a file that git shares.
 _SECRETS = (
@@ -165,6 +166,39 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
             raise UserError(f"`dvc plots diff {' '.join(revisions)}` failed:\n{done.stderr}")
         plots, pictures = _drawn(json.loads(done.stdout)["data"], folder)
     return Compared(revisions, metrics, params, plots, pictures)
+
+
+def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
+    """The last commits of the branch, the newest first, each with its experiments behind it.
+
+    Raises:
+        UserError: there is no repository.
+    """
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(folder)) as repo:
+            states = repo.experiments.show(num=commits, hide_workspace=True)
+    except NotDvcRepoError:
+        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    found = []
+    for state in states:
+        found.append(_experiment(state, baseline=True))
+        for line in state.experiments or []:
+            done = "" if line.executor is None or line.executor.state == "success" else line.executor.state
+            found.append(_experiment(line.revs[0], state=done))
+    return found
+
+
+def _experiment(shown: Any, baseline: bool = False, state: str = "") -> Experiment:
+    """One of `dvc exp show`."""
+    params, metrics = (
+        {file: dict(_flat(read.get("data") or {})) for file, read in kind.items()}
+        for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
+    )
+    flat = {name: value for values in params.values() for name, value in values.items()}
+    return Experiment(shown.name or shown.rev[:7], baseline, state, flat, {} if state else metrics)
 
 
 def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:

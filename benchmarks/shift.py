@@ -1,0 +1,389 @@
+"""How verdicts hold in another laboratory: held-out patients under a graded change of stain, lamp and camera.
+
+Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures]
+
+DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
+patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the
+heads and the combination that never saw the patient. Reference: the same cells as they are. A cohort
+that adapts itself (`aplsmear.adaptation`) is the patients of one fold in one laboratory, without labels.
+
+With --measures, those that change training are compared too, on heads of their own: trained on the cells
+that are measured (at most N of a patient, drawn by lot) by the pipeline's own stages, in DIR/.shift. What was
+forwarded is kept there, so that a bench that was cut off goes on. Results: benchmarks/results/shift.json.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from tuning import commit, machine
+
+from aplsmear import shifts, stains, views
+from aplsmear.adaptation import adapted
+from aplsmear.backbones import batch_of, features_of
+from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
+from aplsmear.files import whole
+from aplsmear.heads import Head, read_heads, score
+from aplsmear.images import read_image
+from aplsmear.members import summarise_patients
+from aplsmear.params import LEVELS, Level, Params, named, read_params
+from aplsmear.progress import progress
+from aplsmear.runtime import start_tensorflow
+from aplsmear.shards import View
+from aplsmear.shifts import KINDS, STRENGTHS, draw_laboratory, shifted
+from aplsmear.statistics import auroc, balanced_accuracy, calibration_slope_intercept, write_json
+from aplsmear.tables import read_scores, read_table, write_table
+from aplsmear.views import cell_views, prepared, smear_views
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
+LABORATORIES = 3
+TRIALS = 2  # of each task, where a measure is compared
+SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (shifts, stains, views)]
+COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
+
+# What training could do otherwise: settings of `augment`.
+MEASURES: dict[str, dict[str, Any]] = {
+    "no_augmentation_of_colour": COLOUR,
+    "augmentation_as_shipped": {},
+    "one_view": {"views": 1},
+    "two_views": {"views": 2},
+    "two_views_with_stain": {"views": 2, "stain": 0.25},
+    "two_wider_views": {
+        "views": 2,
+        "stain": 0.35,
+        "hue": 12,
+        "saturation": 30,
+        "brightness": 0.2,
+        "blur": 1.5,
+    },
+    "reinhard": {"normalise": "reinhard"},
+    "macenko": {"normalise": "macenko"},
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How far which laboratory goes, in what."""
+
+    strength: str
+    laboratory: int
+    kinds: tuple[str, ...] = KINDS
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A finished workspace: what was fitted in it, and the items that are shown again."""
+
+    params: Params
+    items: Mapping[Level, pd.DataFrame]  # that are measured, with `item`, `patient`, `fold`
+    patients: pd.DataFrame
+    heads: Mapping[str, list[Head]]  # of each world, by task
+    members: Sequence[str]
+    weigher: str
+    verdicts: Verdicts
+    kept: Path  # folder of features
+
+
+Features = Mapping[str, list[np.ndarray]]  # of each view of all items, by level and layer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workspace", type=Path, default=ROOT)
+    parser.add_argument("--ensemble", default="", help="default: apl_aml, or the only one that was made")
+    parser.add_argument("--cells", type=int, default=30, help="of a patient, at most")
+    parser.add_argument("--measures", action="store_true", help="train otherwise too, once for each measure")
+    asked = parser.parse_args()
+    os.chdir(asked.workspace)
+    start_tensorflow()
+    kept = Path(".shift")
+    bench = open_bench(Path(), asked.ensemble, asked.cells, kept)
+    found: dict[str, Any] = {
+        "patients": len(bench.patients),
+        "cells_per_patient": asked.cells,
+        "laboratories": LABORATORIES,
+        "machine": machine(),
+        "commit": commit(),
+    }
+    section = "demo" if Path().resolve() == ROOT else "real"
+    for strength in sorted(STRENGTHS, key=lambda name: name != "medium"):
+        found[strength] = held(bench, strength)
+        record(section, found)
+    found["alone"] = {kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS}
+    record(section, found)
+    for name, settings in MEASURES.items() if asked.measures else ():
+        other = variant(bench, asked.ensemble, asked.cells, name, settings)
+        found.setdefault("measures", {})[name] = held(other, "medium")
+        record(section, found)
+    print(json.dumps(found, indent=2))
+
+
+def record(section: str, found: Mapping[str, Any]) -> None:
+    """Keep what is known so far; the real cells' headline stands before the demo's."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results[section] = found
+    if section == "real" or "real" not in results:
+        results |= {strength: found[strength] for strength in STRENGTHS if strength in found}
+    write_json(RESULTS, results)
+
+
+def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
+    """What the pipeline left in a folder."""
+    params = read_params(folder / "params.yaml")
+    made = [name for name in params.ensembles if made_in(folder, params, name)]
+    name = ensemble or ("apl_aml" if "apl_aml" in made else made[0])
+    asked = named(params.ensembles, name, "ensembles")
+    folds = read_table(folder / "splits" / "folds.csv")
+    patients = patients_of(folds, asked.positive, asked.negative)
+    tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
+    if any(params.tasks[task].level not in LEVELS for task in tasks):
+        raise SystemExit("members that judge whole patients are not measured here yet")
+    said = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
+    members = {task: summary_of(said, task, asked.weigh_by, params) for task in asked.members}
+    verdicts = judge(patients, members, draw_candidates(params.combine, params.seed), 0, params.seed)
+    items: dict[Level, pd.DataFrame] = {}
+    for level in sorted({params.tasks[task].level for task in said}):
+        table = read_table(folder / "dataset" / f"{level}s.csv")
+        table = table[table["patient"].isin(patients["patient"])]
+        rank = table[level].map(lambda item: hashlib.sha256(f"{params.seed}/{item}".encode()).hexdigest())
+        table = table.assign(item=table[level], rank=rank).sort_values("rank")
+        drawn = table.groupby("patient").head(cells).sort_index().reset_index(drop=True)
+        fold = drawn["patient"].map(folds.set_index("patient")["fold"])
+        items[level] = drawn.assign(fold=fold.astype(np.int64))
+    heads = {task: read_heads(folder / "tuned" / task / "heads.npz") for task in said}
+    return Bench(params, items, patients, heads, asked.members, asked.weigh_by, verdicts, kept)
+
+
+def made_in(folder: Path, params: Params, ensemble: str) -> bool:
+    """Whether all members of an ensemble have been tuned."""
+    return all(
+        (folder / "tuned" / task / "heads.npz").is_file() for task in params.ensembles[ensemble].members
+    )
+
+
+def summary_of(said: Mapping[str, pd.DataFrame], task: str, weigher: str, params: Params) -> pd.DataFrame:
+    alike = params.tasks[task].level == params.tasks[weigher].level
+    return summarise_patients(said[task], said[weigher] if alike else None)
+
+
+def held(
+    bench: Bench, strength: str, kinds: tuple[str, ...] = KINDS, laboratories: int = LABORATORIES
+) -> dict[str, Any]:
+    """How verdicts hold at a strength, as means over laboratories, with and without each measure at hand.
+
+    As shipped, views are averaged as the profile says, and a cohort from elsewhere adapts itself; losses are
+    against verdicts at home, on the same cells, which do not. ``home_adapted``: had they done so too.
+    """
+    home = scored_features(bench, None)
+    away = [scored_features(bench, Condition(strength, number, kinds)) for number in range(laboratories)]
+    treatments: dict[str, dict[str, bool]] = {
+        "as_shipped": {},
+        "not_adapted": {"adapt": False},
+        "plain_view_alone": {"average": False},
+        "features_standardised_by_cohort": {"standardise": True},
+    }
+    found = {}
+    for name, treatment in treatments.items():
+        before = measured(bench, home, home, **(treatment | {"adapt": False}))
+        each = [measured(bench, features, home, **treatment) for features in away]
+        after = {key: float(np.mean([one[key] for one in each])) for key in before}
+        found[name] = {
+            "auroc_loss": before["auroc"] - after["auroc"],
+            "balanced_accuracy_loss": before["balanced_accuracy"] - after["balanced_accuracy"],
+            **after,
+            "lowest_balanced_accuracy": min(one["balanced_accuracy"] for one in each),
+            "home": before,
+        }
+    home_adapted = measured(bench, home, home)
+    return found.pop("as_shipped") | {"home_adapted": home_adapted} | found
+
+
+def measured(
+    bench: Bench,
+    features: Features,
+    home: Features,
+    adapt: bool = True,
+    average: bool = True,
+    standardise: bool = False,
+) -> dict[str, float]:
+    """AUROC, balanced accuracy and calibration slope of the held-out verdicts on these features."""
+    used = restandardised(bench, features, home) if standardise else features
+    tasks = dict.fromkeys([*bench.members, bench.weigher])
+    said = {task: scores_of(bench, task, used, average) for task in tasks}
+    summaries = {task: summary_of(said, task, bench.weigher, bench.params) for task in bench.members}
+    fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
+    probability, call = np.zeros(len(fold)), np.zeros(len(fold))
+    for world in np.unique(fold):
+        here = np.flatnonzero(fold == world)
+        combination = bench.verdicts.combinations[world]
+        logits = np.stack(
+            [
+                table[table["world"] == world].set_index("patient")[combination.summary]
+                .reindex(bench.patients["patient"].iloc[here]).to_numpy(dtype=np.float64)
+                for table in summaries.values()
+            ],
+            axis=1,
+        )  # fmt: skip
+        combination = adapted(combination, logits) if adapt else combination
+        probability[here] = combination.probability(logits)
+        call[here] = probability[here] >= combination.thresholds["balanced"]
+    return {
+        "auroc": auroc(label, probability),
+        "balanced_accuracy": balanced_accuracy(label, call),
+        "calibration_slope": calibration_slope_intercept(label, probability).slope,
+    }
+
+
+def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
+    """As `aplsmear.tuning.scores_table`, by the heads that score the held-out patients of each world."""
+    level = bench.params.tasks[task].level
+    table = bench.items[level][["item", "patient", "fold"]]
+    rows = np.arange(len(table))
+    worlds = {}
+    for world, head in enumerate(bench.heads[task]):
+        shown = features[f"{level}/{head.features}"]
+        each = [score([head], values, rows)[0] for values in (shown if average else shown[:1])]
+        worlds[f"world_{world}"] = np.mean(each, axis=0)
+    return table.assign(**worlds)
+
+
+def restandardised(bench: Bench, features: Features, home: Features) -> Features:
+    """Each fold's features with the mean and spread, channel by channel, of the other folds' own."""
+    out = {}
+    for name, shown in features.items():
+        fold = bench.items["cell" if name.startswith("cell/") else "smear"]["fold"].to_numpy()
+        usual = home[name][0].astype(np.float32)
+        out[name] = [values.astype(np.float32) for values in shown]
+        for world in np.unique(fold):
+            here, there = fold == world, fold != world
+            mean, spread = usual[there].mean(0), usual[there].std(0)
+            least = 0.05 * spread.mean() + 1e-6
+            for values in out[name]:
+                own = values[here]
+                scale = (spread + least) / (own.std(0) + least)
+                values[here] = (own - own.mean(0)) * scale + mean
+    return out
+
+
+def scored_features(bench: Bench, condition: Condition | None) -> Features:
+    """Features of all items under a condition (None: as they are): of the plain view, then of the others."""
+    found: dict[str, list[np.ndarray]] = {}
+    for level, items in bench.items.items():
+        names = {head.features for heads in bench.heads.values() for head in heads}
+        for backbone in sorted({name.split("/")[0] for name in names}):
+            path = bench.kept / f"{key_of(bench, level, backbone, condition)}.npz"
+            if not path.is_file():
+                forward(bench, level, items, backbone, condition, path)
+            with np.load(path) as file:
+                for layer in file.files:
+                    found[f"{level}/{backbone}/{layer}"] = list(file[layer])
+    return found
+
+
+def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | None) -> str:
+    """By all that the features depend on."""
+    params = bench.params
+    told = [
+        level,
+        params.seed,
+        params.dataset.root,
+        params.tune.average,
+        params.augment.model_dump(),
+        params.backbones[backbone].model_dump(),
+        bench.items[level]["item"].tolist(),
+        vars(condition) if condition else None,
+        *SOURCES,
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def forward(
+    bench: Bench, level: Level, items: pd.DataFrame, backbone: str, condition: Condition | None, path: Path
+) -> None:
+    settings = bench.params.backbones[backbone]
+    batch = batch_of(settings, level)
+    shown = list(all_shown(bench, level, items, condition))
+    batches = [shown[start : start + batch] for start in range(0, len(shown), batch)]
+    what = "as they are" if condition is None else f"{condition.strength}, laboratory {condition.laboratory}"
+    passed = features_of(
+        iter(progress(batches, f"{level}s {what}", len(batches))), settings, level, bench.params.seed
+    )
+    parts = list(passed)
+    count = bench.params.tune.average + 1
+    arrays = {}
+    for place, layer in enumerate(settings.layer):
+        values = np.concatenate([part[place] for part in parts])
+        arrays[layer] = values.reshape(len(items), count, -1).transpose(1, 0, 2)
+    with whole(path) as part, part.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condition | None) -> Iterator[View]:
+    """The views of all items, in their order, from smears under a condition."""
+    params = bench.params
+    smears = read_table(Path("dataset/smears.csv")).set_index("smear")
+    count, found = params.tune.average, {}
+    for smear, rows in items.groupby("smear", sort=False):
+        image = read_image(Path(params.dataset.root) / smears.loc[smear, "image"])
+        if condition:
+            laboratory = draw_laboratory(params.seed, condition.laboratory)
+            image = shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
+        image = prepared(image, params.augment, Path(smear))
+        for row in rows.itertuples(index=False):
+            box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
+            made = (
+                cell_views(image, box, row.item, count, params.augment, params.seed)
+                if box
+                else smear_views(image, row.item, count, params.augment, params.seed)
+            )
+            found[row.item] = list(made)
+    for item in items["item"]:
+        yield from found[item]
+
+
+def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mapping[str, Any]) -> Bench:
+    """The same cells with other settings of `augment`: by the stages of the pipeline."""
+    params = bench.params.model_dump()
+    params["augment"] |= settings
+    params["tune"] |= {"trials": TRIALS, "generation": TRIALS, "average": 0}
+    params["tune"]["space"]["views"] = [params["augment"]["views"]]
+    params["overrides"] = {task: {} for task in params["tasks"]}
+    params["dataset"]["root"] = str(Path(params["dataset"]["root"]).resolve())
+    for backbone in params["backbones"].values():
+        if Path(backbone["weights"]).is_file():
+            backbone["weights"] = str(Path(backbone["weights"]).resolve())
+    home = bench.kept / re.sub(r"\W+", "-", name)
+    for level in LEVELS:
+        items = bench.items.get(level)
+        table = items.drop(columns=["item", "rank", "fold"]) if items is not None else None
+        source = Path("dataset") / f"{level}s.csv"
+        write_table(home / source, read_table(source) if table is None or level == "smear" else table)
+    write_table(home / "splits" / "folds.csv", read_table(Path("splits/folds.csv")))
+    (home / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    used = sorted({head.features.split("/")[0] for heads in bench.heads.values() for head in heads})
+    stages = [["augment"], *(["bottleneck", one] for one in used), *(["tune", task] for task in bench.heads)]
+    for stage in stages:
+        done = home / f"{'-'.join(stage)}.done"
+        if not done.exists():
+            script = [sys.executable, "-P", str(ROOT / "stages" / f"{stage[0]}.py"), *stage[1:]]
+            subprocess.run(script, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+            done.touch()
+    return open_bench(home, ensemble, cells, bench.kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""New patients judged by a bundle: smears stream through once, patient by patient.
+
+Views are cut, kept as JPEG and turned into float16 features as the pipeline does, so that a patient of the
+training cohort gets from the models of his held-out fold what ``ensembles/<name>/predictions.csv`` says.
+Memory holds some smears' views and the patient in hand, however many patients there are.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.backbones import batch_of, forward_pass
+from aplsmear.bags import attend
+from aplsmear.bundle import Bundle, Scorer
+from aplsmear.ensembles import Combination
+from aplsmear.errors import UserError
+from aplsmear.familiarity import Moments, how_stained, stain_of
+from aplsmear.heads import score
+from aplsmear.members import ends_of, same_logits, summary_logits
+from aplsmear.params import LEVELS, Level
+from aplsmear.progress import progress
+from aplsmear.schema import CELLS_FILE
+from aplsmear.shards import View
+from aplsmear.tables import as_written, write_table
+from aplsmear.views import all_views
+
+CHUNK = 512  # views that are gathered before they go through the networks
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a field starts that spreadsheets run
+
+
+class PredictError(UserError, ValueError):
+    """New patients cannot be judged so."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an ensemble says of one patient.
+
+    Attributes:
+        patient: name.
+        smears: how many.
+        cells: how many.
+        said: float64 (members,): summaries as logits, NaN where a member has seen nothing of the patient.
+        probability: calibrated, of the positive diagnosis.
+        distance: from the training patients by features, see `aplsmear.familiarity`; NaN without items.
+        stain: the same by stain.
+        warnings: for people.
+        pictures: cells, as name and JPEG: those that speak most for the positive diagnosis, and those most
+            against it.
+    """
+
+    patient: str
+    smears: int
+    cells: int
+    said: np.ndarray
+    probability: float
+    distance: float
+    stain: float
+    warnings: list[str]
+    pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
+
+
+@dataclass
+class _InHand:
+    """What is gathered of a patient until all smears of his have come."""
+
+    smears: int = 0
+    items: dict[Level, list[str]] = field(default_factory=lambda: {level: [] for level in LEVELS})
+    # By task, a score for each item; of a head on bags, the features of each cell.
+    scores: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
+    features: Moments = field(default_factory=Moments)
+    stain: Moments = field(default_factory=Moments)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+
+
+class Judge:
+    """A bundle with its networks built.
+
+    Attributes:
+        bundle: it.
+        world: whose models judge.
+        combination: of that world.
+    """
+
+    def __init__(self, bundle: Bundle, world: int) -> None:
+        """Build what the models of one world need.
+
+        Args:
+            bundle: of `aplsmear.bundle.read_bundle`.
+            world: of `Bundle.world_of`.
+        """
+        self.bundle, self.world = bundle, world
+        self.combination = bundle.combinations[world]
+        self.weighs = self.combination.summary.startswith("weighed_")
+        scorers = {scorer.task: scorer for scorer in bundle.members}
+        if any(self._is_weighed(scorer) for scorer in bundle.members):
+            scorers[bundle.weigher.task] = bundle.weigher
+        self.scorers: dict[Level, list[Scorer]] = {
+            level: [scorer for scorer in scorers.values() if scorer.member.images == level]
+            for level in LEVELS
+        }
+        self.networks = {level: list(self._networks(level)) for level in LEVELS}
+
+    @property
+    def views(self) -> int:
+        """Augmented views that are averaged with the plain one, at most."""
+        averaged = [scorer.average for each in self.scorers.values() for scorer in each]
+        return min(max(averaged), self.bundle.model.augment.views)
+
+    def _is_weighed(self, scorer: Scorer) -> bool:
+        """Whether its items count by what the weigher says of them."""
+        return self.weighs and scorer.member.level == self.bundle.weigher.member.level
+
+    def _networks(self, level: Level) -> Iterator[tuple[int, list[str], Any]]:
+        """Batch, names of the features, and forward pass of each backbone that is needed."""
+        names = {scorer.heads[self.world].features for scorer in self.scorers[level]}
+        if self.bundle.reference.level == level:
+            names.add(self.bundle.reference.features)
+        for backbone in sorted({name.split("/")[0] for name in names}):
+            mine = sorted(name for name in names if name.split("/")[0] == backbone)
+            settings = self.bundle.backbone(backbone, level)
+            layers = [name.partition("/")[2] for name in mine]
+            yield (
+                batch_of(settings, level),
+                mine,
+                forward_pass(settings, level, self.bundle.model.seed, layers),
+            )
+
+    def see(self, chunk: Sequence[tuple[_InHand, Mapping[Level, list[View]]]]) -> None:
+        """Add the scores of some smears and their cells to what is known of their patients."""
+        for level in LEVELS:
+            averaged = max((scorer.average for scorer in self.scorers[level]), default=0)
+            owners = [(patient, view) for patient, views in chunk for view in views[level]]
+            owners = [(patient, view) for patient, view in owners if view.view <= averaged]
+            if not owners or not self.networks[level]:
+                continue
+            views = [view for _, view in owners]
+            features = self._features(level, views)
+            plain = np.flatnonzero([view.view == 0 for view in views])
+            more = np.diff(np.append(plain, len(views))) - 1
+            said = {scorer.task: self._score(scorer, features, plain, more) for scorer in self.scorers[level]}
+            known = self.bundle.reference if self.bundle.reference.level == level else None
+            for item, row in enumerate(plain):
+                patient, view = owners[row]
+                patient.items[level].append(view.item)
+                if level == "cell":
+                    patient.pictures[view.item] = view.image
+                for task, scores in said.items():
+                    patient.scores[task].append(scores[item])
+                if known:
+                    patient.features.add(features[known.features][row][None])
+                    patient.stain.add(stain_of(view)[None])
+
+    def _features(self, level: Level, views: Sequence[View]) -> dict[str, np.ndarray]:
+        """float16 (views, channels) by backbone/layer."""
+        found: dict[str, np.ndarray] = {}
+        for batch, names, forward in self.networks[level]:
+            parts = [forward(views[start : start + batch]) for start in range(0, len(views), batch)]
+            found |= {
+                name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)
+            }
+        return found
+
+    def _score(
+        self, scorer: Scorer, features: Mapping[str, np.ndarray], plain: np.ndarray, more: np.ndarray
+    ) -> np.ndarray:
+        """float32 (items,), over as many views as `aplsmear.tuning.held_out_scores` takes.
+
+        Of a head on bags, what it needs of each cell to score the patient later: float16 (items, views,
+        channels).
+        """
+        head = scorer.heads[self.world]
+        rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
+        if scorer.member.level == "patient":
+            return np.asarray(features[head.features][np.stack(rows, axis=1)])
+        return np.asarray(np.mean([score([head], features[head.features], each)[0] for each in rows], axis=0))
+
+    def conclude(self, patient: str, seen: _InHand) -> Judged:
+        """What all smears of a patient say together."""
+        members, model = self.bundle.members, self.bundle.model
+        said = np.array([self._summary(scorer, seen) for scorer in members])
+        reference = self.bundle.reference
+        distance = stain = float("nan")
+        if seen.features.count:
+            distance = reference.typical.distance(seen.features.describe())
+            stain = reference.stain.distance(seen.stain.mean())
+        judged = Judged(
+            patient=patient,
+            smears=seen.smears,
+            cells=len(seen.items["cell"]),
+            said=said,
+            probability=float(self.combination.probability(said[None])[0]),
+            distance=distance,
+            stain=stain,
+            warnings=[],
+            pictures=([], []),
+        )
+        judged.warnings.extend(self._warnings(judged, seen))
+        if model.pictured_by and seen.scores.get(model.pictured_by):
+            ends = ends_of(seen.items["cell"], np.array(seen.scores[model.pictured_by]))
+            for shown, names in zip(judged.pictures, ends if model.upwards else ends[::-1], strict=True):
+                shown.extend((name, seen.pictures[name]) for name in names)
+        return judged
+
+    def _summary(self, scorer: Scorer, seen: _InHand) -> float:
+        """What one member says, as a logit; NaN if it has seen nothing."""
+        if not seen.scores.get(scorer.task):
+            return float("nan")
+        scores = np.array(seen.scores[scorer.task])
+        if scorer.member.level == "patient":
+            bag = scores[np.argsort(np.array(seen.items["cell"]), kind="stable")]
+            head = scorer.heads[self.world]
+            each = [np.float32(attend(head, bag[:, view])[0]) for view in range(bag.shape[1])]
+            scores = np.mean(each, keepdims=True)
+        if scorer.member.one_each:
+            said = same_logits(float(np.mean(scores)))
+        else:
+            weight = seen.scores[self.bundle.weigher.task] if self._is_weighed(scorer) else None
+            said = summary_logits(scores, None if weight is None else np.array(weight))
+        return as_written(said[self.combination.summary])  # as the combination was fitted and judged
+
+    def _warnings(self, judged: Judged, seen: _InHand) -> Iterator[str]:
+        reference = self.bundle.reference
+        silent = [
+            scorer.task
+            for scorer, said in zip(self.bundle.members, judged.said, strict=True)
+            if np.isnan(said)
+        ]
+        count = len(seen.items[reference.level])
+        if silent:
+            yield f"no {reference.level}s: {', '.join(silent)} cannot say anything"
+        elif count < reference.least:
+            usual = f"nearly all training patients had {np.ceil(reference.least):.0f} or more"
+            yield f"few {reference.level}s: {count}, {usual}"
+        if judged.stain > 1:
+            how = how_stained(reference.stain, seen.stain.mean())
+            what = f"unfamiliar stain or camera ({how})" if how else "unfamiliar stain or camera"
+            yield f"{what}: {judged.stain:.1f} times the limit"
+        if judged.distance > 1:
+            yield f"unlike the training patients: {judged.distance:.1f} times the limit"
+
+
+def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
+    """See that there is what the members ask for.
+
+    Raises:
+        PredictError: they need cells and there are none.
+    """
+    of_cells = [scorer.task for scorer in bundle.members if scorer.member.images == "cell"]
+    if of_cells and cells.empty:
+        what = "no cell has a usable box in" if (folder / CELLS_FILE).exists() else "there is no"
+        raise PredictError(
+            f"{folder}: {what} {CELLS_FILE}, and the members {', '.join(of_cells)} judge cells: "
+            f"`aplsmear cells {folder}` finds the cells of the smears and writes it"
+        )
+
+
+def judge_patients(judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Judged]:
+    """Every patient's verdict, patients sorted by name.
+
+    Args:
+        judge: the models.
+        root: the folder that the `image` column of `smears` starts from.
+        smears: of `aplsmear.dataset.read_data_set`.
+        cells: likewise.
+    """
+    model = judge.bundle.model
+    smears = smears.sort_values("patient", kind="stable")
+    settings = model.augment.model_copy(update={"views": judge.views, "more": {}})
+    views = progress(all_views(root, smears, cells, settings, model.seed), "smears", len(smears))
+    waiting: dict[str, _InHand] = {}
+    for chunk in _chunks(zip(smears["patient"], views, strict=True)):
+        for patient, _ in chunk:
+            waiting.setdefault(patient, _InHand()).smears += 1
+        judge.see([(waiting[patient], of_smear) for patient, of_smear in chunk])
+        last = chunk[-1][0]  # more smears of his may follow
+        for patient in [each for each in waiting if each != last]:
+            yield judge.conclude(patient, waiting.pop(patient))
+    for patient, seen in waiting.items():
+        yield judge.conclude(patient, seen)
+
+
+def keep_pictures(judged: Iterable[Judged], count: int) -> list[Judged]:
+    """All of them, the pictures only of the `count` with the highest probabilities: memory stays flat."""
+    kept: list[Judged] = []
+    pictured: list[tuple[float, int]] = []
+    for place, each in enumerate(judged):
+        kept.append(each)
+        heapq.heappush(pictured, (each.probability, -place))
+        if len(pictured) > count:
+            lowest = -heapq.heappop(pictured)[1]
+            kept[lowest] = replace(kept[lowest], pictures=([], []))
+    return kept
+
+
+def verdict_table(judged: Sequence[Judged], combination: Combination) -> pd.DataFrame:
+    """The table that `predict` writes.
+
+    Args:
+        judged: of `judge_patients`.
+        combination: whose probability and operating points count: that of the judge, or an adapted one.
+
+    Returns:
+        ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
+        `judged`.
+    """
+    probability = combination.probability(np.array([each.said for each in judged]))
+    table = pd.DataFrame({"patient": [each.patient for each in judged], "probability": probability})
+    for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
+        table[column] = (probability >= combination.thresholds[point]).astype(np.int64)
+    for column in ("cells", "smears", "distance", "stain"):
+        table[column] = [getattr(each, column) for each in judged]
+    return table.assign(warning=["; ".join(each.warnings) for each in judged])
+
+
+def write_predictions(path: Path, table: pd.DataFrame) -> None:
+    """Write the table; a name that a spreadsheet would take for a formula gets a ``'`` in front."""
+    names = [f"'{name}" if name.startswith(_FORMULA) else name for name in table["patient"]]
+    write_table(path, table.assign(patient=names))
+
+
+def _chunks(
+    smears: Iterable[tuple[str, dict[Level, list[View]]]],
+) -> Iterator[list[tuple[str, dict[Level, list[View]]]]]:
+    """Consecutive smears, together until they have `CHUNK` views."""
+    chunk: list[tuple[str, dict[Level, list[View]]]] = []
+    count = 0
+    for patient, views in smears:
+        chunk.append((patient, views))
+        count += sum(map(len, views.values()))
+        if count >= CHUNK:
+            yield chunk
+            chunk, count = [], 0
+    if chunk:
+        yield chunk

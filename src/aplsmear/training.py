@@ -1,0 +1,369 @@
+"""Training the uppermost blocks of a backbone together with its head.
+
+The deeper a block, the slower it learns (Howard & Ruder 2018). What the frozen part gives for a view is
+computed once and kept on disk, so that an epoch costs the uppermost blocks only. With `online` the whole
+network runs instead, and every view is turned, mirrored and lit anew each time that it is shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aplsmear.errors import UserError
+from aplsmear.files import whole
+from aplsmear.heads import Head, Recipe, TrainingItems
+from aplsmear.images import decode
+from aplsmear.params import Finetune
+from aplsmear.shards import View
+from aplsmear.splits import HeldOut
+from aplsmear.statistics import auroc
+from aplsmear.unfreezing import HEAD, Divided, set_head
+from aplsmear.views import resize
+
+SCORED = 256  # views of one forward pass
+
+
+class FinetuneError(UserError, ValueError):
+    """A model that cannot be trained on as asked."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train, from a head that was trained on the same patients."""
+
+    name: str
+    recipe: Recipe  # of the head: its views, balance and smoothing hold here too
+    held_out: HeldOut
+    judged: int | None  # the fold that it is judged on after every epoch
+    epochs: int  # at most
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run went."""
+
+    loss: list[float]  # of training, one an epoch
+    auroc: list[float]  # on the judged fold, one an epoch from epoch 0 on; none without one
+    seconds: float
+
+    @property
+    def best_epoch(self) -> int:
+        """The first of the best."""
+        return int(np.argmax(self.auroc))
+
+
+@dataclass(frozen=True)
+class Store:
+    """What the part that trains reads of each view: activations of the frozen part, or images."""
+
+    place: np.ndarray  # int64 (views of the level,): the row of each view in `arrays`, or -1
+    arrays: list[np.ndarray]  # (rows, ...): float16 activations or uint8 images; memory-mapped
+
+    def read(self, views: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What some views give, float32 or uint8."""
+        found = (each[self.place[views]] for each in self.arrays)
+        return tuple(each if each.dtype == np.uint8 else each.astype(np.float32) for each in found)
+
+
+class Tuner:
+    """A network that trains: one run after another, each from a fresh start or from its own last epoch."""
+
+    def __init__(
+        self, network: Callable[[], Divided], settings: Finetune, light: float = 0.0, strategy: Any = None
+    ) -> None:
+        """Build and compile.
+
+        Args:
+            network: makes it; called within the strategy.
+            settings: of the training.
+            light: how much online augmentation changes the brightness, relative, either way.
+            strategy: tf.distribute.Strategy; None: what `machine_strategy` finds.
+        """
+        import tensorflow as tf
+        from keras import Model, losses, optimizers
+        from keras.utils import clear_session
+
+        self.settings, self.light = settings, light
+        self.strategy = strategy or machine_strategy()
+        clear_session()  # so that names do not depend on what was built before
+        with self.strategy.scope():
+            self.network = network()
+            self.model = self.network.top
+            if settings.online:
+                image = self.network.trunk.input
+                self.model = Model(image, self.model(self.network.trunk(image, training=False)))
+            depth = self.network.depth
+            blocks = sorted(set(depth.values()) - {HEAD})
+            by_block = {each: optimizers.Adam(settings.rate * settings.deeper**each) for each in blocks}
+            by_block[HEAD] = optimizers.Adam(settings.head_rate)
+
+            def of_block(weight: Any) -> Any:
+                return by_block[depth[weight.path]]
+
+            optimizer = optimizers.MultiOptimizer(of_block)
+            self.model.compile(optimizer, losses.BinaryCrossentropy(from_logits=True), jit_compile=False)
+            self.model.optimizer.build(self.model.trainable_variables)
+        self._fresh = [each.numpy() for each in self._state()]
+        self._whole = tf.function(lambda images: self.network.whole(images, training=False))
+        self._forward = tf.function(lambda given: self.model(given, training=False))
+
+    def start(self, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
+        """The frozen model: the backbone as it came and this head on it, see `set_head`."""
+        self._set_state(self._fresh)
+        set_head(self.network, head, mean, scale)
+
+    def train(
+        self, run: Run, items: TrainingItems, store: Store, seed: int, checkpoint: Path
+    ) -> Iterator[Course]:
+        """Train on from `start`, or from the last epoch in `checkpoint`.
+
+        Args:
+            run: what to train.
+            items: those outside its held-out folds train.
+            store: of their views.
+            seed: of their order.
+            checkpoint: a file; after each epoch all that training goes on from is there.
+
+        Yields:
+            The course so far, after every epoch and at least once. The same bits, cut off or not.
+        """
+        course = self._resume(checkpoint) or Course([], self._judged(run, items, store), 0.0)
+        yield course
+        while not self._done(run, course):
+            started = time.perf_counter()
+            loss = self._epoch(run, items, store, seed, len(course.loss))
+            if not np.isfinite(loss):
+                raise FinetuneError(
+                    f"{run.name}: the loss is no number in epoch {len(course.loss) + 1}: "
+                    "lower finetune.rate and finetune.head_rate"
+                )
+            course = Course(
+                [*course.loss, loss],
+                [*course.auroc, *self._judged(run, items, store)],
+                course.seconds + time.perf_counter() - started,
+            )
+            self._keep(checkpoint, course)
+            yield course
+
+    def weights(self) -> list[np.ndarray]:
+        """Those of the part that trains."""
+        return [each.numpy() for each in self.network.top.weights]
+
+    def set_weights(self, weights: Sequence[np.ndarray]) -> None:
+        """Those of `weights`."""
+        self.network.top.set_weights(weights)
+
+    def logits(self, views: np.ndarray, store: Store) -> np.ndarray:
+        """float32 (views,)."""
+        found = np.zeros(len(views), np.float32)
+        for start in range(0, len(views), SCORED):
+            part = views[start : start + SCORED]
+            given = store.read(np.resize(part, SCORED))  # one shape, one graph
+            found[start : start + SCORED] = self._forward(_bare(given)).numpy()[: len(part), 0]
+        return found
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Of uint8 (batch, size, size, 3): float32 (batch,)."""
+        return np.asarray(self._whole(images).numpy()[:, 0])
+
+    def _judged(self, run: Run, items: TrainingItems, store: Store) -> list[float]:
+        if run.judged is None:
+            return []
+        here = np.flatnonzero(items.fold == run.judged)
+        return [auroc(items.label[here], self.logits(items.row[here], store))]
+
+    def _done(self, run: Run, course: Course) -> bool:
+        patience = self.settings.patience
+        tired = run.judged is not None and len(course.auroc) - 1 - course.best_epoch >= patience > 0
+        return len(course.loss) >= run.epochs or tired
+
+    def _epoch(self, run: Run, items: TrainingItems, store: Store, seed: int, epoch: int) -> float:
+        """Train for one epoch; the mean loss."""
+        import tensorflow as tf
+
+        view, target, weight = epoch_items(run, items, self.settings.views, seed, epoch)
+        dice = np.random.Generator(np.random.Philox([1, *_entropy(run, seed, epoch)]))
+        batch = min(self.settings.batch, len(view))
+        steps = len(view) // batch
+
+        def batches() -> Iterator[Any]:
+            for step in range(steps):
+                here = slice(step * batch, (step + 1) * batch)
+                given = store.read(view[here])
+                if self.settings.online:
+                    given = (shown_anew(given[0], self.light, dice),)
+                yield _bare(given), target[here], weight[here]
+
+        kinds = [np.uint8 if each.dtype == np.uint8 else np.float32 for each in store.arrays]
+        given = tuple(
+            tf.TensorSpec((batch, *each.shape[1:]), kind)
+            for each, kind in zip(store.arrays, kinds, strict=True)
+        )
+        column = tf.TensorSpec((batch,), tf.float32)
+        data = tf.data.Dataset.from_generator(batches, output_signature=(_bare(given), column, column))
+        history = self.model.fit(data.prefetch(2), steps_per_epoch=steps, shuffle=False, verbose=0)
+        return float(history.history["loss"][0])
+
+    def _state(self) -> list[Any]:
+        """All that training changes: weights, the state of dropout, the optimiser's."""
+        return [*self.network.top.variables, *self.model.optimizer.variables]
+
+    def _set_state(self, values: Sequence[np.ndarray]) -> None:
+        for variable, value in zip(self._state(), values, strict=True):
+            variable.assign(value)
+
+    def _resume(self, checkpoint: Path) -> Course | None:
+        if not checkpoint.is_file():
+            return None
+        with np.load(checkpoint, allow_pickle=False) as kept:
+            self._set_state([kept[f"state.{number}"] for number in range(len(self._fresh))])
+            return Course(kept["loss"].tolist(), kept["auroc"].tolist(), float(kept["seconds"]))
+
+    def _keep(self, checkpoint: Path, course: Course) -> None:
+        arrays: dict[str, Any] = {f"state.{n}": each.numpy() for n, each in enumerate(self._state())}
+        arrays |= {"loss": course.loss, "auroc": course.auroc, "seconds": course.seconds}
+        with whole(checkpoint) as part, part.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+
+def machine_strategy() -> Any:
+    """All GPUs that TensorFlow sees, each with its share of a batch; with one or none, no strategy at all."""
+    import tensorflow as tf
+
+    several = len(tf.config.list_logical_devices("GPU")) > 1
+    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+
+
+def set_precision(precision: str) -> None:
+    """`on`: half precision where a network is large (a GPU is twice as fast so); `off`: float32; `auto`: on,
+    if there is a GPU."""
+    import keras
+    import tensorflow as tf
+
+    half = precision == "on" or (precision == "auto" and tf.config.list_logical_devices("GPU"))
+    keras.config.set_dtype_policy("mixed_float16" if half else "float32")
+
+
+def epoch_items(
+    run: Run, items: TrainingItems, views: int, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What an epoch shows, in order: view rows int64, targets and weights float32; (shown,) each.
+
+    Raises:
+        FinetuneError: one class only is left to train on.
+    """
+    random = np.random.Generator(np.random.Philox([0, *_entropy(run, seed, epoch)]))
+    inside = np.flatnonzero(~np.isin(items.fold, sorted(run.held_out)))
+    shown = random.permutation(np.repeat(inside, items.copies[inside]))
+    seen = np.minimum(views * items.copies[shown], items.views[shown])
+    view = items.row[shown] + (random.random(len(shown)) * (seen + 1)).astype(np.int64)
+    label = items.label[shown].astype(np.float32)
+    positive = float(label.sum())
+    negative = len(label) - positive
+    if not positive or not negative:
+        raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
+    heavier = (negative / positive) ** run.recipe.balance
+    weight = np.where(label > 0, heavier, 1.0) * len(label) / (positive * heavier + negative)
+    target = label * (1 - run.recipe.smoothing) + run.recipe.smoothing / 2
+    return view, target.astype(np.float32), weight.astype(np.float32)
+
+
+def shown_anew(images: np.ndarray, light: float, dice: np.random.Generator) -> np.ndarray:
+    """Each image in one of its eight positions and in another light: online augmentation.
+
+    Args:
+        images: uint8 (batch, size, size, 3).
+        light: relative, either way.
+        dice: what chance is drawn from.
+    """
+    turns = dice.integers(0, 4, len(images))
+    mirrored = dice.integers(0, 2, len(images))
+    factor = dice.uniform(1 - light, 1 + light, len(images)).astype(np.float32)
+    out = np.empty_like(images)
+    for number, image in enumerate(images):
+        turned = np.rot90(image, turns[number])
+        turned = turned[:, ::-1] if mirrored[number] else turned
+        out[number] = np.clip(turned * factor[number] + 0.5, 0, 255).astype(np.uint8)
+    return out
+
+
+def make_store(
+    folder: Path, views: Iterator[list[View]], wanted: np.ndarray, network: Divided, size: int, online: bool
+) -> Store:
+    """Compute and keep what the part that trains reads; what an earlier process kept whole is taken as it is.
+
+    Args:
+        folder: gets one .npy file an array.
+        views: all of the level, in their order, in batches.
+        wanted: bool (views,): those that will be read.
+        network: whose `trunk` is asked.
+        size: pixels of an image.
+        online: keep images, not activations.
+
+    Raises:
+        FinetuneError: an activation is no number that float16 can hold.
+    """
+    import tensorflow as tf
+
+    place = np.where(wanted, np.cumsum(wanted) - 1, -1)
+    shapes = [(size, size, 3)] if online else [tuple(each.shape[1:]) for each in network.trunk.outputs]
+    kind = np.uint8 if online else np.float16
+    paths = [folder / f"{number}.npy" for number in range(len(shapes))]
+    forward = tf.function(lambda images: network.trunk(images, training=False))
+    if not all(path.is_file() for path in paths):
+        with ExitStack() as stack:
+            arrays = [
+                np.lib.format.open_memmap(
+                    stack.enter_context(whole(path)), "w+", kind, (int(wanted.sum()), *shape)
+                )
+                for path, shape in zip(paths, shapes, strict=True)
+            ]
+            first = 0
+            for batch in views:
+                here = np.flatnonzero(wanted[first : first + len(batch)])
+                rows = place[first + here]
+                first += len(batch)
+                if len(rows):
+                    images = np.zeros((len(batch), size, size, 3), np.uint8)  # mostly of one shape: one graph
+                    for number, row in enumerate(here):
+                        images[number] = fitting(decode(batch[row].image), size)
+                    given = [images] if online else [each.numpy() for each in _listed(forward(images))]
+                    for array, each in zip(arrays, given, strict=True):
+                        array[rows] = _narrow(each[: len(rows)], kind)
+            for array in arrays:
+                array.flush()
+    return Store(place, [np.load(path, mmap_mode="r") for path in paths])
+
+
+def fitting(image: np.ndarray, size: int) -> np.ndarray:
+    """A square image, scaled if need be: uint8 (size, size, 3)."""
+    return image if image.shape[0] == size else resize(image, size)
+
+
+def _narrow(values: np.ndarray, kind: Any) -> np.ndarray:
+    if kind == np.float16 and not bool((np.abs(values) <= np.finfo(np.float16).max).all()):
+        raise FinetuneError(
+            f"activations of the frozen part are beyond float16 (largest: {np.abs(values).max():.3g}): "
+            "choose another number of finetune.blocks"
+        )
+    return values.astype(kind)
+
+
+def _entropy(run: Run, seed: int, epoch: int) -> list[int]:
+    return [seed, epoch, *(fold + 1 for fold in sorted(run.held_out))]
+
+
+def _bare(given: Sequence[Any]) -> Any:
+    """Keras wants one input bare, several in a tuple."""
+    return tuple(given) if len(given) > 1 else given[0]
+
+
+def _listed(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, list | tuple) else [found]

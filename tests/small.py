@@ -1,0 +1,38 @@
+"""The pipeline at its smallest: every stage does all of its work, on next to nothing."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from aplsmear.demo import draw_data_set
+
+MEMBERS = {
+    "apl_healthy": ["blast", "apl_healthy_cell", "apl_healthy_smear"],
+    "apl_aml": ["blast", "apl_aml_smear"],
+}
+TASKS = sorted({task for members in MEMBERS.values() for task in members})
+
+
+def make_small(folder: Path) -> None:
+    """A tiny data set, one backbone, few short trials; every stage still does all of its work."""
+    shutil.rmtree(folder / "demo")
+    draw_data_set(folder / "demo", 18, 3, size=(240, 320), cells_per_smear=8)
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    params["split"]["folds"] = 3
+    params["augment"] |= {"size": {"cell": 32, "smear": 64}, "views": 1}
+    params["backbones"] = {
+        "mobilenet": params["backbones"]["mobilenet"] | {"input_size": {"cell": 32, "smear": 64}}
+    }
+    params["tune"] |= {"trials": 2, "generation": 2}
+    params["tune"]["space"]["epochs"] = [2]
+    params["tasks"] = {task: params["tasks"][task] for task in TASKS}
+    params["overrides"] = {task: {"trials": 2} for task in TASKS}
+    params["task"] = "blast"
+    params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 1, "pictures": 1}
+    for name, members in MEMBERS.items():
+        params["ensembles"][name] |= {"members": members, "weigh_by": "blast"}
+    params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
+    path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    (folder / "dvc.lock").unlink()

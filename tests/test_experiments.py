@@ -1,0 +1,96 @@
+"""Experiments as a new user would try them: run, queue, look, compare, keep; and their runs in MLflow."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clones import run, stages_run, start
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+
+
+@pytest.fixture
+def folder(small: Path, tmp_path: Path) -> Path:
+    """A copy of the finished pipeline, without what earlier runs left in MLflow and the studies."""
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*", ".studies"))
+    return copy
+
+
+def mlflow_runs(folder: Path, experiment: str) -> dict[str, str]:
+    """What MLflow has of an experiment of DVC, by its tag: name -> status of each run."""
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        found = database.execute(
+            "select name, status from runs join tags using (run_uuid) "
+            "where key = 'DVC_EXP_NAME' and value = ?",
+            (experiment,),
+        )
+        return dict(found.fetchall())
+
+
+def finetuned(folder: Path) -> dict:
+    return json.loads((folder / "finetuned" / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
+    before = run(folder, "git", "status", "--porcelain")
+
+    # One in the workspace while another runs in a folder of its own.
+    deepen = ("dvc", "exp", "run", "-S", "task=apl_healthy_cell")
+    aside = start(folder, *deepen, "--temp", "--name", "aside", "-S", "seed=1", "-S", "finetune.rate=0.001")
+    printed = run(folder, *deepen, "--name", "deeper")
+    assert stages_run(printed) == ["finetune"]
+    assert finetuned(folder)["task"] == "apl_healthy_cell"
+    beside, _ = aside.communicate()
+    assert aside.returncode == 0, beside
+    assert stages_run(beside) == ["finetune"]
+
+    # Two from the queue.
+    run(folder, "dvc", "exp", "run", "--queue", "-S", "task=blast,apl_aml_smear", "-S", "finetune.pictures=0")
+    queued = run(folder, "dvc", "queue", "status")
+    assert queued.count("Queued") == 2, queued
+    run(folder, "dvc", "exp", "run", "--run-all", "--jobs", "2")
+    status = run(folder, "dvc", "queue", "status")
+    assert status.count("Success") == 2, status + logs(folder)
+
+    # Which is better? A line each, in 80 columns.
+    shown = run(folder, "aplsmear", "experiments", env={"COLUMNS": "80", "PYTHONPATH": str(folder / "src")})
+    assert max(map(len, shown.splitlines())) <= 80
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    assert "task=apl_heal" in lines["deeper"]
+    assert f"{finetuned(folder)['difference']['value']:+.3f}" in shown
+    assert "finetune.rate=0.001" in shown.replace("\n", "")
+    diff = run(folder, "dvc", "exp", "diff", "aside", "deeper")
+    assert "finetune.rate" in diff
+    assert "finetuned/metrics.json" in diff
+    assert max(map(len, diff.splitlines())) < 120, diff  # no lists poured out
+    params = run(folder, "dvc", "params", "diff", "aside", "deeper")
+    assert [line.split()[1] for line in params.splitlines()[1:]] == ["finetune.rate"]
+
+    # From a line to its run in MLflow, and back; also for the one whose folder is gone.
+    names = {line.split("[")[0] for line in run(folder, "dvc", "exp", "list", "--name-only").split()}
+    assert len(names) == 4
+    for name in names:
+        assert set(mlflow_runs(folder, name).values()) == {"FINISHED"}, name
+    assert not list(folder.glob(".dvc/tmp/exps/*/*/mlflow.db"))
+
+    # Back to one, and on from it.
+    run(folder, "dvc", "exp", "apply", "aside")
+    assert yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["finetune"]["rate"] == 0.001
+    run(folder, "dvc", "exp", "branch", "aside", "a-better-rate")
+    assert "a-better-rate" in run(folder, "git", "branch")
+    run(folder, "git", "checkout", "--quiet", "--force", "main")
+    run(folder, "dvc", "checkout", "--quiet", "--force")
+    assert run(folder, "git", "status", "--porcelain") == before
+    run(folder, "git", "checkout", "--quiet", "a-better-rate")
+    run(folder, "dvc", "checkout", "--quiet")
+    assert "up to date" in run(folder, "dvc", "status")
+
+
+def logs(folder: Path) -> str:
+    """What the queue's jobs printed."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in folder.glob(".dvc/tmp/exps/run/*/*.out"))

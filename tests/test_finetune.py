@@ -1,0 +1,186 @@
+"""Training on with the uppermost blocks: the frozen model first, then no step that a cut could change."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aplsmear.heads import Head, Recipe, TrainingItems, score
+from aplsmear.params import Backbone, read_params
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = read_params(ROOT / "params.yaml").finetune.model_copy(
+    update={"blocks": 1, "batch": 8, "views": 1, "epochs": 3, "patience": 0}
+)
+LAYER = "conv_pw_2_relu+conv_pw_3_relu"
+BACKBONE = Backbone(
+    application="MobileNet",
+    options={"alpha": 0.25},
+    input_size={"cell": 32, "smear": 32},
+    layer=[LAYER],
+    weights="none",
+    batch=8,
+)
+CHANNELS = 64
+RECIPE = Recipe(
+    f"net/{LAYER}", 1, 1, 4, "gelu", 0.3, 0.01, "constant", 0.0, 0.5, 0.0, 0.0, 8, 3
+)  # fmt: skip
+
+
+def head() -> Head:
+    random = np.random.Generator(np.random.Philox(3))
+    kernels = random.normal(size=(CHANNELS, 4)), random.normal(size=(4, 1))
+    return Head(
+        RECIPE.features,
+        tuple(each.astype(np.float32) for each in kernels),
+        (np.full(4, 0.1, np.float32), np.zeros(1, np.float32)),
+        "gelu",
+    )
+
+
+def images() -> np.ndarray:
+    return np.random.Generator(np.random.Philox(4)).integers(0, 256, (48, 32, 32, 3)).astype(np.uint8)
+
+
+def items() -> TrainingItems:
+    """Twenty-four items in three folds, each with one augmented view."""
+    numbers = np.arange(24)
+    return TrainingItems(
+        row=2 * numbers,
+        views=np.ones(24, np.int64),
+        copies=np.ones(24, np.int64),
+        label=(numbers % 2).astype(np.int8),
+        fold=numbers % 3,
+    )
+
+
+def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: object) -> dict[str, object]:
+    """Train a small network; `cuts`: after so many epochs by another process, which was killed."""
+    from aplsmear.images import encode_jpeg
+    from aplsmear.shards import View
+    from aplsmear.training import Run, Tuner, make_store
+    from aplsmear.unfreezing import divide
+
+    settings = SETTINGS.model_copy(update=changed)
+    run = Run("inner_0_1", RECIPE, frozenset({0, 1}), 1, settings.epochs)
+
+    def network() -> object:
+        return divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, settings.blocks, 5)
+
+    views = [View(str(number // 2), number % 2, encode_jpeg(image)) for number, image in enumerate(images())]
+    found: dict[str, object] = {}
+    for last in (cuts, 99) if cuts else (99,):
+        tuner = Tuner(network, settings, 0.1, strategy)
+        store = make_store(folder, iter([views]), np.ones(48, bool), tuner.network, 32, settings.online)
+        tuner.start(head(), np.zeros(CHANNELS, np.float32), np.ones(CHANNELS, np.float32))
+        for course in tuner.train(run, items(), store, 7, folder / "run.npz"):
+            found = {"loss": course.loss, "auroc": course.auroc, "weights": tuner.weights()}
+            if len(course.loss) == last:
+                break
+    return found
+
+
+def test_blocks_are_found_in_networks_of_any_kind() -> None:
+    import keras
+
+    from aplsmear.unfreezing import block_ends
+
+    size = {"include_top": False, "weights": None, "input_shape": (32, 32, 3)}
+    assert block_ends(keras.applications.MobileNet(**size))[-2:] == ["conv_pw_11_relu", "conv_pw_12_relu"]
+    assert block_ends(keras.applications.ResNet50(**size))[-2:] == ["conv5_block1_out", "conv5_block2_out"]
+    assert block_ends(keras.applications.DenseNet121(**size))[-1] == "conv5_block15_concat"
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 99])
+def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(blocks: int) -> None:
+    import keras
+
+    from aplsmear.backbones import build_backbone
+    from aplsmear.unfreezing import divide, set_head
+
+    shown = images()[:6]
+    features = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
+    expected = score([head()], features, np.arange(6))[0]
+    network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5)
+    set_head(network, head(), features.mean(axis=0), features.std(axis=0) + 0.1)
+    np.testing.assert_allclose(network.whole(shown).numpy()[:, 0], expected, atol=1e-5)
+
+    copy = keras.models.model_from_json(network.whole.to_json())  # safe mode: no code in the file
+    copy.set_weights(network.whole.get_weights())
+    np.testing.assert_array_equal(copy(shown).numpy(), network.whole(shown).numpy())
+
+
+def test_cut_off_after_any_epoch_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    peaceful = deepened(tmp_path / "peaceful")
+    cut = deepened(tmp_path / "cut", cuts=2)
+    assert cut["loss"] == peaceful["loss"]
+    assert cut["auroc"] == peaceful["auroc"]
+    for ours, theirs in zip(cut["weights"], peaceful["weights"], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_blocks_learn_the_deeper_the_slower_and_statistics_stay(tmp_path: Path) -> None:
+    from aplsmear.unfreezing import divide
+
+    still = deepened(tmp_path / "still", blocks=2, deeper=0.0)
+    moved = deepened(tmp_path / "moved", blocks=2, deeper=0.5)
+    start = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, 2, 5)
+    names = [weight.path for weight in start.top.weights]
+    before = [weight.numpy() for weight in start.top.weights]
+    for name, first, frozen, trained in zip(names, before, still["weights"], moved["weights"], strict=True):
+        if "conv_pw_2/" in name or "conv_dw_2/" in name:  # the second block from above
+            np.testing.assert_array_equal(frozen, first)
+            assert (trained != first).any()
+        if "moving" in name and "standardise" not in name:
+            np.testing.assert_array_equal(trained, first)
+
+
+def test_no_held_out_item_trains() -> None:
+    from aplsmear.training import Run, epoch_items
+
+    rows, _, weight = epoch_items(Run("r", RECIPE, frozenset({0, 1}), 1, 3), items(), 1, 7, 0)
+    assert set(items().fold[rows // 2]) == {2}
+    assert weight.mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_images_shown_anew_are_the_same_ones_turned() -> None:
+    from aplsmear.training import shown_anew
+
+    image = images()[:1]
+    again = shown_anew(image, 0.0, np.random.Generator(np.random.Philox(2)))
+    assert (again != image).any()
+    assert sorted(again.ravel()) == sorted(image.ravel())
+
+
+def test_online_augmentation_trains_through_the_whole_network(tmp_path: Path) -> None:
+    assert np.isfinite(deepened(tmp_path, online=True, epochs=1)["loss"]).all()
+
+
+TWO_DEVICES = """
+import sys, tensorflow as tf
+from pathlib import Path
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+tf.config.experimental.enable_op_determinism()
+import numpy as np
+from test_finetune import deepened
+one = deepened(Path(sys.argv[1], "one"), epochs=1)
+both = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+two = deepened(Path(sys.argv[1], "two"), epochs=1, strategy=both)
+for ours, theirs in zip(one["weights"], two["weights"], strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+print("the same")
+"""
+
+
+@pytest.mark.pipeline
+def test_several_devices_train_the_same_model(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_DEVICES, str(tmp_path)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip().endswith("the same"), done.stderr[-3000:]

@@ -1,0 +1,55 @@
+"""The pages of docs/ can be walked: every command does what the page says."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from clones import ROOT
+from walks import PAGES, clean, commands, printed, refreshed, tested
+
+
+def stable(shown: list[str]) -> list[str]:
+    """What does not hang on the data: lines without a figure, however wide their columns."""
+    return [" ".join(line.split()) for line in shown if line.strip() and not re.search(r"[\d…]", line)]
+
+
+@pytest.mark.pipeline
+@pytest.mark.xdist_group("pipeline")
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "aplsmear"
+    shutil.copytree(small, folder, symlinks=True)
+    steps = tested(path.read_text(encoding="utf-8"))
+    assert steps
+    outputs = printed(folder, [step.typed for step in steps])
+    for step, output in zip(steps, outputs, strict=True):
+        said = stable(output)
+        assert [line for line in stable(step.shown) if line not in said] == [], (
+            f"$ {step.typed}\nprints another thing than {path.name} shows:\n" + "\n".join(output)
+        )
+
+
+def test_what_is_left_out_says_why_and_the_readme_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in PAGES if f"docs/{path.name}" not in readme] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+def test_outputs_are_put_below_their_commands_and_nowhere_else() -> None:
+    left_out = "<!-- not in the test: slow -->\n```console\n$ three\nkept\n```\n"
+    page = f"```console\n$ one\nold\n$ two\n```\n{left_out}"
+    assert [step.typed for step in tested(page)] == ["one", "two"]
+    again = refreshed(page, [["new", "newer"], []])
+    assert again == page.replace("old", "new\nnewer")
+    assert commands("$ one\nnew\n")[0].shown == ["new"]
+
+
+def test_colours_and_progress_bars_are_not_shown() -> None:
+    assert clean("\n\x1b[1mbold\x1b[0m \n  0%|  | 0/2\r100%|##| 2/2\rdone\n\n") == ["bold", "done"]
