@@ -9,8 +9,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 
-ID, SECRET = "planted-id-1889", "planted-secret-key-1889"
+ID, SECRET = f"id-{token_hex(8)}", token_hex(20)  # found nowhere but where a program puts them
 BUCKET = "lab"
 
 

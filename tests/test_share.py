@@ -328,19 +328,15 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
     lab: Lab,
 ) -> None:
     lab.dvc(lab.a, "push")
-    params = lab.b / "params.yaml"
-    changed = yaml.safe_load(params.read_text(encoding="utf-8"))
-    changed["overrides"]["apl_aml_smear"]["trials"] = 1
-    params.write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
-    said = lab.dvc(lab.b, "repro", "--pull", "ensemble_apl_aml")
+    changed = ("-S", "overrides.apl_aml_smear.trials=1", "ensemble_apl_aml")
+    said = lab.dvc(lab.b, "exp", "run", "--pull", "--name", "fewer", *changed)
     assert set(stages_run(said)) == {"tune@apl_aml_smear", "member_apl_aml@apl_aml_smear", "ensemble_apl_aml"}
     assert not (lab.b / "ensembles" / "apl_healthy" / "report.html").exists()
     assert not (lab.b / "tuned" / "apl_healthy_cell").exists()
 
-    lab.dvc(lab.b, "exp", "save", "--name", "fewer")
     lab.dvc(lab.b, "exp", "push", "origin", "fewer", "--run-cache")
     lab.dvc(lab.a, "exp", "pull", "origin", "fewer", "--run-cache")
-    said = lab.dvc(lab.a, "exp", "run", "-S", "overrides.apl_aml_smear.trials=1", "ensemble_apl_aml")
+    said = lab.dvc(lab.a, "exp", "run", *changed)
     assert stages_run(said) == []
     table = (lab.b / "ensembles" / "apl_aml" / "predictions.csv").read_bytes()
     assert (lab.a / "ensembles" / "apl_aml" / "predictions.csv").read_bytes() == table
