@@ -104,7 +104,9 @@ def prepare(work: Path, data: Path, weights: Path) -> None:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     for section in ("tasks", "overrides"):
         params[section] = {task: row for task, row in params[section].items() if task in TASKS}
-    params["ensembles"] = {"apl_aml": params["ensembles"]["apl_aml"] | {"members": TASKS}}
+    params["ensembles"] = {
+        "apl_aml": params["ensembles"]["apl_aml"] | {"members": TASKS, "weigh_by": TASKS[0]}
+    }
     params |= {"task": TASKS[0]}
     params["dataset"] |= {"root": str(data.resolve()), "source": "folder", "skip_bad_images": True}
     params["augment"] |= {"views": 0, "size": {"cell": 160, "smear": 64}}

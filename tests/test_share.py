@@ -30,7 +30,7 @@ from clones import commit, run, stages_run
 from s3_server import BUCKET, ID, SECRET, S3Server
 
 ROOT = Path(__file__).parents[1]
-MOST_OBJECTS = 150  # of the whole demo
+MOST_OBJECTS = 220  # of the whole demo
 
 
 def of_the_pipeline(test: Any) -> Any:

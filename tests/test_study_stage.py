@@ -25,7 +25,9 @@ def folder(tmp_path: Path) -> Path:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["tasks"] = {"blast": params["tasks"]["blast"]}
     params["overrides"] = {"blast": {}}
-    params["ensembles"] = {"apl_aml": params["ensembles"]["apl_aml"] | {"members": ["blast"]}}
+    params["ensembles"] = {
+        "apl_aml": params["ensembles"]["apl_aml"] | {"members": ["blast"], "weigh_by": "blast"}
+    }
     params |= {
         "task": "blast",
         "backbones": {"net": params["backbones"]["mobilenet"] | {"layer": ["good", "poor"]}},

@@ -5,10 +5,10 @@ once and kept. Above it lie the top *blocks* and the head, which train. A block 
 that mixes channels between two places where the network is a single path: a depthwise and a pointwise
 convolution of MobileNet, a residual unit of ResNet, a layer of DenseNet, for whatever network Keras has.
 
-Batch normalisation stays in inference mode also where it trains: its means and variances are those of the
-weights that came with the backbone. Statistics of small batches that hold a few patients' stain would
-replace them by worse ones, and would make a score depend on what else is in the batch. Its scale and offset
-train with the block.
+Batch normalisation stays as it is, in inference mode, also where blocks train: its means and variances are
+those of the weights that came with the backbone. Statistics of small batches that hold a few patients' stain
+would replace them by worse ones, and would make a score depend on what else is in the batch. (It is not
+trainable at all: that alone keeps Keras from updating them, whatever `training` says.)
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def divide(
     upper = keras.Model(division, [cut.output[part] for part in above], name="blocks")
     bottom.trainable, upper.trainable = False, True
     for each in upper.layers:
-        each.trainable = True
+        each.trainable = not isinstance(each, keras.layers.BatchNormalization)
 
     image = keras.Input((size, size, 3), dtype="uint8", name="image")
     given, *lower = bottom(preprocess(keras.ops.cast(image, "float32")), training=False)
