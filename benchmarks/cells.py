@@ -7,7 +7,9 @@ Drawn smears, of N patients with a stain and a camera each: a found box is right
 is at least 0.5, one to one; the size of a cell is estimated. With --data, a folder in the Kaggle layout whose
 boxes hold a cell each with its surroundings: is exactly one found box around the middle of an annotated one,
 and does it keep to it? Each picture at half, whole and twice its size; the size of a cell estimated, then
-given (PX at whole size). With --smears, on N of them, evenly spread. Results: benchmarks/results/cells.json.
+given (PX at whole size). With --smears, on N of them, evenly spread.
+
+Results go to benchmarks/results/cells.json.
 """
 
 import argparse
