@@ -160,19 +160,43 @@ def profile(
 
 
 @app.command()
-def tidy() -> None:
+def tidy(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about old searches: they go.")] = False,
+) -> None:
     """Remove outs of backbones, tasks and members that params.yaml no longer names; DVC's cache keeps them.
+
+    Then it offers to remove the searches in .studies that no `tuned/TASK/best.yaml` here goes back to. Keep
+    one that was cut off and is to go on. One that is running is left alone.
 
     Example: `aplsmear tidy`
     """
     import shutil
+    import sys
+    from datetime import datetime
+
+    import yaml
 
     from aplsmear.profiles import leftovers
+    from aplsmear.study import past_studies, remove_study
 
     knobs = _knobs_here()
     for path in leftovers(Path(), knobs):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
+    best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
+    past = past_studies(Path(".studies"), {each.get("study", "") for each in best})
+    for path in past:
+        state = path.stat()
+        last = datetime.fromtimestamp(state.st_mtime)
+        typer.echo(f"{path}: {state.st_size / 1e6:.1f} MB, last written {last:%Y-%m-%d %H:%M}")
+    if not past:
+        return
+    if yes or (sys.stdin.isatty() and typer.confirm("Nothing in tuned/ goes back to these. Remove them?")):
+        for path in past:
+            remove_study(path)
+        typer.echo(f"{len(past)} searches removed")
+    else:
+        typer.echo("Nothing in tuned/ goes back to these searches: `aplsmear tidy --yes` removes them.")
 
 
 @app.command()
@@ -298,13 +322,19 @@ def null_check(
     from aplsmear import ensembles
     from aplsmear.errors import UserError
     from aplsmear.params import named
-    from aplsmear.tables import read_table
+    from aplsmear.tables import read_scores, read_table
 
     knobs = _knobs_here()
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
-        members = ensembles.read_members(_made(Path(f"members/{ensemble}")), asked.members)
+        level = {task: each.level for task, each in knobs.tasks.items()}
+        weights = read_scores(_made(Path(f"tuned/{asked.weigh_by}/scores.parquet")))
+        members = ensembles.read_members(
+            _made(Path(f"members/{ensemble}")),
+            {task: level[task] for task in asked.members},
+            {level[asked.weigh_by]: weights},
+        )
         patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
         candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
         found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)

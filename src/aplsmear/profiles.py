@@ -82,7 +82,7 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         root / "members" / name / f"{task}.{kind}"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
-        for kind in ("csv", "heads.npz")
+        for kind in ("heads.npz", "scores.parquet")
     }
     found = [
         path
