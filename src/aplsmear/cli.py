@@ -142,12 +142,12 @@ def profile(
     """
     from aplsmear.errors import UserError
     from aplsmear.files import whole
-    from aplsmear.profiles import read_profile, with_settings
+    from aplsmear.profiles import read_profile, with_settings, with_sums
 
     try:
         text = read_profile(Path("profiles"), name)
         pairs = dict(_pair(setting) for setting in settings or [])
-        text = with_settings(text, pairs) if pairs else text
+        text = with_sums(with_settings(text, pairs) if pairs else text)
         with whole(PARAMS) as part:
             part.write_text(text, encoding="utf-8")
             read_params(part)
@@ -156,7 +156,7 @@ def profile(
     typer.echo(
         f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else "")
     )
-    tidy()
+    _clear_away_leftovers()
 
 
 @app.command()
@@ -170,19 +170,14 @@ def tidy(
 
     Example: `aplsmear tidy`
     """
-    import shutil
     import sys
     from datetime import datetime
 
     import yaml
 
-    from aplsmear.profiles import leftovers
     from aplsmear.study import past_studies, remove_study
 
-    knobs = _knobs_here()
-    for path in leftovers(Path(), knobs):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-        typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
+    _clear_away_leftovers()
     best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
     past = past_studies(Path(".studies"), {each.get("study", "") for each in best})
     for path in past:
@@ -197,6 +192,17 @@ def tidy(
         typer.echo(f"{len(past)} searches removed")
     else:
         typer.echo("Nothing in tuned/ goes back to these searches: `aplsmear tidy --yes` removes them.")
+
+
+def _clear_away_leftovers() -> None:
+    """Remove what params.yaml no longer names."""
+    import shutil
+
+    from aplsmear.profiles import leftovers
+
+    for path in leftovers(Path(), _knobs_here()):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
 
 @app.command()
