@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,22 +15,24 @@ from typing import Any
 import cv2
 import numpy as np
 
+from aplsmear.devices import machine_strategy, precision_of
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole
-from aplsmear.images import decode
+from aplsmear.images import decode_jpeg
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
 from aplsmear.views import resize
 
 JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
+_DECODERS = 4  # threads at most; each has a batch in hand
 
 
 class BackboneError(UserError, ValueError):
     """A backbone, layer or weight file that Keras does not have; the message says what it has."""
 
 
-def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
+def build_backbone(settings: Backbone, level: Level, seed: int, strategy: Any = None) -> Any:
     """The network of `settings` from a uint8 image to one feature vector per layer, in inference mode.
 
     Each layer's feature map is averaged over the image (the bottleneck feature of the original); layers named
@@ -38,6 +43,7 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
         settings: application, its options, the layers to cut at, the weights.
         level: whose input size to use.
         seed: of the untrained filters (`weights: none`).
+        strategy: tf.distribute.Strategy on whose devices it lies; None: the one in force.
 
     Returns:
         keras.Model: uint8 (batch, size, size, 3), RGB -> {layer: float32 (batch, channels)}.
@@ -47,14 +53,16 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
             without a feature map.
     """
     import keras
+    import tensorflow as tf
 
     keras.utils.clear_session()
-    cut, preprocess = cut_network(settings, level, seed)
-    size = settings.input_size[level]
-    image = keras.Input((size, size, 3), dtype="uint8")
-    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
-    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+    with (strategy or tf.distribute.get_strategy()).scope(), precision_of(settings.precision):
+        cut, preprocess = cut_network(settings, level, seed)
+        size = settings.input_size[level]
+        image = keras.Input((size, size, 3), dtype="uint8")
+        maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
+        pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
+        return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
 
 
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
@@ -121,18 +129,40 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
 
 
 def features_of(
-    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
+    batches: Iterable[Sequence[View]], settings: Backbone, level: Level, seed: int, strategy: Any = None
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views; see `forward_pass`."""
-    forward = forward_pass(settings, level, seed)
-    for views in batches:
-        yield forward(views)
+    """One forward pass over batches of encoded views; the next ones are decoded while the network runs.
+
+    Args:
+        batches: of at most `batch_of` views.
+        settings: the backbone.
+        level: whose input size to use.
+        seed: of untrained filters.
+        strategy: tf.distribute.Strategy; None: what `machine_strategy` finds.
+
+    Yields:
+        Of each batch what `forward_pass` gives.
+    """
+    run = _network_pass(settings, level, seed, settings.layer, strategy)
+    size = settings.input_size[level]
+    decoders = min(_DECODERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(decoders) as threads:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for views in batches:
+            waiting.append(threads.submit(_pixels, views, size))
+            if len(waiting) > decoders:
+                yield run(waiting.popleft().result())
+        while waiting:
+            yield run(waiting.popleft().result())
 
 
 def forward_pass(
     settings: Backbone, level: Level, seed: int, layers: Sequence[str] | None = None
 ) -> Callable[[Sequence[View]], list[np.ndarray]]:
     """A function from at most `batch_of` encoded views to their features.
+
+    On several GPUs each takes its share of a batch. A batch that is too large for their memory is halved
+    until it fits, and stays so.
 
     Args:
         settings: the backbone.
@@ -142,34 +172,81 @@ def forward_pass(
 
     Returns:
         A function: it gives one float16 array (views, channels) per layer, and raises BackboneError where a
-        feature is not a number that float16 can hold.
+        feature is not a number that float16 can hold, or not even one image fits into memory.
 
     Raises:
         BackboneError: as `build_backbone`.
     """
+    run = _network_pass(settings, level, seed, settings.layer if layers is None else layers)
+    size = settings.input_size[level]
+    return lambda views: run(_pixels(views, size))
+
+
+def _pixels(views: Sequence[View], size: int) -> np.ndarray:
+    """uint8 (views, size, size, 3)."""
+    images = np.empty((len(views), size, size, 3), dtype=np.uint8)
+    for row, view in enumerate(views):
+        image = decode_jpeg(view.image)
+        images[row] = image if image.shape[0] == size else resize(image, size)
+    return images
+
+
+def _network_pass(
+    settings: Backbone, level: Level, seed: int, layers: Sequence[str], strategy: Any = None
+) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """A function from uint8 (at most `batch_of`, size, size, 3) to what `forward_pass` gives."""
     import tensorflow as tf
 
     cv2.setNumThreads(1)
-    network = build_backbone(settings, level, seed)
-    wanted = list(settings.layer if layers is None else layers)
+    strategy = strategy or machine_strategy()
+    devices = strategy.num_replicas_in_sync
+    network = build_backbone(settings, level, seed, strategy)
 
     def chosen(images: Any) -> list[Any]:
         found = network(images, training=False)
-        return [found[layer] for layer in wanted]
+        return [found[layer] for layer in layers]
 
-    graph = tf.function(chosen)
-    size = settings.input_size[level]
-    images = np.zeros((batch_of(settings, level), size, size, 3), dtype=np.uint8)
+    graph = tf.function(lambda images: strategy.run(chosen, (images,)))
+    share = -(-batch_of(settings, level) // devices)
 
-    def forward(views: Sequence[View]) -> list[np.ndarray]:
-        for row, view in enumerate(views):
-            image = decode(view.image)
-            images[row] = image if image.shape[0] == size else resize(image, size)
+    def step(images: np.ndarray) -> list[np.ndarray]:
+        """At most one share a device."""
         # A short last batch goes through at full length: one shape, one graph.
-        found = zip(graph(images), wanted, strict=True)
-        return [_as_float16(values.numpy()[: len(views)], layer) for values, layer in found]
+        full = np.zeros((devices, share, *images.shape[1:]), dtype=np.uint8)
+        full.reshape(-1, *images.shape[1:])[: len(images)] = images
 
-    return forward
+        def of_device(context: Any) -> Any:
+            return tf.constant(full[context.replica_id_in_sync_group])
+
+        found = graph(strategy.experimental_distribute_values_from_function(of_device))
+        parts = [[each.numpy() for each in strategy.experimental_local_results(layer)] for layer in found]
+        return [np.concatenate(part)[: len(images)] for part in parts]
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        nonlocal share
+        while True:
+            together = devices * share
+            try:
+                parts = [step(images[row : row + together]) for row in range(0, len(images), together)]
+                break
+            except tf.errors.ResourceExhaustedError as error:
+                if share == 1:
+                    raise BackboneError(
+                        f"one image of {images.shape[1]} px does not fit into memory with "
+                        f"{settings.application}: make `input_size` smaller, or cut at an earlier layer"
+                    ) from error
+                share = -(-share // 2)
+            except (tf.errors.AbortedError, tf.errors.UnimplementedError) as error:
+                if settings.precision != "on":
+                    raise
+                raise BackboneError(
+                    f"{settings.application} does not run in half precision here ({_brief(error)}): it "
+                    "takes a GPU; set `precision` of the backbone to auto"
+                ) from error
+        whole = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return [_as_float16(values, layer) for values, layer in zip(whole, layers, strict=True)]
+
+    return run
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
@@ -217,7 +294,7 @@ def _pooled(name: str, feature_map: Any) -> Any:
             f"layer {name!r} gives {tuple(feature_map.shape)[1:]}, not a map of height, width and channels: "
             "cut at another one"
         )
-    return keras.ops.mean(feature_map, axis=(1, 2))
+    return keras.ops.mean(keras.ops.cast(feature_map, "float32"), axis=(1, 2))
 
 
 def _joined(layer: str, pooled: dict[str, Any]) -> Any:

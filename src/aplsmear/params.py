@@ -122,6 +122,7 @@ class Backbone(_Strict):
     layer: list[str] = Field(min_length=1)
     weights: str
     batch: int = Field(ge=1, le=4096)
+    precision: Literal["auto", "on", "off"] = "auto"
 
 
 class Range(_Strict):
