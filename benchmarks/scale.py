@@ -67,9 +67,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--patients", type=int, nargs="+", default=[6, 18])
-    parser.add_argument("--drawn", type=int, default=6)
-    parser.add_argument("--keras", type=int, default=6)
+    parser.add_argument("--patients", type=int, nargs="+", default=[12, 36])
+    parser.add_argument("--drawn", type=int, default=12)
+    parser.add_argument("--keras", type=int, default=12)
     parser.add_argument("--work", type=Path, help="where drawn sets stay; otherwise a folder that goes")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -228,6 +228,7 @@ def prepare(folder: Path, data: Path) -> None:
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     params["task"] = TASK
     params["dataset"]["root"] = str(data)
+    params["split"]["folds"] = 3
     params["augment"] |= {"views": 1, "more": {}}
     params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | {"layer": [LAYER]}}
     params["tune"] |= {"trials": 4, "generation": 4, "items_per_patient": 50}
