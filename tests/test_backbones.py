@@ -214,7 +214,7 @@ assert keras.config.dtype_policy().name == "float32"
 
 
 def test_half_precision_where_it_does_not_run_is_an_error_that_says_what_to_change():
-    with pytest.raises(BackboneError, match="half precision here .*`precision`"):
+    with pytest.raises(BackboneError, match=r"half precision here .*`precision`"):
         features(mobilenet(precision="on"), views(1))
 
 
@@ -229,7 +229,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_until_it_fits(monkeypatch):
 
 def test_an_image_that_memory_does_not_hold_is_an_error_that_says_what_to_change(monkeypatch):
     short_of_memory(monkeypatch, fits=0)
-    with pytest.raises(BackboneError, match="one image of 32 px does not fit .*input_size"):
+    with pytest.raises(BackboneError, match=r"one image of 32 px does not fit .*input_size"):
         forward_pass(mobilenet(), "cell", 1)(views(3))
 
 

@@ -47,7 +47,9 @@ def test_jpeg_comes_back_nearly_as_it_was_and_as_the_same_bytes():
     assert np.abs(decode(data).astype(int) - RGB).max() <= 6
 
 
-@given(height=st.integers(1, 70), width=st.integers(1, 70), grain=st.integers(0, 120), seed=st.integers(0, 99))
+@given(
+    height=st.integers(1, 70), width=st.integers(1, 70), grain=st.integers(0, 120), seed=st.integers(0, 99)
+)
 @settings(max_examples=50, deadline=None)
 def test_the_quick_decoder_gives_the_same_pixels(height, width, grain, seed):
     noise = np.random.default_rng(seed).normal(0, grain, (height, width, 3))

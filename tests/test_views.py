@@ -106,6 +106,17 @@ def test_with_every_knob_at_0_an_augmented_view_is_the_plain_one_flipped_or_turn
     assert found == set(range(8))
 
 
+@pytest.mark.parametrize("changed", [{}, KNOBS, {**KNOBS, "hue": 0, "blur": 0.0, "rotate": 0.0}])
+@pytest.mark.parametrize("field", [None, (24, 40)])
+def test_an_augmented_view_is_pixel_for_pixel_what_imgaug_itself_gives(changed, field, smear):
+    settings = knobs(**changed)
+    augmenter = make_augmenter(settings, 32, field)
+    for seed in range(60):
+        augmenter.seed_(seed)
+        expected = augmenter.augment_image(smear)
+        np.testing.assert_array_equal(augmented(smear, augmenter, seed), expected)
+
+
 @pytest.mark.parametrize("knob", KNOBS)
 def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
     """Turned on, it changes most views; turned by nothing, none. Flips and turns stay what they were."""
