@@ -86,6 +86,7 @@ def main() -> None:
 
 def measure(work: Path, patients: Sequence[int], drawn: int, keras: int) -> dict[str, Any]:
     """All sets, then the forward pass alone, then Keras's way."""
+    measured = {"machine": machine(), "commit": commit()}
     whole = work / f"smears-{patients[-1]}"
     make_set(work / f"drawn-{drawn}", whole, patients[-1], drawn)
     sets = {str(count): measure_set(work, whole, count) for count in patients}
@@ -104,8 +105,7 @@ def measure(work: Path, patients: Sequence[int], drawn: int, keras: int) -> dict
         "unchanged_cpu_seconds": many["unchanged"]["cpu_seconds"],
         "forward_fraction": forward_fraction(workspace(work, patients[-1])),
         **against_keras(work, whole, min(keras, patients[-1])),
-        "machine": machine(),
-        "commit": commit(),
+        **measured,
         "sets": sets,
     }
 
