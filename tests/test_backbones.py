@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from aplsmear import backbones
-from aplsmear.backbones import BackboneError, batch_of, build_backbone, features_of, forward_pass
+from aplsmear.backbones import BackboneError, ForwardPass, ahead, batch_of, build_backbone, features_of
 from aplsmear.images import decode, encode_jpeg
 from aplsmear.params import Backbone
 from aplsmear.runtime import start_tensorflow
@@ -181,7 +181,7 @@ import tensorflow as tf
 (cpu,) = tf.config.list_physical_devices("CPU")
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import keras
-from aplsmear.backbones import features_of
+from aplsmear.backbones import ForwardPass, ahead
 from aplsmear.images import encode_jpeg
 from aplsmear.params import Backbone
 from aplsmear.runtime import start_tensorflow
@@ -196,7 +196,7 @@ def features(batch, precision="auto", strategy=None):
     settings = Backbone.model_validate_json(sys.argv[1])
     settings = settings.model_copy(update={"batch": batch, "precision": precision})
     batches = [views[start : start + batch] for start in range(0, len(views), batch)]
-    rows = list(features_of(batches, settings, "cell", 1, strategy))
+    rows = list(ahead(ForwardPass(settings, "cell", 1, strategy=strategy), batches))
     return [np.concatenate(layer) for layer in zip(*rows)]
 
 alone = features(5)
@@ -230,7 +230,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_until_it_fits(monkeypatch):
 def test_an_image_that_memory_does_not_hold_is_an_error_that_says_what_to_change(monkeypatch):
     short_of_memory(monkeypatch, fits=0)
     with pytest.raises(BackboneError, match=r"one image of 32 px does not fit .*input_size"):
-        forward_pass(mobilenet(), "cell", 1)(views(3))
+        ForwardPass(mobilenet(), "cell", 1)(views(3))
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
@@ -264,7 +264,7 @@ def test_views_are_decoded_no_further_ahead_than_there_are_threads():
             taken += 1
             yield found[start : start + 2]
 
-    rows = features_of(batches(), mobilenet(batch=2), "cell", 1)
+    rows = ahead(ForwardPass(mobilenet(batch=2), "cell", 1), batches())
     next(rows)
     assert taken <= 5
 

@@ -228,6 +228,19 @@ def test_views_of_a_data_set_by_hand(folder, smear, monkeypatch):
     ]
 
 
+def test_the_image_of_a_smear_is_opened_once(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    opened, plain = [], Path.open
+
+    def noting(path: Path, *arguments: object, **options: object) -> object:
+        opened.append(path)
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", noting)
+    list(all_views(folder, SMEARS, CELLS, knobs(), 1))
+    assert sorted(opened) == sorted(folder / image for image in SMEARS["image"])
+
+
 def test_another_order_of_smears_and_cells_gives_the_same_views(folder, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     settings = knobs(**KNOBS)

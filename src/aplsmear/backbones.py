@@ -129,124 +129,124 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
 
 
 def features_of(
-    batches: Iterable[Sequence[View]], settings: Backbone, level: Level, seed: int, strategy: Any = None
+    batches: Iterable[Sequence[View]], settings: Backbone, level: Level, seed: int
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views; the next ones are decoded while the network runs.
+    """One forward pass over batches of encoded views; see `ForwardPass`, and `ahead`."""
+    yield from ahead(ForwardPass(settings, level, seed), batches)
 
-    Args:
-        batches: of at most `batch_of` views.
-        settings: the backbone.
-        level: whose input size to use.
-        seed: of untrained filters.
-        strategy: tf.distribute.Strategy; None: what `machine_strategy` finds.
 
-    Yields:
-        Of each batch what `forward_pass` gives.
-    """
-    run = _network_pass(settings, level, seed, settings.layer, strategy)
-    size = settings.input_size[level]
+def ahead(forward: ForwardPass, batches: Iterable[Sequence[View]]) -> Iterator[list[np.ndarray]]:
+    """The features of each batch; the next batches are decoded while the network runs."""
     decoders = min(_DECODERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(decoders) as threads:
         waiting: deque[Future[np.ndarray]] = deque()
         for views in batches:
-            waiting.append(threads.submit(_pixels, views, size))
+            waiting.append(threads.submit(forward.pixels, views))
             if len(waiting) > decoders:
-                yield run(waiting.popleft().result())
+                yield forward.features(waiting.popleft().result())
         while waiting:
-            yield run(waiting.popleft().result())
+            yield forward.features(waiting.popleft().result())
 
 
-def forward_pass(
-    settings: Backbone, level: Level, seed: int, layers: Sequence[str] | None = None
-) -> Callable[[Sequence[View]], list[np.ndarray]]:
-    """A function from at most `batch_of` encoded views to their features.
+class ForwardPass:
+    """From at most `batch_of` encoded views to their features.
 
     On several GPUs each takes its share of a batch. A batch that is too large for their memory is halved
     until it fits, and stays so.
-
-    Args:
-        settings: the backbone.
-        level: whose input size to use.
-        seed: of untrained filters.
-        layers: some of the backbone's; None: all of them. What stands behind the last one is not computed.
-
-    Returns:
-        A function: it gives one float16 array (views, channels) per layer, and raises BackboneError where a
-        feature is not a number that float16 can hold, or not even one image fits into memory.
-
-    Raises:
-        BackboneError: as `build_backbone`.
     """
-    run = _network_pass(settings, level, seed, settings.layer if layers is None else layers)
-    size = settings.input_size[level]
-    return lambda views: run(_pixels(views, size))
 
+    def __init__(
+        self,
+        settings: Backbone,
+        level: Level,
+        seed: int,
+        layers: Sequence[str] | None = None,
+        strategy: Any = None,
+    ) -> None:
+        """Build the network.
 
-def _pixels(views: Sequence[View], size: int) -> np.ndarray:
-    """uint8 (views, size, size, 3)."""
-    images = np.empty((len(views), size, size, 3), dtype=np.uint8)
-    for row, view in enumerate(views):
-        image = decode_jpeg(view.image)
-        images[row] = image if image.shape[0] == size else resize(image, size)
-    return images
+        Args:
+            settings: the backbone.
+            level: whose input size to use.
+            seed: of untrained filters.
+            layers: some of the backbone's; None: all. What stands behind the last one is not computed.
+            strategy: tf.distribute.Strategy; None: what `machine_strategy` finds.
 
+        Raises:
+            BackboneError: as `build_backbone`.
+        """
+        import tensorflow as tf
 
-def _network_pass(
-    settings: Backbone, level: Level, seed: int, layers: Sequence[str], strategy: Any = None
-) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A function from uint8 (at most `batch_of`, size, size, 3) to what `forward_pass` gives."""
-    import tensorflow as tf
+        cv2.setNumThreads(1)
+        self.settings, self.size = settings, settings.input_size[level]
+        self.layers = list(settings.layer if layers is None else layers)
+        self.strategy = strategy or machine_strategy()
+        network = build_backbone(settings, level, seed, self.strategy)
 
-    cv2.setNumThreads(1)
-    strategy = strategy or machine_strategy()
-    devices = strategy.num_replicas_in_sync
-    network = build_backbone(settings, level, seed, strategy)
+        def chosen(images: Any) -> list[Any]:
+            found = network(images, training=False)
+            return [found[layer] for layer in self.layers]
 
-    def chosen(images: Any) -> list[Any]:
-        found = network(images, training=False)
-        return [found[layer] for layer in layers]
+        self._graph = tf.function(lambda images: self.strategy.run(chosen, (images,)))
+        self._share = -(-batch_of(settings, level) // self.strategy.num_replicas_in_sync)  # of each device
 
-    graph = tf.function(lambda images: strategy.run(chosen, (images,)))
-    share = -(-batch_of(settings, level) // devices)
+    def __call__(self, views: Sequence[View]) -> list[np.ndarray]:
+        """One float16 array (views, channels) per layer; see `features`."""
+        return self.features(self.pixels(views))
 
-    def step(images: np.ndarray) -> list[np.ndarray]:
-        """At most one share a device."""
+    def pixels(self, views: Sequence[View]) -> np.ndarray:
+        """Decoded, at the size that the network takes: uint8 (views, size, size, 3)."""
+        images = np.empty((len(views), self.size, self.size, 3), dtype=np.uint8)
+        for row, view in enumerate(views):
+            image = decode_jpeg(view.image)
+            images[row] = image if image.shape[0] == self.size else resize(image, self.size)
+        return images
+
+    def features(self, images: np.ndarray) -> list[np.ndarray]:
+        """Of decoded views: one float16 array (views, channels) per layer.
+
+        Raises:
+            BackboneError: a feature is not a number that float16 can hold, not even one image fits into
+                memory, or half precision is asked for where it cannot be had.
+        """
+        import tensorflow as tf
+
+        while True:
+            together = self._share * self.strategy.num_replicas_in_sync
+            try:
+                parts = [self._step(images[row : row + together]) for row in range(0, len(images), together)]
+                break
+            except tf.errors.ResourceExhaustedError as error:
+                if self._share == 1:
+                    raise BackboneError(
+                        f"one image of {self.size} px does not fit into memory with "
+                        f"{self.settings.application}: make `input_size` smaller, or cut at an earlier layer"
+                    ) from error
+                self._share = -(-self._share // 2)
+            except (tf.errors.AbortedError, tf.errors.UnimplementedError) as error:
+                if self.settings.precision != "on":
+                    raise
+                raise BackboneError(
+                    f"{self.settings.application} does not run in half precision here ({_brief(error)}): it "
+                    "takes a GPU; set `precision` of the backbone to auto"
+                ) from error
+        whole = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return [_as_float16(values, layer) for values, layer in zip(whole, self.layers, strict=True)]
+
+    def _step(self, images: np.ndarray) -> list[np.ndarray]:
+        """At most one share a device; float32 (images, channels) per layer."""
+        import tensorflow as tf
+
         # A short last batch goes through at full length: one shape, one graph.
-        full = np.zeros((devices, share, *images.shape[1:]), dtype=np.uint8)
+        full = np.zeros((self.strategy.num_replicas_in_sync, self._share, *images.shape[1:]), dtype=np.uint8)
         full.reshape(-1, *images.shape[1:])[: len(images)] = images
 
         def of_device(context: Any) -> Any:
             return tf.constant(full[context.replica_id_in_sync_group])
 
-        found = graph(strategy.experimental_distribute_values_from_function(of_device))
-        parts = [[each.numpy() for each in strategy.experimental_local_results(layer)] for layer in found]
-        return [np.concatenate(part)[: len(images)] for part in parts]
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        nonlocal share
-        while True:
-            together = devices * share
-            try:
-                parts = [step(images[row : row + together]) for row in range(0, len(images), together)]
-                break
-            except tf.errors.ResourceExhaustedError as error:
-                if share == 1:
-                    raise BackboneError(
-                        f"one image of {images.shape[1]} px does not fit into memory with "
-                        f"{settings.application}: make `input_size` smaller, or cut at an earlier layer"
-                    ) from error
-                share = -(-share // 2)
-            except (tf.errors.AbortedError, tf.errors.UnimplementedError) as error:
-                if settings.precision != "on":
-                    raise
-                raise BackboneError(
-                    f"{settings.application} does not run in half precision here ({_brief(error)}): it "
-                    "takes a GPU; set `precision` of the backbone to auto"
-                ) from error
-        whole = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return [_as_float16(values, layer) for values, layer in zip(whole, layers, strict=True)]
-
-    return run
+        found = self._graph(self.strategy.experimental_distribute_values_from_function(of_device))
+        devices = self.strategy.experimental_local_results
+        return [np.concatenate([each.numpy() for each in devices(layer)])[: len(images)] for layer in found]
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:

@@ -67,14 +67,14 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
         return _decode(file, path, max_pixels)
 
 
-def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of the upright picture in px, after decoding all of it.
+def image_bytes(path: Path) -> bytes:
+    """A picture's file, as it is.
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: it is missing or cannot be opened.
     """
-    height, width = read_image(path, max_pixels=max_pixels).shape[:2]
-    return height, width
+    with _open_file(path) as file:
+        return file.read()
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
