@@ -198,11 +198,16 @@ def measure_set(work: Path, whole: Path, patients: int) -> dict[str, Any]:
     """Every stage over the first patients, then all of them once more."""
     data, folder = work / f"first-{patients}", workspace(work, patients)
     first_patients(whole, data, patients)
-    prepare(folder, data)
-    stages = {}
+    stages, kept = {}, folder / "measured.json"
+    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8"))["commit"] != commit():
+        prepare(folder, data)
+    else:  # a run that was cut off goes on
+        stages = json.loads(kept.read_text(encoding="utf-8"))["stages"]
     for name, stage in STAGES.items():
-        stages[name] = asdict(watched(["dvc", "repro", "--single-item", stage], folder))
-        print(f"{patients} patients, {name}: {stages[name]}", file=sys.stderr, flush=True)
+        if name not in stages:
+            stages[name] = asdict(watched(["dvc", "repro", "--single-item", stage], folder))
+            write_json(kept, {"commit": commit(), "stages": stages})
+            print(f"{patients} patients, {name}: {stages[name]}", file=sys.stderr, flush=True)
     unchanged = watched(["dvc", "repro", STAGES["ensemble"]], folder)
     raw = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     outs = [path for out in OUTS for path in (folder / out).rglob("*") if path.is_file()]
@@ -247,7 +252,8 @@ class Watched:
     Attributes:
         wall_seconds: as it was.
         cpu_seconds: of all its processes, user and system.
-        peak_memory_gb: resident memory of its largest process at most.
+        peak_memory_gb: of its largest process, resident memory at most, pages of mapped files included.
+        private_memory_gb: the same without pages of files, which the system takes back when it needs them.
         cores_wanted: the share of the cores that its threads used or waited for: what they would have kept
             busy, had the machine had nothing else to do.
         tensorflow: whether any process had loaded it.
@@ -256,6 +262,7 @@ class Watched:
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_gb: float = 0.0
+    private_memory_gb: float = 0.0
     cores_wanted: float = 0.0
     tensorflow: bool = False
 
@@ -298,8 +305,12 @@ def look(session: int, found: Watched, done: threading.Event) -> None:
                 found.tensorflow |= "libtensorflow" in (process / "maps").read_text()
             except OSError:
                 continue  # it has ended
-            peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), "0")
-            found.peak_memory_gb = max(found.peak_memory_gb, int(peak) / 2**20)
+            sizes = dict(line.split(":", 1) for line in status.splitlines())
+            resident, private = (
+                int(sizes.get(name, "0").split()[0]) / 2**20 for name in ("VmHWM", "RssAnon")
+            )
+            found.peak_memory_gb = max(found.peak_memory_gb, resident)
+            found.private_memory_gb = max(found.private_memory_gb, private)
 
 
 def processes(session: int) -> Iterator[Path]:
