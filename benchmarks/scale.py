@@ -282,6 +282,7 @@ def watched(command: Sequence[str], folder: Path) -> Watched:
     found.wall_seconds = time.perf_counter() - started
     done.set()
     looking.join()
+    process.returncode = os.waitstatus_to_exitcode(status)
     if status:
         raise SystemExit(f"{' '.join(command)} failed in {folder}")
     found.cpu_seconds = used.ru_utime + used.ru_stime
@@ -307,7 +308,7 @@ def look(session: int, found: Watched, done: threading.Event) -> None:
                 continue  # it has ended
             sizes = dict(line.split(":", 1) for line in status.splitlines())
             resident, private = (
-                int(sizes.get(name, "0").split()[0]) / 2**20 for name in ("VmHWM", "RssAnon")
+                1024e-9 * int(sizes.get(name, "0").split()[0]) for name in ("VmHWM", "RssAnon")
             )
             found.peak_memory_gb = max(found.peak_memory_gb, resident)
             found.private_memory_gb = max(found.private_memory_gb, private)
