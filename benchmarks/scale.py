@@ -1,13 +1,15 @@
 """Time, memory and bytes as the number of patients grows, and what a user would write otherwise.
 
-Usage: python benchmarks/scale.py [--patients 100 300 1000] [--drawn 40] [--work DIR]
+Usage: python benchmarks/scale.py [--patients 100 300 1000] [--drawn 36] [--work DIR] [--light]
 
 Draws smears of the real field size (2560x1920 px, about 190 cells each) for the largest number of patients;
 the smaller sets are its first patients. `--drawn` says how many patients are drawn: the others have their
 fields, mirrored and under another lamp. Every set goes stage by stage through `dvc repro --single-item` in a
 clone of this commit, with one backbone, one augmented view, one task and its ensemble; then `dvc repro` runs
-once more, when nothing is stale. Beside it, in the same run, on the cells of the smallest set: cells as files,
-`keras.utils.image_dataset_from_directory`, augmentation layers, `model.predict`.
+once more, when nothing is stale. Beside it, in the same run, on the cells of the smallest set: files of
+cells, `keras.utils.image_dataset_from_directory`, augmentation layers, `model.predict`. `--light` draws the
+same fields at a quarter of their sides, makes no augmented view and small inputs of the network, and leaves
+Keras out: as many files, rows and features of a thousand patients in minutes, for what memory says.
 
 A machine that does other work too stretches wall time, so CPU time stands beside it and ratios are of CPU
 time. Linux alone says what is measured here (/proc). Results go to benchmarks/results/scale.json, one section
@@ -47,7 +49,7 @@ from aplsmear.statistics import write_json
 from aplsmear.tables import read_table
 
 RESULTS, PLOT = ROOT / "benchmarks" / "results" / "scale.json", ROOT / "benchmarks" / "scale.png"
-HEIGHT, WIDTH, CELLS, CELL_SIZE, SEED = 1920, 2560, 190, 120, 8
+CELLS, SEED = 190, 8
 MIRRORS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # steps along rows and columns
 TASK, ENSEMBLE, BACKBONE, LAYER = "apl_healthy_cell", "apl_healthy", "mobilenet", "conv_pw_11_relu"
 STAGES = {
@@ -59,6 +61,26 @@ STAGES = {
     "member": f"member_{ENSEMBLE}@{TASK}",
     "ensemble": f"ensemble_{ENSEMBLE}",
 }
+
+
+@dataclass(frozen=True)
+class Form:
+    """Fields, and what is made of them.
+
+    Attributes:
+        height, width, cell_size: of a field, px.
+        views: augmented ones.
+        size: of a cell's view and of the network's input, px.
+    """
+
+    height: int = 1920
+    width: int = 2560
+    cell_size: int = 120
+    views: int = 1
+    size: int = 64
+
+
+LIGHT = Form(480, 640, 30, 0, 32)
 OUTS = ("dataset", "splits", "augmented", "features", "backbones", "tuned", "members", "ensembles")
 CORES = os.cpu_count() or 1
 
@@ -70,25 +92,28 @@ def main() -> None:
     parser.add_argument("--patients", type=int, nargs="+", default=[12, 36])
     parser.add_argument("--drawn", type=int, default=12)
     parser.add_argument("--work", type=Path, help="where drawn sets stay; otherwise a folder that goes")
+    parser.add_argument("--light", action="store_true")
     asked = parser.parse_args()
+    form = LIGHT if asked.light else Form()
     with tempfile.TemporaryDirectory() as folder:
         work = (asked.work or Path(folder)).resolve()
-        found = measure(work, sorted(asked.patients), asked.drawn)
+        found = measure(work, sorted(asked.patients), asked.drawn, form)
     whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    whole["-".join(map(str, found["patients"]))] = found
-    if max(found["patients"]) >= max(whole.get("patients", [0])):
+    whole["-".join(map(str, found["patients"])) + "-light" * asked.light] = found
+    if not asked.light and max(found["patients"]) >= max(whole.get("patients", [0])):
         whole |= {name: value for name, value in found.items() if not isinstance(value, dict)}
         plot(found)
     write_json(RESULTS, whole)
     print(json.dumps(found, indent=2))
 
 
-def measure(work: Path, patients: Sequence[int], drawn: int) -> dict[str, Any]:
+def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> dict[str, Any]:
     """All sets, then the forward pass alone, then Keras's way."""
     measured = {"machine": machine(), "commit": commit()}
+    work /= str(form.width)
     whole = work / f"smears-{patients[-1]}"
-    make_set(work / f"drawn-{drawn}", whole, patients[-1], drawn)
-    sets = {str(count): measure_set(work, whole, count) for count in patients}
+    make_set(work / f"drawn-{drawn}", whole, patients[-1], drawn, form)
+    sets = {str(count): measure_set(work, whole, count, form) for count in patients}
     few, many = sets[str(patients[0])], sets[str(patients[-1])]
     peaks = [max(stage["peak_memory_gb"] for stage in each["stages"].values()) for each in (few, many)]
     return {
@@ -103,7 +128,7 @@ def measure(work: Path, patients: Sequence[int], drawn: int) -> dict[str, Any]:
         "unchanged_seconds": many["unchanged"]["wall_seconds"],
         "unchanged_cpu_seconds": many["unchanged"]["cpu_seconds"],
         "forward_fraction": forward_fraction(workspace(work, patients[-1])),
-        **against_keras(work, patients[0], few["stages"]),
+        **({} if form == LIGHT else against_keras(work, patients[0], few["stages"])),
         **measured,
         "sets": sets,
     }
@@ -112,13 +137,12 @@ def measure(work: Path, patients: Sequence[int], drawn: int) -> dict[str, Any]:
 # --- data sets -----------------------------------------------------------------------------------------
 
 
-def make_set(base: Path, folder: Path, patients: int, drawn: int) -> None:
+def make_set(base: Path, folder: Path, patients: int, drawn: int, form: Form) -> None:
     """Write a set of `patients`, of whom `drawn` are drawn into `base`; what is there already stays."""
     if not (base / "wsi.csv").is_file():
         shutil.rmtree(base, ignore_errors=True)
-        draw_data_set(
-            base, drawn, SEED, size=(HEIGHT, WIDTH), cells_per_smear=CELLS, cell_size=CELL_SIZE, progress=True
-        )
+        size = form.height, form.width
+        draw_data_set(base, drawn, SEED, size=size, cells_per_smear=CELLS, cell_size=form.cell_size)
     if (folder / "wsi.csv").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +156,7 @@ def make_set(base: Path, folder: Path, patients: int, drawn: int) -> None:
         theirs = cells[cells["wsi"].isin(set(mine["id"]))].copy()
         for name in mine["imgName"]:
             copy_field(base / "wsi" / name, folder / "wsi" / f"{copy}_{name}", copy)
-        theirs["bbox"] = [turned(box, copy) for box in theirs["bbox"]]
+        theirs["bbox"] = [turned(box, copy, form) for box in theirs["bbox"]]
         theirs["id"], theirs["wsi"] = f"{copy}_" + theirs["id"], f"{copy}_" + theirs["wsi"]
         rows[1].append(theirs)
         rows[0].append(mine.assign(
@@ -160,15 +184,15 @@ def copy_field(source: Path, path: Path, copy: int) -> None:
     cv2.imwrite(str(path), image, [cv2.IMWRITE_JPEG_QUALITY, 86])  # as demo smears
 
 
-def turned(box: str, copy: int) -> str:
+def turned(box: str, copy: int, form: Form) -> str:
     if not box:
         return box
     y0, x0, y1, x1 = json.loads(box)
     rows, columns = MIRRORS[copy % len(MIRRORS)]
     if rows < 0:
-        y0, y1 = HEIGHT - y1, HEIGHT - y0
+        y0, y1 = form.height - y1, form.height - y0
     if columns < 0:
-        x0, x1 = WIDTH - x1, WIDTH - x0
+        x0, x1 = form.width - x1, form.width - x0
     return json.dumps([y0, x0, y1, x1])
 
 
@@ -197,13 +221,13 @@ def workspace(work: Path, patients: int) -> Path:
     return work / f"pipeline-{patients}"
 
 
-def measure_set(work: Path, whole: Path, patients: int) -> dict[str, Any]:
+def measure_set(work: Path, whole: Path, patients: int, form: Form) -> dict[str, Any]:
     """Every stage over the first patients, then all of them once more."""
     data, folder = first(work, patients), workspace(work, patients)
     first_patients(whole, data, patients)
     stages, kept = {}, folder / "measured.json"
     if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8"))["commit"] != commit():
-        prepare(folder, data)
+        prepare(folder, data, form)
     else:  # a run that was cut off goes on
         stages = json.loads(kept.read_text(encoding="utf-8"))["stages"]
     for name, stage in STAGES.items():
@@ -229,7 +253,7 @@ def measure_set(work: Path, whole: Path, patients: int) -> dict[str, Any]:
     }
 
 
-def prepare(folder: Path, data: Path) -> None:
+def prepare(folder: Path, data: Path, form: Form) -> None:
     """A clone of this commit with the parameters of this benchmark; nothing has run in it."""
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
@@ -237,8 +261,9 @@ def prepare(folder: Path, data: Path) -> None:
     params["task"] = TASK
     params["dataset"]["root"] = str(data)
     params["split"]["folds"] = 3
-    params["augment"] |= {"views": 1, "more": {}}
-    params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | {"layer": [LAYER]}}
+    sizes = {"cell": form.size, "smear": 3 * form.size}
+    params["augment"] |= {"views": form.views, "more": {}, "size": sizes}
+    params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | {"layer": [LAYER], "input_size": sizes}}
     params["tune"] |= {"trials": 4, "generation": 4, "items_per_patient": 50}
     params["tune"]["space"]["epochs"] = [4]
     params["tasks"], params["overrides"] = {TASK: params["tasks"][TASK]}, {TASK: {}}

@@ -43,14 +43,12 @@ def test_a_command_that_fails_ends_the_benchmark(scale, tmp_path):
 
 
 @pytest.mark.parametrize("copy", range(1, 9))
-def test_a_cell_lies_where_the_box_of_a_mirrored_field_says(copy, scale, tmp_path, monkeypatch):
+def test_a_cell_lies_where_the_box_of_a_mirrored_field_says(copy, scale, tmp_path):
     field = np.full((60, 80, 3), 220, np.uint8)
     field[10:22, 50:66] = (120, 40, 90)
-    monkeypatch.setattr(scale, "HEIGHT", 60)
-    monkeypatch.setattr(scale, "WIDTH", 80)
     cv2.imwrite(str(tmp_path / "a.png"), field)
     scale.copy_field(tmp_path / "a.png", tmp_path / "b.jpg", copy)
-    y0, x0, y1, x1 = json.loads(scale.turned("[10, 50, 22, 66]", copy))
+    y0, x0, y1, x1 = json.loads(scale.turned("[10, 50, 22, 66]", copy, scale.Form(60, 80)))
     image = cv2.imread(str(tmp_path / "b.jpg")).astype(int)
     assert (y1 - y0, x1 - x0) == (12, 16)
     assert image[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2, 1].max() < 70
