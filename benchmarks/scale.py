@@ -104,7 +104,8 @@ def main() -> None:
         whole |= {name: value for name, value in found.items() if not isinstance(value, dict)}
         plot(found)
     write_json(RESULTS, whole)
-    print(json.dumps(found, indent=2))
+    print(json.dumps({name: value for name, value in found.items() if name != "sets"}, indent=2))
+    print(table(found))
 
 
 def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> dict[str, Any]:
@@ -426,7 +427,23 @@ def against_keras(work: Path, patients: int, stages: dict[str, Any]) -> dict[str
     }
 
 
-# --- the picture ---------------------------------------------------------------------------------------
+# --- the table and the picture --------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """Stages and sets as a table of Markdown, as README.md shows it."""
+    sets = found["sets"]
+    head = "".join(f" {count}: CPU s | wall s | GB | of it private |" for count in sets)
+    rows = [f"| patients |{head}", "|---|" + "---|" * 4 * len(sets)]
+    names = ("cpu_seconds", "wall_seconds", "peak_memory_gb", "private_memory_gb")
+    for stage in [*STAGES, "unchanged"]:
+        cells = [each["stages"].get(stage, each["unchanged"]) for each in sets.values()]
+        numbers = (f"{cell[name]:.{2 if name.endswith('gb') else 1}f}" for cell in cells for name in names)
+        rows.append(f"| {stage} | {' | '.join(numbers)} |")
+    for name in ("cpu_seconds_per_patient", "bytes_written_ratio", "files", "cells"):
+        numbers = (f"{each[name]:.4g} | | |" for each in sets.values())
+        rows.append(f"| {name.replace('_', ' ')} | {' | '.join(numbers)} |")
+    return "\n".join(rows)
 
 
 def plot(found: dict[str, Any]) -> None:
