@@ -49,6 +49,7 @@ test: venv  ## format, lint, types and the whole test suite, on WORKERS=2 proces
 bench: demo  ## speed, memory, another laboratory, beside what one would do otherwise; writes benchmarks/results/
 	@python benchmarks/tuning.py
 	@python benchmarks/shift.py
+	@python benchmarks/scale.py
 
 share-check: venv  ## what is wrong with the place that outs are shared by, if anything (REMOTE=name)
 	@aplsmear share-check $(REMOTE)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.backbones import BackboneError, batch_of, build_backbone, features_of
+from aplsmear import backbones
+from aplsmear.backbones import BackboneError, ForwardPass, ahead, batch_of, build_backbone, features_of
 from aplsmear.images import decode, encode_jpeg
 from aplsmear.params import Backbone
 from aplsmear.runtime import start_tensorflow
@@ -168,6 +169,104 @@ print(hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest())
     digests = [each.communicate()[0].strip() for each in running]
     here = hashlib.sha256(b"".join(rows.tobytes() for rows in features(settings, views(6)))).hexdigest()
     assert digests == [here, here]
+
+
+def test_two_devices_share_a_batch_and_half_precision_is_nearly_the_same():
+    """In a process of its own: devices are divided before TensorFlow does anything else, and oneDNN cannot
+    convolve in half precision on this CPU."""
+    code = """
+import sys
+import numpy as np
+import tensorflow as tf
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras
+from aplsmear.backbones import ForwardPass, ahead
+from aplsmear.images import encode_jpeg
+from aplsmear.params import Backbone
+from aplsmear.runtime import start_tensorflow
+from aplsmear.shards import View
+start_tensorflow()
+images = np.random.default_rng(1).integers(0, 256, (11, 32, 32, 3)).astype(np.uint8)
+views = [View(str(n), 0, encode_jpeg(image)) for n, image in enumerate(images)]
+two = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert two.num_replicas_in_sync == 2
+
+def features(batch, precision="auto", strategy=None):
+    settings = Backbone.model_validate_json(sys.argv[1])
+    settings = settings.model_copy(update={"batch": batch, "precision": precision})
+    batches = [views[start : start + batch] for start in range(0, len(views), batch)]
+    rows = list(ahead(ForwardPass(settings, "cell", 1, strategy=strategy), batches))
+    return [np.concatenate(layer) for layer in zip(*rows)]
+
+alone = features(5)
+for batch in (5, 1):  # neither is the same for both devices
+    for one, other in zip(alone, features(batch, strategy=two)):
+        np.testing.assert_array_equal(one, other)
+for one, other in zip(alone, features(5, "on", two)):
+    assert other.dtype == np.float16
+    assert (one != other).any()  # or it was not half precision
+    np.testing.assert_allclose(one, other, rtol=0.02, atol=0.02)
+assert keras.config.dtype_policy().name == "float32"
+"""
+    environment = os.environ | {"PYTHONPATH": SRC, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    subprocess.run([sys.executable, "-c", code, mobilenet().model_dump_json()], env=environment, check=True)
+
+
+def test_half_precision_where_it_does_not_run_is_an_error_that_says_what_to_change():
+    with pytest.raises(BackboneError, match=r"half precision here .*`precision`"):
+        features(mobilenet(precision="on"), views(1))
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_until_it_fits(monkeypatch):
+    found = views(9)
+    whole = features(mobilenet(batch=9), found)
+    tried = short_of_memory(monkeypatch, fits=2)
+    for one, other in zip(whole, ForwardPass(mobilenet(batch=9), "cell", 1)(found), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert tried == [9, 5, 3, 2]
+
+
+def test_an_image_that_memory_does_not_hold_is_an_error_that_says_what_to_change(monkeypatch):
+    short_of_memory(monkeypatch, fits=0)
+    with pytest.raises(BackboneError, match=r"one image of 32 px does not fit .*input_size"):
+        ForwardPass(mobilenet(), "cell", 1)(views(3))
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: int) -> list[int]:
+    """Networks run out of memory above so many images; the sizes that were tried."""
+    import tensorflow as tf
+
+    build, tried = backbones.build_backbone, []
+
+    def building(*arguments: object) -> object:
+        network = build(*arguments)
+
+        def run(images: object, training: bool) -> object:
+            tried.append(len(images))
+            if tried[-1] > fits:
+                raise tf.errors.ResourceExhaustedError(None, None, "no memory")
+            return network(images, training=training)
+
+        return run
+
+    monkeypatch.setattr(backbones, "build_backbone", building)
+    return tried
+
+
+def test_views_are_decoded_no_further_ahead_than_there_are_threads():
+    found = views(60)
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        for start in range(0, len(found), 2):
+            taken += 1
+            yield found[start : start + 2]
+
+    rows = ahead(ForwardPass(mobilenet(batch=2), "cell", 1), batches())
+    next(rows)
+    assert taken <= 5
 
 
 def test_weights_of_the_network_up_to_the_deepest_layer_are_loaded(keras, tmp_path):

@@ -85,6 +85,19 @@ def problems(root: Path, tasks=TASKS, **options) -> list[Problem]:
     return caught.value.problems
 
 
+def test_every_image_is_opened_once(tmp_path, monkeypatch):
+    opened, plain = [], Path.open
+
+    def noting(path: Path, *arguments: object, **options: object) -> object:
+        opened.append(path.name)
+        return plain(path, *arguments, **options)
+
+    root = folder(tmp_path)
+    monkeypatch.setattr(Path, "open", noting)
+    read(root)
+    assert sorted(name for name in opened if name in IMAGES) == sorted(IMAGES)
+
+
 def places(found: list[Problem]) -> list[tuple[str, int | None, str]]:
     return [(problem.file, problem.row, problem.column) for problem in found]
 

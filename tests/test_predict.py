@@ -365,7 +365,7 @@ def no_work(monkeypatch) -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise AssertionError("the long work has started")
 
-    monkeypatch.setattr(module, "forward_pass", refuse)
+    monkeypatch.setattr(module, "ForwardPass", refuse)
     return
 
 

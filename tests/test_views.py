@@ -106,6 +106,17 @@ def test_with_every_knob_at_0_an_augmented_view_is_the_plain_one_flipped_or_turn
     assert found == set(range(8))
 
 
+@pytest.mark.parametrize("changed", [{}, KNOBS, {**KNOBS, "hue": 0, "blur": 0.0, "rotate": 0.0}])
+@pytest.mark.parametrize("field", [None, (24, 40)])
+def test_an_augmented_view_is_pixel_for_pixel_what_imgaug_itself_gives(changed, field, smear):
+    settings = knobs(**changed)
+    augmenter = make_augmenter(settings, 32, field)
+    for seed in range(60):
+        augmenter.seed_(seed)
+        expected = augmenter.augment_image(smear)
+        np.testing.assert_array_equal(augmented(smear, augmenter, seed), expected)
+
+
 @pytest.mark.parametrize("knob", KNOBS)
 def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
     """Turned on, it changes most views; turned by nothing, none. Flips and turns stay what they were."""
@@ -215,6 +226,19 @@ def test_views_of_a_data_set_by_hand(folder, smear, monkeypatch):
         *cell_views(smear, BOX, "1", 6, settings, 1),
         *cell_views(smear, (0, 0, 30, 30), "2", 4, settings, 1),
     ]
+
+
+def test_the_image_of_a_smear_is_opened_once(folder, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    opened, plain = [], Path.open
+
+    def noting(path: Path, *arguments: object, **options: object) -> object:
+        opened.append(path)
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", noting)
+    list(all_views(folder, SMEARS, CELLS, knobs(), 1))
+    assert sorted(opened) == sorted(folder / image for image in SMEARS["image"])
 
 
 def test_another_order_of_smears_and_cells_gives_the_same_views(folder, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,22 +15,24 @@ from typing import Any
 import cv2
 import numpy as np
 
+from aplsmear.devices import machine_strategy, precision_of
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole, sha256
-from aplsmear.images import decode
+from aplsmear.images import decode_jpeg
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
 from aplsmear.views import resize
 
 JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
+_DECODERS = 4  # threads at most; each has a batch in hand
 
 
 class BackboneError(UserError, ValueError):
     """A backbone, layer or weight file that Keras does not have; the message says what it has."""
 
 
-def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
+def build_backbone(settings: Backbone, level: Level, seed: int, strategy: Any = None) -> Any:
     """The network of `settings` from a uint8 image to one feature vector per layer, in inference mode.
 
     Each layer's feature map is averaged over the image (the bottleneck feature of the original); layers named
@@ -38,6 +43,7 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
         settings: application, its options, the layers to cut at, the weights.
         level: whose input size to use.
         seed: of the untrained filters (`weights: none`).
+        strategy: tf.distribute.Strategy on whose devices it lies; None: the one in force.
 
     Returns:
         keras.Model: uint8 (batch, size, size, 3), RGB -> {layer: float32 (batch, channels)}.
@@ -47,14 +53,16 @@ def build_backbone(settings: Backbone, level: Level, seed: int) -> Any:
             without a feature map.
     """
     import keras
+    import tensorflow as tf
 
     keras.utils.clear_session()
-    cut, preprocess = cut_network(settings, level, seed)
-    size = settings.input_size[level]
-    image = keras.Input((size, size, 3), dtype="uint8")
-    maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
-    pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
-    return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
+    with (strategy or tf.distribute.get_strategy()).scope(), precision_of(settings.precision):
+        cut, preprocess = cut_network(settings, level, seed)
+        size = settings.input_size[level]
+        image = keras.Input((size, size, 3), dtype="uint8")
+        maps = cut(preprocess(keras.ops.cast(image, "float32")), training=False)
+        pooled = {layer: _pooled(layer, each) for layer, each in maps.items()}
+        return keras.Model(image, {layer: _joined(layer, pooled) for layer in settings.layer})
 
 
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
@@ -122,55 +130,124 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
 
 
 def features_of(
-    batches: Iterator[list[View]], settings: Backbone, level: Level, seed: int
+    batches: Iterable[Sequence[View]], settings: Backbone, level: Level, seed: int
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views; see `forward_pass`."""
-    forward = forward_pass(settings, level, seed)
-    for views in batches:
-        yield forward(views)
+    """One forward pass over batches of encoded views; see `ForwardPass`, and `ahead`."""
+    yield from ahead(ForwardPass(settings, level, seed), batches)
 
 
-def forward_pass(
-    settings: Backbone, level: Level, seed: int, layers: Sequence[str] | None = None
-) -> Callable[[Sequence[View]], list[np.ndarray]]:
-    """A function from at most `batch_of` encoded views to their features.
+def ahead(forward: ForwardPass, batches: Iterable[Sequence[View]]) -> Iterator[list[np.ndarray]]:
+    """The features of each batch; the next batches are decoded while the network runs."""
+    decoders = min(_DECODERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(decoders) as threads:
+        waiting: deque[Future[np.ndarray]] = deque()
+        for views in batches:
+            waiting.append(threads.submit(forward.pixels, views))
+            if len(waiting) > decoders:
+                yield forward.features(waiting.popleft().result())
+        while waiting:
+            yield forward.features(waiting.popleft().result())
 
-    Args:
-        settings: the backbone.
-        level: whose input size to use.
-        seed: of untrained filters.
-        layers: some of the backbone's; None: all of them. What stands behind the last one is not computed.
 
-    Returns:
-        A function: it gives one float16 array (views, channels) per layer, and raises BackboneError where a
-        feature is not a number that float16 can hold.
+class ForwardPass:
+    """From at most `batch_of` encoded views to their features.
 
-    Raises:
-        BackboneError: as `build_backbone`.
+    On several GPUs each takes its share of a batch. A batch that is too large for their memory is halved
+    until it fits, and stays so.
     """
-    import tensorflow as tf
 
-    cv2.setNumThreads(1)
-    network = build_backbone(settings, level, seed)
-    wanted = list(settings.layer if layers is None else layers)
+    def __init__(
+        self,
+        settings: Backbone,
+        level: Level,
+        seed: int,
+        layers: Sequence[str] | None = None,
+        strategy: Any = None,
+    ) -> None:
+        """Build the network.
 
-    def chosen(images: Any) -> list[Any]:
-        found = network(images, training=False)
-        return [found[layer] for layer in wanted]
+        Args:
+            settings: the backbone.
+            level: whose input size to use.
+            seed: of untrained filters.
+            layers: some of the backbone's; None: all. What stands behind the last one is not computed.
+            strategy: tf.distribute.Strategy; None: what `machine_strategy` finds.
 
-    graph = tf.function(chosen)
-    size = settings.input_size[level]
-    images = np.zeros((batch_of(settings, level), size, size, 3), dtype=np.uint8)
+        Raises:
+            BackboneError: as `build_backbone`.
+        """
+        import tensorflow as tf
 
-    def forward(views: Sequence[View]) -> list[np.ndarray]:
+        cv2.setNumThreads(1)
+        self.settings, self.size = settings, settings.input_size[level]
+        self.layers = list(settings.layer if layers is None else layers)
+        self.strategy = strategy or machine_strategy()
+        network = build_backbone(settings, level, seed, self.strategy)
+
+        def chosen(images: Any) -> list[Any]:
+            found = network(images, training=False)
+            return [found[layer] for layer in self.layers]
+
+        self._graph = tf.function(lambda images: self.strategy.run(chosen, (images,)))
+        self._share = -(-batch_of(settings, level) // self.strategy.num_replicas_in_sync)  # of each device
+
+    def __call__(self, views: Sequence[View]) -> list[np.ndarray]:
+        """One float16 array (views, channels) per layer; see `features`."""
+        return self.features(self.pixels(views))
+
+    def pixels(self, views: Sequence[View]) -> np.ndarray:
+        """Decoded, at the size that the network takes: uint8 (views, size, size, 3)."""
+        images = np.empty((len(views), self.size, self.size, 3), dtype=np.uint8)
         for row, view in enumerate(views):
-            image = decode(view.image)
-            images[row] = image if image.shape[0] == size else resize(image, size)
-        # A short last batch goes through at full length: one shape, one graph.
-        found = zip(graph(images), wanted, strict=True)
-        return [_as_float16(values.numpy()[: len(views)], layer) for values, layer in found]
+            image = decode_jpeg(view.image)
+            images[row] = image if image.shape[0] == self.size else resize(image, self.size)
+        return images
 
-    return forward
+    def features(self, images: np.ndarray) -> list[np.ndarray]:
+        """Of decoded views: one float16 array (views, channels) per layer.
+
+        Raises:
+            BackboneError: a feature is not a number that float16 can hold, not even one image fits into
+                memory, or half precision is asked for where it cannot be had.
+        """
+        import tensorflow as tf
+
+        while True:
+            together = self._share * self.strategy.num_replicas_in_sync
+            try:
+                parts = [self._step(images[row : row + together]) for row in range(0, len(images), together)]
+                break
+            except tf.errors.ResourceExhaustedError as error:
+                if self._share == 1:
+                    raise BackboneError(
+                        f"one image of {self.size} px does not fit into memory with "
+                        f"{self.settings.application}: make `input_size` smaller, or cut at an earlier layer"
+                    ) from error
+                self._share = -(-self._share // 2)
+            except (tf.errors.AbortedError, tf.errors.UnimplementedError) as error:
+                if self.settings.precision != "on":
+                    raise
+                raise BackboneError(
+                    f"{self.settings.application} does not run in half precision here ({_brief(error)}): it "
+                    "takes a GPU; set `precision` of the backbone to auto"
+                ) from error
+        whole = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return [_as_float16(values, layer) for values, layer in zip(whole, self.layers, strict=True)]
+
+    def _step(self, images: np.ndarray) -> list[np.ndarray]:
+        """At most one share a device; float32 (images, channels) per layer."""
+        import tensorflow as tf
+
+        # A short last batch goes through at full length: one shape, one graph.
+        full = np.zeros((self.strategy.num_replicas_in_sync, self._share, *images.shape[1:]), dtype=np.uint8)
+        full.reshape(-1, *images.shape[1:])[: len(images)] = images
+
+        def of_device(context: Any) -> Any:
+            return tf.constant(full[context.replica_id_in_sync_group])
+
+        found = self._graph(self.strategy.experimental_distribute_values_from_function(of_device))
+        devices = self.strategy.experimental_local_results
+        return [np.concatenate([each.numpy() for each in devices(layer)])[: len(images)] for layer in found]
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
@@ -218,7 +295,7 @@ def _pooled(name: str, feature_map: Any) -> Any:
             f"layer {name!r} gives {tuple(feature_map.shape)[1:]}, not a map of height, width and channels: "
             "cut at another one"
         )
-    return keras.ops.mean(feature_map, axis=(1, 2))
+    return keras.ops.mean(keras.ops.cast(feature_map, "float32"), axis=(1, 2))
 
 
 def _joined(layer: str, pooled: dict[str, Any]) -> Any:

@@ -307,9 +307,9 @@ class _Look:
 
 def _look(path: Path, whole: bool) -> _Look:
     try:
-        height, width = images.check_image(path) if whole else images.image_size(path)
-        with path.open("rb") as file:
-            return _Look(height, width, hashlib.file_digest(file, "sha256").hexdigest())
+        data = images.image_bytes(path)
+        height, width = images.decode(data).shape[:2] if whole else images.image_size(path)
+        return _Look(height, width, hashlib.sha256(data).hexdigest())
     except images.ImageError as error:
         return _Look(what=error.what, mend=error.mend)
 

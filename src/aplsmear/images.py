@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import IO
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -66,14 +67,14 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
         return _decode(file, path, max_pixels)
 
 
-def check_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of the upright picture in px, after decoding all of it.
+def image_bytes(path: Path) -> bytes:
+    """A picture's file, as it is.
 
     Raises:
-        ImageError: as `read_image`.
+        ImageError: it is missing or cannot be opened.
     """
-    height, width = read_image(path, max_pixels=max_pixels).shape[:2]
-    return height, width
+    with _open_file(path) as file:
+        return file.read()
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -106,6 +107,21 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
         ImageError: as `read_image`, with an empty path.
     """
     return _decode(io.BytesIO(data), "", max_pixels)
+
+
+def decode_jpeg(data: bytes) -> Rgb:
+    """A picture of `encode_jpeg`: the pixels that `decode` gives, in a quarter of the time.
+
+    Returns:
+        uint8, shape (height, width, 3), RGB.
+
+    Raises:
+        ImageError: damaged.
+    """
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if picture is None:
+        raise ImageError("", "truncated or damaged", "make the views again")
+    return np.asarray(picture, dtype=np.uint8)
 
 
 def encode_jpeg(rgb: Rgb, quality: int = 95) -> bytes:

@@ -127,6 +127,7 @@ class Backbone(_Strict):
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
+    precision: Literal["auto", "on", "off"] = "auto"
 
 
 class Range(_Strict):

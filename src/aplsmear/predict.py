@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aplsmear.backbones import batch_of, forward_pass
+from aplsmear.backbones import ForwardPass, batch_of
 from aplsmear.bags import attend
 from aplsmear.bundle import Bundle, Scorer
 from aplsmear.ensembles import Combination
@@ -131,7 +131,7 @@ class Judge:
             yield (
                 batch_of(settings, level),
                 mine,
-                forward_pass(settings, level, self.bundle.model.seed, layers),
+                ForwardPass(settings, level, self.bundle.model.seed, layers),
             )
 
     def see(self, chunk: Sequence[tuple[_InHand, Mapping[Level, list[View]]]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from aplsmear.devices import machine_strategy
 from aplsmear.errors import UserError
 from aplsmear.files import whole
 from aplsmear.heads import Head, Recipe, TrainingItems
@@ -231,14 +232,6 @@ class Tuner:
         arrays |= {"loss": course.loss, "auroc": course.auroc, "seconds": course.seconds}
         with whole(checkpoint) as part, part.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
-
-
-def machine_strategy() -> Any:
-    """All GPUs that TensorFlow sees, each with its share of a batch; with one or none, no strategy at all."""
-    import tensorflow as tf
-
-    several = len(tf.config.list_logical_devices("GPU")) > 1
-    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 
 def set_precision(precision: str) -> None:
