@@ -128,7 +128,7 @@ def test_who_does_not_fit_is_named_before_the_work_and_refuses_when_it_joins_lat
 ) -> None:
     other = tmp_path / "other"  # code and a library of another version
     shutil.copytree(SRC, other)
-    (other / "aplsmear" / "views.py").open("a").write("# changed\n")
+    (other / "aplsmear" / "changed.py").write_text("")
     (other / "imgaug-0.3.0.dist-info").mkdir()
     (other / "imgaug-0.3.0.dist-info" / "METADATA").write_text("Name: imgaug\nVersion: 0.3.0\n")
     texts = [f"{n} " for n in range(30)]

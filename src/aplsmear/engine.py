@@ -265,7 +265,8 @@ async def _call(address: str) -> None:
     from distributed.comm import connect
     from distributed.security import Security
 
-    comm = await connect(address, timeout=_ANSWER, **Security().get_connection_args("client"))
+    asking = connect(address, timeout=_ANSWER, **Security().get_connection_args("client"))
+    comm = await asyncio.wait_for(asking, _ANSWER + 1)  # Dask waits for ever for who listens and is silent
     await comm.close()
 
 
