@@ -289,7 +289,7 @@ def _agreed(client: Any, terms: Terms) -> Terms:
             problems[problem].append(f"{worker} on {answer.host}")
     if problems:
         raise EngineError(_unfit(problems))
-    print(f"{len(answers)} workers of {client.scheduler.address}", file=sys.stderr)
+    print(f"{len(answers)} workers of the Dask scheduler {client.scheduler.address}", file=sys.stderr)
     return replace(terms, device="".join(devices))
 
 
