@@ -1,8 +1,10 @@
 """Partitions on a real Dask cluster give what this machine would give, or an error says why not."""
 
 import os
+import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -23,6 +25,7 @@ from aplsmear.params import LEVELS
 from aplsmear.predict import Judge, judge_patients
 from aplsmear.shards import ViewWriter, read_index
 from aplsmear.views import all_views
+from clones import ROOT, run
 from dask_servers import SRC, Servers, until, workers
 from test_predict import BACKBONE, KNOBS, SEED, Run, trained  # noqa: F401
 
@@ -192,3 +195,24 @@ def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such(
         servers.kill("scheduler")
         with pytest.raises(EngineError, match="is gone"):
             list(tidied)
+
+
+def test_the_job_scripts_of_the_page_start_workers_that_fit(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown = [
+        re.sub(r"ADDRESS[^\"]*", "127.0.0.1", block).split("    cluster.adapt")[0]
+        + "    print(cluster.job_script())\n    cluster.close()\n"
+        for block in blocks
+    ]
+    (tmp_path / "cluster.py").write_text("\n".join(shown))
+    slurm, pbs = run(tmp_path, sys.executable, "cluster.py").split("#!/usr/bin/env bash")[1:]
+    assert {"#SBATCH -p gpu", "#SBATCH --gres=gpu:v100:1", "#SBATCH --cpus-per-task=4"} <= set(
+        slurm.splitlines()
+    )
+    assert {"#PBS -q cpu", "#PBS -l select=1:ncpus=16:mem=48gb"} <= set(pbs.splitlines())
+    for script in (slurm, pbs):
+        (command,) = (line for line in script.splitlines() if "dask_worker tcp://127.0.0.1" in line)
+        assert "--nthreads 1 " in command
+        assert " --preload-nanny aplsmear " in command
+    assert "--nworkers 16 " in pbs
