@@ -3,11 +3,13 @@
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
 
+import sys
 from pathlib import Path
 
-from aplsmear.backbones import features_of_file, partition, write_weights
+from aplsmear.backbones import features_of_file, partition, weight_files, write_weights
 from aplsmear.engine import engine_of
 from aplsmear.features import write_features
+from aplsmear.files import sha256
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
@@ -20,6 +22,13 @@ def main(name: str) -> None:
     backbone = named(params.backbones, name, "backbones")
     views = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     start_tensorflow()
+    for file in filter(Path.is_file, weight_files(backbone)):
+        if not backbone.sha256:
+            print(
+                f"With `sha256: {sha256(file)}` next to `weights` of {name} in params.yaml, another file in "
+                "its place is noticed.",
+                file=sys.stderr,
+            )
     with engine_of(params, list(views.values()), networks=True) as engine:
         for level, path in views.items():
             weights = Path(f"backbones/{name}/{level}.weights.h5")
