@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from aplsmear.engine import engine_of
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
 from aplsmear.shards import ViewWriter
@@ -13,12 +14,14 @@ from aplsmear.views import all_views, idle_labels
 
 def main() -> None:
     params = read_params(Path("params.yaml"))
+    root = Path(params.dataset.root)
     smears = read_table(Path("dataset/smears.csv"))
     cells = read_table(Path("dataset/cells.csv"))
     for label in idle_labels(params.augment.more, [smears, cells]):
         print(f"augment.more: nothing carries the label {label!r}", file=sys.stderr)
-    with ViewWriter({level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}) as writer:
-        views = all_views(Path(params.dataset.root), smears, cells, params.augment, params.seed)
+    out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
+    with engine_of(params, [root]) as engine, ViewWriter(out) as writer:
+        views = all_views(root, smears, cells, params.augment, params.seed, engine)
         for of_smear in progress(views, "smears", len(smears)):
             writer.write(of_smear)
 

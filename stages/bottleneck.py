@@ -6,34 +6,37 @@ Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.y
 import sys
 from pathlib import Path
 
-from aplsmear.backbones import batch_of, features_of, write_weights
+from aplsmear.backbones import features_of_file, partition, weight_files, write_weights
+from aplsmear.engine import engine_of
 from aplsmear.features import write_features
 from aplsmear.files import sha256
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import count_views, read_index, read_views
+from aplsmear.shards import count_views, read_index
 from aplsmear.stage import run
 
 
 def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     backbone = named(params.backbones, name, "backbones")
+    views = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     start_tensorflow()
-    weights = Path(backbone.weights)
-    if weights.is_file() and not backbone.sha256:
-        print(
-            f"With `sha256: {sha256(weights)}` next to `weights` of {name} in params.yaml, another file in "
-            "its place is noticed.",
-            file=sys.stderr,
-        )
-    for level in LEVELS:
-        views = Path(f"augmented/{level}/views.parquet")
-        batch = batch_of(backbone, level)
-        batches = progress(read_views(views, batch), f"batches of {level}s", -(-count_views(views) // batch))
-        features = features_of(batches, backbone, level, params.seed)
-        write_features(Path(f"features/{level}/{name}"), read_index(views), backbone.layer, features)
-        write_weights(Path(f"backbones/{name}/{level}.weights.h5"), backbone, level, params.seed)
+    for file in filter(Path.is_file, weight_files(backbone)):
+        if not backbone.sha256:
+            print(
+                f"With `sha256: {sha256(file)}` next to `weights` of {name} in params.yaml, another file in "
+                "its place is noticed.",
+                file=sys.stderr,
+            )
+    with engine_of(params, list(views.values()), networks=True) as engine:
+        for level, path in views.items():
+            weights = Path(f"backbones/{name}/{level}.weights.h5")
+            write_weights(weights, backbone, level, params.seed)
+            found = features_of_file(path, backbone, weights, level, engine)
+            parts = -(-count_views(path) // partition(backbone, level))
+            features = progress(found, f"partitions of {level}s", parts)
+            write_features(Path(f"features/{level}/{name}"), read_index(path), backbone.layer, features)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from aplsmear.dataset import DataSetError, print_problems, read_data_set
+from aplsmear.engine import engine_of
 from aplsmear.params import read_params
 from aplsmear.stage import run
 from aplsmear.statistics import write_json
@@ -13,13 +14,16 @@ OUT = Path("dataset")
 
 def main() -> int:
     params = read_params(Path("params.yaml"))
+    root = Path(params.dataset.root)
     try:
-        found = read_data_set(
-            Path(params.dataset.root),
-            params.tasks,
-            min_box=params.dataset.min_box,
-            skip_bad_images=params.dataset.skip_bad_images,
-        )
+        with engine_of(params, [root]) as engine:
+            found = read_data_set(
+                root,
+                params.tasks,
+                min_box=params.dataset.min_box,
+                skip_bad_images=params.dataset.skip_bad_images,
+                engine=engine,
+            )
     except DataSetError as error:
         print_problems(error.problems)
         return 1

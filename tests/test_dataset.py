@@ -24,6 +24,7 @@ from aplsmear.dataset import (
     read_data_set,
     render_problems,
 )
+from aplsmear.engine import Here
 from aplsmear.images import read_image
 from aplsmear.params import Task
 from aplsmear.tables import read_table, write_table
@@ -73,7 +74,7 @@ def folder(root: Path, smears: str | bytes = SMEARS, cells: str | bytes | None =
 
 
 def read(root: Path, tasks=TASKS, **options) -> DataSet:
-    return read_data_set(root, tasks, **{"min_box": 8, "skip_bad_images": False, "workers": 1} | options)
+    return read_data_set(root, tasks, **{"min_box": 8, "skip_bad_images": False, "engine": Here(1)} | options)
 
 
 def problems(root: Path, tasks=TASKS, **options) -> list[Problem]:
@@ -152,7 +153,7 @@ def test_row_order_and_workers_change_nothing(tmp_path):
     folder(tmp_path, smears, cells)
     for n in range(12):
         Image.new("L", (64, 48), n).save(tmp_path / "wsi" / f"{n}.png")
-    first = read(tmp_path, {}, workers=2)
+    first = read(tmp_path, {}, engine=Here(2))
     assert first.smears["smear"].tolist() == [str(n) for n in range(12)]
     assert first.cells["cell"].tolist()[:5] == ["0", "12", "24", "36", "1"]
     shuffle = np.random.default_rng(1)

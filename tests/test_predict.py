@@ -114,7 +114,7 @@ def trained(tmp_path_factory) -> Run:
     start_tensorflow()
     root = tmp_path_factory.mktemp("trained")
     draw_data_set(root / "data", 18, 3, size=(240, 320), cells_per_smear=6)
-    found = read_data_set(root / "data", {}, min_box=8, skip_bad_images=False, workers=1, check_images=False)
+    found = read_data_set(root / "data", {}, min_box=8, skip_bad_images=False, check_images=False)
     folds = found.smears.drop_duplicates("patient")[["patient", "diagnosis"]].sort_values("patient")
     folds["fold"] = np.arange(len(folds)) // 3 % FOLDS
     fold = dict(zip(folds["patient"], folds["fold"], strict=True))
@@ -190,9 +190,7 @@ def data(trained, tmp_path) -> Path:
 
 
 def read(folder: Path) -> DataSet:
-    return read_data_set(
-        folder, {}, min_box=8, skip_bad_images=False, workers=1, check_images=False, labelled=False
-    )
+    return read_data_set(folder, {}, min_box=8, skip_bad_images=False, check_images=False, labelled=False)
 
 
 def predicted(judge: Judge, folder: Path, patients: set[str] | None = None) -> pd.DataFrame:
@@ -365,7 +363,7 @@ def no_work(monkeypatch) -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise AssertionError("the long work has started")
 
-    monkeypatch.setattr(module, "ForwardPass", refuse)
+    monkeypatch.setattr(module, "features_of_views", refuse)
     return
 
 

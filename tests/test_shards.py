@@ -77,3 +77,17 @@ def test_an_error_leaves_no_file_of_any_level(tmp_path):
 def test_plain_views_of_some_items(paths):
     assert plain_views(paths["cell"], {"c", "a", "nobody"}) == {"a": b"\x00\xff", "c": b"x"}
     assert plain_views(paths["cell"], set()) == {}
+
+
+@pytest.mark.parametrize(
+    "rows", [range(0, 0), range(0, 7), range(3, 12), range(5, 6), range(10, 20), range(20)]
+)
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_some_rows_of_a_file_of_views(rows, batch, tmp_path):
+    views = [View(str(n), 0, b"%d" % n) for n in range(20)]
+    with ViewWriter({"cell": tmp_path / "views"}) as writer:
+        for start, end in ((0, 5), (5, 6), (6, 15), (15, 20)):
+            writer.write({"cell": views[start:end]})
+    found = list(read_views(tmp_path / "views", batch, rows))
+    assert [view for some in found for view in some] == [views[row] for row in rows]
+    assert all(len(some) == batch for some in found[:-1])

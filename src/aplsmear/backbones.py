@@ -6,26 +6,30 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from aplsmear.devices import machine_strategy, precision_of
+from aplsmear.engine import HERE, Engine
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole, sha256
 from aplsmear.images import decode_jpeg
 from aplsmear.params import Backbone, Level, nearest
-from aplsmear.shards import View
+from aplsmear.shards import View, count_views, read_views
 from aplsmear.views import resize
 
 JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 _DECODERS = 4  # threads at most; each has a batch in hand
+_BATCHES = 32  # of one partition: some seconds of work, whose features are a few megabytes
+_KEPT = 8  # networks that a process keeps built, because partition after partition asks for them
 
 
 class BackboneError(UserError, ValueError):
@@ -96,11 +100,16 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
     if problems:
         raise BackboneError("\n".join([*problems, f"it has: {', '.join(names)}"]))
     cut = keras.Model(full.input, {layer: full.get_layer(layer).output for layer in wanted})
-    if settings.weights not in (UNTRAINED, IMAGENET):
-        _check_content(Path(settings.weights), settings.sha256)
-        _load(Path(settings.weights), full, cut)
+    for path in weight_files(settings):
+        _check_content(path, settings.sha256)
+        _load(path, full, cut)
     cut.trainable = False
     return cut, preprocess
+
+
+def weight_files(settings: Backbone) -> list[Path]:
+    """The file that a backbone reads its weights from, if any."""
+    return [] if settings.weights in (UNTRAINED, IMAGENET) else [Path(settings.weights)]
 
 
 def batch_of(settings: Backbone, level: Level) -> int:
@@ -129,11 +138,79 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
         copy_whole(saved, path)
 
 
-def features_of(
-    batches: Iterable[Sequence[View]], settings: Backbone, level: Level, seed: int
+class Pass(NamedTuple):
+    """A forward pass that items of one level take: a backbone, and the layers that are wanted of it."""
+
+    backbone: str  # its name
+    settings: Backbone
+    level: Level
+    seed: int  # of untrained filters
+    layers: tuple[str, ...]
+
+
+def features_of_file(
+    path: Path, settings: Backbone, weights: Path, level: Level, engine: Engine = HERE
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over batches of encoded views; see `ForwardPass`, and `ahead`."""
-    yield from ahead(ForwardPass(settings, level, seed), batches)
+    """One forward pass over all views of a file, partition by partition.
+
+    Args:
+        path: of `aplsmear.shards.ViewWriter`.
+        settings: the backbone.
+        weights: its weights, of `write_weights`. Nobody downloads any, and untrained filters are drawn once:
+            Keras draws them from Python's one generator, which other threads of a worker use too.
+        level: whose input size to use.
+        engine: does the partitions; whichever it is, the same images make a batch.
+
+    Yields:
+        As `features_of`, of `partition` views each.
+    """
+    size = partition(settings, level)
+    count = count_views(path)
+    parts = (range(start, min(start + size, count)) for start in range(0, count, size))
+    settings = settings.model_copy(update={"weights": str(weights), "sha256": ""})
+    function = partial(_features_of_rows, path=path, settings=settings, level=level)
+    yield from engine.map(function, parts, processes=False)
+
+
+def partition(settings: Backbone, level: Level) -> int:
+    """Views of one partition of `features_of_file`."""
+    return _BATCHES * batch_of(settings, level)
+
+
+def _features_of_rows(rows: range, path: Path, settings: Backbone, level: Level) -> list[np.ndarray]:
+    batches = read_views(path, batch_of(settings, level), rows)
+    found = features_of(batches, settings, level, 0)
+    return [np.concatenate(layer) for layer in zip(*found, strict=True)]
+
+
+def features_of_views(views: Mapping[Level, Sequence[View]], passes: Sequence[Pass]) -> dict[str, np.ndarray]:
+    """What the passes give for all views of their levels: float16 (views, channels), by level/backbone/layer.
+
+    Of a level without views there is nothing.
+    """
+    found: dict[str, np.ndarray] = {}
+    for each in passes:
+        mine, batch = views[each.level], batch_of(each.settings, each.level)
+        batches = (mine[start : start + batch] for start in range(0, len(mine), batch))
+        parts = features_of(batches, each.settings, each.level, each.seed, each.layers)
+        if mine:
+            values = map(np.concatenate, zip(*parts, strict=True))
+            names = (f"{each.level}/{each.backbone}/{layer}" for layer in each.layers)
+            found |= dict(zip(names, values, strict=True))
+    return found
+
+
+def features_of(
+    batches: Iterable[Sequence[View]],
+    settings: Backbone,
+    level: Level,
+    seed: int,
+    layers: Sequence[str] | None = None,
+) -> Iterator[list[np.ndarray]]:
+    """One forward pass over batches of encoded views; see `ForwardPass`, and `ahead`. The network is kept."""
+    wanted = tuple(settings.layer if layers is None else layers)
+    forward = _kept_pass(settings.model_dump_json(), level, seed, wanted, _stamp(settings))
+    yield from ahead(forward, batches)
 
 
 def ahead(forward: ForwardPass, batches: Iterable[Sequence[View]]) -> Iterator[list[np.ndarray]]:
@@ -248,6 +325,20 @@ class ForwardPass:
         found = self._graph(self.strategy.experimental_distribute_values_from_function(of_device))
         devices = self.strategy.experimental_local_results
         return [np.concatenate([each.numpy() for each in devices(layer)])[: len(images)] for layer in found]
+
+
+@lru_cache(maxsize=_KEPT)
+def _kept_pass(settings: str, level: Level, seed: int, layers: tuple[str, ...], _: str) -> ForwardPass:
+    return ForwardPass(Backbone.model_validate_json(settings), level, seed, layers)
+
+
+def _stamp(settings: Backbone) -> str:
+    """Another one, once a file of weights is another."""
+    for path in filter(Path.is_file, weight_files(settings)):
+        with path.open("rb") as file:  # a network disk looks anew at a file only when it is opened
+            status = os.fstat(file.fileno())
+        return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+    return ""
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:

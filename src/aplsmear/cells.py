@@ -21,11 +21,11 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
-import joblib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -38,6 +38,7 @@ from skimage.morphology import h_maxima
 from skimage.segmentation import watershed
 
 from aplsmear.dataset import read_data_set
+from aplsmear.engine import Here
 from aplsmear.errors import UserError
 from aplsmear.files import whole
 from aplsmear.images import read_image
@@ -313,15 +314,15 @@ def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, worker
         ImageError: an image cannot be read.
     """
     paths = [root / image for image in smears["image"]]
-    parallel = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch="3 * n_jobs")
+    engine = Here(workers)
     if size is None:
         some = [paths[place] for place in _spread(len(paths), _SAMPLE)]
-        told = parallel(joblib.delayed(_size_of_file)(path) for path in some)
+        told = engine.map(_size_of_file, some)
         sizes = [one for one in progress(told, "smears measured", len(some)) if one is not None]
         size = round(float(np.median(sizes)), 1) if sizes else None
     if size is None:
         return Search(None, pd.DataFrame(columns=["smear", *BOX, *MEASURES]))
-    found = parallel(joblib.delayed(_cells_of_file)(path, size) for path in paths)
+    found = engine.map(partial(_cells_of_file, size=size), paths)
     tables = [
         table.assign(smear=smear)
         for smear, table in zip(smears["smear"], progress(found, "smears searched", len(paths)), strict=True)

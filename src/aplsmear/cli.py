@@ -248,6 +248,7 @@ def predict(
     from aplsmear.adaptation import adapted
     from aplsmear.bundle import read_bundle
     from aplsmear.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.engine import engine_of
     from aplsmear.errors import UserError
     from aplsmear.predict import (
         Judge,
@@ -264,12 +265,20 @@ def predict(
     try:
         bundle = read_bundle(ensemble)
         world = bundle.world_of(fold)
-        found = read_data_set(data, {}, min_box=bundle.model.min_box, skip_bad_images=False, labelled=False)
-        check_input(bundle, found.cells, data)
-        start_tensorflow()
         judge = Judge(bundle, world)
-        judging = judge_patients(judge, data, found.smears, found.cells)
-        judged = keep_pictures(judging, CARDS if report else 0)
+        with engine_of(_knobs(None), [data, bundle.folder], networks=True) as engine:
+            found = read_data_set(
+                data,
+                {},
+                min_box=bundle.model.min_box,
+                skip_bad_images=False,
+                engine=engine,
+                labelled=False,
+            )
+            check_input(bundle, found.cells, data)
+            start_tensorflow()
+            judging = judge_patients(judge, data, found.smears, found.cells, engine)
+            judged = keep_pictures(judging, CARDS if report else 0)
         combination, remarks = judge.combination, []
         if fold is not None:
             remarks.append(f"A check: judged by the models that never saw fold {fold}.")

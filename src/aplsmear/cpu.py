@@ -6,6 +6,7 @@ of linear algebra are one, for the same reason; processes and TensorFlow's own t
 """
 
 import os
+import sys
 
 PINNED = {
     "OPENBLAS_CORETYPE": "Haswell",
@@ -17,6 +18,16 @@ PINNED = {
 }
 
 
+_late: set[str] = set()
+
+
 def pin() -> None:
     """Set the environment that these libraries read when they are first imported, so call it before that."""
+    if "numpy" in sys.modules:
+        _late.update(name for name, value in PINNED.items() if os.environ.get(name) != value)
     os.environ.update(PINNED)
+
+
+def late() -> list[str]:
+    """The variables that had another value when NumPy, the first of these libraries, was imported."""
+    return sorted(_late)

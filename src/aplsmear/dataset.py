@@ -11,16 +11,17 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pandera.pandas as pa
-from joblib import Parallel, delayed
 
 from aplsmear import images, labels, schema
 from aplsmear.csvfile import read_csv
+from aplsmear.engine import HERE, Engine, Here
 from aplsmear.params import Task
 from aplsmear.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.progress import progress
@@ -88,7 +89,7 @@ def read_data_set(
     *,
     min_box: int,
     skip_bad_images: bool,
-    workers: int = -1,
+    engine: Engine = HERE,
     check_images: bool = True,
     labelled: bool = True,
 ) -> DataSet:
@@ -100,12 +101,12 @@ def read_data_set(
         min_box: px; a cell whose box, within its image, is smaller on either side is left out and counted.
         skip_bad_images: leave out and list smears whose image is missing or damaged, instead of refusing the
             data set.
-        workers: processes that decode images, -1: one a core; changes no result.
+        engine: decodes the images; changes no result.
         check_images: decode every image whole; False reads only their heads (sizes).
         labelled: False for new patients: label columns are neither asked for nor looked at, diagnoses are ''.
 
     Returns:
-        Tables and report, the same for any order of the rows and any number of workers.
+        Tables and report, the same for any order of the rows.
 
     Raises:
         DataSetError: with every problem found.
@@ -129,7 +130,7 @@ def read_data_set(
         _check_spelling(cells, tasks, notes)
         if not notes.problems:  # or classes may seem empty because their rows are at fault
             _check_tasks(smears, cells, tasks, notes)
-    looks = _looks([root / image for image in smears["image"]], workers, check_images)
+    looks = _looks([root / image for image in smears["image"]], engine, check_images)
     mend = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "remove its row"
     smears = _with_images(smears, looks, skip_bad_images, mend, notes)
     smears = _without_copies(smears, _has_patients(raw_smears), notes)
@@ -314,10 +315,9 @@ def _look(path: Path, whole: bool) -> _Look:
         return _Look(what=error.what, mend=error.mend)
 
 
-def _looks(paths: list[Path], workers: int, whole: bool) -> list[_Look]:
-    workers = workers if whole and len(paths) >= _FEW_IMAGES else 1
-    jobs = Parallel(n_jobs=workers, return_as="generator")(delayed(_look)(path, whole) for path in paths)
-    return list(progress(jobs, "images", len(paths)))
+def _looks(paths: list[Path], engine: Engine, whole: bool) -> list[_Look]:
+    engine = engine if whole and len(paths) >= _FEW_IMAGES else Here(1)
+    return list(progress(engine.map(partial(_look, whole=whole), paths), "images", len(paths)))
 
 
 def _with_images(

@@ -63,6 +63,12 @@ class Compute(_Strict):
     threads: int = Field(ge=1, le=64)
 
 
+class Engine(_Strict):
+    """Who does the partitions of data stages and of `predict`."""
+
+    address: str = Field(pattern=r"^$|^(tcp|tls)://\S+$")
+
+
 class Kaggle(_Strict):
     """A data set on Kaggle."""
 
@@ -288,6 +294,7 @@ class Params(_Strict):
     seed: int = Field(ge=0, lt=2**31)
     task: Name
     compute: Compute
+    engine: Engine
     dataset: Dataset
     split: Split
     augment: Augment

@@ -11,15 +11,17 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import tee
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from aplsmear.backbones import ForwardPass, batch_of
+from aplsmear.backbones import Pass, features_of_views
 from aplsmear.bags import attend
 from aplsmear.bundle import Bundle, Scorer
+from aplsmear.engine import HERE, Engine
 from aplsmear.ensembles import Combination
 from aplsmear.errors import UserError
 from aplsmear.familiarity import Moments, how_stained, stain_of
@@ -32,7 +34,7 @@ from aplsmear.shards import View
 from aplsmear.tables import as_written, write_table
 from aplsmear.views import all_views
 
-CHUNK = 512  # views that are gathered before they go through the networks
+CHUNK = 512  # views that are gathered before they go through the networks: one partition
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a field starts that spreadsheets run
 
 
@@ -82,16 +84,17 @@ class _InHand:
 
 
 class Judge:
-    """A bundle with its networks built.
+    """The models of one world of a bundle.
 
     Attributes:
         bundle: it.
         world: whose models judge.
         combination: of that world.
+        passes: forward passes that they need; their networks are built where they are made.
     """
 
     def __init__(self, bundle: Bundle, world: int) -> None:
-        """Build what the models of one world need.
+        """See what the models of one world need.
 
         Args:
             bundle: of `aplsmear.bundle.read_bundle`.
@@ -107,7 +110,7 @@ class Judge:
             level: [scorer for scorer in scorers.values() if scorer.member.images == level]
             for level in LEVELS
         }
-        self.networks = {level: list(self._networks(level)) for level in LEVELS}
+        self.passes = [each for level in LEVELS for each in self._passes(level)]
 
     @property
     def views(self) -> int:
@@ -119,31 +122,42 @@ class Judge:
         """Whether its items count by what the weigher says of them."""
         return self.weighs and scorer.member.level == self.bundle.weigher.member.level
 
-    def _networks(self, level: Level) -> Iterator[tuple[int, list[str], Any]]:
-        """Batch, names of the features, and forward pass of each backbone that is needed."""
+    def _passes(self, level: Level) -> Iterator[Pass]:
         names = {scorer.heads[self.world].features for scorer in self.scorers[level]}
         if self.bundle.reference.level == level:
             names.add(self.bundle.reference.features)
         for backbone in sorted({name.split("/")[0] for name in names}):
             mine = sorted(name for name in names if name.split("/")[0] == backbone)
+            layers = tuple(name.partition("/")[2] for name in mine)
             settings = self.bundle.backbone(backbone, level)
-            layers = [name.partition("/")[2] for name in mine]
-            yield (
-                batch_of(settings, level),
-                mine,
-                ForwardPass(settings, level, self.bundle.model.seed, layers),
-            )
+            yield Pass(backbone, settings, level, self.bundle.model.seed, layers)
 
-    def see(self, chunk: Sequence[tuple[_InHand, Mapping[Level, list[View]]]]) -> None:
-        """Add the scores of some smears and their cells to what is known of their patients."""
+    def needed(self, views: Mapping[Level, Sequence[View]]) -> dict[Level, list[View]]:
+        """Those views of a smear or several that the models look at."""
+        found: dict[Level, list[View]] = {}
         for level in LEVELS:
             averaged = max((scorer.average for scorer in self.scorers[level]), default=0)
+            used = any(each.level == level for each in self.passes)
+            found[level] = [view for view in views[level] if used and view.view <= averaged]
+        return found
+
+    def see(
+        self, chunk: Sequence[tuple[_InHand, Mapping[Level, list[View]]]], found: Mapping[str, np.ndarray]
+    ) -> None:
+        """Add the scores of some smears and their cells to what is known of their patients.
+
+        Args:
+            chunk: patient and needed views of each smear.
+            found: features of all of them, of `aplsmear.backbones.features_of_views`.
+        """
+        for level in LEVELS:
             owners = [(patient, view) for patient, views in chunk for view in views[level]]
-            owners = [(patient, view) for patient, view in owners if view.view <= averaged]
-            if not owners or not self.networks[level]:
+            if not owners:
                 continue
             views = [view for _, view in owners]
-            features = self._features(level, views)
+            features = {
+                name.partition("/")[2]: values for name, values in found.items() if name.startswith(level)
+            }
             plain = np.flatnonzero([view.view == 0 for view in views])
             more = np.diff(np.append(plain, len(views))) - 1
             said = {scorer.task: self._score(scorer, features, plain, more) for scorer in self.scorers[level]}
@@ -158,16 +172,6 @@ class Judge:
                 if known:
                     patient.features.add(features[known.features][row][None])
                     patient.stain.add(stain_of(view)[None])
-
-    def _features(self, level: Level, views: Sequence[View]) -> dict[str, np.ndarray]:
-        """float16 (views, channels) by backbone/layer."""
-        found: dict[str, np.ndarray] = {}
-        for batch, names, forward in self.networks[level]:
-            parts = [forward(views[start : start + batch]) for start in range(0, len(views), batch)]
-            found |= {
-                name: np.concatenate(part) for name, part in zip(names, zip(*parts, strict=True), strict=True)
-            }
-        return found
 
     def _score(
         self, scorer: Scorer, features: Mapping[str, np.ndarray], plain: np.ndarray, more: np.ndarray
@@ -263,7 +267,9 @@ def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
         )
 
 
-def judge_patients(judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Iterator[Judged]:
+def judge_patients(
+    judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine = HERE
+) -> Iterator[Judged]:
     """Every patient's verdict, patients sorted by name.
 
     Args:
@@ -271,16 +277,22 @@ def judge_patients(judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.Dat
         root: the folder that the `image` column of `smears` starts from.
         smears: of `aplsmear.dataset.read_data_set`.
         cells: likewise.
+        engine: cuts the views of smears, and passes them through the networks; changes no result.
     """
     model = judge.bundle.model
     smears = smears.sort_values("patient", kind="stable")
     settings = model.augment.model_copy(update={"views": judge.views, "more": {}})
-    views = progress(all_views(root, smears, cells, settings, model.seed), "smears", len(smears))
+    views = map(judge.needed, all_views(root, smears, cells, settings, model.seed, engine))
+    of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
+    chunks, again = tee(_chunks(of_smears))
+    features = engine.map(
+        partial(features_of_views, passes=judge.passes), map(_together, again), processes=False
+    )
     waiting: dict[str, _InHand] = {}
-    for chunk in _chunks(zip(smears["patient"], views, strict=True)):
+    for chunk, found in zip(chunks, features, strict=True):
         for patient, _ in chunk:
             waiting.setdefault(patient, _InHand()).smears += 1
-        judge.see([(waiting[patient], of_smear) for patient, of_smear in chunk])
+        judge.see([(waiting[patient], of_smear) for patient, of_smear in chunk], found)
         last = chunk[-1][0]  # more smears of his may follow
         for patient in [each for each in waiting if each != last]:
             yield judge.conclude(patient, waiting.pop(patient))
@@ -325,6 +337,11 @@ def write_predictions(path: Path, table: pd.DataFrame) -> None:
     """Write the table; a name that a spreadsheet would take for a formula gets a ``'`` in front."""
     names = [f"'{name}" if name.startswith(_FORMULA) else name for name in table["patient"]]
     write_table(path, table.assign(patient=names))
+
+
+def _together(chunk: Sequence[tuple[str, Mapping[Level, list[View]]]]) -> dict[Level, list[View]]:
+    """The views of all smears of a chunk."""
+    return {level: [view for _, views in chunk for view in views[level]] for level in LEVELS}
 
 
 def _chunks(

@@ -40,6 +40,15 @@ def start_tensorflow(threads: int | None = None) -> Any:
     return tf
 
 
+def device() -> str:
+    """What a started TensorFlow runs networks on: the names of its GPUs, or CPU."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [str(tf.config.experimental.get_device_details(gpu).get("device_name")) for gpu in gpus]
+    return ", ".join(names) or "CPU"
+
+
 class _Chatter:
     show = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,11 +69,33 @@ def count_views(path: Path) -> int:
     return int(pq.ParquetFile(path).metadata.num_rows)
 
 
-def read_views(path: Path, batch: int) -> Iterator[list[View]]:
-    """The views of a file of `ViewWriter`, in its order, `batch` at a time (the last may be smaller)."""
-    for rows in pq.ParquetFile(path).iter_batches(batch):
+def read_views(path: Path, batch: int, rows: range | None = None) -> Iterator[list[View]]:
+    """The views of a file of `ViewWriter`, in its order, `batch` at a time (the last may be smaller).
+
+    Args:
+        path: the file.
+        batch: views that are given together.
+        rows: consecutive ones; only the groups that hold some of them are read. None: all.
+    """
+    file = pq.ParquetFile(path)
+    rows = range(file.metadata.num_rows) if rows is None else rows
+    groups: list[int] = []
+    before = start = 0  # rows of those groups that come before the first one asked for; rows so far
+    for group in range(file.num_row_groups):
+        end = start + file.metadata.row_group(group).num_rows
+        if start < rows.stop and end > rows.start:
+            before = before if groups else rows.start - start
+            groups.append(group)
+        start = end
+    views = islice(_views(file, groups, batch), before, before + len(rows))
+    while found := list(islice(views, batch)):
+        yield found
+
+
+def _views(file: pq.ParquetFile, groups: list[int], batch: int) -> Iterator[View]:
+    for rows in file.iter_batches(batch, row_groups=groups):
         columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
-        yield [View(*row) for row in zip(*columns, strict=True)]
+        yield from map(View, *columns)
 
 
 def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:

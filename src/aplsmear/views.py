@@ -10,15 +10,15 @@ import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
-import joblib
 import numpy as np
 import pandas as pd
 
+from aplsmear.engine import HERE, Engine
 from aplsmear.errors import UserError
 from aplsmear.images import encode_jpeg, read_image
 from aplsmear.params import Augment, Level
@@ -279,13 +279,24 @@ def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list
     return idle
 
 
+class _Smear(NamedTuple):
+    """A partition of the work: one smear with its cells."""
+
+    path: Path
+    name: str
+    wanted: int  # augmented views
+    cells: pd.DataFrame
+
+
 def all_views(
-    root: Path, smears: pd.DataFrame, cells: pd.DataFrame, settings: Augment, seed: int
+    root: Path,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    settings: Augment,
+    seed: int,
+    engine: Engine = HERE,
 ) -> Iterator[dict[Level, list[View]]]:
     """The views of every smear and its cells, smear by smear as in `smears`; each image is decoded once.
-
-    As many processes work as joblib finds cores (LOKY_MAX_CPU_COUNT may say fewer); their number changes no
-    result.
 
     Args:
         root: the folder that the `image` column of `smears` starts from.
@@ -293,6 +304,7 @@ def all_views(
         cells: ``dataset/cells.csv``.
         settings: of the views.
         seed: of the augmented views.
+        engine: does the smears; changes no result.
 
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
@@ -300,31 +312,21 @@ def all_views(
     counts = settings.views * copies(smears, settings.more)
     cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.more))
     rows = cells.groupby("smear", sort=False).indices
-    jobs = (
-        joblib.delayed(_views_of_smear)(
-            root / smear.image,
-            smear.smear,
-            smear.wanted,
-            cells.iloc[rows.get(smear.smear, [])],
-            settings,
-            seed,
-        )
-        for smear in _rows(smears[["smear", "image"]].assign(wanted=counts))
+    parts = (
+        _Smear(root / each.image, each.smear, each.wanted, cells.iloc[rows.get(each.smear, [])])
+        for each in _rows(smears[["smear", "image"]].assign(wanted=counts))
     )
-    parallel = joblib.Parallel(n_jobs=-1, return_as="generator", pre_dispatch="3 * n_jobs")
-    yield from parallel(jobs)
+    yield from engine.map(partial(_views_of_smear, settings=settings, seed=seed), parts)
 
 
-def _views_of_smear(
-    path: Path, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
-) -> dict[Level, list[View]]:
+def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, list[View]]:
     cv2.setNumThreads(1)
-    image = prepared(read_image(path), settings, path)
+    image = prepared(read_image(smear.path), settings, smear.path)
     return {
-        "smear": list(smear_views(image, name, count, settings, seed)),
+        "smear": list(smear_views(image, smear.name, smear.wanted, settings, seed)),
         "cell": [
             view
-            for row in _rows(cells)
+            for row in _rows(smear.cells)
             for view in cell_views(
                 image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.wanted, settings, seed
             )
