@@ -1,10 +1,12 @@
 """Check the data set whole and index it; images stay where they are."""
 
+import os
 from pathlib import Path
 
 from aplsmear.dataset import DataSetError, print_problems, read_data_set
 from aplsmear.params import read_params
-from aplsmear.stage import run
+from aplsmear.pseudonyms import Pseudonyms, read_key
+from aplsmear.stage import home, run
 from aplsmear.statistics import write_json
 from aplsmear.tables import write_table
 
@@ -13,12 +15,14 @@ OUT = Path("dataset")
 
 def main() -> int:
     params = read_params(Path("params.yaml"))
+    names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
     try:
         found = read_data_set(
             Path(params.dataset.root),
             params.tasks,
             min_box=params.dataset.min_box,
             skip_bad_images=params.dataset.skip_bad_images,
+            pseudonyms=names,
         )
     except DataSetError as error:
         print_problems(error.problems)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from aplsmear.files import copy_whole
 from aplsmear.members import summarise_patients
-from aplsmear.params import read_params
+from aplsmear.params import named, read_params
 from aplsmear.stage import run
 from aplsmear.tables import read_scores, write_table
 
 
 def main(ensemble: str, task: str, weigher: str) -> None:
     params = read_params(Path("params.yaml"))
+    level, of_weigher = (named(params.tasks, name, "tasks").level for name in (task, weigher))
     scores, weights = (read_scores(Path(f"tuned/{name}/scores.parquet")) for name in (task, weigher))
-    alike = params.tasks[task].level == params.tasks[weigher].level
-    table = summarise_patients(scores, weights if alike else None)
+    table = summarise_patients(scores, weights if level == of_weigher else None)
     write_table(Path(f"members/{ensemble}/{task}.csv"), table)
     copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
 

@@ -15,11 +15,10 @@ import numpy as np
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole
 from aplsmear.images import decode
-from aplsmear.params import Backbone, Level, nearest
+from aplsmear.params import JOINT, Backbone, Level, nearest
 from aplsmear.shards import View
 from aplsmear.views import resize
 
-JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
 

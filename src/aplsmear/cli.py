@@ -225,10 +225,10 @@ def predict(
         judge_patients,
         keep_pictures,
         verdict_table,
-        write_predictions,
     )
     from aplsmear.prediction_page import CARDS, write_page
     from aplsmear.runtime import start_tensorflow
+    from aplsmear.tables import write_table
 
     _check_outs([path for path in (out, report) if path is not None], overwrite)
     try:
@@ -254,7 +254,7 @@ def predict(
         table = verdict_table(judged, combination)
         if report:
             write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
-        write_predictions(out, table)
+        write_table(out, table)
     except DataSetError as error:
         print_problems(error.problems)
         raise typer.Exit(1) from None

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.problems import Problem
+from aplsmear.tables import unguarded
 
 _DELIMITERS = (",", ";", "\t")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8"))
@@ -22,7 +23,7 @@ _AGAIN = "export the table again, as CSV UTF-8"
 def read_csv(
     path: Path, wanted: Mapping[str, bool], problems: list[Problem], remarks: list[str]
 ) -> pd.DataFrame | None:
-    """Some columns of a CSV file, as text without spaces at its ends.
+    """Some columns of a CSV file, as text without spaces at its ends, nor a ``'`` against formulas in front.
 
     Handled: comma, semicolon or tab; any line ends; UTF-8 with and without a byte-order mark, UTF-16 with
     one, latin-1 (with a remark); empty rows; superfluous columns. Reported: everything else.
@@ -59,7 +60,7 @@ def read_csv(
             elif len(record) < width or any(field.strip() for field in record[width:]):
                 problems.append(_ragged(path.name, number, len(record), width))
             else:
-                rows.append([record[place].strip() for place in places.values()])
+                rows.append([unguarded(record[place].strip()).strip() for place in places.values()])
                 numbers.append(number)
     except csv.Error as error:
         expected = f"fields whose quotes are closed ({error})"

@@ -45,6 +45,7 @@ from aplsmear.statistics import (
     operating_points,
     summary,
 )
+from aplsmear.tables import unguarded
 
 MODELS = ("average", "logistic", "network")  # the simplest first
 # Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
@@ -339,10 +340,12 @@ def read_members(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
         problems.append(f"{folder} lacks the members {', '.join(absent)}; `dvc repro` makes them.")
     if problems:
         raise EnsembleError(" ".join(problems))
-    return {
-        name: pd.read_csv(folder / f"{name}.csv", dtype={"patient": str}, keep_default_na=False)
-        for name in names
-    }
+    return {name: _read_member(folder / f"{name}.csv") for name in names}
+
+
+def _read_member(path: Path) -> pd.DataFrame:
+    table = pd.read_csv(path, dtype={"patient": str}, keep_default_na=False)
+    return table.assign(patient=table["patient"].map(unguarded))
 
 
 def as_json(combination: Combination) -> dict[str, Any]:

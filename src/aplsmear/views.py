@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.images import encode_jpeg, read_image
+from aplsmear.images import ImageError, encode_jpeg, read_image
 from aplsmear.params import Augment, Level
 from aplsmear.shards import View
 from aplsmear.stains import StainError, normalised
@@ -104,13 +104,13 @@ def room(settings: Augment) -> float:
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
 
 
-def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
+def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
     """A smear as its views are cut from it: in the colours that `settings.normalise` asks for.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
         settings: of the views.
-        path: of the image, for messages.
+        name: of the image, for messages.
 
     Raises:
         ViewError: it cannot be normalised.
@@ -119,7 +119,7 @@ def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
         return normalised(image, settings.normalise)
     except StainError as error:
         raise ViewError(
-            f"{path}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
+            f"{name}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
             "augment.normalise in params.yaml to none"
         ) from None
 
@@ -265,7 +265,12 @@ def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list
 
 
 def all_views(
-    root: Path, smears: pd.DataFrame, cells: pd.DataFrame, settings: Augment, seed: int
+    root: Path,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    settings: Augment,
+    seed: int,
+    files: Mapping[str, str] | None = None,
 ) -> Iterator[dict[Level, list[View]]]:
     """The views of every smear and its cells, smear by smear as in `smears`; each image is decoded once.
 
@@ -278,6 +283,7 @@ def all_views(
         cells: ``dataset/cells.csv``.
         settings: of the views.
         seed: of the augmented views.
+        files: the path below `root` of each image, where `image` is no path but stands for one.
 
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
@@ -287,7 +293,8 @@ def all_views(
     rows = cells.groupby("smear", sort=False).indices
     jobs = (
         joblib.delayed(_views_of_smear)(
-            root / smear.image,
+            root / (files[smear.image] if files else smear.image),
+            smear.image,
             smear.smear,
             smear.wanted,
             cells.iloc[rows.get(smear.smear, [])],
@@ -301,10 +308,14 @@ def all_views(
 
 
 def _views_of_smear(
-    path: Path, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
+    path: Path, shown: str, name: str, count: int, cells: pd.DataFrame, settings: Augment, seed: int
 ) -> dict[Level, list[View]]:
+    """Views of one smear; errors speak of its image as `shown`."""
     cv2.setNumThreads(1)
-    image = prepared(read_image(path), settings, path)
+    try:
+        image = prepared(read_image(path), settings, shown)
+    except ImageError as error:
+        raise ImageError(shown, error.what, error.mend) from None
     return {
         "smear": list(smear_views(image, name, count, settings, seed)),
         "cell": [
