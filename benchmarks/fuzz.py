@@ -27,7 +27,7 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,7 +48,7 @@ from aplsmear.statistics import write_json
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 SECONDS, GIGABYTES = 60.0, 4.0  # a file may cost at most, of CPU and of memory; the ceiling is twice that
 SILENCE = 600.0  # s on the clock after which a process hangs
-LEARNING = 2_000  # files that are all watched for new arcs; later one in ten
+LEARNING = 400  # data sets that are all watched for new arcs; later one in ten
 LARGEST = 200_000  # bytes of a mutated file; larger ones are bombs
 
 DATA_SET, REFUSED = "data sets", "refused"  # the two ends that are right
@@ -332,7 +332,7 @@ def bombs() -> dict[str, Callable[[Path], object]]:
         "a million columns": table("labeled_cells.csv", cells + "," * 10**6, lambda _: "\n1", 1),
         "a million empty rows": table("labeled_cells.csv", cells, lambda _: ",,,\n", 10**6),
         "labels that are all misspelt, no two alike": table(
-            "labeled_cells.csv", cells, lambda n: f"{n},1,{box},{{'Promyelocyte{n}'}}\n"
+            "labeled_cells.csv", cells, lambda n: f"{n},1,{box},{{'Promyelocyte{chr(0x4E00 + n // 400)}{chr(0x4E00 + n % 400)}'}}\n"
         ),
         "labels that nobody knows, no two alike": table(
             "labeled_cells.csv", cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"
@@ -361,7 +361,7 @@ def bombs() -> dict[str, Callable[[Path], object]]:
             lambda: _saved(Image.new("L", (8, 8)), "TIFF", save_all=True, append_images=[Image.new("L", (8, 8))] * 999)
         ),
         "TIFF, directories in a circle": picture(_circular_tiff),
-        "JPEG, 20,000 scans of 25 million pixels": picture(lambda: _many_scans(20_000)),
+        "JPEG, 20,000 scans of 25 million pixels": picture(lambda: many_scans(20_000)),
         "JPEG, 150 million pixels": picture(lambda: _saved(wide.convert("RGB"), "JPEG")),
     }  # fmt: skip
 
@@ -380,9 +380,9 @@ def _circular_tiff() -> bytes:
     return bytes(data)
 
 
-def _many_scans(count: int) -> bytes:
+def many_scans(count: int, side: int = 5_000) -> bytes:
     """A progressive JPEG whose last scan comes again and again: each costs a pass over all pixels."""
-    data = _saved(Image.new("L", (5_000, 5_000)), "JPEG", progressive=True)
+    data = _saved(Image.new("RGB", (side, side)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * count + data[-2:]
 
@@ -525,6 +525,18 @@ def judged(folder: Path, number: int) -> Outcome:
     return Outcome(number, end, time.process_time() - start, text)
 
 
+def damaged(kind: str, seed: int, number: int, corpus: Sequence[bytes]) -> dict[str, bytes]:
+    """The files of one data set that are mutated: one table or both, or all pictures."""
+    dice = random.Random(f"{seed}/{kind}/{number}")
+    if kind == "images":
+        return {place: mutated_picture(dice, dice.choice(corpus), dice.choice(corpus)) for place in PICTURES}
+    files = {}
+    for place in dice.choice([[one] for one in TABLES] + [[*TABLES]] * 2):
+        before = TABLES[place] if dice.randrange(2) else dice.choice(corpus)
+        files[place] = mutated_table(dice, before, dice.choice(corpus))
+    return files
+
+
 def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, answers: Connection) -> None:
     """The process that mutates and reads; what it dies of is in the folder."""
     _limited()
@@ -532,17 +544,11 @@ def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, 
     whole = {name: (folder / name).read_bytes() for name in (*TABLES, *PICTURES)}
     start = _peak()
     guide = Guide([*TABLES.values()] if kind == "tables" else seed_pictures())
-    mutated = mutated_table if kind == "tables" else mutated_picture
     for number in numbers:
-        dice = random.Random(f"{seed}/{kind}/{number}")
-        places = dice.choice([[one] for one in TABLES] + [[*TABLES]] * 2) if kind == "tables" else PICTURES
-        files = {}
-        for place in places:
-            before = TABLES.get(place) if dice.randrange(4) == 0 else None
-            files[place] = mutated(dice, before or dice.choice(guide.corpus), dice.choice(guide.corpus))
+        files = damaged(kind, seed, number, guide.corpus)
         for place, data in (whole | files).items():
             (folder / place).write_bytes(data)
-        learning = number < LEARNING or dice.randrange(10) == 0  # being watched costs as much again
+        learning = number < LEARNING or number % 10 == 0  # being watched costs as much again
         with guide.watching(files.values()) if learning else contextlib.nullcontext():
             outcome = judged(folder, number)
         found = replace(outcome, files=len(files), arcs=len(guide.arcs), memory=_peak() - start)

@@ -243,7 +243,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
     if not path.is_file():
         raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
     try:
-        tensors = _count_tensors(path)
+        tensors, numbers = _count_tensors(path)
         if _leads_elsewhere(path):
             raise ValueError("it takes data from another file")
         networks = {len(full.weights): full, len(cut.weights): cut}
@@ -252,6 +252,8 @@ def _load(path: Path, full: Any, cut: Any) -> None:
                 f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest "
                 f"layer used {len(cut.weights)}"
             )
+        if numbers != (own := networks[tensors].count_params()):  # a file of a kilobyte can claim terabytes
+            raise ValueError(f"it holds {numbers:,} numbers, the network has {own:,}")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             networks[tensors].load_weights(path)
@@ -265,19 +267,19 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         ) from error
 
 
-def _count_tensors(path: Path) -> int:
-    """How many arrays an HDF5 file holds; bare numbers (a saved seed) are none."""
+def _count_tensors(path: Path) -> tuple[int, int]:
+    """How many arrays an HDF5 file holds, and how many numbers they say they have; a saved seed is none."""
     import h5py
 
-    tensors = 0
+    sizes: list[int] = []
 
     def count(_: str, node: Any) -> None:
-        nonlocal tensors
-        tensors += isinstance(node, h5py.Dataset) and node.ndim > 0
+        if isinstance(node, h5py.Dataset) and node.ndim > 0:
+            sizes.append(int(node.size))
 
     with h5py.File(path) as file:
         file.visititems(count)
-    return tensors
+    return len(sizes), sum(sizes)
 
 
 def _leads_elsewhere(path: Path) -> bool:

@@ -41,11 +41,11 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     Raises:
         ProfileError: a key that the file does not have; all such keys at once.
     """
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    tree = yaml.load(text)
+    keeping = YAML()  # remarks; it makes no objects of tags
+    keeping.preserve_quotes = True
+    keeping.width = 4096
+    keeping.indent(mapping=2, sequence=4, offset=2)
+    tree = keeping.load(text)
     problems = []
     for key, value in settings.items():
         *path, last = key.split(".")
@@ -59,7 +59,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     if problems:
         raise ProfileError("; ".join(problems))
     out = io.StringIO()
-    yaml.dump(tree, out)
+    keeping.dump(tree, out)
     return out.getvalue()
 
 
