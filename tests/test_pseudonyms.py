@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from aplsmear.cli import app
 from aplsmear.demo import draw_data_set
 from aplsmear.pseudonyms import PseudonymError, Pseudonyms, read_key
 from aplsmear.shards import read_views
@@ -152,6 +154,20 @@ def test_without_its_key_a_stage_says_how_to_make_one_and_does_nothing(workspace
     code, said = stage("augment", workspace, KEY)  # another one
     assert code == 1
     assert "is not the one" in said
+
+
+def test_who_holds_the_key_can_tell_who_is_who(workspace, monkeypatch):
+    assert stage("download", workspace, KEY)[0] == 0
+    monkeypatch.chdir(workspace)
+    for variable, key in KEY.items():
+        monkeypatch.setenv(variable, key)
+    told = CliRunner().invoke(app, ["names", "data"])
+    rows = list(csv.DictReader(told.stdout.splitlines()))
+    assert all(NAME in row["name"] for row in rows)
+    smears, cells = (read_table(workspace / "dataset" / f"{name}.csv") for name in ("smears", "cells"))
+    for kind, used in (("patient", smears["patient"]), ("smear", smears["smear"]), ("cell", cells["cell"])):
+        assert set(used) <= {row["pseudonym"] for row in rows if row["kind"] == kind}
+    assert set(smears["image"]) == {row["pseudonym"] for row in rows if row["kind"] == "image"}
 
 
 def test_equal_names_are_equal_under_one_key_and_kind_alone(tmp_path):

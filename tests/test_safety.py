@@ -279,6 +279,15 @@ def test_user_and_password_of_an_mlflow_server_are_sent_and_never_said(tmp_path,
         assert b64encode(f"me:{SECRET}".encode()).decode() not in said
 
 
+def test_tracking_reports_nothing_to_the_makers_of_mlflow(monkeypatch):
+    from aplsmear.tracking import Tracker
+
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    monkeypatch.setattr(Tracker, "_guard", lambda *_: None)
+    Tracker(Path(), "n", "k", {}, {})
+    assert os.environ.pop("MLFLOW_DISABLE_TELEMETRY") == "true"
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [

@@ -282,6 +282,38 @@ def _check_outs(paths: list[Path], overwrite: bool) -> None:
         _fail("\n".join(problems))
 
 
+@app.command()
+def names(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds wsi.csv.")],
+) -> None:
+    """Who is who under `dataset.pseudonymise`? A table (CSV) of names and pseudonyms, for those with the key.
+
+    The key is that of the environment variable APLSMEAR_PSEUDONYM_KEY, or of the file .pseudonym-key here.
+
+    Example: `aplsmear names /data/our_smears > names.csv`
+    """
+    import csv
+    import os
+    import sys
+
+    from aplsmear.dataset import DataSetError, names_of, print_problems
+    from aplsmear.errors import UserError
+    from aplsmear.pseudonyms import Pseudonyms, read_key
+    from aplsmear.tables import guarded
+
+    try:
+        hidden = Pseudonyms(read_key(os.environ, Path()))
+        found = names_of(folder)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except UserError as error:
+        _fail(str(error))
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["kind", "name", "pseudonym"])
+    table.writerows([kind, guarded(name), hidden.of(kind, name)] for kind, name in found)
+
+
 @app.command("null-check")
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="Of `ensembles` in params.yaml.")],

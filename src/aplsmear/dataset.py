@@ -163,6 +163,28 @@ def read_data_set(
     return DataSet(_in_order(smears, SMEAR_COLUMNS), _in_order(cells, CELL_COLUMNS), report)
 
 
+def names_of(root: Path) -> list[tuple[str, str]]:
+    """Kind and name of all that `aplsmear.pseudonyms` replaces in a data set, each once, in order.
+
+    Raises:
+        DataSetError: the tables cannot be read.
+    """
+    notes = _Notes()
+    found: set[tuple[str, str]] = set()
+    for declared in (schema.SMEARS, schema.CELLS):
+        name = str(declared.name)
+        table = _read(root, declared, False, _as_it_is, notes) if (root / name).exists() else None
+        if table is None:
+            continue
+        for column, kind in _KINDS[name].items():
+            names = _image(table[column]) if column == "imgName" else table.get(column, ())
+            found |= {(kind, each) for each in names if each}
+    if not found:
+        notes.add(SMEARS_FILE, None, "", expected="a table of smears", mend="check the path")
+        raise DataSetError(notes.problems)
+    return sorted(found)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
@@ -217,8 +239,7 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd
         cleaned = list(_mapped(raw["label"], _smear_labels))
     dropped = Counter(label for one in cleaned for label in one.dropped)
     notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
-    names = raw["imgName"].map(lambda name: name.replace("\\", "/"))
-    files = names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name)))
+    files = _image(raw["imgName"])
     smears = pd.DataFrame(
         {
             "smear": raw["id"],
@@ -241,6 +262,11 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd
             expected="a picture that no other row names", mend="correct the name, or remove one of the rows",
         )  # fmt: skip
     return smears
+
+
+def _image(names: pd.Series) -> pd.Series:
+    """The paths of pictures below the data set's folder."""
+    return names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/"))))
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:

@@ -17,8 +17,13 @@ log = logging.getLogger(__name__)
 
 EXPERIMENT = "aplsmear"
 NAMES = "DVC_EXP_NAME"  # tag: the experiments of DVC that a run belongs to, with blanks between
-# MLflow would otherwise wait for a dead server for minutes; a wish of the user comes first.
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# MLflow would otherwise wait for a dead server for minutes, and report to its makers how it is used; a wish
+# of the user comes first.
+MANNERS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 LONGEST_TAG = 5000  # characters
 
 
@@ -63,7 +68,7 @@ class Tracker:
         self._client: Any = None
         self._run = self._experiment = ""
         self._trials: set[str] = set()
-        for variable, value in IMPATIENCE.items():
+        for variable, value in MANNERS.items():
             os.environ.setdefault(variable, value)
         self._guard(lambda: self._open(folder, name, key, dict(tags), dict(params)))
 
