@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/fuzz.py [--tables N] [--images N] [--seed S] [--keep DIR]
 
-Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call it,
-in a process of its own with a ceiling of memory, and the refusal through the table that people see. A file
-that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further, as
-coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris, which has no build for Python 3.11). Then come
-bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
+Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call
+it, in a process of its own with a ceiling of memory, and the refusal through the table that people see. A
+file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further, as
+coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
+Python 3.11). Then come bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
 
 Results go to benchmarks/results/fuzz.json.
 """
@@ -66,13 +66,15 @@ SMEARS = b"""id,imgName,label,patient,site
 3,c.png,"{'aml', 'm3'}",P3,A
 10,d.png,"{'aml', 'm3'}",P3,B
 """
-CELLS = b"""id,segmentationSetId,wsi,cellType,segmentationQuality,specialCharacteristics,objectType,bbox,extent
+CELLS = b"""\
+id,segmentationSetId,wsi,cellType,segmentationQuality,specialCharacteristics,objectType,bbox,extent
 1,1,1,,,,,"[2, 4, 30, 40]",0.79
 2,1,3,{'Promyelocyte'},{'Good'},{'None'},{'Cell'},"[2, 4, 30, 40]",0.78
 11,1,3,{'Promyelocyte'},{'Good'},"{'Auer rods', 'Faggot cell'}",{'Cell'},"[10, 20, 40, 60]",0.77
 12,1,10,{'Myeloblast'},{'Bad'},{'None'},{'Cell'},"[20, 44, 48, 64]",0.76
 """
-TABLES = {"wsi.csv": SMEARS, "labeled_cells.csv": CELLS}
+CELLS_CSV = "labeled_cells.csv"
+TABLES = {"wsi.csv": SMEARS, CELLS_CSV: CELLS}
 PICTURES = [f"wsi/{name}.png" for name in "abcd"]
 
 
@@ -145,13 +147,15 @@ class Tally:
 # --- mutated tables --------------------------------------------------------------------------------
 
 NASTY = [
-    b"", b" ", b",", b";", b"\t", b'"', b"'", b"\r", b"\n", b"\r\n", b"\0", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe",
-    b"\xe2\x80\xae", b"\xc2\xa0", b"\xcc\x81", b"\xf0\x9f\xa9\xb8", b"\x1b[31m", b"|", b"..", b"/", b"\\", b"C:\\a.png",
-    b"../../a.png", b"/etc/passwd", b"a.png", b"b.png", b"nul", b"nan", b"None", b"inf", b"-1", b"0", b"1.0", b"1e309",
-    b"99999999999999999999", b"=1+1", b"@SUM(A1)", b"<script>", b"$(id)", b"`id`", b"${IFS}", b"{'healthy'}", b"{'aml', 'm3'}",
-    b"{'aml'}", b"{'m2', 'm3'}", b"{'Auer rods'}", b"{'Auer rod'}", b"{", b"}", b"{'", b"set()", b"['a', 'b']", b"{'a': 1}",
-    b"__import__('os')", b"{'a\\'b'}", b"{'a|b'}", b"[0, 0, 30, 30]", b"[-9, 1, 20, 99]", b"[1, 1, 2, 2]", b"[0,0,0",
-    b"(1.0, 2.0, 30.00, 40.)", b"[999999999, 0, 1, 1]", b"id", b"wsi", b"imgName", b"label", b"patient", b"bbox", b"ID ",
+    b'', b' ', b',', b';', b'\t', b'"', b"'", b'\r', b'\n', b'\r\n', b'\x00', b'\xff', b'\xef\xbb\xbf',
+    b'\xff\xfe', b'\xe2\x80\xae', b'\xc2\xa0', b'\xcc\x81', b'\xf0\x9f\xa9\xb8', b'\x1b[31m', b'|',
+    b'..', b'/', b'\\', b'C:\\a.png', b'../../a.png', b'/etc/passwd', b'a.png', b'b.png', b'nul', b'nan',
+    b'None', b'inf', b'-1', b'0', b'1.0', b'1e309', b'99999999999999999999', b'=1+1', b'@SUM(A1)',
+    b'<script>', b'$(id)', b'`id`', b'${IFS}', b"{'healthy'}", b"{'aml', 'm3'}", b"{'aml'}",
+    b"{'m2', 'm3'}", b"{'Auer rods'}", b"{'Auer rod'}", b'{', b'}', b"{'", b'set()', b"['a', 'b']",
+    b"{'a': 1}", b"__import__('os')", b"{'a\\'b'}", b"{'a|b'}", b'[0, 0, 30, 30]', b'[-9, 1, 20, 99]',
+    b'[1, 1, 2, 2]', b'[0,0,0', b'(1.0, 2.0, 30.00, 40.)', b'[999999999, 0, 1, 1]', b'id', b'wsi',
+    b'imgName', b'label', b'patient', b'bbox', b'ID ',
 ]  # fmt: skip
 
 
@@ -257,16 +261,20 @@ def seed_pictures() -> list[bytes]:
     noise = Image.frombytes("RGB", (48, 32), random.Random(1).randbytes(48 * 32 * 3))
     turned = Image.Exif()
     turned[0x0112] = 6
-    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
-        (noise, "JPEG", {}), (noise, "JPEG", {"progressive": True}), (noise, "JPEG", {"exif": turned}),
-        (noise.convert("L"), "JPEG", {}), (noise.convert("CMYK"), "JPEG", {}), (noise, "PNG", {}),
-        (noise.convert("RGBA"), "PNG", {}), (noise.convert("P"), "PNG", {"transparency": 3}), (noise.convert("1"), "PNG", {}),
-        (noise.convert("I;16") if "I;16" in Image.MODES else noise.convert("L"), "PNG", {}), (noise, "TIFF", {}),
-        (noise, "TIFF", {"compression": "tiff_lzw"}), (noise, "TIFF", {"compression": "tiff_adobe_deflate", "exif": turned}),
-        (noise, "TIFF", {"compression": "jpeg"}), (noise.convert("CMYK"), "TIFF", {}),
-        (noise, "TIFF", {"save_all": True, "append_images": [noise, noise.convert("L")]}), (noise.convert("1"), "TIFF", {"compression": "group4"}),
+    again = {"save_all": True, "append_images": [noise, noise.convert("L")]}
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("RGB", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"exif": turned}),
+        ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("1", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}), ("I;16", "PNG", {}), ("RGB", "TIFF", {}), ("RGB", "TIFF", again),
+        ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "TIFF", {"compression": "jpeg"}),
+        ("RGB", "TIFF", {"compression": "tiff_adobe_deflate", "exif": turned}), ("CMYK", "TIFF", {}),
+        ("1", "TIFF", {"compression": "group4"}),
     ]  # fmt: skip
-    return [_saved(picture, kind, **options) for picture, kind, options in kinds]
+    return [_saved(_as_mode(noise, mode), kind, **options) for mode, kind, options in kinds]
+
+
+def _as_mode(picture: Image.Image, mode: str) -> Image.Image:
+    return picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
 
 
 def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -323,46 +331,47 @@ def bombs() -> dict[str, Callable[[Path], object]]:
     def picture(make: Callable[[], bytes]) -> Callable[[Path], object]:
         return lambda folder: (folder / PICTURES[0]).write_bytes(make())
 
+    def large(mode: str, kind: str, **options: Any) -> Callable[[Path], object]:
+        side = 12_247  # as many pixels as are let in
+        return picture(lambda: _saved(Image.new(mode, (side, side)), kind, **options))
+
+    def typo(number: int) -> str:
+        return "Promyelocyte" + chr(0x4E00 + number // 400) + chr(0x4E00 + number % 400)
+
     smears, cells = "id,imgName,label,patient\n", "id,wsi,bbox,cellType\n"
-    box = '"[2, 4, 30, 40]"'
-    wide = Image.new("L", (12_247, 12_247))  # as many pixels as are let in
+    box, tiny = '"[2, 4, 30, 40]"', Image.new("RGB", (8, 8))
+    quotes = "{" * 400 + "'" * 400
     return {
-        "a field of 50 MB": table("labeled_cells.csv", cells, lambda _: f"1,1,{box},{'x' * 50_000_000}\n", 1),
-        "a quote that is never closed": table("labeled_cells.csv", cells, lambda n: f'{n},1,"[2, 4\n'),
-        "a million columns": table("labeled_cells.csv", cells + "," * 10**6, lambda _: "\n1", 1),
-        "a million empty rows": table("labeled_cells.csv", cells, lambda _: ",,,\n", 10**6),
-        "labels that are all misspelt, no two alike": table(
-            "labeled_cells.csv", cells, lambda n: f"{n},1,{box},{{'Promyelocyte{chr(0x4E00 + n // 400)}{chr(0x4E00 + n % 400)}'}}\n"
-        ),
-        "labels that nobody knows, no two alike": table(
-            "labeled_cells.csv", cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"
-        ),
+        "a field of 50 MB": table(CELLS_CSV, cells, lambda _: f"1,1,{box},{'x' * 50_000_000}\n", 1),
+        "a quote that is never closed": table(CELLS_CSV, cells, lambda n: f'{n},1,"[2, 4\n'),
+        "a million columns": table(CELLS_CSV, cells + "," * 10**6, lambda _: "\n1", 1),
+        "a million empty rows": table(CELLS_CSV, cells, lambda _: ",,,\n", 10**6),
+        "labels that are all misspelt": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{typo(n)}'}}\n"),
+        "labels that nobody knows": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"),
         "one patient with two diagnoses in every row": table(
             "wsi.csv", smears, lambda n: f"{n},a{n}.png,{{'{('healthy', 'aml')[n % 2]}'}},P\n", 20_000
         ),
-        "one id in every row": table("labeled_cells.csv", cells, lambda _: f"1,1,{box},\n"),
+        "one id in every row": table(CELLS_CSV, cells, lambda _: f"1,1,{box},\n"),
         "one picture in every row": table(
             "wsi.csv", smears, lambda n: f"{n},{'./' * (n % 50)}a.png,{{'healthy'}},P{n}\n", 5_000
         ),
-        "brackets within a label": table(
-            "labeled_cells.csv", cells, lambda n: f"{n},1,{box},\"{'{' * 400}{chr(39) * 400}\"\n", 5_000
-        ),
-        "PNG, 150 million pixels in 18 kB": picture(lambda: _saved(wide.convert("1"), "PNG")),
-        "PNG, 150 million pixels with transparency": picture(lambda: _saved(wide.convert("LA"), "PNG")),
-        "PNG, a palette of 150 million transparent pixels": picture(lambda: _saved(wide.convert("P"), "PNG", transparency=0)),
-        "PNG, 16 bits, 150 million pixels": picture(lambda: _saved(Image.new("I;16", wide.size), "PNG")),
+        "brackets within a label": table(CELLS_CSV, cells, lambda n: f'{n},1,{box},"{quotes}"\n', 5_000),
+        "PNG, 150 million pixels in 18 kB": large("1", "PNG"),
+        "PNG, 150 million pixels with transparency": large("LA", "PNG"),
+        "PNG, a palette of 150 million transparent pixels": large("P", "PNG", transparency=0),
+        "PNG, 16 bits, 150 million pixels": large("I;16", "PNG"),
         "PNG, text that unpacks to 200 MB": picture(lambda: _saved_with_text(200 * 10**6)),
         "PNG, a colour profile that unpacks to 200 MB": picture(
-            lambda: _saved(Image.new("RGB", (8, 8)), "PNG", icc_profile=bytes(200 * 10**6))
+            lambda: _saved(tiny, "PNG", icc_profile=bytes(200 * 10**6))
         ),
-        "TIFF, deflate, 150 million pixels": picture(lambda: _saved(wide.convert("RGB"), "TIFF", compression="tiff_adobe_deflate")),
-        "TIFF, CMYK, 150 million pixels": picture(lambda: _saved(wide.convert("CMYK"), "TIFF", compression="tiff_lzw")),
+        "TIFF, deflate, 150 million pixels": large("RGB", "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF, CMYK, 150 million pixels": large("CMYK", "TIFF", compression="tiff_lzw"),
         "TIFF, 1,000 pictures in one file": picture(
-            lambda: _saved(Image.new("L", (8, 8)), "TIFF", save_all=True, append_images=[Image.new("L", (8, 8))] * 999)
+            lambda: _saved(tiny, "TIFF", save_all=True, append_images=[tiny] * 999)
         ),
         "TIFF, directories in a circle": picture(_circular_tiff),
         "JPEG, 20,000 scans of 25 million pixels": picture(lambda: many_scans(20_000)),
-        "JPEG, 150 million pixels": picture(lambda: _saved(wide.convert("RGB"), "JPEG")),
+        "JPEG, 150 million pixels": large("RGB", "JPEG"),
     }  # fmt: skip
 
 

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from aplsmear.layers import TABLE
