@@ -4,8 +4,8 @@ Usage: python benchmarks/fuzz.py [--tables N] [--images N] [--seed S] [--keep DI
 
 Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call
 it, in a process of its own with a ceiling of memory, and the refusal through the table that people see. A
-file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further, as
-coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
+file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further,
+as coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
 Python 3.11). Then come bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
 
 Results go to benchmarks/results/fuzz.json.
