@@ -1,6 +1,6 @@
 """What becomes of damaged tables and pictures: a data set or a list of problems, in bounded time and memory.
 
-Usage: python benchmarks/fuzz.py [--tables N] [--images N] [--seed S] [--keep DIR]
+Usage: python benchmarks/fuzz.py [PART]... [--tables N] [--images N] [--seed S] [--keep DIR]
 
 Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call
 it, in a process of its own with a ceiling of memory, and the refusal through the table that people see. A
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -46,6 +47,7 @@ from aplsmear.params import Task
 from aplsmear.statistics import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+PARTS = ("tables", "images", "bombs")
 SECONDS, GIGABYTES = 60.0, 4.0  # a file may cost at most, of CPU and of memory; the ceiling is twice that
 SILENCE = 600.0  # s on the clock after which a process hangs
 LEARNING = 400  # data sets that are all watched for new arcs; later one in ten
@@ -82,22 +84,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tables", type=int, default=20_000)
-    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="tables, images or bombs; default: all")
+    parser.add_argument("--tables", type=int, default=20_000, help="how many")
+    parser.add_argument("--images", type=int, default=5_000, help="how many")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--keep", type=Path, default=Path("fuzz-found"), help="gets what ended as it should not"
+        "--keep", type=Path, default=Path("fuzz-found"), help="gets what ends as it should not"
     )
     asked = parser.parse_args()
-    found = {kind: many(kind, getattr(asked, kind), asked.seed, asked.keep) for kind in ("tables", "images")}
-    found["bombs"] = all_bombs()
-    figures = {kind: tally.figures() for kind, tally in found.items()}
-    show(figures)
-    for kind, tally in found.items():
+    figures = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    failed = False
+    for part in asked.parts or PARTS:
+        if part not in PARTS:
+            parser.error(f"{part!r} is none of {', '.join(PARTS)}")
+        tally = all_bombs() if part == "bombs" else many(part, getattr(asked, part), asked.seed, asked.keep)
+        figures[part] = tally.figures() | {"seed": asked.seed, "machine": machine(), "commit": commit()}
+        write_json(RESULTS, figures, digits=3)
+        failed |= bool(tally.wrong)
         for text in tally.wrong:
-            print(f"{kind} {text}", file=sys.stderr)
-    write_json(RESULTS, figures | {"seed": asked.seed, "machine": machine(), "commit": commit()}, digits=3)
-    sys.exit(any(tally.wrong for tally in found.values()))
+            print(f"{part} {text}", file=sys.stderr)
+    show({part: figures[part] for part in PARTS if part in figures})
+    sys.exit(failed)
 
 
 @dataclass
@@ -454,11 +461,10 @@ def show(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """The table at the end."""
     table = Table("", *figures)
     for row in dict.fromkeys(key for column in figures.values() for key in column):
-        values = (column.get(row, 0) for column in figures.values())
-        table.add_row(
-            row.replace("_", " "),
-            *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in values),
-        )
+        values = [column.get(row, 0) for column in figures.values()]
+        if all(isinstance(value, int | float) for value in values):
+            shown = (f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in values)
+            table.add_row(row.replace("_", " "), *shown)
     Console().print(table)
 
 

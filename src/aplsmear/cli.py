@@ -452,7 +452,9 @@ def _knobs(path: Path | None) -> Params | None:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
+    from aplsmear.secrets import without_secrets
+
+    typer.echo(without_secrets(message), err=True)
     raise typer.Exit(1) from None
 
 
