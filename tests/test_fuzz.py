@@ -1,5 +1,6 @@
 """A few of the files of `make fuzz`, and small bombs: a data set or its problems, at a bounded cost."""
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -56,6 +57,17 @@ def test_labels_that_are_all_misspelt_are_each_told_once(folder):
     found = problems(folder)
     assert len(found) == 100
     assert {one.value for one in found} == {f"Promyelocyte{n}" for n in range(100)}
+
+
+def test_a_table_that_never_ends_or_is_huge_is_not_read(folder):
+    table = folder / "labeled_cells.csv"
+    table.unlink()
+    os.mkfifo(table)
+    assert [one.message for one in problems(folder)] == ["a file that can be read (not a file)"]
+    table.unlink()
+    with table.open("wb") as file:
+        file.truncate(10**9 + 1)  # takes no room on the disk
+    assert [one.message for one in problems(folder)] == ["a file that can be read (more than 1,000 MB)"]
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():

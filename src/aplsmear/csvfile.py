@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import io
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from aplsmear.tables import unguarded
 
 _DELIMITERS = (",", ";", "\t")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8"))
+_LARGEST = 10**9  # bytes; a million cells take 150 MB
 _AGAIN = "export the table again, as CSV UTF-8"
 
 
@@ -76,6 +78,10 @@ def read_csv(
 
 def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None:
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise OSError(errno.EINVAL, "not a file")
+        if path.stat().st_size > _LARGEST:
+            raise OSError(errno.EFBIG, f"more than {_LARGEST // 10**6:,} MB")
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__
