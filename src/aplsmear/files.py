@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ def copy_whole(source: Path, path: Path) -> None:
     """Copy the content of a file; see `whole`."""
     with whole(path) as part:
         shutil.copyfile(source, part)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hold(path: Path) -> IO[Any]:
