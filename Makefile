@@ -1,7 +1,7 @@
 # What a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test bench share-check experiments compare lock
+.PHONY: help venv demo test bench fuzz share-check experiments compare lock audit licences
 
 # To choose on the command line, as in `make demo PYTHON=python3.12`:
 PYTHON ?=
@@ -16,7 +16,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # Anything that needs the environment first asks tools/preflight.py whether it can be had, with the first Python that
 # can run that script. If not, preflight has said why in one line, and `--question` makes `make` fail without a word more.
-ifneq ($(filter venv demo test bench share-check experiments compare lock,$(MAKECMDGOALS)),)
+ifneq ($(filter venv demo test bench fuzz share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
 PREFLIGHT := $(shell \
   for python in python3 python3.13 python3.12 python3.11 python; do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2>/dev/null; then \
@@ -51,6 +51,9 @@ bench: demo  ## speed, memory, another laboratory, beside what one would do othe
 	@python benchmarks/shift.py
 	@python benchmarks/scale.py
 
+fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, and bombs: what becomes of each (half an hour)
+	@python benchmarks/fuzz.py
+
 share-check: venv  ## what is wrong with the place that outs are shared by, if anything (REMOTE=name)
 	@aplsmear share-check $(REMOTE)
 
@@ -66,6 +69,13 @@ RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --for
 lock: venv  ## bring both lock files in line with pyproject.toml (newest versions of all: UPGRADE=--upgrade)
 	$(RESOLVE) --extra dev --output-file requirements.lock
 	$(RESOLVE) --extra dev --extra gpu --constraints requirements.lock --output-file requirements-gpu.lock
+
+# Tools of their own, in environments of their own: what they are asked about is the lock file and .venv.
+audit: venv  ## known vulnerabilities of all that the lock file pins (asks osv.dev)
+	@uvx --quiet pip-audit==2.10.1 --requirement $(LOCK) --require-hashes --disable-pip --vulnerability-service osv
+
+licences: venv  ## the licence of every package in .venv
+	@uvx --quiet pip-licenses==5.5.5 --python .venv/bin/python --from=mixed --order=license --with-urls
 
 # The environment is made whole or not at all: the stamp comes last, and where it is missing all is made anew, because
 # an installation that was cut off, or one for another lock, cannot be told from a good one by pip. Downloads go next to it,

@@ -342,7 +342,7 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
         if condition:
             laboratory = draw_laboratory(params.seed, condition.laboratory)
             image = shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
-        image = prepared(image, params.augment, Path(smear))
+        image = prepared(image, params.augment, smear)
         for row in rows.itertuples(index=False):
             box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
             made = (

@@ -1,13 +1,15 @@
 """Cut the cells out of their smears and make the plain and augmented views of both."""
 
+import os
 import sys
 from pathlib import Path
 
 from aplsmear.engine import engine_of
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
+from aplsmear.pseudonyms import Pseudonyms, read_key
 from aplsmear.shards import ViewWriter
-from aplsmear.stage import run
+from aplsmear.stage import home, run
 from aplsmear.tables import read_table
 from aplsmear.views import all_views, idle_labels
 
@@ -19,9 +21,11 @@ def main() -> None:
     cells = read_table(Path("dataset/cells.csv"))
     for label in idle_labels(params.augment.more, [smears, cells]):
         print(f"augment.more: nothing carries the label {label!r}", file=sys.stderr)
+    names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
+    files = names.files(root, smears["image"]) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     with engine_of(params, [root]) as engine, ViewWriter(out) as writer:
-        views = all_views(root, smears, cells, params.augment, params.seed, engine)
+        views = all_views(root, smears, cells, params.augment, params.seed, engine, files)
         for of_smear in progress(views, "smears", len(smears)):
             writer.write(of_smear)
 

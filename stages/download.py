@@ -1,11 +1,13 @@
 """Check the data set whole and index it; images stay where they are."""
 
+import os
 from pathlib import Path
 
 from aplsmear.dataset import DataSetError, print_problems, read_data_set
 from aplsmear.engine import engine_of
 from aplsmear.params import read_params
-from aplsmear.stage import run
+from aplsmear.pseudonyms import Pseudonyms, read_key
+from aplsmear.stage import home, run
 from aplsmear.statistics import write_json
 from aplsmear.tables import write_table
 
@@ -15,6 +17,7 @@ OUT = Path("dataset")
 def main() -> int:
     params = read_params(Path("params.yaml"))
     root = Path(params.dataset.root)
+    names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
     try:
         with engine_of(params, [root]) as engine:
             found = read_data_set(
@@ -23,6 +26,7 @@ def main() -> int:
                 min_box=params.dataset.min_box,
                 skip_bad_images=params.dataset.skip_bad_images,
                 engine=engine,
+                pseudonyms=names,
             )
     except DataSetError as error:
         print_problems(error.problems)

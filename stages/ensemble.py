@@ -25,7 +25,7 @@ from aplsmear.ensembles import (
 from aplsmear.features import read_features
 from aplsmear.heads import read_heads
 from aplsmear.model_card import write_model_card
-from aplsmear.params import Level, read_params
+from aplsmear.params import Level, named, read_params
 from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, write_page
 from aplsmear.shards import plain_views, read_views
 from aplsmear.stage import run
@@ -35,7 +35,7 @@ from aplsmear.tables import read_scores, read_table, write_table
 
 def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
-    ensemble, combine = params.ensembles[name], params.combine
+    ensemble, combine = named(params.ensembles, name, "ensembles"), params.combine
     inputs = folds, cells = Path("splits/folds.csv"), Path("dataset/cells.csv")
     patients = patients_of(read_table(folds), ensemble.positive, ensemble.negative)
     folder = Path(f"members/{name}")

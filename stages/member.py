@@ -6,10 +6,14 @@ Usage: python stages/member.py ENSEMBLE TASK   (a name of `ensembles` in params.
 from pathlib import Path
 
 from aplsmear.files import copy_whole
+from aplsmear.params import read_params
 from aplsmear.stage import run
 
 
 def main(ensemble: str, task: str) -> None:
+    read_params(
+        Path("params.yaml")
+    )  # to be right at the start of every stage, also where nothing of it is read
     for name in ("heads.npz", "scores.parquet"):
         copy_whole(Path(f"tuned/{task}/{name}"), Path(f"members/{ensemble}/{task}.{name}"))
 

@@ -18,7 +18,7 @@ from aplsmear.errors import UserError
 from aplsmear.features import read_features
 from aplsmear.files import whole
 from aplsmear.heads import write_heads
-from aplsmear.params import read_params
+from aplsmear.params import named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.stage import home, origin, run
@@ -49,11 +49,11 @@ def main(name: str, role: str = "") -> None:
     if role not in ("", "--worker"):
         raise UserError(f"{role!r} is neither left out nor --worker")
     params = read_params(Path("params.yaml"))
+    task = named(params.tasks, name, "tasks")
     settings = params.tune_of(name)
     threads = params.compute.threads
     start_tensorflow(threads)
 
-    task = params.tasks[name]
     images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
     items = task_items(images, task.level)
     label = task_labels(items, task)

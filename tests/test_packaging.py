@@ -94,7 +94,11 @@ def test_what_is_imported_is_asked_for() -> None:
                 names.setdefault(module.split(".")[0], set()).add(path.relative_to(ROOT))
     own = {
         "aplsmear",
-        *(path.stem for folder in ("stages", "tests", "tools") for path in (ROOT / folder).glob("*.py")),
+        *(
+            path.stem
+            for folder in ("stages", "tests", "tools", "benchmarks")
+            for path in (ROOT / folder).glob("*.py")
+        ),
     }
     asked_for = {
         canonicalize_name(Requirement(line).name)

@@ -82,6 +82,17 @@ def test_every_profile_is_valid(profile):
          "tune.space.features: 'any' stands alone"),
         ("tune.space.features", ["mobilenet/conv_pw_4_relu"], "(did you mean 'mobilenet/conv_pw_3_relu'?)"),
         ("tune.space.dropout.high", -1.0, "tune.space.dropout: low (0.0) is above high (-1.0)"),
+        ("backbones.mobilenet.application", "MobilNet",
+         "keras.applications has no 'MobilNet' (did you mean 'MobileNet'?); it has: ConvNeXtBase, "),
+        ("backbones.mobilenet.layer", ["conv_pw_3_rel"],
+         "layer: MobileNet has no layer 'conv_pw_3_rel' with a map (did you mean 'conv_pw_3_relu'?)"),
+        ("backbones.mobilenet.layer", ["conv_pw_3_relu+nope"], "MobileNet has no layer 'nope' with a map"),
+        ("backbones.mobilenet.layer", ["nope"], "layer: MobileNet has: input_layer, conv1, conv1_bn,"),
+        ("backbones.mobilenet.options", {"alfa": 0.5}, "MobileNet has no option 'alfa' (did you mean"),
+        ("backbones.mobilenet.input_size.cell", 31, "MobileNet needs 32 px or more, not 31"),
+        ("tune.pick", {"blasts": 1}, "tune.pick: 'blasts' is no task (did you mean 'blast'?)"),
+        ("tune.pick", {"blast": 99}, "pick: blast has no trial 99: it has 12, counted from 0"),
+        ("overrides.blast", {"pick": {"faggot": 0}}, "overrides.blast.pick: 'faggot' is another task"),
         ("tasks.blast.positive", {}, "tasks.blast.positive: is empty"),
         ("tasks.blast.positive", {"celltype": ["a"]},
          "a cell has no column 'celltype' (did you mean 'cell_type'?)"),
@@ -99,6 +110,29 @@ def test_every_profile_is_valid(profile):
 def test_what_is_wrong_is_said(tmp_path, place, value, said):
     found = problems(changed(tmp_path, (place, value)))
     assert any(said in line for line in found), found
+
+
+@pytest.mark.parametrize(
+    "name", ["$(id)", "`id`", "a;b", "a b", "../a", "a/b", "-a", "A", "a\nb", "", "a" * 61, "ä", "a\0b"]
+)
+@pytest.mark.parametrize("table", ["tasks", "backbones", "ensembles", "overrides"])
+def test_no_name_can_be_more_than_one_word_of_a_shell_or_leave_its_folder(tmp_path, table, name):
+    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params[table][name] = next(iter(params[table].values()))
+    path = tmp_path / "params.yaml"
+    YAML(typ="safe").dump(params, path)
+    assert any(line.startswith(f"{table}.") and "a name" in line for line in problems(path))
+
+
+def test_switches_of_a_network_change_which_layers_it_has(tmp_path):
+    v3 = BACKBONE | {"application": "MobileNetV3Small", "layer": ["expanded_conv_1_expand"]}
+    other = BACKBONE | {"application": "MobileNetV3Small", "layer": ["rescaling"]}
+    assert read_params(changed(tmp_path, ("backbones", {"a": v3 | {"options": {"minimalistic": True}}})))
+    assert read_params(changed(tmp_path, ("backbones", {"a": other})))
+    found = problems(
+        changed(tmp_path, ("backbones", {"a": other | {"options": {"include_preprocessing": False}}}))
+    )
+    assert "no layer 'rescaling'" in found[0]
 
 
 def test_one_mistake_is_one_line(tmp_path):
@@ -153,6 +187,39 @@ def test_what_is_no_table_is_an_error_and_no_traceback(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ParamsError, match=r"params\.yaml"):
+        read_params(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: !!python/object/apply:os.system ['touch touched']",
+        "seed: !!python/name:os.system",
+        "seed: !env HOME",
+        "!!python/object:pathlib.Path {}",
+    ],
+)
+def test_a_tag_runs_nothing(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError, match=r"params\.yaml is no YAML"):
+        read_params(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)),
+        "seed: &a [*a]\n",
+        "seed: &a {b: *a}\n",
+    ],
+)
+def test_aliases_that_stand_for_billions_of_values_are_refused(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError, match="more than 100,000 values"):
         read_params(path)
 
 

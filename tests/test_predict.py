@@ -27,7 +27,7 @@ from aplsmear.features import Features, read_features, write_features
 from aplsmear.heads import Head, score, write_heads
 from aplsmear.members import summarise_patients
 from aplsmear.params import LEVELS, Backbone
-from aplsmear.predict import Judge, judge_patients, keep_pictures, verdict_table, write_predictions
+from aplsmear.predict import Judge, judge_patients, keep_pictures, verdict_table
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import ViewWriter, read_index, read_views
 from aplsmear.tables import read_table, write_table
@@ -300,15 +300,6 @@ def test_only_the_highest_patients_keep_their_pictures(trained, final) -> None:
     assert [each.patient for each in kept] == [each.patient for each in judged]
     pictured = {each.patient for each in kept if each.pictures[0]}
     assert pictured == {each.patient for each in sorted(judged, key=lambda each: -each.probability)[:3]}
-
-
-@pytest.mark.parametrize("name", ["=1+1", "+49", "-5", "@SUM(A1)", "\t=1"])
-def test_no_name_becomes_a_formula(tmp_path, name) -> None:
-    write_predictions(
-        tmp_path / "out.csv", pd.DataFrame({"patient": [name, "P1"], "probability": [0.5, 0.1]})
-    )
-    with (tmp_path / "out.csv").open(newline="") as file:
-        assert [row["patient"] for row in csv.DictReader(file)] == [f"'{name}", "P1"]
 
 
 def command(*words: object) -> tuple[int, str]:

@@ -1,7 +1,11 @@
 """Tables come back as they went, and are the same bytes each time."""
 
+import csv
+
 import numpy as np
 import pandas as pd
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -29,6 +33,25 @@ def test_the_file_is_written_to_the_byte(tmp_path):
     write_table(tmp_path / "a.csv", pd.DataFrame({"item": ["1", "2"], "probability": [1 / 3, 2.0]}))
     assert (tmp_path / "a.csv").read_bytes() == b"item,probability\n1,0.333333\n2,2\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]  # no scratch file stays
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=12)
+        | st.text("'=+-@\t\n\uff1d1", max_size=6),
+        min_size=1,
+    )
+)
+@example(["=1+1", "'=1", "''", "'", "-5", "+49", "@SUM(A1)", "\t=1", "\uff1d1"])
+def test_no_text_becomes_a_formula_and_every_text_comes_back(tmp_path, names):
+    write_table(tmp_path / "a.csv", pd.DataFrame({"patient": names, "probability": -0.5}))
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        for name, row in zip(names, csv.DictReader(file), strict=True):
+            assert not row["patient"].startswith(("=", "+", "-", "@", "\t", "\n", "\uff1d"))
+            assert row["patient"] in (name, f"'{name}")
+            assert row["probability"] == "-0.5"
+    assert read_table(tmp_path / "a.csv")["patient"].tolist() == names
 
 
 def test_an_empty_table_keeps_its_columns(tmp_path):

@@ -9,6 +9,8 @@ import pytest
 from clones import ROOT
 from walks import PAGES, clean, commands, printed, refreshed, steps_of
 
+WALKS = [path for path in PAGES if steps_of(path.read_text(encoding="utf-8"))]  # the rest is read
+
 
 def stable(shown: list[str]) -> list[str]:
     """What does not hang on the data: lines without a figure, however wide their columns."""
@@ -17,14 +19,13 @@ def stable(shown: list[str]) -> list[str]:
 
 @pytest.mark.pipeline
 @pytest.mark.xdist_group("pipeline")
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WALKS, ids=lambda path: path.stem)
 def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "aplsmear"
     shutil.copytree(small, folder, symlinks=True)
     # What another test ran in this clone would be taken from the cache here, and not say that it runs.
     shutil.rmtree(folder / ".dvc" / "cache" / "runs", ignore_errors=True)
     steps = steps_of(path.read_text(encoding="utf-8"))
-    assert steps
     outputs = printed(folder, [step.typed for step in steps])
     for step, output in zip(steps, outputs, strict=True):
         said = stable(output)

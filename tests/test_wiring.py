@@ -14,7 +14,19 @@ PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 # Code that cannot change what a stage writes: where it is done, how waiting and errors look, what is logged
 # beside the outs, and the schema of params.yaml (the values are declared one by one).
-PLUMBING = {"__init__", "engine", "errors", "params", "problems", "progress", "runtime", "stage", "tracking"}
+PLUMBING = {
+    "__init__",
+    "engine",
+    "errors",
+    "layers",
+    "params",
+    "problems",
+    "progress",
+    "runtime",
+    "secrets",
+    "stage",
+    "tracking",
+}
 
 # Read although the value changes no result: `tune` looks at the names of the backbones, to refuse others.
 WITHOUT_EFFECT = {"tune": {"backbones"}}

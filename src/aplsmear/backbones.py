@@ -21,11 +21,10 @@ from aplsmear.engine import HERE, Engine
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole, sha256
 from aplsmear.images import decode_jpeg
-from aplsmear.params import Backbone, Level, nearest
+from aplsmear.params import JOINT, Backbone, Level, nearest
 from aplsmear.shards import View, count_views, read_views
 from aplsmear.views import resize
 
-JOINT = "+"  # between layers whose features stand behind one another
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 _DECODERS = 4  # threads at most; each has a batch in hand
 _BATCHES = 32  # of one partition: some seconds of work, whose features are a few megabytes
@@ -421,7 +420,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
     Which of the two a file holds is seen from the number of its tensors.
     """
     try:
-        tensors = _count_tensors(path)
+        tensors, numbers = _count_tensors(path)
         if _leads_elsewhere(path):
             raise ValueError("it takes data from another file")
         networks = {len(full.weights): full, len(cut.weights): cut}
@@ -430,6 +429,8 @@ def _load(path: Path, full: Any, cut: Any) -> None:
                 f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest "
                 f"layer used {len(cut.weights)}"
             )
+        if numbers != (own := networks[tensors].count_params()):  # a file of a kilobyte can claim terabytes
+            raise ValueError(f"it holds {numbers:,} numbers, the network has {own:,}")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             networks[tensors].load_weights(path)
@@ -443,19 +444,19 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         ) from error
 
 
-def _count_tensors(path: Path) -> int:
-    """How many arrays an HDF5 file holds; bare numbers (a saved seed) are none."""
+def _count_tensors(path: Path) -> tuple[int, int]:
+    """How many arrays an HDF5 file holds, and how many numbers they say they have; a saved seed is none."""
     import h5py
 
-    tensors = 0
+    sizes: list[int] = []
 
     def count(_: str, node: Any) -> None:
-        nonlocal tensors
-        tensors += isinstance(node, h5py.Dataset) and node.ndim > 0
+        if isinstance(node, h5py.Dataset) and node.ndim > 0:
+            sizes.append(int(node.size))
 
     with h5py.File(path) as file:
         file.visititems(count)
-    return tensors
+    return len(sizes), sum(sizes)
 
 
 def _leads_elsewhere(path: Path) -> bool:

@@ -278,7 +278,7 @@ def read_bundle(folder: Path) -> Bundle:
             reference=reference,
         )
         _check_fit(bundle, listed)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         if isinstance(error, BundleError):
             raise
         writer = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("aplsmear")

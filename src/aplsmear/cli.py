@@ -256,10 +256,10 @@ def predict(
         judge_patients,
         keep_pictures,
         verdict_table,
-        write_predictions,
     )
     from aplsmear.prediction_page import CARDS, write_page
     from aplsmear.runtime import start_tensorflow
+    from aplsmear.tables import write_table
 
     _check_outs([path for path in (out, report) if path is not None], overwrite)
     try:
@@ -293,7 +293,7 @@ def predict(
         table = verdict_table(judged, combination)
         if report:
             write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
-        write_predictions(out, table)
+        write_table(out, table)
     except DataSetError as error:
         print_problems(error.problems)
         raise typer.Exit(1) from None
@@ -319,6 +319,38 @@ def _check_outs(paths: list[Path], overwrite: bool) -> None:
         ]
     if problems:
         _fail("\n".join(problems))
+
+
+@app.command()
+def names(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds wsi.csv.")],
+) -> None:
+    """Who is who under `dataset.pseudonymise`? A table (CSV) of names and pseudonyms, for those with the key.
+
+    The key is that of the environment variable APLSMEAR_PSEUDONYM_KEY, or of the file .pseudonym-key here.
+
+    Example: `aplsmear names /data/our_smears > names.csv`
+    """
+    import csv
+    import os
+    import sys
+
+    from aplsmear.dataset import DataSetError, names_of, print_problems
+    from aplsmear.errors import UserError
+    from aplsmear.pseudonyms import Pseudonyms, read_key
+    from aplsmear.tables import guarded
+
+    try:
+        hidden = Pseudonyms(read_key(os.environ, Path()))
+        found = names_of(folder)
+    except DataSetError as error:
+        print_problems(error.problems)
+        raise typer.Exit(1) from None
+    except UserError as error:
+        _fail(str(error))
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(["kind", "name", "pseudonym"])
+    table.writerows([kind, guarded(name), hidden.of(kind, name)] for kind, name in found)
 
 
 @app.command("null-check")
@@ -465,7 +497,9 @@ def _knobs(path: Path | None) -> Params | None:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
+    from aplsmear.secrets import without_secrets
+
+    typer.echo(without_secrets(message), err=True)
     raise typer.Exit(1) from None
 
 

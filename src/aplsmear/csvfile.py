@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import io
 from collections import Counter
 from collections.abc import Mapping
@@ -13,16 +14,18 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.problems import Problem
+from aplsmear.tables import unguarded
 
 _DELIMITERS = (",", ";", "\t")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8"))
+_LARGEST = 10**9  # bytes; a million cells take 150 MB
 _AGAIN = "export the table again, as CSV UTF-8"
 
 
 def read_csv(
     path: Path, wanted: Mapping[str, bool], problems: list[Problem], remarks: list[str]
 ) -> pd.DataFrame | None:
-    """Some columns of a CSV file, as text without spaces at its ends.
+    """Some columns of a CSV file, as text without spaces at its ends, nor a ``'`` against formulas in front.
 
     Handled: comma, semicolon or tab; any line ends; UTF-8 with and without a byte-order mark, UTF-16 with
     one, latin-1 (with a remark); empty rows; superfluous columns. Reported: everything else.
@@ -59,7 +62,7 @@ def read_csv(
             elif len(record) < width or any(field.strip() for field in record[width:]):
                 problems.append(_ragged(path.name, number, len(record), width))
             else:
-                rows.append([record[place].strip() for place in places.values()])
+                rows.append([unguarded(record[place].strip()).strip() for place in places.values()])
                 numbers.append(number)
     except csv.Error as error:
         expected = f"fields whose quotes are closed ({error})"
@@ -75,6 +78,10 @@ def read_csv(
 
 def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None:
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe may never end
+            raise OSError(errno.EINVAL, "not a file")
+        if path.stat().st_size > _LARGEST:
+            raise OSError(errno.EFBIG, f"more than {_LARGEST // 10**6:,} MB")
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or type(error).__name__

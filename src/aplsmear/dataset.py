@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,6 +25,7 @@ from aplsmear.engine import HERE, Engine, Here
 from aplsmear.params import Task
 from aplsmear.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.progress import progress
+from aplsmear.pseudonyms import Pseudonyms
 from aplsmear.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
 from aplsmear.tasks import ANY, task_items, task_labels
 
@@ -44,6 +45,12 @@ BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
 CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX_COLUMNS)
 
+_Hide = Callable[[str, str], str]  # kind, name -> what stands for it
+_KINDS = {  # column of a file -> whose names it holds
+    SMEARS_FILE: {"id": "smear", "imgName": "image", "patient": "patient"},
+    CELLS_FILE: {"id": "cell", "wsi": "smear"},
+}
+_NAMED = 5  # rows in one message, at most
 _FEW_IMAGES = 8  # are checked sooner than worker processes start
 _UNLABELLED = labels.SmearLabels((), (), "", ())
 _SOURCE = {column: (CELLS_FILE, title) for title, (column, _) in LABELS_OF_CELLS.items()}
@@ -92,6 +99,7 @@ def read_data_set(
     engine: Engine = HERE,
     check_images: bool = True,
     labelled: bool = True,
+    pseudonyms: Pseudonyms | None = None,
 ) -> DataSet:
     """Read and check a whole data set in the Kaggle layout.
 
@@ -104,6 +112,8 @@ def read_data_set(
         engine: decodes the images; changes no result.
         check_images: decode every image whole; False reads only their heads (sizes).
         labelled: False for new patients: label columns are neither asked for nor looked at, diagnoses are ''.
+        pseudonyms: replace the names of patients, smears, cells and pictures, in what is returned and in what
+            is raised.
 
     Returns:
         Tables and report, the same for any order of the rows.
@@ -112,25 +122,26 @@ def read_data_set(
         DataSetError: with every problem found.
     """
     notes = _Notes()
+    hide = pseudonyms.of if pseudonyms else _as_it_is
     if not root.is_dir():
         notes.add(str(root), None, "", expected="a folder that holds " + SMEARS_FILE, mend="check the path")
         raise DataSetError(notes.problems)
-    raw_smears = _read(root, schema.SMEARS, labelled, notes)
+    raw_smears = _read(root, schema.SMEARS, labelled, hide, notes)
     raw_cells = None
     if (root / CELLS_FILE).exists():
-        raw_cells = _read(root, schema.CELLS, labelled, notes)
+        raw_cells = _read(root, schema.CELLS, labelled, hide, notes)
     else:
         notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
     if raw_smears is None:
         raise DataSetError(notes.problems)
 
-    smears = _smears(raw_smears, labelled, notes)
+    smears = _smears(raw_smears, labelled, hide, notes)
     cells = _cells(raw_cells, raw_smears, labelled, notes)
     if labelled:
         _check_spelling(cells, tasks, notes)
         if not notes.problems:  # or classes may seem empty because their rows are at fault
             _check_tasks(smears, cells, tasks, notes)
-    looks = _looks([root / image for image in smears["image"]], engine, check_images)
+    looks = _looks([root / file for file in smears["file"]], engine, check_images)
     mend = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "remove its row"
     smears = _with_images(smears, looks, skip_bad_images, mend, notes)
     smears = _without_copies(smears, _has_patients(raw_smears), notes)
@@ -152,11 +163,38 @@ def read_data_set(
     return DataSet(_in_order(smears, SMEAR_COLUMNS), _in_order(cells, CELL_COLUMNS), report)
 
 
+def names_of(root: Path) -> list[tuple[str, str]]:
+    """Kind and name of all that `aplsmear.pseudonyms` replaces in a data set, each once, in order.
+
+    Raises:
+        DataSetError: the tables cannot be read.
+    """
+    notes = _Notes()
+    found: set[tuple[str, str]] = set()
+    for declared in (schema.SMEARS, schema.CELLS):
+        name = str(declared.name)
+        table = _read(root, declared, False, _as_it_is, notes) if (root / name).exists() else None
+        if table is None:
+            continue
+        for column, kind in _KINDS[name].items():
+            names = _image(table[column]) if column == "imgName" else table.get(column, ())
+            found |= {(kind, each) for each in names if each}
+    if not found:
+        notes.add(SMEARS_FILE, None, "", expected="a table of smears", mend="check the path")
+        raise DataSetError(notes.problems)
+    return sorted(found)
+
+
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _read(root: Path, declared: pa.DataFrameSchema, labelled: bool, notes: _Notes) -> pd.DataFrame | None:
-    """The known columns of a CSV file; whatever breaks the schema is noted and still there."""
+def _read(
+    root: Path, declared: pa.DataFrameSchema, labelled: bool, hide: _Hide, notes: _Notes
+) -> pd.DataFrame | None:
+    """The known columns of a CSV file; whatever breaks the schema is noted and still there.
+
+    Names are hidden, but those of pictures, which are needed.
+    """
     wanted = declared if labelled else schema.without_labels(declared)
     needed = {name: column.required for name, column in wanted.columns.items()}
     table = read_csv(root / str(declared.name), needed, notes.problems, notes.remarks)
@@ -164,11 +202,21 @@ def _read(root: Path, declared: pa.DataFrameSchema, labelled: bool, notes: _Note
         return None
     for column in schema.IDS.intersection(table.columns):
         table[column] = _mapped(table[column], _id)
+    kinds = _KINDS[str(declared.name)]
     for fault in schema.faults(table, wanted):
+        kind = kinds.get(fault.column)
+        value = hide(kind, fault.value) if kind else fault.value
         notes.add(
-            str(declared.name), fault.row, fault.column, fault.value, expected=fault.expected, mend=fault.mend
+            str(declared.name), fault.row, fault.column, value, expected=fault.expected, mend=fault.mend
         )
+    for column, kind in kinds.items():
+        if column in table and column != "imgName":
+            table[column] = _mapped(table[column], partial(hide, kind))
     return table
+
+
+def _as_it_is(kind: str, name: str) -> str:  # noqa: ARG001 (as `Pseudonyms.of`)
+    return name
 
 
 def _mapped(column: pd.Series, function: Any) -> pd.Series:
@@ -181,18 +229,22 @@ def _id(text: str) -> str:
     return re.sub(r"(?a)^(\d+)\.0+$", r"\1", labels.tidy(text))
 
 
-def _smears(raw: pd.DataFrame, labelled: bool, notes: _Notes) -> pd.DataFrame:
-    """`SMEAR_COLUMNS` but for the sizes; rows without a usable id or image name are gone (they are noted)."""
+def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd.DataFrame:
+    """`SMEAR_COLUMNS` but for the sizes, and `file`, the path of the image below the data set's folder.
+
+    Rows without a usable id or image name are gone (they are noted).
+    """
     cleaned = [_UNLABELLED] * len(raw)
     if labelled:
         cleaned = list(_mapped(raw["label"], _smear_labels))
     dropped = Counter(label for one in cleaned for label in one.dropped)
     notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
-    names = raw["imgName"].map(lambda name: name.replace("\\", "/"))
+    files = _image(raw["imgName"])
     smears = pd.DataFrame(
         {
             "smear": raw["id"],
-            "image": names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name))),
+            "image": _mapped(files, partial(hide, "image")),
+            "file": files,
             "site": raw.get("site", ""),
             "diagnosis": [one.diagnosis for one in cleaned],
             "fab": [labels.SEPARATOR.join(one.fab) for one in cleaned],
@@ -210,6 +262,11 @@ def _smears(raw: pd.DataFrame, labelled: bool, notes: _Notes) -> pd.DataFrame:
             expected="a picture that no other row names", mend="correct the name, or remove one of the rows",
         )  # fmt: skip
     return smears
+
+
+def _image(names: pd.Series) -> pd.Series:
+    """The paths of pictures below the data set's folder."""
+    return names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/"))))
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:
@@ -237,7 +294,8 @@ def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: _Notes) -> pd.Seri
     known = (diagnosis != "") & (given != "")
     for patient, found in diagnosis[known].groupby(given[known]):
         if len(set(found)) > 1:
-            where = ", ".join(f"{one} in row {row}" for row, one in found.sort_index().items())
+            first = found.sort_index().drop_duplicates()
+            where = ", ".join(f"{one} in row {row}" for row, one in first.items())
             for row in found.index:
                 notes.add(
                     SMEARS_FILE, row, "patient", patient, expected=f"one diagnosis a patient, not {where}",
@@ -283,12 +341,11 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
         if strange:
             notes.unknown_labels[name] = strange
         wrong = {label: other for label, other in meant.items() if other is not None}
-        for label, other in wrong.items():
-            carries = _mapped(cells[name], lambda text, label=label: label in text.split(labels.SEPARATOR))
-            for row in cells.index[carries.astype(bool)]:
+        for row, text in cells[name].items() if wrong else ():
+            for label in (label for label in text.split(labels.SEPARATOR) if label in wrong):
                 notes.add(
                     CELLS_FILE, row, column, label,
-                    expected=f"a known label (did you mean {other!r}?)", mend="correct the spelling",
+                    expected=f"a known label (did you mean {wrong[label]!r}?)", mend="correct the spelling",
                 )  # fmt: skip
 
 
@@ -351,8 +408,9 @@ def _without_copies(smears: pd.DataFrame, has_patients: bool, notes: _Notes) -> 
         if not has_patients:
             smears.loc[group.index, "patient"] = ids[0]
         if len(set(group["patient"] if has_patients else group["diagnosis"]) - {""}) > 1:
+            few = group.index[: _NAMED + 1]
             for row in group.index:
-                others = ", ".join(str(other) for other in group.index if other != row)
+                others = ", ".join(map(str, [other for other in few if other != row][:_NAMED]))
                 notes.add(
                     SMEARS_FILE, row, "imgName", group["image"][row],
                     expected=f"a picture of its own; row {others} has the same with another patient or label",

@@ -108,7 +108,7 @@ def draw(path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str) -> 
     figure = Figure(figsize=(9, 3.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a $ in a name is one
     left.imshow(image)
     left.set_title("held-out image", fontsize=9)
     reach = max(float(np.abs(occluded).max()), 1e-6)

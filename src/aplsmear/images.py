@@ -27,6 +27,8 @@ _BACKGROUND = (255, 255, 255, 255)  # transparent pixels become what an empty br
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _PLAIN = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
+_MAX_SCANS = 200  # of a JPEG; progressive ones have about ten, and each costs a pass over all pixels
+_SCAN = b"\xff\xda"
 _DARK = 16  # of 256; a 16-bit picture that stays below holds 12 bits or fewer
 
 
@@ -171,7 +173,18 @@ def _open_picture(file: IO[bytes], path: str | Path, max_pixels: int) -> ImageFi
         raise _too_large(path, max_pixels) from None
     if math.prod(picture.size) > max_pixels:
         raise _too_large(path, max_pixels)
+    if picture.format == "JPEG" and _scans(file) > _MAX_SCANS:
+        raise ImageError(path, f"a JPEG of more than {_MAX_SCANS} scans", "save it as PNG")
     return picture
+
+
+def _scans(file: IO[bytes]) -> int:
+    """How often a scan may begin in a JPEG file; its place in the file stays as it is."""
+    place = file.tell()
+    file.seek(0)
+    count = sum(block.count(_SCAN) for block in iter(lambda: file.read(1 << 20), b""))
+    file.seek(place)
+    return count
 
 
 def _too_large(path: str | Path, max_pixels: int) -> ImageError:

@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aplsmear.errors import UserError
+from aplsmear.layers import applications, layers_of, options_of, smallest_side
+from aplsmear.secrets import holds_password, without_secrets
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
@@ -35,7 +36,9 @@ Summary = Literal[
     "weighed_share",
     "weighed_noisy_or",
 ]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Name = Annotated[
+    str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)
+]  # a path and a shell word in dvc.yaml
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
@@ -44,6 +47,8 @@ COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis"
 
 
 _LONGEST = 80  # characters of a value in a message
+_LARGEST = 100_000  # values in params.yaml; a few lines with aliases (`*name`) can stand for billions
+JOINT = "+"  # between layers of a backbone whose features stand behind one another
 ANY_FEATURES = "any"  # in `tune.space.features`: whatever features there are
 
 T = TypeVar("T")
@@ -85,6 +90,7 @@ class Dataset(_Strict):
     kaggle: Kaggle
     min_box: int = Field(ge=2)
     skip_bad_images: bool
+    pseudonymise: bool
 
     @model_validator(mode="after")
     def _root_of_source(self) -> Dataset:
@@ -204,7 +210,7 @@ class Tune(_Strict):
     def _no_secret(cls, value: str) -> str:
         if value and not value.startswith("postgresql+psycopg://"):
             raise ValueError("must be empty, or the URL of a database: postgresql+psycopg://...")
-        if urlsplit(value).password is not None:
+        if holds_password(value):
             raise ValueError(
                 "must not hold a password, since params.yaml is shared: give the URL in the environment "
                 "variable APLSMEAR_STUDY_STORAGE, or the password in ~/.pgpass"
@@ -334,6 +340,8 @@ def read_params(path: Path) -> Params:
         # A duplicate key's text goes on with advice on how to let the parser accept it.
         said = [line.strip() for line in str(error).split("To suppress")[0].splitlines() if line.strip()]
         raise ParamsError("\n  ".join([f"{path} is no YAML, or has a key twice:", *said])) from None
+    if _is_large(raw):
+        raise ParamsError(f"{path} holds more than {_LARGEST:,} values, aliases (`*name`) resolved")
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds {_shown(raw)}, expected a table of keys such as `seed: 1`")
     try:
@@ -397,11 +405,42 @@ def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
     yield from _without_level("augment.size", _table(raw.get("augment")).get("size"))
     layers = []
     for name, backbone in backbones.items():
-        yield from _without_level(f"backbones.{name}.input_size", _table(backbone).get("input_size"))
-        own = _texts(_table(backbone).get("layer"))
-        yield from (f"backbones.{name}.layer: {layer!r} is named twice" for layer in _twice(own))
-        layers += [f"{name}/{layer}" for layer in own]
+        yield from _crossed_backbone(f"backbones.{name}", _table(backbone))
+        layers += [f"{name}/{layer}" for layer in _texts(_table(backbone).get("layer"))]
     yield from _crossed_search(raw, tasks, layers)
+
+
+def _crossed_backbone(where: str, backbone: Mapping[str, Any]) -> Iterator[str]:
+    """A network that keras.applications has not got, or not so; nothing of Keras is imported."""
+    sizes, options = _table(backbone.get("input_size")), _table(backbone.get("options"))
+    layers, application = _texts(backbone.get("layer")), backbone.get("application")
+    yield from _without_level(f"{where}.input_size", backbone.get("input_size"))
+    yield from (f"{where}.layer: {layer!r} is named twice" for layer in _twice(layers))
+    if not isinstance(application, str):
+        return
+    if application not in applications():
+        yield (
+            f"{where}.application: keras.applications has no {application!r}"
+            f"{nearest(application, applications())}; it has: {', '.join(applications())}"
+        )
+        return
+    taken = options_of(application)
+    for option in options:
+        if option not in taken:
+            yield (
+                f"{where}.options: {application} has no option {option!r}{nearest(str(option), taken)}; "
+                f"the pipeline leaves open: {', '.join(taken)}"
+            )
+    least = smallest_side(application)
+    for level, side in sizes.items():
+        if isinstance(side, int) and side < least:
+            yield f"{where}.input_size.{level}: {application} needs {least} px or more, not {side}"
+    known = layers_of(application, options)
+    wrong = [part for layer in layers for part in layer.split(JOINT) if part not in known]
+    for part in dict.fromkeys(wrong):
+        yield f"{where}.layer: {application} has no layer {part!r} with a map{nearest(part, known)}"
+    if wrong:
+        yield f"{where}.layer: {application} has: {', '.join(known)}"
 
 
 def _crossed_ensemble(name: str, ensemble: Mapping[str, Any], tasks: Collection[str]) -> Iterator[str]:
@@ -429,6 +468,9 @@ def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Coll
                 yield f"overrides: {name!r} has no row; write `{name}: {{}}` where nothing differs"
     tune = _table(raw.get("tune"))
     yield from _crossed_features("tune", tune, layers)
+    for name in _table(tune.get("pick")):
+        if name not in tasks:
+            yield f"tune.pick: {name!r} is no task{nearest(str(name), tasks)}"
     try:
         Tune.model_validate(tune)
     except ValidationError:
@@ -436,11 +478,22 @@ def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Coll
     for name, row in overrides.items():
         merged = _merge(tune, _table(row))
         try:
-            Tune.model_validate(merged)
+            own = Tune.model_validate(merged)
         except ValidationError as error:
             yield from (f"overrides.{name}.{line}" for line in _lines(error, Tune))
+        else:
+            yield from _crossed_picks(name, own, _table(_table(row).get("pick")))
         if "features" in _table(_table(row).get("space")):
             yield from _crossed_features(f"overrides.{name}", merged, layers)
+
+
+def _crossed_picks(task: str, tune: Tune, own: Mapping[Any, Any]) -> Iterator[str]:
+    """A trial picked by hand that the search of the task does not have, or that another task's row picks."""
+    for other in own:
+        if other != task:
+            yield f"overrides.{task}.pick: {other!r} is another task: this row picks for {task} alone"
+    if tune.pick.get(task, 0) >= tune.trials:
+        yield f"pick: {task} has no trial {tune.pick[task]}: it has {tune.trials}, counted from 0"
 
 
 def _crossed_features(where: str, tune: Mapping[str, Any], layers: Collection[str]) -> Iterator[str]:
@@ -498,14 +551,26 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
             message = f"expected a table of keys, not {_shown(problem['input'])}"
         elif kind != "value_error":
             message = f"{message}, not {_shown(problem['input'])}"
-        where = ".".join(map(str, parts))
+        where = ".".join(text if (text := str(part)).isprintable() else repr(part) for part in parts)
         lines += [f"{where}: {line}" if where else line for line in message.splitlines()]
     return lines
 
 
+def _is_large(value: Any) -> bool:
+    """Whether a tree has more than `_LARGEST` values, what is shared counted as often as it is seen."""
+    waiting = [value]
+    for _ in range(_LARGEST):
+        if not waiting:
+            return False
+        each = waiting.pop()
+        if isinstance(each, (list, set, dict)):
+            waiting.extend([*each, *each.values()] if isinstance(each, dict) else each)
+    return True
+
+
 def _shown(value: Any) -> str:
     """A value as params.yaml would show it, but short."""
-    text = "nothing" if value is None else repr(value)
+    text = "nothing" if value is None else without_secrets(repr(value))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 

@@ -31,11 +31,10 @@ from aplsmear.params import LEVELS, Level
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE
 from aplsmear.shards import View
-from aplsmear.tables import as_written, write_table
+from aplsmear.tables import as_written
 from aplsmear.views import all_views
 
 CHUNK = 512  # views that are gathered before they go through the networks: one partition
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a field starts that spreadsheets run
 
 
 class PredictError(UserError, ValueError):
@@ -331,12 +330,6 @@ def verdict_table(judged: Sequence[Judged], combination: Combination) -> pd.Data
     for column in ("cells", "smears", "distance", "stain"):
         table[column] = [getattr(each, column) for each in judged]
     return table.assign(warning=["; ".join(each.warnings) for each in judged])
-
-
-def write_predictions(path: Path, table: pd.DataFrame) -> None:
-    """Write the table; a name that a spreadsheet would take for a formula gets a ``'`` in front."""
-    names = [f"'{name}" if name.startswith(_FORMULA) else name for name in table["patient"]]
-    write_table(path, table.assign(patient=names))
 
 
 def _together(chunk: Sequence[tuple[str, Mapping[Level, list[View]]]]) -> dict[Level, list[View]]:

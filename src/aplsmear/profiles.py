@@ -42,8 +42,8 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     Raises:
         ProfileError: a key that the file does not have; all such keys at once.
     """
-    yaml = _editor()
-    tree = yaml.load(text)
+    editor = _editor()
+    tree = editor.load(text)
     problems = []
     for key, value in settings.items():
         *path, last = key.split(".")
@@ -56,7 +56,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
             place[last] = YAML(typ="safe").load(value)
     if problems:
         raise ProfileError("; ".join(problems))
-    return _text_of(yaml, tree)
+    return _text_of(editor, tree)
 
 
 def with_sums(text: str) -> str:
@@ -67,14 +67,14 @@ def with_sums(text: str) -> str:
     Args:
         text: of the file; paths count from the working directory.
     """
-    yaml = _editor()
-    tree = yaml.load(text)
+    editor = _editor()
+    tree = editor.load(text)
     named = [each for each in tree["backbones"].values() if Path(str(each["weights"])).is_file()]
     for backbone in named:
         backbone.pop("sha256", None)
         below = list(backbone).index("weights") + 1
         backbone.insert(below, "sha256", sha256(Path(backbone["weights"])))
-    return _text_of(yaml, tree) if named else text
+    return _text_of(editor, tree) if named else text
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:

@@ -7,6 +7,7 @@ keeps the spreadsheet.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
@@ -82,6 +83,12 @@ _PRINTABLE = pa.Check(
     error="printable characters",
     description="type it anew; it holds an invisible character",
 )
+_SHOWABLE = pa.Check(
+    _each(lambda name: not any(unicodedata.category(one).startswith("C") for one in name)),
+    name="showable",
+    error="a file name without control characters",
+    description="rename the file; its name holds a character that a terminal or a page would obey",
+)
 _INSIDE = pa.Check(
     _each(lambda name: not leaves_folder(name)),
     name="inside",
@@ -127,7 +134,7 @@ SMEARS = pa.DataFrameSchema(
         "imgName": _column(
             f"file of the smear in the folder `{IMAGE_FOLDER}`: PNG, JPEG or TIFF",
             "17.png",
-            _FILLED, _INSIDE,
+            _FILLED, _INSIDE, _SHOWABLE,
             required=True,
         ),
         "label": _column(

@@ -13,6 +13,7 @@ from typing import NoReturn
 import yaml
 
 from aplsmear.errors import UserError
+from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
 FAILED, MISUSED = 1, 2  # exit codes
 
@@ -22,12 +23,14 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
 
     The exit code is what `main` returns (None: 0); 1 after a `UserError`, whose message goes to stderr
     instead of a traceback; 2 where the words do not fit `main`, with the usage from its module's docstring.
-    Any other exception passes through.
+    Any other exception passes through. Neither message nor traceback shows a key or a password
+    (`aplsmear.secrets`).
 
     Args:
         main: takes each word as a positional argument.
         arguments: the words; None: those of this process.
     """
+    hide_in_tracebacks()
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         inspect.signature(main).bind(*words)
@@ -37,7 +40,7 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     try:
         code = main(*words)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(without_secrets(str(error)), file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
 

@@ -153,7 +153,7 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
         url: of a PostgreSQL database (``postgresql+psycopg://...``); it is written nowhere.
 
     Raises:
-        StudyError: the database cannot be reached, or its driver is not installed.
+        StudyError: the database cannot be reached, its driver is not installed, or the journal is none.
     """
     import optuna
 
@@ -166,7 +166,13 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
     locks = _FileLocks(_locks_of(journal))
     lock: Any = _JournalLock(journal, locks)
     backend = JournalFileBackend(str(journal), lock_obj=lock)
-    return Study(name, optuna.storages.JournalStorage(backend), locks)
+    try:
+        return Study(name, optuna.storages.JournalStorage(backend), locks)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise StudyError(
+            f"{journal} is damaged, or no journal of Optuna ({type(error).__name__}): move it away, and the "
+            "search starts anew"
+        ) from None
 
 
 def _open_database(name: str, url: str) -> Study:

@@ -2,10 +2,14 @@
 
 Labels are text: several of one item are joined by ``|``, none is the empty string. The label ``None`` of the
 data set is a label, so nothing is ever read as missing.
+
+A text that a spreadsheet would run as a formula gets a ``'`` in front, which `read_table` takes off again.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", 
 FLOATS = ("probability", "low", "high")
 
 _FLOAT = "%.6g"
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are wide = + - @
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -27,13 +32,33 @@ def read_table(path: Path) -> pd.DataFrame:
             table[column] = table[column].astype(np.int64)
         elif column in FLOATS:
             table[column] = table[column].astype(np.float64)
+        else:
+            table[column] = _mapped(table[column], unguarded)
     return table
 
 
+def guarded(text: str) -> str:
+    """A text that no spreadsheet takes for a formula: with a ``'`` in front, if it needs one."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def unguarded(text: str) -> str:
+    """What `guarded` was given."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV: UTF-8, ``\\n`` line ends, floats with six significant digits."""
+    """Write a table as CSV: UTF-8, ``\\n`` line ends, floats with six significant digits, no formula."""
+    texts = table.select_dtypes(exclude="number")
+    safe = table.assign(**{str(column): _mapped(texts[column], guarded) for column in texts})
     with whole(path) as part:
-        table.to_csv(part, index=False, lineterminator="\n", float_format=_FLOAT)
+        safe.to_csv(part, index=False, lineterminator="\n", float_format=_FLOAT)
+
+
+def _mapped(column: pd.Series, change: Callable[[str], str]) -> pd.Series:
+    """A column with `change` of every text in it, each distinct one looked at once."""
+    changed = {text: change(text) for text in column.unique() if isinstance(text, str)}
+    return column.map(lambda each: changed.get(each, each))
 
 
 def as_written(value: float) -> float:

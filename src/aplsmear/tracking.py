@@ -8,15 +8,22 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from aplsmear.files import hold
+from aplsmear.secrets import without_secrets
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = "aplsmear"
 NAMES = "DVC_EXP_NAME"  # tag: the experiments of DVC that a run belongs to, with blanks between
-# MLflow would otherwise wait for a dead server for minutes; a wish of the user comes first.
-IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# MLflow would otherwise wait for a dead server for minutes, and report to its makers how it is used; a wish
+# of the user comes first.
+MANNERS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 LONGEST_TAG = 5000  # characters
 
 
@@ -30,6 +37,16 @@ def _with_names(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str
     """Tags that replace old ones; a run that serves several experiments keeps the names of all."""
     names = f"{old.get(NAMES, '')} {new.get(NAMES, '')}".split()
     return dict(new) | ({NAMES: " ".join(dict.fromkeys(names))} if names else {})
+
+
+def _signed_in(server: str) -> str:
+    """The address without user and password, which go where MLflow looks for them: it logs its address."""
+    parts = urlsplit(server)
+    if not parts.scheme.startswith("http") or parts.password is None:
+        return server
+    os.environ["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    os.environ["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 class Tracker:
@@ -51,7 +68,7 @@ class Tracker:
         self._client: Any = None
         self._run = self._experiment = ""
         self._trials: set[str] = set()
-        for variable, value in IMPATIENCE.items():
+        for variable, value in MANNERS.items():
             os.environ.setdefault(variable, value)
         self._guard(lambda: self._open(folder, name, key, dict(tags), dict(params)))
 
@@ -82,7 +99,7 @@ class Tracker:
 
         def log() -> None:
             tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
-            tags |= {"failure": failure[:LONGEST_TAG]} if failure else {}
+            tags |= {"failure": without_secrets(failure)[:LONGEST_TAG]} if failure else {}
             run = self._client.create_run(
                 self._experiment,
                 run_name=name or f"trial {number}",
@@ -132,7 +149,7 @@ class Tracker:
             action()
         except (MlflowException, SQLAlchemyError, OSError) as error:
             self._client = None
-            first = str(error).splitlines()[0]
+            first = without_secrets(str(error).splitlines()[0])
             log.warning(
                 "MLflow cannot be reached; this run goes on without it and loses nothing. (%s)", first
             )
@@ -141,7 +158,7 @@ class Tracker:
         import mlflow
 
         if server := os.environ.get("MLFLOW_TRACKING_URI"):
-            mlflow.set_tracking_uri(server)
+            mlflow.set_tracking_uri(_signed_in(server))
             client = mlflow.MlflowClient()
             self._experiment = _experiment(client)
         else:

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from aplsmear.backbones import JOINT, cut_network
+from aplsmear.backbones import cut_network
 from aplsmear.heads import Head, Recipe, layer_sizes
-from aplsmear.params import Backbone, Level
+from aplsmear.params import JOINT, Backbone, Level
 
 HEAD = -1  # in place of a block's depth
 

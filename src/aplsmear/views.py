@@ -20,7 +20,7 @@ import pandas as pd
 
 from aplsmear.engine import HERE, Engine
 from aplsmear.errors import UserError
-from aplsmear.images import encode_jpeg, read_image
+from aplsmear.images import ImageError, encode_jpeg, read_image
 from aplsmear.params import Augment, Level
 from aplsmear.shards import View
 from aplsmear.stains import StainError, normalised
@@ -104,13 +104,13 @@ def room(settings: Augment) -> float:
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
 
 
-def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
+def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
     """A smear as its views are cut from it: in the colours that `settings.normalise` asks for.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
         settings: of the views.
-        path: of the image, for messages.
+        name: of the image, for messages.
 
     Raises:
         ViewError: it cannot be normalised.
@@ -119,7 +119,7 @@ def prepared(image: np.ndarray, settings: Augment, path: Path) -> np.ndarray:
         return normalised(image, settings.normalise)
     except StainError as error:
         raise ViewError(
-            f"{path}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
+            f"{name}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
             "augment.normalise in params.yaml to none"
         ) from None
 
@@ -283,6 +283,7 @@ class _Smear(NamedTuple):
     """A partition of the work: one smear with its cells."""
 
     path: Path
+    shown: str  # of its image, in messages
     name: str
     wanted: int  # augmented views
     cells: pd.DataFrame
@@ -295,6 +296,7 @@ def all_views(
     settings: Augment,
     seed: int,
     engine: Engine = HERE,
+    files: Mapping[str, str] | None = None,
 ) -> Iterator[dict[Level, list[View]]]:
     """The views of every smear and its cells, smear by smear as in `smears`; each image is decoded once.
 
@@ -305,6 +307,7 @@ def all_views(
         settings: of the views.
         seed: of the augmented views.
         engine: does the smears; changes no result.
+        files: the path below `root` of each image, where `image` is no path but stands for one.
 
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
@@ -313,15 +316,25 @@ def all_views(
     cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.more))
     rows = cells.groupby("smear", sort=False).indices
     parts = (
-        _Smear(root / each.image, each.smear, each.wanted, cells.iloc[rows.get(each.smear, [])])
+        _Smear(
+            root / (files[each.image] if files else each.image),
+            each.image,
+            each.smear,
+            each.wanted,
+            cells.iloc[rows.get(each.smear, [])],
+        )
         for each in _rows(smears[["smear", "image"]].assign(wanted=counts))
     )
     yield from engine.map(partial(_views_of_smear, settings=settings, seed=seed), parts)
 
 
 def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, list[View]]:
+    """Views of one smear; errors speak of its image as `shown`."""
     cv2.setNumThreads(1)
-    image = prepared(read_image(smear.path), settings, smear.path)
+    try:
+        image = prepared(read_image(smear.path), settings, smear.shown)
+    except ImageError as error:
+        raise ImageError(smear.shown, error.what, error.mend) from None
     return {
         "smear": list(smear_views(image, smear.name, smear.wanted, settings, seed)),
         "cell": [

@@ -1,0 +1,600 @@
+"""What becomes of damaged tables and pictures: a data set or a list of problems, in bounded time and memory.
+
+Usage: python benchmarks/fuzz.py [PART]... [--tables N] [--images N] [--seed S] [--keep DIR]
+
+Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call
+it, in a process of its own with a ceiling of memory, and the refusal through the table that people see. A
+file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further,
+as coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
+Python 3.11). Then come bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
+
+Results go to benchmarks/results/fuzz.json.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import PIL
+from PIL import Image, PngImagePlugin
+from record import ROOT, commit, machine
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import aplsmear
+from aplsmear.dataset import DataSetError, read_data_set, render_problems
+from aplsmear.params import Task
+from aplsmear.statistics import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
+PARTS = ("tables", "images", "bombs")
+SECONDS, GIGABYTES = 60.0, 4.0  # a file may cost at most, of CPU and of memory; the ceiling is twice that
+SILENCE = 600.0  # s on the clock after which a process hangs
+LEARNING = 400  # data sets that are all watched for new arcs; later one in ten
+LARGEST = 200_000  # bytes of a mutated file; larger ones are bombs
+
+DATA_SET, REFUSED = "data sets", "refused"  # the two ends that are right
+TASKS = {
+    "rods": Task(
+        level="cell",
+        positive={"special_characteristics": ["Auer rods"]},
+        negative={"special_characteristics": ["*"]},
+    ),
+    "apl": Task(level="smear", positive={"diagnosis": ["apl"]}, negative={"diagnosis": ["aml"]}),
+}
+SMEARS = b"""id,imgName,label,patient,site
+1,a.png,{'healthy'},P1,A
+2,b.png,"{'aml', 'm2'}",P2,B
+3,c.png,"{'aml', 'm3'}",P3,A
+10,d.png,"{'aml', 'm3'}",P3,B
+"""
+CELLS = b"""\
+id,segmentationSetId,wsi,cellType,segmentationQuality,specialCharacteristics,objectType,bbox,extent
+1,1,1,,,,,"[2, 4, 30, 40]",0.79
+2,1,3,{'Promyelocyte'},{'Good'},{'None'},{'Cell'},"[2, 4, 30, 40]",0.78
+11,1,3,{'Promyelocyte'},{'Good'},"{'Auer rods', 'Faggot cell'}",{'Cell'},"[10, 20, 40, 60]",0.77
+12,1,10,{'Myeloblast'},{'Bad'},{'None'},{'Cell'},"[20, 44, 48, 64]",0.76
+"""
+CELLS_CSV = "labeled_cells.csv"
+TABLES = {"wsi.csv": SMEARS, CELLS_CSV: CELLS}
+PICTURES = [f"wsi/{name}.png" for name in "abcd"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help="tables, images or bombs; default: all")
+    parser.add_argument("--tables", type=int, default=20_000, help="how many")
+    parser.add_argument("--images", type=int, default=5_000, help="how many")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--keep", type=Path, default=Path("fuzz-found"), help="gets what ends as it should not"
+    )
+    asked = parser.parse_args()
+    figures = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    failed = False
+    for part in asked.parts or PARTS:
+        if part not in PARTS:
+            parser.error(f"{part!r} is none of {', '.join(PARTS)}")
+        tally = all_bombs() if part == "bombs" else many(part, getattr(asked, part), asked.seed, asked.keep)
+        figures[part] = tally.figures() | {"seed": asked.seed, "machine": machine(), "commit": commit()}
+        write_json(RESULTS, figures, digits=3)
+        failed |= bool(tally.wrong)
+        for text in tally.wrong:
+            print(f"{part} {text}", file=sys.stderr)
+    show({part: figures[part] for part in PARTS if part in figures})
+    sys.exit(failed)
+
+
+@dataclass
+class Outcome:
+    """What became of one file: `end` is DATA_SET, REFUSED or what it should not have been."""
+
+    number: int
+    end: str
+    seconds: float
+    text: str = ""
+    files: int = 1  # that were mutated
+    arcs: int = 0
+    memory: float = 0.0  # GB that the process took so far
+
+
+@dataclass
+class Tally:
+    """What became of many."""
+
+    files: int = 0
+    ends: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+    peak_memory_gb: float = 0.0
+    arcs: int = 0
+    cpu_s: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, one: Outcome) -> None:
+        end = (
+            "too slow" if one.seconds > SECONDS else "too much memory" if one.memory > GIGABYTES else one.end
+        )
+        self.files += one.files
+        self.ends[end] += 1
+        self.slowest_s = max(self.slowest_s, one.seconds)
+        self.cpu_s += one.seconds
+        self.arcs = max(self.arcs, one.arcs)
+        self.peak_memory_gb = max(self.peak_memory_gb, one.memory)
+        if end not in (DATA_SET, REFUSED):
+            self.wrong.append(f"{one.number}: {end} after {one.seconds:.1f} s\n{one.text}")
+
+    def figures(self) -> dict[str, Any]:
+        counts = {end.replace(" ", "_"): count for end, count in sorted(self.ends.items())}
+        others = {key: value for key, value in asdict(self).items() if key not in ("files", "ends", "wrong")}
+        return {"files": self.files, "wrong": len(self.wrong)} | counts | others
+
+
+# --- mutated tables --------------------------------------------------------------------------------
+
+NASTY = [
+    b'', b' ', b',', b';', b'\t', b'"', b"'", b'\r', b'\n', b'\r\n', b'\x00', b'\xff', b'\xef\xbb\xbf',
+    b'\xff\xfe', b'\xe2\x80\xae', b'\xc2\xa0', b'\xcc\x81', b'\xf0\x9f\xa9\xb8', b'\x1b[31m', b'|',
+    b'..', b'/', b'\\', b'C:\\a.png', b'../../a.png', b'/etc/passwd', b'a.png', b'b.png', b'nul', b'nan',
+    b'None', b'inf', b'-1', b'0', b'1.0', b'1e309', b'99999999999999999999', b'=1+1', b'@SUM(A1)',
+    b'<script>', b'$(id)', b'`id`', b'${IFS}', b"{'healthy'}", b"{'aml', 'm3'}", b"{'aml'}",
+    b"{'m2', 'm3'}", b"{'Auer rods'}", b"{'Auer rod'}", b'{', b'}', b"{'", b'set()', b"['a', 'b']",
+    b"{'a': 1}", b"__import__('os')", b"{'a\\'b'}", b"{'a|b'}", b'[0, 0, 30, 30]', b'[-9, 1, 20, 99]',
+    b'[1, 1, 2, 2]', b'[0,0,0', b'(1.0, 2.0, 30.00, 40.)', b'[999999999, 0, 1, 1]', b'id', b'wsi',
+    b'imgName', b'label', b'patient', b'bbox', b'ID ',
+]  # fmt: skip
+
+
+def mutated_table(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    """One to eight changes of bytes, of fields, of rows or of the whole."""
+    for _ in range(2 ** dice.randrange(4)):
+        data = dice.choice((_bytes, _bytes, _field, _field, _field, _rows, _whole))(dice, data, other)[
+            :LARGEST
+        ]
+    return data
+
+
+def _bytes(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    start = dice.randrange(len(data) + 1)
+    end = min(len(data), start + int(dice.expovariate(0.1)))
+    kind = dice.randrange(5)
+    if kind == 0 and data:
+        start = min(start, len(data) - 1)
+        return data[:start] + bytes([data[start] ^ 1 << dice.randrange(8)]) + data[start + 1 :]
+    if kind == 1:
+        return data[:start] + dice.choice(NASTY) + data[end:]
+    if kind == 2:
+        return data[:start] + data[start:end] * dice.choice((0, 2, 3, 200)) + data[end:]
+    if kind == 3:
+        cut = dice.randrange(len(other) + 1)
+        return data[:start] + other[cut : cut + int(dice.expovariate(0.02))] + data[end:]
+    return data[:start] + dice.randbytes(dice.randrange(8)) + data[end:]
+
+
+def _field(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    """A field of the table becomes another one: of a list, of the table, or a long one."""
+    rows = list(csv.reader(io.StringIO(data.decode("utf-8", "replace").replace("\0", ""), newline="")))
+    rows = [row for row in rows if row]
+    if not rows:
+        return data
+    row = dice.choice(rows)
+    new = dice.choice([*NASTY, *(dice.choice(dice.choice(rows)).encode() for _ in range(20))])
+    if dice.randrange(20) == 0:
+        new *= dice.choice((50, 1000, 100_000 // max(1, len(new))))
+    row[dice.randrange(len(row))] = new.decode("utf-8", "replace")
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=dice.choice(",,,,;\t"), lineterminator=dice.choice(("\n", "\r\n"))).writerows(
+        rows
+    )
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def _rows(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    head, rest = lines[:1], lines[1:]
+    kind = dice.randrange(4)
+    if kind == 0:
+        dice.shuffle(rest)
+    elif kind == 1 and rest:
+        rest += [dice.choice(rest)] * dice.choice((1, 2, 300))
+    elif kind == 2 and rest:
+        rest.pop(dice.randrange(len(rest)))
+    else:
+        head = []
+    return b"".join(head + rest)
+
+
+def _whole(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    text = data.decode("utf-8", "replace")
+    return dice.choice(
+        (
+            lambda: data[: dice.randrange(len(data) + 1)],
+            lambda: b"",
+            lambda: b"\xef\xbb\xbf" + data,
+            lambda: text.encode("utf-16"),
+            lambda: text.encode("utf-16")[:-1],
+            lambda: text.encode("latin-1", "replace"),
+            lambda: data.replace(b",", b";"),
+            lambda: data.replace(b"\n", b"\r"),
+            lambda: other,
+        )
+    )()
+
+
+# --- mutated pictures ------------------------------------------------------------------------------
+
+EDGES = (
+    0,
+    1,
+    2,
+    7,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF,
+    0x8000,
+    0xFFFF,
+    0x10000,
+    12_247,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+)
+
+
+def seed_pictures() -> list[bytes]:
+    """One of each kind that Pillow writes and a camera may."""
+    noise = Image.frombytes("RGB", (48, 32), random.Random(1).randbytes(48 * 32 * 3))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    again = {"save_all": True, "append_images": [noise, noise.convert("L")]}
+    kinds: list[tuple[str, str, dict[str, Any]]] = [
+        ("RGB", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"exif": turned}),
+        ("L", "JPEG", {}), ("CMYK", "JPEG", {}), ("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("1", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}), ("I;16", "PNG", {}), ("RGB", "TIFF", {}), ("RGB", "TIFF", again),
+        ("RGB", "TIFF", {"compression": "tiff_lzw"}), ("RGB", "TIFF", {"compression": "jpeg"}),
+        ("RGB", "TIFF", {"compression": "tiff_adobe_deflate", "exif": turned}), ("CMYK", "TIFF", {}),
+        ("1", "TIFF", {"compression": "group4"}),
+    ]  # fmt: skip
+    return [_saved(_as_mode(noise, mode), kind, **options) for mode, kind, options in kinds]
+
+
+def _as_mode(picture: Image.Image, mode: str) -> Image.Image:
+    return picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)
+
+
+def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def mutated_picture(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    """One to eight changes of bytes or numbers; of a PNG, mostly with check sums that are right again."""
+    for _ in range(2 ** dice.randrange(4)):
+        data = dice.choice((_bytes, _number, _number, _number, _cut))(dice, data, other)[:LARGEST]
+    return _with_sums(data) if dice.randrange(4) else data
+
+
+def _number(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    """A number of 2 or 4 bytes, mostly in the head or at the end, becomes one at the edge of some range."""
+    size = dice.choice((2, 4))
+    reach = dice.choice((64, 400, len(data)))
+    start = dice.randrange(max(1, min(reach, len(data))))
+    if dice.randrange(3) == 0:
+        start = max(0, len(data) - 1 - start)
+    value = dice.choice(EDGES) & (256**size - 1)
+    return data[:start] + value.to_bytes(size, dice.choice(("big", "little"))) + data[start + size :]
+
+
+def _cut(dice: random.Random, data: bytes, other: bytes) -> bytes:
+    return data[: dice.randrange(len(data) + 1)] if dice.randrange(3) == 0 else data
+
+
+def _with_sums(data: bytes) -> bytes:
+    """A PNG whose chunks have right check sums, as far as they can be followed; another file as it is."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    parts, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        body = data[place + 4 : place + 8 + length]
+        parts.append(data[place : place + 4] + body + struct.pack(">I", zlib.crc32(body)))
+        place += 12 + length
+    return b"".join(parts) + data[place:]
+
+
+# --- bombs -----------------------------------------------------------------------------------------
+
+
+def bombs() -> dict[str, Callable[[Path], object]]:
+    """Name -> what writes it into a data set: small files that cost, or would, much time or memory."""
+    many = 100_000
+
+    def table(name: str, head: str, row: Callable[[int], str], count: int = many) -> Callable[[Path], object]:
+        return lambda folder: (folder / name).write_text(head + "".join(map(row, range(count))))
+
+    def picture(make: Callable[[], bytes]) -> Callable[[Path], object]:
+        return lambda folder: (folder / PICTURES[0]).write_bytes(make())
+
+    def large(mode: str, kind: str, **options: Any) -> Callable[[Path], object]:
+        side = 12_247  # as many pixels as are let in
+        return picture(lambda: _saved(Image.new(mode, (side, side)), kind, **options))
+
+    def typo(number: int) -> str:
+        return "Promyelocyte" + chr(0x4E00 + number // 400) + chr(0x4E00 + number % 400)
+
+    smears, cells = "id,imgName,label,patient\n", "id,wsi,bbox,cellType\n"
+    box, tiny = '"[2, 4, 30, 40]"', Image.new("RGB", (8, 8))
+    quotes = "{" * 400 + "'" * 400
+    return {
+        "a field of 50 MB": table(CELLS_CSV, cells, lambda _: f"1,1,{box},{'x' * 50_000_000}\n", 1),
+        "a quote that is never closed": table(CELLS_CSV, cells, lambda n: f'{n},1,"[2, 4\n'),
+        "a million columns": table(CELLS_CSV, cells + "," * 10**6, lambda _: "\n1", 1),
+        "a million empty rows": table(CELLS_CSV, cells, lambda _: ",,,\n", 10**6),
+        "labels that are all misspelt": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{typo(n)}'}}\n"),
+        "labels that nobody knows": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"),
+        "one patient with two diagnoses in every row": table(
+            "wsi.csv", smears, lambda n: f"{n},a{n}.png,{{'{('healthy', 'aml')[n % 2]}'}},P\n", 20_000
+        ),
+        "one id in every row": table(CELLS_CSV, cells, lambda _: f"1,1,{box},\n"),
+        "one picture in every row": table(
+            "wsi.csv", smears, lambda n: f"{n},{'./' * (n % 50)}a.png,{{'healthy'}},P{n}\n", 5_000
+        ),
+        "brackets within a label": table(CELLS_CSV, cells, lambda n: f'{n},1,{box},"{quotes}"\n', 5_000),
+        "PNG, 150 million pixels in 18 kB": large("1", "PNG"),
+        "PNG, 150 million pixels with transparency": large("LA", "PNG"),
+        "PNG, a palette of 150 million transparent pixels": large("P", "PNG", transparency=0),
+        "PNG, 16 bits, 150 million pixels": large("I;16", "PNG"),
+        "PNG, text that unpacks to 200 MB": picture(lambda: _saved_with_text(200 * 10**6)),
+        "PNG, a colour profile that unpacks to 200 MB": picture(
+            lambda: _saved(tiny, "PNG", icc_profile=bytes(200 * 10**6))
+        ),
+        "TIFF, deflate, 150 million pixels": large("RGB", "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF, CMYK, 150 million pixels": large("CMYK", "TIFF", compression="tiff_lzw"),
+        "TIFF, 1,000 pictures in one file": picture(
+            lambda: _saved(tiny, "TIFF", save_all=True, append_images=[tiny] * 999)
+        ),
+        "TIFF, directories in a circle": picture(_circular_tiff),
+        "JPEG, 20,000 scans of 25 million pixels": picture(lambda: many_scans(20_000)),
+        "JPEG, 150 million pixels": large("RGB", "JPEG"),
+    }  # fmt: skip
+
+
+def _saved_with_text(size: int) -> bytes:
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", "a" * size, zip=True)
+    return _saved(Image.new("RGB", (8, 8)), "PNG", pnginfo=notes)
+
+
+def _circular_tiff() -> bytes:
+    data = bytearray(_saved(Image.new("L", (8, 8)), "TIFF"))
+    start = struct.unpack("<I", data[4:8])[0]
+    end = start + 2 + 12 * struct.unpack("<H", data[start : start + 2])[0]
+    data[end : end + 4] = struct.pack("<I", start)
+    return bytes(data)
+
+
+def many_scans(count: int, side: int = 5_000) -> bytes:
+    """A progressive JPEG whose last scan comes again and again: each costs a pass over all pixels."""
+    data = _saved(Image.new("RGB", (side, side)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * count + data[-2:]
+
+
+# --- running ---------------------------------------------------------------------------------------
+
+
+def many(kind: str, count: int, seed: int, keep: Path) -> Tally:
+    """Mutate and read so many files; a process that dies or hangs is replaced."""
+    tally, number = Tally(), 0
+    with tempfile.TemporaryDirectory() as name, tqdm(total=count, unit=f" {kind}", mininterval=5) as bar:
+        folder = Path(name) / "set"
+        while tally.files < count:
+            for outcome in _answers(one_of_many, kind, seed, range(number, number + count), folder, keep):
+                tally.add(outcome)
+                number = outcome.number + 1
+                bar.update(outcome.files)
+                if tally.files >= count:
+                    break
+            else:
+                tally.add(Outcome(number, "killed its process, or hung", 0.0))
+                shutil.copytree(folder, keep / f"{kind}-{number}", dirs_exist_ok=True)
+                number += 1
+    return tally
+
+
+def all_bombs() -> Tally:
+    """Read each bomb in a process of its own."""
+    tally = Tally()
+    for number, (name, make) in enumerate(bombs().items()):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "set"
+            sound(folder)
+            make(folder)
+            told = list(_answers(one_bomb, folder))
+            outcome = told[0] if told else Outcome(number, "killed its process, or hung", 0.0)
+            tally.add(replace(outcome, number=number, text=f"{name}\n{outcome.text}"))
+            print(f"{name}: {outcome.end}, {outcome.seconds:.1f} s, {outcome.memory:.2f} GB", file=sys.stderr)
+    return tally
+
+
+def _answers(target: Callable[..., None], *arguments: object) -> Iterator[Any]:
+    """What a process of its own sends, until it ends, dies or is silent for too long."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        while here.poll(SILENCE):
+            yield here.recv()
+    except EOFError:
+        pass
+    finally:
+        process.kill()
+        process.join()
+
+
+def show(figures: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table at the end."""
+    table = Table("", *figures)
+    for row in dict.fromkeys(key for column in figures.values() for key in column):
+        values = [column.get(row, 0) for column in figures.values()]
+        if all(isinstance(value, int | float) for value in values):
+            shown = (f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in values)
+            table.add_row(row.replace("_", " "), *shown)
+    Console().print(table)
+
+
+class Guide:
+    """Arcs of the parsers that were reached so far, and the files that reached a new one."""
+
+    def __init__(self, seeds: list[bytes]) -> None:
+        own, pillow = Path(aplsmear.__file__).parent, Path(PIL.__file__).parent
+        self.watched = {
+            str(own / f"{name}.py") for name in ("csvfile", "labels", "schema", "dataset", "images")
+        }
+        self.watched |= {str(pillow / f"{name}ImagePlugin.py") for name in ("Png", "Jpeg", "Tiff")}
+        self.arcs: set[tuple[object, int, int]] = set()
+        self.corpus = seeds
+
+    @contextlib.contextmanager
+    def watching(self, files: Iterable[bytes]) -> Iterator[None]:
+        before = len(self.arcs)
+        sys.settrace(self._call)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+        if len(self.arcs) > before:
+            self.corpus.extend(files)
+
+    def _call(self, frame: Any, event: str, argument: object) -> Any:
+        code, last = frame.f_code, 0
+        if code.co_filename not in self.watched:
+            return None
+
+        def line(frame: Any, event: str, argument: object) -> Any:
+            nonlocal last
+            if event == "line":
+                self.arcs.add((code, last, frame.f_lineno))
+                last = frame.f_lineno
+            return line
+
+        return line
+
+
+def sound(folder: Path) -> None:
+    """A data set that is right, in a folder that may hold another."""
+    (folder / "wsi").mkdir(parents=True, exist_ok=True)
+    for name, data in TABLES.items():
+        (folder / name).write_bytes(data)
+    for shade, name in enumerate("abcd"):
+        (folder / "wsi" / f"{name}.png").write_bytes(
+            _saved(Image.new("RGB", (64, 48), (shade, 90, 150)), "PNG")
+        )
+
+
+def judged(folder: Path, number: int) -> Outcome:
+    """Read a data set as the pipeline does, and show what is refused as people see it."""
+    start = time.process_time()
+    text = ""
+    try:
+        read_data_set(
+            folder,
+            TASKS if number % 2 else {},
+            min_box=8,
+            skip_bad_images=number % 3 == 0,
+            workers=1,
+            labelled=number % 5 > 0,
+        )
+        end = DATA_SET
+    except DataSetError as error:
+        end = REFUSED if error.problems else "refused without a reason"
+        Console(file=io.StringIO()).print(render_problems(error.problems))
+        str(error)
+    except BaseException as error:  # whatever it is, it is to be told
+        end, text = type(error).__name__, traceback.format_exc()
+    return Outcome(number, end, time.process_time() - start, text)
+
+
+def damaged(kind: str, seed: int, number: int, corpus: Sequence[bytes]) -> dict[str, bytes]:
+    """The files of one data set that are mutated: one table or both, or all pictures."""
+    dice = random.Random(f"{seed}/{kind}/{number}")
+    if kind == "images":
+        return {place: mutated_picture(dice, dice.choice(corpus), dice.choice(corpus)) for place in PICTURES}
+    files = {}
+    for place in dice.choice([[one] for one in TABLES] + [[*TABLES]] * 2):
+        before = TABLES[place] if dice.randrange(2) else dice.choice(corpus)
+        files[place] = mutated_table(dice, before, dice.choice(corpus))
+    return files
+
+
+def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, answers: Connection) -> None:
+    """The process that mutates and reads; what it dies of is in the folder."""
+    _limited()
+    sound(folder)
+    whole = {name: (folder / name).read_bytes() for name in (*TABLES, *PICTURES)}
+    start = _peak()
+    guide = Guide([*TABLES.values()] if kind == "tables" else seed_pictures())
+    for number in numbers:
+        files = damaged(kind, seed, number, guide.corpus)
+        for place, data in (whole | files).items():
+            (folder / place).write_bytes(data)
+        learning = number < LEARNING or number % 10 == 0  # being watched costs as much again
+        with guide.watching(files.values()) if learning else contextlib.nullcontext():
+            outcome = judged(folder, number)
+        found = replace(outcome, files=len(files), arcs=len(guide.arcs), memory=_peak() - start)
+        if found.end not in (DATA_SET, REFUSED):
+            shutil.copytree(folder, keep / f"{kind}-{number}", dirs_exist_ok=True)
+        answers.send(found)
+
+
+def one_bomb(folder: Path, answers: Connection) -> None:
+    """The process that reads one bomb: what became of it, and the memory that it took."""
+    _limited()
+    start = _peak()
+    outcome = judged(folder, 1)
+    answers.send(replace(outcome, memory=_peak() - start))
+
+
+def _limited() -> None:
+    most = int(2 * GIGABYTES * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and what libtiff thinks of it all
+
+
+def _peak() -> float:
+    """The most memory that this process had, in GB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent had, too
+        kilobytes = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(kilobytes.split()[1]) * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Keys, tokens and passwords that must not get into what is printed, written or logged."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from types import TracebackType
+from urllib.parse import unquote, urlsplit
+
+HIDDEN = "***"
+_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+_IN_URL = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)")  # user:password of a URL
+_IN_QUERY = re.compile(r"(?<=[?&])([^\s=&]*(?:pass|secret|token|key)[^\s=&]*)=[^\s&]*", re.IGNORECASE)
+_SHORTEST = 6  # characters of a secret: a shorter one would hide common words
+
+
+def without_secrets(text: str) -> str:
+    """A text without passwords of URLs, nor the values of environment variables that hold a secret."""
+    for secret in sorted(_known(), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return _IN_QUERY.sub(rf"\1={HIDDEN}", _IN_URL.sub(HIDDEN, text))
+
+
+def holds_password(url: str) -> bool:
+    """Whether a URL holds a password, before its host or in its query."""
+    return urlsplit(url).password is not None or _IN_QUERY.search(url) is not None
+
+
+def hide_in_tracebacks() -> None:
+    """From now on, a traceback of this process shows no secret."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        lines = traceback.format_exception(kind, error, trace)
+        print(without_secrets("".join(lines)), end="", file=sys.stderr)
+
+    sys.excepthook = show
+
+
+def _known() -> set[str]:
+    """What the environment holds: keys and tokens, and passwords of URLs."""
+    found = set()
+    for name, value in os.environ.items():
+        if _NAMES.search(name) and not os.path.exists(value):  # noqa: PTH110 (a path to a key is none)
+            found.add(value)
+        if "://" in value:
+            try:
+                password = urlsplit(value).password
+            except ValueError:  # no URL after all
+                password = None
+            found |= {password, unquote(password)} if password else set()
+    return {each for each in found if len(each) >= _SHORTEST}
