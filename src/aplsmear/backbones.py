@@ -6,14 +6,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import cv2
 import numpy as np
 
 from aplsmear.errors import UserError
-from aplsmear.files import copy_whole
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
@@ -114,10 +112,10 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
 
     keras.utils.clear_session()
     network, _ = cut_network(settings, level, seed)
-    with TemporaryDirectory() as folder:
-        saved = Path(folder) / "network.weights.h5"  # Keras looks at the name
-        network.save_weights(saved)
-        copy_whole(saved, path)
+    part = path.with_name(f"part.{path.name}")  # Keras looks at how the name ends
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network.save_weights(part)
+    part.replace(path)
 
 
 def features_of(
