@@ -193,6 +193,6 @@ def timed(place: Place, *command: str) -> dict[str, float]:
             starts.append((found[1], time.monotonic()))
     assert process.wait() == 0, "".join(printed)
     ended = time.monotonic()
-    ends = [start for _, start in starts[1:]] + [ended]
+    ends = [*(start for _, start in starts), ended][1:]
     took = {name: end - start for (name, start), end in zip(starts, ends, strict=True)}
     return took | {"": ended - began}

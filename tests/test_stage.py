@@ -13,6 +13,7 @@ import yaml
 from aplsmear.errors import UserError
 from aplsmear.params import ParamsError
 from aplsmear.stage import check_inputs, home, run
+from flips import flip
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
@@ -204,15 +205,6 @@ def hashed(path: Path) -> str:
 
     _, _, found = build(HashFileDB(MemoryFileSystem(), "/nowhere"), str(path), LocalFileSystem(), "md5")
     return found.hash_info.value
-
-
-def flip(path: Path) -> None:
-    """One bit, as a failing disk does it: nobody looks at a clock."""
-    stat = path.stat()
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):

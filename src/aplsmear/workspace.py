@@ -383,40 +383,45 @@ def _left_branch(folder: Path) -> str | None:
 def _mend_outs(repo: Any, folder: Path) -> Iterator[str]:
     """Outs and objects of the cache that are not what they were: each is made again of the other, or goes."""
     cache = repo.cache.local
-    objects = {path.parent.name + path.name: path for path in unsound_objects(Path(cache.path))}
-    for name, path in objects.items():
+    lost = set()
+    for path in unsound_objects(Path(cache.path)):
         path.unlink()
-        yield f"damaged: object {name} of DVC's cache"
+        lost.add(path.parent.name + path.name)
+        yield f"damaged: object {path.parent.name + path.name} of DVC's cache"
+    damaged = {}
+    for file, expected in _files(repo):
+        if not is_sound(file, expected):
+            damaged[file] = expected
+        elif expected in lost:
+            cache.add(str(file), repo.fs, expected)
+            lost.remove(expected)
+            yield f"object {expected} is there again, from {file.relative_to(folder.resolve())}"
+    for file, expected in damaged.items():
+        file.unlink()
+        kept = Path(cache.oid_to_path(expected))
+        if kept.is_file():
+            copy_whole(kept, file)
+        how = (
+            "it is here again, from DVC's cache"
+            if kept.is_file()
+            else "it is gone, `dvc repro` makes it again"
+        )
+        yield f"damaged: {file.relative_to(folder.resolve())}; {how}"
+
+
+def _files(repo: Any) -> Iterator[tuple[Path, str]]:
+    """The files of all outs, each with the hash that it should have, without those of outs that DVC itself
+    finds changed: by hand, by a kill, by a look at another commit."""
     for out in repo.index.outs:
         path = Path(out.fs_path)
-        if out.hash_name != "md5" or not out.hash_info or not path.exists() or out.stage.is_import:
+        ours = out.hash_name == "md5" and out.hash_info and not out.stage.is_import
+        if not ours or not path.exists() or out.changed_checksum():
             continue
-        if out.changed_checksum():
-            continue  # DVC sees that itself: of another commit, changed by hand, cut off
-        files = _files_of(out, path)
-        for file, expected in files.items():
-            shown = file.relative_to(folder.resolve())
-            kept = Path(cache.oid_to_path(expected))
-            if not file.is_file():
-                continue
-            if not is_sound(file, expected):
-                file.unlink()
-                if out.use_cache and kept.is_file():
-                    copy_whole(kept, file)
-                    yield f"damaged: {shown}; it is here again, from DVC's cache"
-                else:
-                    yield f"damaged: {shown}; removed, `dvc repro` makes it again"
-            elif expected in objects:
-                cache.add(str(file), repo.fs, expected)
-                yield f"object {expected} is in DVC's cache again, from {shown}"
-
-
-def _files_of(out: Any, path: Path) -> dict[Path, str]:
-    """Each file of an out and its hash."""
-    if not path.is_dir():
-        return {path: out.hash_info.value}
-    tree = out.get_obj()
-    return {} if tree is None else {path.joinpath(*key): each.value for key, (_, each) in tree.iteritems()}
+        if not path.is_dir():
+            yield path, out.hash_info.value
+        elif tree := out.get_obj():
+            for key, (_, each) in tree.iteritems():
+                yield path.joinpath(*key), each.value
 
 
 def _git(folder: Path, *words: str) -> str | None:
