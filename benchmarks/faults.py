@@ -60,11 +60,11 @@ class Bench:
 
     place: Place
     new: Path  # patients to judge
+    spare: Path  # a copy of the clone
     random: np.random.Generator
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage and command
     wanted: dict[str, dict[str, str]] = field(default_factory=dict)  # files after each command
     counts: dict[str, Count] = field(default_factory=dict)
-    spare: Path = Path()
 
     @property
     def predict(self) -> tuple[str, ...]:
@@ -74,27 +74,38 @@ class Bench:
 
 
 def make_bench(folder: Path, seed: int) -> Bench:
-    place = Place(clone(folder / "clone"), folder / "outside")
-    make_small(place.folder, MEMBERS)
+    """Run all once, undisturbed; or take what an earlier run of this bench left in the folder."""
+    place, spare, known = Place(folder / "clone", folder / "outside"), folder / "spare", folder / "known.json"
+    bench = Bench(place, folder / "new", spare, np.random.Generator(np.random.Philox(seed)))
+    if known.is_file():
+        kept = json.loads(known.read_text(encoding="utf-8"))
+        bench.seconds, bench.wanted = kept["seconds"], kept["wanted"]
+        reset(bench)
+        return bench
+    make_small(clone(place.folder), MEMBERS)
     with (place.folder / ".gitignore").open("a") as file:
         file.write("/new.csv\n/new.html\n")
-    draw_data_set(folder / "new", 4, 9, size=(240, 320), cells_per_smear=8)
-    bench = Bench(place, folder / "new", np.random.Generator(np.random.Philox(seed)))
+    draw_data_set(bench.new, 4, 9, size=(240, 320), cells_per_smear=8)
     bench.seconds = timed(place, *REPRO)
     bench.seconds["from nothing"] = bench.seconds.pop("")
     commit_all(place.folder)
+    shutil.copytree(place.folder, spare, symlinks=True)
     bench.wanted[""] = place.files()
     for name, command in (("predict", bench.predict), ("experiment", EXPERIMENT)):
         bench.seconds[name] = timed(place, *command)[""]
         bench.wanted[name] = place.files() | experiment_in(place)
         put_back(bench)
-    bench.wanted["experiment beside"] = bench.wanted[""] | {
-        "experiment": bench.wanted["experiment"]["experiment"]
-    }
-    bench.seconds["experiment beside"] = bench.seconds["experiment"] + 5
-    bench.spare = folder / "spare"
-    shutil.copytree(place.folder, bench.spare, symlinks=True)
+    made = {"experiment": bench.wanted["experiment"]["experiment"]}
+    bench.wanted["experiment beside"] = bench.wanted[""] | made
+    bench.seconds["experiment beside"] = bench.seconds["experiment"]
+    known.write_text(json.dumps({"seconds": bench.seconds, "wanted": bench.wanted}), encoding="utf-8")
     return bench
+
+
+def reset(bench: Bench) -> None:
+    """The clone as it was after the undisturbed run."""
+    shutil.rmtree(bench.place.folder, ignore_errors=True)
+    shutil.copytree(bench.spare, bench.place.folder, symlinks=True)
 
 
 def experiment_in(place: Place) -> dict[str, str]:
@@ -168,8 +179,7 @@ def strike(bench: Bench, kind: str) -> None:
         count.notes.append(f"{note}{f'WRONG: {wrong}' if wrong else 'right after that'}")
         print(count.notes[-1], file=sys.stderr, flush=True)
     if wrong:
-        shutil.rmtree(place.folder)
-        shutil.copytree(bench.spare, place.folder, symlinks=True)
+        reset(bench)
     else:
         put_back(bench)
         if kind == "from nothing":
@@ -190,7 +200,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=9)
-    parser.add_argument("--keep", type=Path, help="a folder for the clone; it stays there")
+    parser.add_argument("--keep", type=Path, help="a folder that stays; a second run goes on in it")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.keep or Path(temporary)
@@ -200,9 +210,9 @@ def main() -> None:
         for number, kind in enumerate(plan(bench, asked.kills), 1):
             print(f"{number} of {asked.kills}: {kind}", file=sys.stderr, flush=True)
             strike(bench, kind)
-        found = summary(bench) | {"minutes": round((time.monotonic() - began) / 60, 1)}
-    found |= {"seed": asked.seed, "machine": machine(), "commit": commit()}
-    write_json(RESULTS, found)
+            minutes = round((time.monotonic() - began) / 60, 1)
+            told = {"minutes": minutes, "seed": asked.seed, "machine": machine(), "commit": commit()}
+            write_json(RESULTS, summary(bench) | told)
     print(table(bench))
 
 
@@ -215,7 +225,7 @@ def summary(bench: Bench) -> dict[str, Any]:
         kind: {"kills": each.kills, "identical": each.identical, "mended": each.mended}
         for kind, each in sorted(bench.counts.items())
     }
-    return totals | {"by_kind": by_kind}
+    return totals | {"litter_bytes": bench.place.litter(), "by_kind": by_kind}
 
 
 def table(bench: Bench) -> str:

@@ -89,10 +89,10 @@ class Place:
     def leftovers(self) -> list[str]:
         """What a person would have to clean up."""
         found = [f".finetuning/{path.name}/" for path in self.folder.glob(".finetuning/*/")]
-        found += [str(path) for path in (self.outside / "tmp").iterdir()]
         found += [f"{path.name} in .git" for path in self.folder.glob(".git/**/*.lock")]
+        locks = self.folder / ".dvc" / "tmp" / "rwlock"
         try:
-            json.loads((self.folder / ".dvc" / "tmp" / "rwlock").read_text(encoding="utf-8"))
+            json.loads(locks.read_text(encoding="utf-8") if locks.exists() else "{}")
         except ValueError:
             found.append(".dvc/tmp/rwlock is cut off")
         found += [f"stash: {line}" for line in self.run("git", "stash", "list").splitlines()]
@@ -101,6 +101,10 @@ class Place:
         if "(no branch)" in self.run("git", "status", "--branch", "--short"):
             found.append("git is off its branch")
         return found
+
+    def litter(self) -> int:
+        """Bytes in the folder for temporary files: the system clears it, sooner or later."""
+        return sum(path.stat().st_size for path in (self.outside / "tmp").rglob("*") if path.is_file())
 
     def unreadable(self) -> list[str]:
         """Databases and studies that no longer open."""
