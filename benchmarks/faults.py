@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ def put_back(bench: Bench) -> None:
 
 def wipe(place: Place) -> None:
     """Nothing has ever run here."""
-    place.run("git", "rm", "--quiet", "--cached", "dvc.lock")
-    place.run("git", "commit", "--quiet", "-m", "nothing has run")
+    place.run("git", "rm", "--quiet", "--cached", "--ignore-unmatch", "dvc.lock")
+    place.run("git", "commit", "--quiet", "--allow-empty", "-m", "nothing has run")
     place.run("git", "clean", "--quiet", "--force", "-d", "-x", "--exclude=.venv")
     shutil.rmtree(place.folder / ".dvc/cache", ignore_errors=True)
 
@@ -207,12 +207,18 @@ def main() -> None:
         began = time.monotonic()
         bench = make_bench(folder, asked.seed)
         print(json.dumps(bench.seconds), file=sys.stderr, flush=True)
-        for number, kind in enumerate(plan(bench, asked.kills), 1):
+        done = folder / "done.json"
+        if done.is_file():
+            kept = json.loads(done.read_text(encoding="utf-8"))
+            bench.counts = {kind: Count(**each) for kind, each in kept.items()}
+        before = sum(each.kills for each in bench.counts.values())
+        for number, kind in list(enumerate(plan(bench, asked.kills), 1))[before:]:
             print(f"{number} of {asked.kills}: {kind}", file=sys.stderr, flush=True)
             strike(bench, kind)
             minutes = round((time.monotonic() - began) / 60, 1)
             told = {"minutes": minutes, "seed": asked.seed, "machine": machine(), "commit": commit()}
             write_json(RESULTS, summary(bench) | told)
+            done.write_text(json.dumps({kind: asdict(each) for kind, each in bench.counts.items()}))
     print(table(bench))
 
 
