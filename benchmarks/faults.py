@@ -1,4 +1,4 @@
-"""What happens when things break: kills, and in what state the same command leaves all afterwards.
+"""What happens when things break: kills, and what fails around the pipeline.
 
 Usage: python benchmarks/faults.py [--kills N] [--seed S] [--keep DIR]
 
@@ -7,7 +7,9 @@ In a clone with a tiny data set, N commands are killed with all their children a
 predict`. After each kill the same command is given again. Then all files but DVC's and git's own must be, to
 the byte, those of a run that nobody disturbed, dvc.lock included, MLflow's database and the study must open,
 and nothing may lie about that a person has to clean up. Where the same command does not do, or leaves
-something, `aplsmear mend` is called and that is counted.
+something, `aplsmear mend` is called, and that is counted.
+
+Then the cases of benchmarks/surroundings.py: full disks, other users, flipped bits, servers that stop.
 
 Results go to benchmarks/results/faults.json.
 """
@@ -29,6 +31,8 @@ from aplsmear.demo import draw_data_set
 from aplsmear.statistics import write_json
 
 sys.path.insert(0, str(ROOT / "tests"))  # makes small clones, and kills in them
+
+from surroundings import CASES, Case, NotHereError
 
 from clones import clone
 from clones import commit as commit_all
@@ -146,16 +150,18 @@ def strike(bench: Bench, kind: str) -> None:
     others = {"predict": bench.predict, "experiment": EXPERIMENT, "experiment beside": BESIDE}
     command = others.get(kind, REPRO)
     after = "" if kind in SHARE else rf"Running stage '{kind}'"
+    span = bench.seconds[kind] + TAIL
     while True:
         if after:
             forget(place, kind)
         elif kind == "from nothing":
             wipe(place)
-        seconds = float(bench.random.uniform(0, bench.seconds[kind] + TAIL))
+        seconds = float(bench.random.uniform(0, span))
         running, _ = kill(place, command, seconds, after)
         if running:
             break
-        put_back(bench)  # too late: it was done; once more, at another moment
+        put_back(bench)  # too late: it was done; once more, sooner
+        span = max(span / 2, 1.0)
     count.kills += 1
     note = f"{kind}, {seconds:.2f} s: "
     code, again = place.code(*command)
@@ -219,7 +225,29 @@ def main() -> None:
             told = {"minutes": minutes, "seed": asked.seed, "machine": machine(), "commit": commit()}
             write_json(RESULTS, summary(bench) | told)
             done.write_text(json.dumps({kind: asdict(each) for kind, each in bench.counts.items()}))
+        whole = json.loads(RESULTS.read_text(encoding="utf-8")) | {
+            "surroundings": surroundings(bench, folder)
+        }
+    write_json(RESULTS, whole)
     print(table(bench))
+    for name, seen in whole["surroundings"].items():
+        print(f"{name}\n    {seen}")
+
+
+def surroundings(bench: Bench, folder: Path) -> dict[str, str]:
+    """What came of each case."""
+    found = {}
+    for happens in CASES:
+        name = str(happens.__doc__)
+        print(name, file=sys.stderr, flush=True)
+        place = folder / "case"
+        place.mkdir()
+        try:
+            found[name] = happens(Case(bench.spare, bench.wanted[""], place, bench.new))
+        except NotHereError as error:
+            found[name] = f"not seen: {error}"
+        shutil.rmtree(place)
+    return found
 
 
 def summary(bench: Bench) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def no_permission(case: Case) -> str:
         return "WRONG: it was not refused"
     os.chown(place.folder / "members" / "apl_aml", NOBODY, LAB)
     wrong = case.ends_well(place, *as_user(NOBODY, *REPRO))
-    return f"WRONG: {wrong}" if wrong else last_of(said, "may not|Permission|permitted")
+    return f"WRONG: {wrong}" if wrong else last_of(said, "may not|Permission|permitted|No possible")
 
 
 def out_of_memory(case: Case) -> str:
