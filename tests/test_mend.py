@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -96,7 +94,7 @@ def test_a_file_that_dvc_was_killed_in_writing_is_that_of_the_last_commit(place:
     assert whole(place) == before
 
 
-def test_a_lock_that_dvc_was_killed_in_writing_goes_and_one_that_is_held_stays(place: Path) -> None:
+def test_a_lock_that_dvc_was_killed_in_writing_goes_and_that_of_the_dead_too(place: Path) -> None:
     lock = place / ".dvc" / "tmp" / "rwlock"
     lock.write_text("")
     assert "corrupted" in run(place, "dvc", "repro", ok=False)
@@ -105,14 +103,6 @@ def test_a_lock_that_dvc_was_killed_in_writing_goes_and_one_that_is_held_stays(p
     lock.write_text(json.dumps({"write": {str(place / "file"): mine}, "read": {}}))
     assert "busy" in run(place, "dvc", "repro", "--force", ok=False)
     assert len(list(mend(place))) == 1
-    with subprocess.Popen(["sleep", "60"]) as other:
-        lock.write_text(
-            json.dumps({"write": {str(place / "file"): {"pid": other.pid, "cmd": "sleep 60"}}, "read": {}})
-        )
-        with pytest.raises(UserError, match=f"process {other.pid}"):
-            list(mend(place))
-        other.kill()
-    assert lock.exists()
 
 
 def test_an_experiment_that_was_killed_gives_git_its_branch_back(place: Path) -> None:
@@ -123,7 +113,8 @@ def test_an_experiment_that_was_killed_gives_git_its_branch_back(place: Path) ->
     for line in process.stdout:
         if "Running stage" in line:
             break
-    time.sleep(0.1)
+    with pytest.raises(UserError, match="at work here"):
+        list(mend(place))
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert "(no branch)" in run(place, "git", "status", "--branch", "--short")

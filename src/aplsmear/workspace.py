@@ -286,6 +286,7 @@ def mend(folder: Path) -> Iterator[str]:
 
     if not (folder / ".dvc").is_dir():
         raise UserError(f"{folder.resolve()} is not the top of a DVC repository: type this in a clone.")
+    _check_idle(folder)
     yield from _mend_locks(folder / ".dvc" / "tmp")
     yield from _mend_texts(folder)
     yield from _mend_experiment(folder)
@@ -296,28 +297,32 @@ def mend(folder: Path) -> Iterator[str]:
         raise UserError(f"{folder.resolve()} cannot be opened as a DVC repository.") from None
 
 
+def _check_idle(folder: Path) -> None:
+    """See that no DVC is at work in the repository.
+
+    Raises:
+        UserError: one is.
+    """
+    import psutil
+
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words, where = process.info["cmdline"] or [], process.info["cwd"]  # None of others' processes
+        mine = where is not None and Path(where).is_relative_to(folder.resolve())
+        if mine and any(Path(word).name == "dvc" for word in words[:3]):
+            raise UserError(f"DVC is at work here (process {process.pid}, {' '.join(words)}): let it end.")
+
+
 def _mend_locks(temporary: Path) -> Iterator[str]:
     """DVC's list of who reads and writes what: DVC takes the dead out of it, except where their number is
     another process's by now, or where it was cut off while it was written."""
-    import psutil
-
     for path in (temporary / "rwlock", temporary / "exps" / "rwlock"):
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            entries = [*held.get("write", {}).values()]
-            entries += [each for readers in held.get("read", {}).values() for each in readers]
+            idle = not any(json.loads(path.read_text(encoding="utf-8")).values())
         except FileNotFoundError:
             continue
-        except ValueError:
-            entries = None
-        for entry in entries or []:
-            try:
-                alive = " ".join(psutil.Process(entry["pid"]).cmdline()).endswith(entry["cmd"])
-            except psutil.NoSuchProcess:
-                continue
-            if alive:
-                raise UserError(f"DVC is at work here (process {entry['pid']}, {entry['cmd']}): let it end.")
-        if entries != []:
+        except (ValueError, AttributeError):
+            idle = False
+        if not idle:
             path.unlink()
             yield f"removed {path}: it was of a DVC that is no longer there"
 
