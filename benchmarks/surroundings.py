@@ -179,30 +179,25 @@ def two_runs(case: Case) -> str:
     return last_of(said, "is busy|lock:") if code else "the second waits its turn"
 
 
-def shared_cache(case: Case, name: str, user: int, cache: Path) -> Place:
-    """A clone of a user, with a cache that others use, too."""
-    place = of_others(case.clone(name))
-    for word, value in (("cache.dir", cache), ("cache.shared", "group")):
-        place.run("dvc", "config", "--local", word, str(value))
-    shutil.rmtree(place.folder / ".dvc/cache")
-    give(place.folder, user)
-    give(place.outside, user)
-    return place
-
-
 def two_users(case: Case) -> str:
     """Two users on one shared cache, at once."""
     if os.geteuid() or not shutil.which("setpriv"):
         raise NotHereError("acting as two users needs root and setpriv")
-    cache = case.folder / "cache"
-    cache.mkdir()
-    os.chown(cache, 0, LAB)
-    cache.chmod(0o2775)
-    users = {"one": NOBODY, "two": SOMEBODY}
-    places = {name: shared_cache(case, name, user, cache) for name, user in users.items()}
+    cache, users = case.folder / "cache", {"one": NOBODY, "two": SOMEBODY}
+    places = {name: of_others(case.clone(name)) for name in users}
     for place in places.values():
         for stage in ("split", "member_apl_healthy@blast", "ensemble_apl_aml"):
             forget(place, stage)
+    shutil.copytree(places["one"].folder / ".dvc/cache", cache)
+    subprocess.run(["chgrp", "-R", str(LAB), str(cache)], check=True)
+    subprocess.run(["chmod", "-R", "g+rwXs", str(cache / "files")], check=True)
+    cache.chmod(0o2775)
+    for name, place in places.items():
+        shutil.rmtree(place.folder / ".dvc/cache")
+        for word, value in (("cache.dir", cache), ("cache.shared", "group")):
+            place.run("dvc", "config", "--local", word, str(value))
+        give(place.folder, users[name])
+        give(place.outside, users[name])
     both = [places[name].start(*as_user(user, *REPRO)) for name, user in users.items()]
     said = [process.communicate()[0] for process in both]
     wrong = [text[-600:] for text, process in zip(said, both, strict=True) if process.returncode]
