@@ -16,6 +16,7 @@ Results go to benchmarks/results/faults.json.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -157,9 +158,11 @@ def strike(bench: Bench, kind: str) -> None:
         elif kind == "from nothing":
             wipe(place)
         seconds = float(bench.random.uniform(0, span))
-        running, _ = kill(place, command, seconds, after)
+        running, printed = kill(place, command, seconds, after)
         if running:
             break
+        if not re.search(after, printed):
+            raise RuntimeError(f"{kind} did not run:\n{printed}")
         put_back(bench)  # too late: it was done; once more, sooner
         span = max(span / 2, 1.0)
     count.kills += 1
