@@ -60,7 +60,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         if number not in _SURROUNDINGS:
             raise
         where = getattr(error, "filename", None) or Path().resolve()
-        print(f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({error})", file=sys.stderr)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({reason})", file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
 
