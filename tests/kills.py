@@ -89,7 +89,7 @@ class Place:
     def leftovers(self) -> list[str]:
         """What a person would have to clean up."""
         found = [f".finetuning/{path.name}/" for path in self.folder.glob(".finetuning/*/")]
-        found += [str(path) for path in self.folder.glob(".dvc/tmp/exps/standalone/*")]
+        found += [str(path) for path in self.folder.glob(".dvc/tmp/exps/standalone/tmp*")]
         found += [f"{path.name} in .git" for path in self.folder.glob(".git/**/*.lock")]
         locks = self.folder / ".dvc" / "tmp" / "rwlock"
         try:

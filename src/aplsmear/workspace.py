@@ -360,7 +360,7 @@ def _mend_experiment(folder: Path) -> Iterator[str]:
         if ref.startswith(_OF_A_RUN):
             _git(folder, "update-ref", "-d", ref)
             yield f"removed {ref}: it was of an experiment that was cut off"
-    for path in (folder / ".dvc" / "tmp" / "exps" / "standalone").glob("*"):
+    for path in (folder / ".dvc" / "tmp" / "exps" / "standalone").glob("tmp*"):
         shutil.rmtree(path)
         yield f"removed {path}: an experiment that was cut off ran there"
     branch = None if _git(folder, "symbolic-ref", "--quiet", "HEAD") else _left_branch(folder)
