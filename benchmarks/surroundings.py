@@ -300,7 +300,7 @@ def mlflow_stops(case: Case) -> str:
         process = place.start(*REPRO)
         said = until(process, "study blast")
         time.sleep(1)
-        running.kill()
+        os.killpg(running.pid, 9)
         said += process.communicate()[0]
     if process.returncode:
         return f"WRONG: {said[-600:]}"
@@ -330,7 +330,8 @@ def server(place: Place, port: int) -> Iterator[subprocess.Popen[bytes]]:
         try:
             yield running
         finally:
-            os.killpg(running.pid, 9)
+            if running.poll() is None:
+                os.killpg(running.pid, 9)
 
 
 CASES: tuple[Callable[[Case], str], ...] = (

@@ -3,10 +3,12 @@
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
 
+import sys
 from pathlib import Path
 
 from aplsmear.backbones import batch_of, features_of, write_weights
 from aplsmear.features import write_features
+from aplsmear.files import sha256
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
@@ -18,6 +20,13 @@ def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     backbone = named(params.backbones, name, "backbones")
     start_tensorflow()
+    weights = Path(backbone.weights)
+    if weights.is_file() and not backbone.sha256:
+        print(
+            f"With `sha256: {sha256(weights)}` next to `weights` of {name} in params.yaml, another file in "
+            "its place is noticed.",
+            file=sys.stderr,
+        )
     for level in LEVELS:
         views = Path(f"augmented/{level}/views.parquet")
         batch = batch_of(backbone, level)

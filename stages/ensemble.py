@@ -30,7 +30,7 @@ from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, wr
 from aplsmear.shards import plain_views, read_views
 from aplsmear.stage import run
 from aplsmear.statistics import headline, write_json
-from aplsmear.tables import read_table, write_table
+from aplsmear.tables import read_scores, read_table, write_table
 
 
 def main(name: str) -> None:
@@ -39,7 +39,11 @@ def main(name: str) -> None:
     inputs = folds, cells = Path("splits/folds.csv"), Path("dataset/cells.csv")
     patients = patients_of(read_table(folds), ensemble.positive, ensemble.negative)
     folder = Path(f"members/{name}")
-    members = read_members(folder, ensemble.members)
+    levels = {task: each.level for task, each in params.tasks.items()}
+    weights = read_scores(Path(f"tuned/{ensemble.weigh_by}/scores.parquet"))
+    members = read_members(
+        folder, {task: levels[task] for task in ensemble.members}, {levels[ensemble.weigh_by]: weights}
+    )
     candidates = draw_candidates(combine, params.seed)
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
 
@@ -50,7 +54,7 @@ def main(name: str) -> None:
         rivals["mean-pooled features"] = pooled_rival(patients, pooled)
 
     important = importance(verdicts, combine.shuffles, params.seed)
-    of_cells = important[[params.tasks[task].level == "cell" for task in important["member"]]]
+    of_cells = important[[levels[task] == "cell" for task in important["member"]]]
     pictured_by = "" if of_cells.empty else str(of_cells.loc[of_cells["auroc_drop"].idxmax(), "member"])
     wanted = wanted_cells(verdicts, pictured_by, members[pictured_by]) if pictured_by else {}
     names = {cell for ends in wanted.values() for end in ends for cell in end}
@@ -71,7 +75,7 @@ def main(name: str) -> None:
         calibration=calibration_table(label, probability),
         pictures=plain_views(Path("augmented/cell/views.parquet"), names) if names else {},
         pictured_by=pictured_by,
-        inputs=fingerprints([*inputs, *(folder / f"{task}.csv" for task in ensemble.members)]),
+        inputs=fingerprints([*inputs, *(folder / f"{task}.scores.parquet" for task in ensemble.members)]),
         settings={
             "seed": params.seed,
             "combine": combine.model_dump(),
@@ -82,22 +86,21 @@ def main(name: str) -> None:
     out = Path(f"ensembles/{name}")
     write_table(out / "predictions.csv", table)
     write_table(out / "comparison.csv", findings.comparison)
-    write_table(out / "importance.csv", findings.importance)
-    write_table(out / "roc.csv", findings.roc)
-    write_table(out / "precision_recall.csv", findings.precision_recall)
-    write_table(out / "calibration.csv", findings.calibration)
+    curves = ("roc", "precision_recall", "calibration")
+    write_json(out / "curves.json", {curve: getattr(findings, curve).to_dict("records") for curve in curves})
     write_table(
         out / "confusion.csv",
         confusion_table(label, table["verdict"], [ensemble.negative, ensemble.positive]),
     )
     write_json(out / "metrics.json", headline(findings.measured), digits=4)
-    write_json(out / "intervals.json", findings.measured)
+    drops = important.rename(columns={"auroc_drop": "value"}).set_index("member").to_dict("index")
+    write_json(out / "intervals.json", findings.measured | {"auroc_drop_without": drops})
     heads = {ensemble.weigh_by: Path(f"tuned/{ensemble.weigh_by}/heads.npz")}
     heads |= {task: folder / f"{task}.heads.npz" for task in ensemble.members}
     of_task = {
         task: Member(
             task=task,
-            level=params.tasks[task].level,
+            level=levels[task],
             one_each=task in members and bool((members[task]["items"] == 1).all()),
         )
         for task in heads

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from aplsmear.kaggle import obtain
+from aplsmear.kaggle import borrow, obtain
 from aplsmear.params import read_params
-from aplsmear.stage import run
+from aplsmear.stage import home, run
 
 ROOT = Path("kaggle")
 
@@ -16,7 +16,9 @@ def main() -> None:
         print(f"dataset.source is `folder`: nothing to download, smears are read from {params.dataset.root}")
         return
     kaggle = params.dataset.kaggle
-    obtained = obtain(kaggle.owner, kaggle.slug, kaggle.version, ROOT)
+    asked = kaggle.owner, kaggle.slug, kaggle.version
+    kept = home() / ROOT  # where an experiment with a folder of its own finds what was downloaded before
+    obtained = (borrow(*asked, ROOT, kept) if kept != ROOT else None) or obtain(*asked, ROOT)
     print(f"{obtained.files} files, {obtained.bytes / 1e9:.2f} GB, version {obtained.version}")
 
 

@@ -1,24 +1,17 @@
-"""Summarise, patient by patient, what one task says to one ensemble; its heads go along for new patients.
+"""Put what one task has to say next to what the other members of an ensemble have to say.
 
-Usage: python stages/member.py ENSEMBLE TASK WEIGHER   (a name of `ensembles` in params.yaml, two of `tasks`)
+Usage: python stages/member.py ENSEMBLE TASK   (a name of `ensembles` in params.yaml, one of `tasks`)
 """
 
 from pathlib import Path
 
 from aplsmear.files import copy_whole
-from aplsmear.members import summarise_patients
-from aplsmear.params import read_params
 from aplsmear.stage import run
-from aplsmear.tables import read_scores, write_table
 
 
-def main(ensemble: str, task: str, weigher: str) -> None:
-    params = read_params(Path("params.yaml"))
-    scores, weights = (read_scores(Path(f"tuned/{name}/scores.parquet")) for name in (task, weigher))
-    alike = params.tasks[task].level == params.tasks[weigher].level
-    table = summarise_patients(scores, weights if alike else None)
-    write_table(Path(f"members/{ensemble}/{task}.csv"), table)
-    copy_whole(Path(f"tuned/{task}/heads.npz"), Path(f"members/{ensemble}/{task}.heads.npz"))
+def main(ensemble: str, task: str) -> None:
+    for name in ("heads.npz", "scores.parquet"):
+        copy_whole(Path(f"tuned/{task}/{name}"), Path(f"members/{ensemble}/{task}.{name}"))
 
 
 if __name__ == "__main__":

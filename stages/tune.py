@@ -34,7 +34,7 @@ from aplsmear.tuning import (
     explain_choice,
     held_out_predictions,
     held_out_scores,
-    importance_table,
+    importances,
     make_board,
     make_patient_board,
     measure,
@@ -85,11 +85,11 @@ def main(name: str, role: str = "") -> None:
     scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)
     predictions = held_out_predictions(board, scores)
     metrics = measure(predictions, params.combine.resamples, params.seed)
-    explained = explain_choice(trials, choices)
+    important = importances(study.trials(), params.seed)
+    explained = {"study": key} | explain_choice(trials, choices, important)
 
     out = Path(f"tuned/{name}")
     write_table(out / "trials.csv", trials_table(trials, choices))
-    write_table(out / "importance.csv", importance_table(study.trials(), params.seed))
     write_table(out / "predictions.csv", predictions)
     write_table(out / "roc.csv", roc_curve_table(predictions["label"], predictions["probability"]))
     with whole(out / "scores.parquet") as part:

@@ -180,6 +180,12 @@ def test_weights_of_the_network_up_to_the_deepest_layer_are_loaded(keras, tmp_pa
     rows = features(settings, found)[1]
     np.testing.assert_allclose(rows, by_hand(full, "conv_pw_2_relu", images, keras), rtol=1e-3, atol=1e-6)
 
+    # Another file in its place is no longer the one that params.yaml means.
+    held = hashlib.sha256((tmp_path / "cut.weights.h5").read_bytes()).hexdigest()
+    build_backbone(settings.model_copy(update={"sha256": held}), "cell", 1)
+    with pytest.raises(BackboneError, match=rf"another file .* by its sha256 \(0000.*sha256: {held}`"):
+        build_backbone(settings.model_copy(update={"sha256": "0" * 64}), "cell", 1)
+
 
 @pytest.mark.skipif(not (CUT.exists() and FULL.exists()), reason="the real weights are not here")
 def test_real_weights_of_a_whole_and_of_a_cut_network(keras):

@@ -24,6 +24,7 @@ from aplsmear.ensembles import (
 from aplsmear.members import SUMMARIES, summarise_patients
 from aplsmear.params import Combine, CombineSpace
 from aplsmear.statistics import auroc, write_json
+from aplsmear.tables import write_table
 
 RIDGE = [Candidate(0, "logistic", "mean", 0.1, 0), Candidate(1, "logistic", "top", 1.0, 0)]
 NETWORK = [Candidate(0, "network", "mean", 1.0, 3)]
@@ -335,9 +336,16 @@ def test_a_member_that_scored_nobody_is_named() -> None:
 
 
 def test_members_on_disk_are_those_of_params(tmp_path) -> None:
+    scores = scores_of(people(2, 2), 1, strength=1.0)
     for name in ("blast", "old"):
-        (tmp_path / f"{name}.csv").write_text("patient,fold,world,items,mean\n007,0,0,1,0.5\n")
-    with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot"):
-        read_members(tmp_path, ["blast", "faggot"])
-    table = read_members(tmp_path, ["blast", "old"])["blast"]
-    assert table["patient"].tolist() == ["007"]
+        scores.to_parquet(tmp_path / f"{name}.scores.parquet", index=False)
+    with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
+        read_members(tmp_path, {"blast": "cell", "faggot": "cell"}, {})
+    halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("world")})
+    said = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})
+    assert list(said) == ["blast", "old"]
+    for name, weights in (("blast", halved), ("old", None)):  # a cell's weight says nothing of a smear
+        whole = summarise_patients(scores, weights)
+        write_table(tmp_path / "table.csv", whole)
+        written = pd.read_csv(tmp_path / "table.csv", dtype={"patient": str}, keep_default_na=False)
+        pd.testing.assert_frame_equal(said[name], written)

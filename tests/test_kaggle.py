@@ -21,9 +21,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from aplsmear.kaggle import MARKER, KaggleError, Obtained, obtain
 from kaggle_server import BASIC, KEY, OWNER, SIGNATURE, SLUG, USER, KaggleServer
+
+ROOT = Path(__file__).parents[1]
 
 pytest.importorskip("kagglehub", reason="Kaggle's client is not installed")
 
@@ -526,3 +529,32 @@ def test_a_download_that_was_changed_is_neither_used_nor_replaced(server: Kaggle
     server.versions[4] = WHOLE
     for version in (3, 4):
         assert "was changed after its download" in refused(folder, version)
+
+
+def test_an_experiment_in_a_folder_of_its_own_borrows_what_is_there_and_downloads_what_is_not(
+    server: KaggleServer, tmp_path: Path
+) -> None:
+    """As the stage runs under `dvc exp run --temp` and in the queue: DVC_ROOT says where it was typed."""
+    top, aside = tmp_path / "top", tmp_path / "aside"
+    fetch(top / "kaggle")
+    server.versions[4] = packed(FILES | {"wsi.csv": b"newer"})
+    aside.mkdir()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for version, calls in ((3, False), (4, True)):
+        params["dataset"] |= {"source": "kaggle", "root": "kaggle"}
+        params["dataset"]["kaggle"] = {"owner": OWNER, "slug": SLUG, "version": version}
+        (aside / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+        server.seen.clear()
+        done = subprocess.run(
+            [sys.executable, "-P", ROOT / "stages" / "kaggle.py"],
+            cwd=aside,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "DVC_ROOT": str(top)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (aside / "kaggle").is_symlink() != calls
+        assert bool(server.seen) == calls
+    assert holds(aside / "kaggle")["wsi.csv"] == b"newer"
+    assert holds(top / "kaggle") == FILES

@@ -1,5 +1,6 @@
 """Profiles: whole sets of parameters, and what an earlier set left behind."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,12 @@ def test_the_command_writes_params_yaml_and_clears_leftovers(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "profiles").symlink_to(PROFILES)
     (tmp_path / "tuned" / "faggot").mkdir(parents=True)
-    done = CliRunner().invoke(app, ["profile", "deepapl", "dataset.root=/data/with blank"])
+    (tmp_path / "mine.h5").write_bytes(b"weights")
+    settings = ["dataset.root=/data/with blank", "backbones.mobilenet.weights=mine.h5"]
+    done = CliRunner().invoke(app, ["profile", "deepapl", *settings])
     assert done.exit_code == 0, done.output
+    sums = read_params(tmp_path / "params.yaml").backbones["mobilenet"].sha256
+    assert sums == hashlib.sha256(b"weights").hexdigest()
     assert read_params(tmp_path / "params.yaml").dataset.root == "/data/with blank"
     assert not (tmp_path / "tuned" / "faggot").exists()
     assert "# of everything random" in (tmp_path / "params.yaml").read_text(encoding="utf-8")

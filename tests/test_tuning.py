@@ -22,7 +22,7 @@ from aplsmear.tuning import (
     explain_choice,
     held_out_predictions,
     held_out_scores,
-    importance_table,
+    importances,
     make_board,
     run_study,
     scores_table,
@@ -83,8 +83,9 @@ def test_a_fold_of_one_class_and_a_failed_trial_are_left_out() -> None:
     assert lame.auroc(FOLDS) == pytest.approx(0.8)
     failed = trial(1, np.full((FOLDS, FOLDS), np.nan), failure="why not")
     assert choose([failed, lame], 0).trial.number == 0
-    told_of = explain_choice([failed, lame], choose_all([failed, lame], FOLDS))
+    told_of = explain_choice([failed, lame], choose_all([failed, lame], FOLDS), {})
     assert told_of["failed"] == {1: "why not"}
+    assert {row["importance"] for row in told_of["importance"]} == {None}  # dvc draws no list without a row
     assert told_of["standing"] == {0: 0.8}
 
 
@@ -322,12 +323,12 @@ def test_tables_for_plots(tmp_path: Path) -> None:
     assert set(table["standing"][near]) <= {"chosen", "within one standard error"}
     assert set(table["standing"][~near]) == {"other", "failed"}
     assert table["failure"].tolist()[3] == "made to fail"
-    importance = importance_table(study.trials(), 1)
-    assert np.isclose(importance["importance"].sum(), 1)
-    assert importance["importance"].is_monotonic_decreasing
-    pd.testing.assert_frame_equal(importance, importance_table(study.trials(), 1))
-    assert "batch" not in set(importance["parameter"])  # it has one value
-    assert importance_table(study.trials()[:2], 1).empty
+    important = importances(study.trials(), 1)
+    assert np.isclose(sum(important.values()), 1)
+    assert list(important.values()) == sorted(important.values(), reverse=True)
+    assert importances(study.trials(), 1) == important
+    assert "batch" not in important  # it has one value
+    assert importances(study.trials()[:2], 1) == {}
 
 
 def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from aplsmear.errors import UserError
+from aplsmear.files import sha256
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Level, nearest
 from aplsmear.shards import View
@@ -87,6 +88,7 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
         raise BackboneError("\n".join([*problems, f"it has: {', '.join(names)}"]))
     cut = keras.Model(full.input, {layer: full.get_layer(layer).output for layer in wanted})
     if settings.weights not in (UNTRAINED, IMAGENET):
+        _check_content(Path(settings.weights), settings.sha256)
         _load(Path(settings.weights), full, cut)
     cut.trainable = False
     return cut, preprocess
@@ -234,13 +236,21 @@ def _as_float16(values: np.ndarray, layer: str) -> np.ndarray:
     return values.astype(np.float16)
 
 
+def _check_content(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
+    if expected and (found := sha256(path)) != expected:
+        raise BackboneError(
+            f"{str(path)!r} is another file than the one that params.yaml means by its sha256 ({expected}). "
+            f"Put that one back; or write `sha256: {found}` there, and all that hangs on them runs again"
+        )
+
+
 def _load(path: Path, full: Any, cut: Any) -> None:
     """Load weights of the whole network without its top, or of the network up to the deepest layer used.
 
     Which of the two a file holds is seen from the number of its tensors.
     """
-    if not path.is_file():
-        raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
     try:
         tensors = _count_tensors(path)
         if _leads_elsewhere(path):

@@ -15,7 +15,6 @@ architectures, safe mode or not, had holes: CVE-2025-1550, -8747, -9906.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections import Counter
@@ -33,7 +32,7 @@ from aplsmear.ensembles import Combination, as_json, combination_of
 from aplsmear.errors import UserError
 from aplsmear.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.features import Features
-from aplsmear.files import copy_whole, whole
+from aplsmear.files import copy_whole, sha256, whole
 from aplsmear.heads import Head, read_average, read_heads
 from aplsmear.params import Augment, Backbone, Level, TaskLevel
 from aplsmear.shards import View
@@ -84,7 +83,7 @@ class Model(_Strict):
         seed: of the views and of untrained backbones.
         min_box: px; smaller boxes are left out.
         augment: how views are cut.
-        backbones: as in params.yaml, without `weights`.
+        backbones: as in params.yaml, without `weights` and their `sha256`.
         combinations: of every world, see `aplsmear.ensembles.as_json`; the last is for new patients.
         reference_level: whose items `reference_features` describe.
         reference_features: backbone/layer of the cloud of familiar patients.
@@ -228,7 +227,7 @@ def write_bundle(
         arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
     with whole(folder / REFERENCE) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
-    sums = {name: _sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
+    sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
     described = {"format": FORMAT, "version": VERSION, "aplsmear": aplsmear.__version__, "files": sums}
     write_json(folder / MANIFEST, described)
 
@@ -237,7 +236,7 @@ def make_model(**settings: Any) -> Model:
     """A `Model`; `combinations` as objects, `backbones` as of params.yaml."""
     settings["combinations"] = [as_json(each) for each in settings["combinations"]]
     settings["backbones"] = {
-        name: each.model_dump(exclude={"weights"}) for name, each in settings["backbones"].items()
+        name: each.model_dump(exclude={"weights", "sha256"}) for name, each in settings["backbones"].items()
     }
     return Model(**settings)
 
@@ -316,7 +315,7 @@ def _checked(folder: Path) -> set[str]:
             problems.append(f"{name!r} leads out of the folder")
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
-        elif _sha256(folder / name) != expected:
+        elif sha256(folder / name) != expected:
             problems.append(f"{name} is not what it was when the bundle was written")
     problems += [f"{name} is not in its manifest" for name in (MODEL, REFERENCE) if name not in sums]
     if problems:
@@ -368,11 +367,6 @@ def _heads(task: str) -> str:
 
 def _weights(backbone: str, level: Level) -> str:
     return f"backbones/{backbone}/{level}.weights.h5"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _brief(error: Exception) -> str:

@@ -142,12 +142,12 @@ def profile(
     """
     from aplsmear.errors import UserError
     from aplsmear.files import whole
-    from aplsmear.profiles import read_profile, with_settings
+    from aplsmear.profiles import read_profile, with_settings, with_sums
 
     try:
         text = read_profile(Path("profiles"), name)
         pairs = dict(_pair(setting) for setting in settings or [])
-        text = with_settings(text, pairs) if pairs else text
+        text = with_sums(with_settings(text, pairs) if pairs else text)
         with whole(PARAMS) as part:
             part.write_text(text, encoding="utf-8")
             read_params(part)
@@ -156,21 +156,51 @@ def profile(
     typer.echo(
         f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else "")
     )
-    tidy()
+    _clear_away_leftovers()
 
 
 @app.command()
-def tidy() -> None:
+def tidy(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask about old searches: they go.")] = False,
+) -> None:
     """Remove outs of backbones, tasks and members that params.yaml no longer names; DVC's cache keeps them.
+
+    Then it offers to remove the searches in .studies that no `tuned/TASK/best.yaml` here goes back to. Keep
+    one that was cut off and is to go on. One that is running is left alone.
 
     Example: `aplsmear tidy`
     """
+    import sys
+    from datetime import datetime
+
+    import yaml
+
+    from aplsmear.study import past_studies, remove_study
+
+    _clear_away_leftovers()
+    best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
+    past = past_studies(Path(".studies"), {each.get("study", "") for each in best})
+    for path in past:
+        state = path.stat()
+        last = datetime.fromtimestamp(state.st_mtime)
+        typer.echo(f"{path}: {state.st_size / 1e6:.1f} MB, last written {last:%Y-%m-%d %H:%M}")
+    if not past:
+        return
+    if yes or (sys.stdin.isatty() and typer.confirm("Nothing in tuned/ goes back to these. Remove them?")):
+        for path in past:
+            remove_study(path)
+        typer.echo(f"{len(past)} searches removed")
+    else:
+        typer.echo("Nothing in tuned/ goes back to these searches: `aplsmear tidy --yes` removes them.")
+
+
+def _clear_away_leftovers() -> None:
+    """Remove what params.yaml no longer names."""
     import shutil
 
     from aplsmear.profiles import leftovers
 
-    knobs = _knobs_here()
-    for path in leftovers(Path(), knobs):
+    for path in leftovers(Path(), _knobs_here()):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
 
@@ -321,13 +351,19 @@ def null_check(
     from aplsmear import ensembles
     from aplsmear.errors import UserError
     from aplsmear.params import named
-    from aplsmear.tables import read_table
+    from aplsmear.tables import read_scores, read_table
 
     knobs = _knobs_here()
     try:
         asked = named(knobs.ensembles, ensemble, "ensembles")
         folds = _made(Path("splits/folds.csv"))
-        members = ensembles.read_members(_made(Path(f"members/{ensemble}")), asked.members)
+        level = {task: each.level for task, each in knobs.tasks.items()}
+        weights = read_scores(_made(Path(f"tuned/{asked.weigh_by}/scores.parquet")))
+        members = ensembles.read_members(
+            _made(Path(f"members/{ensemble}")),
+            {task: level[task] for task in asked.members},
+            {level[asked.weigh_by]: weights},
+        )
         patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
         candidates = ensembles.draw_candidates(knobs.combine, knobs.seed)
         found = ensembles.null_check(patients, members, candidates, repeats, knobs.seed)

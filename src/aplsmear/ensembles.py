@@ -36,8 +36,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
 from aplsmear.errors import UserError
-from aplsmear.members import SUMMARIES
-from aplsmear.params import Combine
+from aplsmear.members import SUMMARIES, summarise_patients
+from aplsmear.params import Combine, TaskLevel
 from aplsmear.statistics import (
     auroc,
     auroc_standard_error,
@@ -45,12 +45,14 @@ from aplsmear.statistics import (
     operating_points,
     summary,
 )
+from aplsmear.tables import as_written, read_scores
 
 MODELS = ("average", "logistic", "network")  # the simplest first
 # Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
 # line separates get no endless slope. With 1, probabilities are too timid: slopes of 1.4 on real patients.
 _CALIBRATION_FREEDOM = 10.0
 _LEAST_SCALE = 1e-6  # of a member that says the same of everybody
+_SCORES = ".scores.parquet"
 
 
 class EnsembleError(UserError, ValueError):
@@ -319,16 +321,27 @@ def null_check(
     return pd.DataFrame(rows)
 
 
-def read_members(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The summaries ``folder/<task>.csv`` of the members named.
+def read_members(
+    folder: Path, levels: Mapping[str, TaskLevel], weights: Mapping[TaskLevel, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """What the members say of each patient: `aplsmear.members.summarise_patients` of their scores.
+
+    Args:
+        folder: ``members/<ensemble>``, with ``<task>.scores.parquet`` of each member.
+        levels: of each member, in their order.
+        weights: scores that say how much an item of their level counts; items of other levels count whole.
+
+    Returns:
+        The summaries, in the digits of a table: `predict` rounds likewise, which hides in what order
+        cells were added up.
 
     Raises:
         EnsembleError: the folder holds a member that is not named (DVC would take it for an input) or lacks
         one.
     """
-    there = sorted(path.stem for path in folder.glob("*.csv"))
-    strangers = [name for name in there if name not in names]
-    absent = [name for name in names if name not in there]
+    there = sorted(path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}"))
+    strangers = [name for name in there if name not in levels]
+    absent = [name for name in levels if name not in there]
     problems = []
     if strangers:
         problems.append(
@@ -336,12 +349,19 @@ def read_members(folder: Path, names: Sequence[str]) -> dict[str, pd.DataFrame]:
             "`aplsmear tidy` removes them (DVC keeps them in its cache)."
         )
     if absent:
-        problems.append(f"{folder} lacks the members {', '.join(absent)}; `dvc repro` makes them.")
+        problems.append(
+            f"{folder} lacks the members {', '.join(absent)}: `dvc pull member_{folder.name}` brings them "
+            "where they were pushed, `dvc repro` makes them."
+        )
     if problems:
         raise EnsembleError(" ".join(problems))
+    said = {
+        name: summarise_patients(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
+        for name, level in levels.items()
+    }
     return {
-        name: pd.read_csv(folder / f"{name}.csv", dtype={"patient": str}, keep_default_na=False)
-        for name in names
+        name: table.assign(**{column: table[column].map(as_written) for column in SUMMARIES})
+        for name, table in said.items()
     }
 
 

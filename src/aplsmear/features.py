@@ -73,14 +73,23 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
 
     Raises:
         FeaturesError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an
-            input).
+            input), or lacks one.
     """
-    strangers = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in backbones)
+    there = {path.parent.name for path in folder.glob(f"*/{INDEX}")}
+    strangers, absent = sorted(there - set(backbones)), sorted(set(backbones) - there)
+    problems = []
     if strangers:
-        raise FeaturesError(
+        problems.append(
             f"{folder} holds features of backbones that params.yaml does not name: {', '.join(strangers)}. "
             "`aplsmear tidy` removes them (DVC keeps them in its cache)."
         )
+    if absent:
+        problems.append(
+            f"{folder} lacks those of {', '.join(absent)}: `dvc pull bottleneck` brings them where they were "
+            "pushed, `dvc repro` makes them."
+        )
+    if problems:
+        raise FeaturesError(" ".join(problems))
     found = {}
     for path in sorted(folder.glob("*/*.npy")):
         name = f"{path.parent.name}/{path.stem}"

@@ -129,6 +129,32 @@ def obtain(
     return obtained
 
 
+def borrow(owner: str, slug: str, version: int | None, folder: Path, lender: Path) -> Obtained | None:
+    """Have in `folder`, as a link, what an earlier `obtain` has put into `lender`.
+
+    Args:
+        owner: as of `obtain`, like the next two.
+        slug: of the data set.
+        version: its number; None is never borrowed, since only Kaggle knows which is the newest.
+        folder: becomes the link; absent, or an earlier link.
+        lender: the other folder; nothing in it is changed.
+
+    Returns:
+        What is there now; None, and no link, where `lender` is not a whole download of just this version.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    source = _Source(owner, slug, version, lender.resolve(), progress=False)
+    try:
+        present = _present(source)
+    except KaggleError:
+        return None
+    if present is None or not _is(present, source):
+        return None
+    folder.symlink_to(source.folder, target_is_directory=True)
+    return present
+
+
 # ---- what is asked for, and what is said about it
 
 

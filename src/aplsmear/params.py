@@ -114,13 +114,18 @@ class Augment(_Strict):
 
 
 class Backbone(_Strict):
-    """A frozen network of keras.applications, cut at a named layer."""
+    """A frozen network of keras.applications, cut at a named layer.
+
+    `sha256` is that of the file which `weights` names, if it names one: DVC does not look at a file that
+    there may not be, but it knows the parameters. Empty: the file is taken as it is.
+    """
 
     application: str
     options: dict[str, Any] = {}
     input_size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
     layer: list[str] = Field(min_length=1)
     weights: str
+    sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
 
 

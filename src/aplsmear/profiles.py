@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from aplsmear.errors import UserError
+from aplsmear.files import sha256
 from aplsmear.params import Params, nearest
 
 
@@ -41,10 +42,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     Raises:
         ProfileError: a key that the file does not have; all such keys at once.
     """
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml = _editor()
     tree = yaml.load(text)
     problems = []
     for key, value in settings.items():
@@ -58,9 +56,25 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
             place[last] = YAML(typ="safe").load(value)
     if problems:
         raise ProfileError("; ".join(problems))
-    out = io.StringIO()
-    yaml.dump(tree, out)
-    return out.getvalue()
+    return _text_of(yaml, tree)
+
+
+def with_sums(text: str) -> str:
+    """A params.yaml with the `sha256` of each file that `weights` of a backbone names and that is there.
+
+    Another file in its place is noticed by it, and a new sum makes stale what hangs on it.
+
+    Args:
+        text: of the file; paths count from the working directory.
+    """
+    yaml = _editor()
+    tree = yaml.load(text)
+    named = [each for each in tree["backbones"].values() if Path(str(each["weights"])).is_file()]
+    for backbone in named:
+        backbone.pop("sha256", None)
+        below = list(backbone).index("weights") + 1
+        backbone.insert(below, "sha256", sha256(Path(backbone["weights"])))
+    return _text_of(yaml, tree) if named else text
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:
@@ -82,7 +96,7 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         root / "members" / name / f"{task}.{kind}"
         for name, ensemble in params.ensembles.items()
         for task in ensemble.members
-        for kind in ("csv", "heads.npz")
+        for kind in ("heads.npz", "scores.parquet")
     }
     found = [
         path
@@ -91,6 +105,21 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         if path not in owned and path.name != ".gitignore"
     ]
     return sorted(found)
+
+
+def _editor() -> YAML:
+    """Reads and writes YAML and keeps its remarks and its shape."""
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _text_of(yaml: YAML, tree: Any) -> str:
+    out = io.StringIO()
+    yaml.dump(tree, out)
+    return out.getvalue()
 
 
 def _keys(tree: Any, before: str = "") -> list[str]:

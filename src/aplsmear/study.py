@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -139,6 +139,40 @@ def _unusable(error: BaseException) -> str:
     return f"the storage of the study (tune.storage or {STORAGE_VARIABLE}) cannot be used: {reason}"
 
 
+def past_studies(folder: Path, named: Collection[str]) -> list[Path]:
+    """The journals of studies that are not among those named, and that nobody is at; sorted.
+
+    Args:
+        folder: ``.studies``.
+        named: the studies that outs go back to.
+    """
+    return sorted(
+        path for path in folder.glob("*.journal") if path.stem not in named and not _is_held(_locks_of(path))
+    )
+
+
+def remove_study(journal: Path) -> None:
+    """Remove a journal and the locks beside it."""
+    journal.unlink()
+    _locks_of(journal).unlink(missing_ok=True)
+
+
+def _locks_of(journal: Path) -> Path:
+    return journal.with_suffix(".locks")
+
+
+def _is_held(locks: Path) -> bool:
+    """Whether another process holds any of the locks in this file."""
+    if not locks.exists():
+        return False
+    with locks.open("rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
 _NOTHING: tuple[Record, ...] = ()
 
 
@@ -161,7 +195,7 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
     from optuna.storages.journal import JournalFileBackend
 
     journal.parent.mkdir(parents=True, exist_ok=True)
-    locks = _FileLocks(journal.with_suffix(".locks"))
+    locks = _FileLocks(_locks_of(journal))
     lock: Any = _JournalLock(journal, locks)
     backend = JournalFileBackend(str(journal), lock_obj=lock)
     return Study(name, optuna.storages.JournalStorage(backend), locks)

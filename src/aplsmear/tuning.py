@@ -529,15 +529,16 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def importance_table(trials: Sequence[Any], seed: int) -> pd.DataFrame:
-    """``parameter, importance`` by functional ANOVA (Hutter et al. 2014), most important first.
+def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
+    """How much of the AUROC hangs on each parameter, by functional ANOVA (Hutter et al. 2014).
 
     Args:
         trials: of `Study.trials`.
         seed: of its random forest.
 
     Returns:
-        One row for each parameter that took more than one value; no row with fewer than four sound trials.
+        Parameter -> its share, the most important first; of those that took more than one value. With fewer
+        than four sound trials, of none.
     """
     import optuna
 
@@ -551,8 +552,7 @@ def importance_table(trials: Sequence[Any], seed: int) -> pd.DataFrame:
         study.add_trials(sound)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
         found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=moved)
-    rows = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    return pd.DataFrame(rows, columns=["parameter", "importance"])
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
 
 
 def scores_table(board: Board, scores: np.ndarray) -> pd.DataFrame:
@@ -586,9 +586,11 @@ def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, A
     }
 
 
-def explain_choice(trials: Sequence[Trial], choices: Sequence[Choice]) -> dict[str, Any]:
+def explain_choice(
+    trials: Sequence[Trial], choices: Sequence[Choice], important: Mapping[str, float]
+) -> dict[str, Any]:
     """What best.yaml says: the final trial, why it was chosen, what each held-out fold chose, how the others
-    stood."""
+    stood, and what mattered (of `importances`; as `dvc plots` draws it, which needs a row in any case)."""
     last = len(choices) - 1
     final = choices[-1].trial
     standing = sorted(
@@ -604,6 +606,11 @@ def explain_choice(trials: Sequence[Trial], choices: Sequence[Choice]) -> dict[s
         "standing": {trial.number: round(trial.auroc(last), 6) for trial in standing},
     }
     failed = {trial.number: trial.failure for trial in trials if trial.failure}
+    shares: Mapping[str, float | None] = important or dict.fromkeys(explained["recipe"])
+    explained["importance"] = [
+        {"parameter": name, "importance": None if share is None else round(share, 6)}
+        for name, share in shares.items()
+    ]
     return explained | ({"failed": failed} if failed else {})
 
 
