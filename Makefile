@@ -1,7 +1,7 @@
 # What a person types. `make` alone lists it.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test bench fuzz share-check experiments compare lock audit licences
+.PHONY: help venv demo test bench fuzz faults share-check experiments compare lock audit licences
 
 # To choose on the command line, as in `make demo PYTHON=python3.12`:
 PYTHON ?=
@@ -16,7 +16,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # Anything that needs the environment first asks tools/preflight.py whether it can be had, with the first Python that
 # can run that script. If not, preflight has said why in one line, and `--question` makes `make` fail without a word more.
-ifneq ($(filter venv demo test bench fuzz share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
+ifneq ($(filter venv demo test bench fuzz faults share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
 PREFLIGHT := $(shell \
   for python in python3 python3.13 python3.12 python3.11 python; do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2>/dev/null; then \
@@ -53,6 +53,9 @@ bench: demo  ## speed, memory, another laboratory, beside what one would do othe
 
 fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, and bombs: what becomes of each (half an hour)
 	@python benchmarks/fuzz.py
+
+faults: venv  ## 50 kills, full disks, flipped bits, servers that stop (root sees more cases); a table at the end
+	@python benchmarks/faults.py
 
 share-check: venv  ## what is wrong with the place that outs are shared by, if anything (REMOTE=name)
 	@aplsmear share-check $(REMOTE)

@@ -1,6 +1,7 @@
 """The pipeline at its smallest: every stage does all of its work, on next to nothing."""
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -14,8 +15,14 @@ MEMBERS = {
 TASKS = sorted({task for members in MEMBERS.values() for task in members})
 
 
-def make_small(folder: Path) -> None:
-    """A tiny data set, one backbone, few short trials; every stage still does all of its work."""
+def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> None:
+    """A tiny data set, one backbone, few short trials; every stage still does all of its work.
+
+    Args:
+        folder: a clone.
+        members: of each ensemble; their tasks, of which `blast` must be one, are all there are.
+    """
+    tasks = sorted({task for each in members.values() for task in each})
     shutil.rmtree(folder / "demo")
     draw_data_set(folder / "demo", 18, 3, size=(240, 320), cells_per_smear=8)
     path = folder / "params.yaml"
@@ -27,12 +34,12 @@ def make_small(folder: Path) -> None:
     }
     params["tune"] |= {"trials": 2, "generation": 2}
     params["tune"]["space"]["epochs"] = [2]
-    params["tasks"] = {task: params["tasks"][task] for task in TASKS}
-    params["overrides"] = {task: {"trials": 2} for task in TASKS}
+    params["tasks"] = {task: params["tasks"][task] for task in tasks}
+    params["overrides"] = {task: {"trials": 2} for task in tasks}
     params["task"] = "blast"
     params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 1, "pictures": 1}
-    for name, members in MEMBERS.items():
-        params["ensembles"][name] |= {"members": members, "weigh_by": "blast"}
+    for name, each in members.items():
+        params["ensembles"][name] |= {"members": list(each), "weigh_by": "blast"}
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     (folder / "dvc.lock").unlink()

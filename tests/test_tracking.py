@@ -67,6 +67,19 @@ def test_trials_are_nested_runs_and_a_resumed_study_doubles_none(client: Any) ->
     assert "auroc" not in failed.data.metrics
 
 
+def test_a_trial_that_a_killed_process_logged_in_part_is_finished_by_the_next(client: Any) -> None:
+    study(TAGS, 1)
+    (parent,) = [run for run in runs(client) if "trial" not in run.data.tags]
+    tags = {"mlflow.parentRunId": parent.info.run_id, "trial": "1"}
+    client.create_run(parent.info.experiment_id, tags=tags)  # killed here
+    study(TAGS, 3).close({}, {})
+    found = runs(client)
+    assert sorted(run.data.tags.get("trial", "") for run in found) == ["", "0", "1", "2"]
+    assert {run.info.status for run in found} == {"FINISHED", "FAILED"}
+    (cut,) = [run for run in found if run.data.tags.get("trial") == "1"]
+    assert cut.data.metrics["auroc"] == pytest.approx(0.8)
+
+
 def test_a_server_that_is_away_is_mentioned_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -19,7 +18,7 @@ import numpy as np
 from aplsmear.devices import machine_strategy, precision_of
 from aplsmear.engine import HERE, Engine
 from aplsmear.errors import UserError
-from aplsmear.files import copy_whole, sha256
+from aplsmear.files import sha256
 from aplsmear.images import decode_jpeg
 from aplsmear.params import JOINT, Backbone, Level, nearest
 from aplsmear.shards import View, count_views, read_views
@@ -131,10 +130,10 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
 
     keras.utils.clear_session()
     network, _ = cut_network(settings, level, seed)
-    with TemporaryDirectory() as folder:
-        saved = Path(folder) / "network.weights.h5"  # Keras looks at the name
-        network.save_weights(saved)
-        copy_whole(saved, path)
+    part = path.with_name(f"part.{path.name}")  # Keras looks at how the name ends
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network.save_weights(part)
+    part.replace(path)
 
 
 class Pass(NamedTuple):

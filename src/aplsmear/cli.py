@@ -206,6 +206,29 @@ def _clear_away_leftovers() -> None:
 
 
 @app.command()
+def mend() -> None:
+    """Put right what a kill, a power cut, a full or a failing disk left behind; then the same command again.
+
+    Locks of a DVC that is no longer there; dvc.lock, params.yaml or data.dvc cut off while DVC wrote them;
+    git off its branch after `dvc exp run`; outs and objects of DVC's cache that are not, to the bit, what
+    they were. What is sound is not touched. It reads the whole cache, at the speed of the disk.
+
+    Example: `aplsmear mend`
+    """
+    from aplsmear.errors import UserError
+    from aplsmear.workspace import mend as put_right
+
+    done = 0
+    try:
+        for line in put_right(Path()):
+            typer.echo(line)
+            done += 1
+    except UserError as error:
+        _fail(str(error))
+    typer.echo("Now the same command again." if done else "Nothing to mend.")
+
+
+@app.command()
 def predict(
     ensemble: Annotated[
         Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")

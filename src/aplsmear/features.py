@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.files import whole
+from aplsmear.files import new_array, whole
 from aplsmear.tables import read_table, write_table
 
 INDEX = "index.csv"
@@ -52,7 +52,7 @@ def write_features(
         for batch in batches:
             if not arrays:
                 arrays = [
-                    np.lib.format.open_memmap(part, "w+", np.float16, (len(index), values.shape[1]))
+                    new_array(part, np.float16, (len(index), values.shape[1]))
                     for part, values in zip(parts, batch, strict=True)
                 ]
             end = row + len(batch[0])

@@ -1,14 +1,17 @@
-"""Files that are whole or not there, and locks."""
+"""Files that are whole or not there, arrays on disk, and locks."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 
 @contextmanager
@@ -31,6 +34,21 @@ def copy_whole(source: Path, path: Path) -> None:
     """Copy the content of a file; see `whole`."""
     with whole(path) as part:
         shutil.copyfile(source, part)
+
+
+def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
+    """A .npy file of zeros to write to, mapped into memory.
+
+    Its place on the disk is taken at once: a map that finds the disk full kills the process without a word.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    array: np.memmap = np.lib.format.open_memmap(path, "w+", kind, shape)
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def sha256(path: Path) -> str:

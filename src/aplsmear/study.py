@@ -55,20 +55,26 @@ class Study:
             study_name=name, storage=storage, direction="maximize", load_if_exists=True
         )
 
+    # Each of these raises StudyError where the database no longer answers.
+
     def has(self, generation: int) -> bool:
         """Whether this generation is finished."""
-        return _attribute(generation) in self._study.user_attrs
+        with _answered():
+            return _attribute(generation) in self._study.user_attrs
 
     @contextmanager
     def claim(self, generation: int) -> Iterator[bool]:
         """Hold a generation; False where another worker holds it or has finished it."""
-        if not self._locks.take(GENERATIONS + generation, wait=False):
+        with _answered():
+            taken = self._locks.take(GENERATIONS + generation, wait=False)
+        if not taken:
             yield False
             return
         try:
             yield not self.has(generation)
         finally:
-            self._locks.give(GENERATIONS + generation)
+            with _answered():
+                self._locks.give(GENERATIONS + generation)
 
     def keep(self, generation: int, records: Sequence[Record], space: Mapping[str, Any]) -> None:
         """Store the results of a generation for good, all at once.
@@ -79,16 +85,15 @@ class Study:
                 JSON-like; ``started`` and ``ended``, seconds since 1970.
             space: Optuna's distribution of every parameter.
         """
-        if not self.has(
-            generation
-        ):  # a worker that was cut off from its lock may come second, with the same bits
-            self._study.set_user_attr(_attribute(generation), list(records))
+        # A worker that was cut off from its lock may come second, with the same bits.
+        if not self.has(generation):
+            with _answered():
+                self._study.set_user_attr(_attribute(generation), list(records))
         self.tell(space)
 
     def tell(self, space: Mapping[str, Any]) -> None:
         """Hand finished trials to Optuna, in the order of their numbers, as far as there is no gap."""
-        self._locks.take(TELLING, wait=True)
-        try:
+        with _answered(), self._telling():
             told = len(self._study.get_trials(deepcopy=False))
             number = 0
             stored = self._study.user_attrs
@@ -99,12 +104,39 @@ class Study:
                     number += 1
                 if _attribute(generation) not in stored:
                     return
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        self._locks.take(TELLING, wait=True)
+        try:
+            yield
         finally:
             self._locks.give(TELLING)
 
     def trials(self) -> list[Any]:
         """The optuna.trial.FrozenTrial of every finished trial, by number."""
-        return self._study.get_trials(deepcopy=False)
+        with _answered():
+            return self._study.get_trials(deepcopy=False)
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """What a database says that was there at the start and does not answer any more."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise StudyError(
+            f"{_unusable(error)}. Finished generations are kept: once it answers, the same command goes on."
+        ) from None
+
+
+def _unusable(error: BaseException) -> str:
+    cause = error.__cause__ if error.__cause__ is not None else error
+    reason = str(getattr(cause, "orig", None) or type(cause).__name__).splitlines()[0]
+    return f"the storage of the study (tune.storage or {STORAGE_VARIABLE}) cannot be used: {reason}"
 
 
 def past_studies(folder: Path, named: Collection[str]) -> list[Path]:
@@ -191,10 +223,7 @@ def _open_database(name: str, url: str) -> Study:
             "a study in PostgreSQL needs its driver: `.venv/bin/python -m pip install 'psycopg[binary]'`"
         ) from None
     except (SQLAlchemyError, ValueError) as error:
-        reason = str(getattr(error, "orig", None) or type(error).__name__).splitlines()[0]
-        raise StudyError(
-            f"the storage of the study (tune.storage or {STORAGE_VARIABLE}) cannot be used: {reason}"
-        ) from None
+        raise StudyError(_unusable(error)) from None
 
 
 def _attribute(generation: int) -> str:

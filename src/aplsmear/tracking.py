@@ -68,6 +68,7 @@ class Tracker:
         self._client: Any = None
         self._run = self._experiment = ""
         self._trials: set[str] = set()
+        self._cut: dict[str, str] = {}  # trials that a killed process logged in part, and their runs
         for variable, value in MANNERS.items():
             os.environ.setdefault(variable, value)
         self._guard(lambda: self._open(folder, name, key, dict(tags), dict(params)))
@@ -100,16 +101,19 @@ class Tracker:
         def log() -> None:
             tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
             tags |= {"failure": without_secrets(failure)[:LONGEST_TAG]} if failure else {}
-            run = self._client.create_run(
-                self._experiment,
-                run_name=name or f"trial {number}",
-                tags=tags,
-                start_time=int(started * 1000),
+            run = (
+                self._cut.get(str(number))
+                or self._client.create_run(
+                    self._experiment,
+                    run_name=name or f"trial {number}",
+                    tags=tags,
+                    start_time=int(started * 1000),
+                ).info.run_id
             )
-            self._log(self._client, run.info.run_id, params, dict(metrics) | {"seconds": ended - started})
-            self._log_curves(run.info.run_id, curves or {})
+            self._log(self._client, run, params, dict(metrics) | {"seconds": ended - started})
+            self._log_curves(run, curves or {})
             status = "FAILED" if failure else "FINISHED"
-            self._client.set_terminated(run.info.run_id, status, int(ended * 1000))
+            self._client.set_terminated(run, status, int(ended * 1000))
             self._trials.add(str(number))
 
         if self._client and str(number) not in self._trials:
@@ -187,7 +191,12 @@ class Tracker:
                 max_results=1000,
                 page_token=token,
             )
-            self._trials |= {each.data.tags["trial"] for each in page}
+            for each in page:
+                number = each.data.tags["trial"]
+                if each.info.status == "RUNNING":
+                    self._cut[number] = each.info.run_id
+                else:
+                    self._trials.add(number)
             token = page.token
             if not token:
                 break

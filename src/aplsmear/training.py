@@ -18,7 +18,7 @@ import numpy as np
 
 from aplsmear.devices import machine_strategy
 from aplsmear.errors import UserError
-from aplsmear.files import whole
+from aplsmear.files import new_array, whole
 from aplsmear.heads import Head, Recipe, TrainingItems
 from aplsmear.images import decode
 from aplsmear.params import Finetune
@@ -313,9 +313,7 @@ def make_store(
     if not all(path.is_file() for path in paths):
         with ExitStack() as stack:
             arrays = [
-                np.lib.format.open_memmap(
-                    stack.enter_context(whole(path)), "w+", kind, (int(wanted.sum()), *shape)
-                )
+                new_array(stack.enter_context(whole(path)), kind, (int(wanted.sum()), *shape))
                 for path, shape in zip(paths, shapes, strict=True)
             ]
             first = 0

@@ -1,0 +1,40 @@
+"""A few kills of `dvc repro` and of `aplsmear predict`: `make faults`, in short."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kills import Place, forget, kill
+
+# `small`, of conftest.py, serves all tests of this group.
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+
+STAGES = {"augment": 2.5, "split": 1.5, "member_apl_aml@apl_aml_smear": 1.5}  # seconds that they may last
+REPRO = ("dvc", "repro")
+PREDICT = ("aplsmear", "predict", "--ensemble", "ensembles/apl_aml", "--data", "data", "--out")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SQLite and Optuna of their own
+def test_killed_anywhere_the_same_command_again_leaves_nothing_to_see(small: Path, tmp_path: Path) -> None:
+    place = Place(small, tmp_path / "outside")
+    before = place.files()
+    random = np.random.Generator(np.random.Philox(7))
+    for stage, seconds in STAGES.items():
+        forget(place, stage)
+        after = rf"Running stage '{stage}'"
+        while not kill(place, REPRO, float(random.uniform(0, seconds)), after)[0]:
+            forget(place, stage)
+        code, said = place.code(*REPRO)
+        if code or place.leftovers():  # DVC was killed while it wrote dvc.lock
+            place.run("aplsmear", "mend")
+            said = place.run(*REPRO)
+        assert place.files() == before, said
+        assert not place.leftovers()
+        assert not place.unreadable()
+    predict = (*PREDICT, str(tmp_path / "new.csv"))
+    assert kill(place, predict, 4.0)[0]
+    assert not (tmp_path / "new.csv").exists()
+    place.run(*predict)
+    assert (tmp_path / "new.csv").read_text().count("\n") > 10
+    assert place.files() == before
