@@ -27,14 +27,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from tuning import commit, machine
+from record import commit, machine
 
 from aplsmear import shifts, stains, views
 from aplsmear.adaptation import adapted
 from aplsmear.backbones import batch_of, features_of
+from aplsmear.bags import attend
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
 from aplsmear.files import whole
-from aplsmear.heads import Head, read_heads, score
+from aplsmear.heads import Head, read_average, read_heads, score
 from aplsmear.images import read_image
 from aplsmear.members import summarise_patients
 from aplsmear.params import LEVELS, Level, Params, named, read_params
@@ -44,6 +45,7 @@ from aplsmear.shards import View
 from aplsmear.shifts import KINDS, STRENGTHS, draw_laboratory, shifted
 from aplsmear.statistics import auroc, balanced_accuracy, calibration_slope_intercept, write_json
 from aplsmear.tables import read_scores, read_table, write_table
+from aplsmear.tasks import task_items
 from aplsmear.views import cell_views, prepared, smear_views
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +92,7 @@ class Bench:
     items: Mapping[Level, pd.DataFrame]  # that are measured, with `item`, `patient`, `fold`
     patients: pd.DataFrame
     heads: Mapping[str, list[Head]]  # of each world, by task
+    averages: Mapping[str, int]  # augmented views that are averaged with the plain one, by task
     members: Sequence[str]
     weigher: str
     verdicts: Verdicts
@@ -150,13 +153,11 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     folds = read_table(folder / "splits" / "folds.csv")
     patients = patients_of(folds, asked.positive, asked.negative)
     tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
-    if any(params.tasks[task].level not in LEVELS for task in tasks):
-        raise SystemExit("members that judge whole patients are not measured here yet")
     said = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
     members = {task: summary_of(said, task, asked.weigh_by, params) for task in asked.members}
     verdicts = judge(patients, members, draw_candidates(params.combine, params.seed), 0, params.seed)
     items: dict[Level, pd.DataFrame] = {}
-    for level in sorted({params.tasks[task].level for task in said}):
+    for level in sorted({params.tasks[task].images for task in said}):
         table = read_table(folder / "dataset" / f"{level}s.csv")
         table = table[table["patient"].isin(patients["patient"])]
         rank = table[level].map(lambda item: hashlib.sha256(f"{params.seed}/{item}".encode()).hexdigest())
@@ -164,8 +165,10 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
         drawn = table.groupby("patient").head(cells).sort_index().reset_index(drop=True)
         fold = drawn["patient"].map(folds.set_index("patient")["fold"])
         items[level] = drawn.assign(fold=fold.astype(np.int64))
-    heads = {task: read_heads(folder / "tuned" / task / "heads.npz") for task in said}
-    return Bench(params, items, patients, heads, asked.members, asked.weigh_by, verdicts, kept)
+    paths = {task: folder / "tuned" / task / "heads.npz" for task in said}
+    heads = {task: read_heads(path) for task, path in paths.items()}
+    averages = {task: read_average(path) for task, path in paths.items()}
+    return Bench(params, items, patients, heads, averages, asked.members, asked.weigh_by, verdicts, kept)
 
 
 def made_in(folder: Path, params: Params, ensemble: str) -> bool:
@@ -250,15 +253,22 @@ def measured(
 
 def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
     """As `aplsmear.tuning.scores_table`, by the heads that score the held-out patients of each world."""
-    level = bench.params.tasks[task].level
-    table = bench.items[level][["item", "patient", "fold"]]
-    rows = np.arange(len(table))
+    level, images = bench.params.tasks[task].level, bench.params.tasks[task].images
+    seen = bench.items[images]
+    table = task_items(seen, level)[["item", "patient"]]
+    of_patient = seen.groupby("patient").indices
     worlds = {}
     for world, head in enumerate(bench.heads[task]):
-        shown = features[f"{level}/{head.features}"]
-        each = [score([head], values, rows)[0] for values in (shown if average else shown[:1])]
+        shown = features[f"{images}/{head.features}"][: bench.averages[task] + 1 if average else 1]
+        each = [
+            [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
+            if level == "patient"
+            else score([head], values, np.arange(len(table)))[0]
+            for values in shown
+        ]
         worlds[f"world_{world}"] = np.mean(each, axis=0)
-    return table.assign(**worlds)
+    fold = table["patient"].map(bench.patients.set_index("patient")["fold"])
+    return table.assign(fold=fold, **worlds)
 
 
 def restandardised(bench: Bench, features: Features, home: Features) -> Features:
@@ -301,7 +311,7 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         level,
         params.seed,
         params.dataset.root,
-        params.tune.average,
+        max(bench.averages.values()),
         params.augment.model_dump(),
         params.backbones[backbone].model_dump(),
         bench.items[level]["item"].tolist(),
@@ -323,7 +333,7 @@ def forward(
         iter(progress(batches, f"{level}s {what}", len(batches))), settings, level, bench.params.seed
     )
     parts = list(passed)
-    count = bench.params.tune.average + 1
+    count = max(bench.averages.values()) + 1
     arrays = {}
     for place, layer in enumerate(settings.layer):
         values = np.concatenate([part[place] for part in parts])
@@ -336,7 +346,7 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
     """The views of all items, in their order, from smears under a condition."""
     params = bench.params
     smears = read_table(Path("dataset/smears.csv")).set_index("smear")
-    count, found = params.tune.average, {}
+    count, found = max(bench.averages.values()), {}
     for smear, rows in items.groupby("smear", sort=False):
         image = read_image(Path(params.dataset.root) / smears.loc[smear, "image"])
         if condition:
