@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import erf, expit, softmax
+from scipy.special import erf, expit, logit, softmax
 
 from aplsmear import bags
 from aplsmear.bags import attend, bag_parameters, judge_bags, train_bags
@@ -138,7 +138,7 @@ def test_attend_is_the_network_by_hand() -> None:
             (first, c[:, None]),
             (offset, d),
             activation,
-            (np.concatenate([v, u], axis=1), np.concatenate([bv, bu]), w),
+            (np.concatenate([v, u], axis=1), np.concatenate([bv, bu]), w[:, None]),
         )
         h = function(x.astype(np.float64) @ first + offset)
         attention = softmax((np.tanh(h @ v + bv) * expit(h @ u + bu)) @ w)
@@ -212,7 +212,7 @@ def test_a_head_on_bags_is_what_keras_trains() -> None:
         h = tf.tanh(((cells - mean) / spread) @ weights[0] + weights[1])
         h = tf.tanh(h @ weights[2] + weights[3])
         v, u = tf.split(h @ weights[6] + weights[7], 2, axis=2)
-        attention = tf.nn.softmax(tf.linalg.matvec(tf.tanh(v) * tf.sigmoid(u), weights[8]))
+        attention = tf.nn.softmax(tf.linalg.matvec(tf.tanh(v) * tf.sigmoid(u), weights[8][:, 0]))
         pooled = tf.linalg.matvec(h, attention, transpose_a=True)
         return (pooled @ weights[4] + weights[5])[:, 0]
 
@@ -310,6 +310,20 @@ def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) 
         assert same(head, kept, 0)
         assert len(kept.attention) == (3 if job.recipe.depth else 0)
         assert bag_parameters(job.recipe, 8) == sum(each.size for each in arrays(kept))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
+    ground = material()
+    job = Job(0, replace(BASE, depth=depth, epochs=3, dropout=0.0), frozenset({1}))
+    alone = train_bags([replace(job, start=start) for start in range(3)], ground)
+    (head,) = train_bags([job], replace(ground, restarts=3))
+    cells = ground.values["net/layer"][:7]
+    said, looked = zip(*(attend(each, cells) for each in alone), strict=True)
+    assert len(set(said)) == 3
+    probability, attention = attend(head, cells)
+    assert logit(probability) == pytest.approx(np.mean(logit(said)), abs=1e-4)
+    np.testing.assert_allclose(attention, np.mean(looked, axis=0), atol=1e-5)
 
 
 # --- boards ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.special import erf, expit
+from scipy.special import erf, expit, logit
 
 from aplsmear import stacks
 from aplsmear.heads import (
@@ -114,6 +114,20 @@ def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) 
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert all(same(a, b, 0) for a, b in zip(heads, read_heads(tmp_path / "b.npz"), strict=True))
     assert [head.activation for head in read_heads(tmp_path / "b.npz")] == ["gelu", "gelu"]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
+    jobs = [Job(4, replace(BASE, depth=depth, dropout=0.3), pair) for pair in tuning_sets(FOLDS)[:2]]
+    ground = material()
+    rows = ground.items.row
+    apart = [train_heads([replace(job, start=start) for start in range(3)], ground, None) for job in jobs]
+    assert not same(apart[0][0], apart[0][1], 0.01)
+    for job, alone in zip(jobs, apart, strict=True):
+        (head,) = train_heads([job], replace(ground, restarts=3))
+        values = ground.values["net/layer"]
+        expected = logit(score(alone, values, rows)).mean(axis=0)
+        np.testing.assert_allclose(logit(score([head], values, rows)[0]), expected, atol=2e-4)
 
 
 def test_parameters_are_the_weights_of_a_head() -> None:

@@ -76,7 +76,7 @@ def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
             heads.append(Head(name, *first))
         else:
             second = (np.full((1, 1), 2, np.float32),), (np.zeros(1, np.float32),)
-            gates = (np.ones((1, 2), np.float32), np.zeros(2, np.float32), np.full(1, 3, np.float32))
+            gates = (np.ones((1, 2), np.float32), np.zeros(2, np.float32), np.full((1, 1), 3, np.float32))
             heads.append(Head(name, first[0] + second[0], first[1] + second[1], "tanh", gates))
     return heads
 

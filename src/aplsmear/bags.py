@@ -37,19 +37,19 @@ def attend(head: Head, features: np.ndarray) -> tuple[float, np.ndarray]:
 
     Returns:
         The probability of the positive class, and the attention, float64 (images,): positive numbers that sum
-        to 1.
+        to 1; of a mean of heads, the mean of theirs.
     """
     signal = features.astype(np.float64)
-    attention = np.full(len(signal), 1 / len(signal))
+    attention = np.full((len(signal), 1), 1 / len(signal))
     last = len(head.kernels) - 1
     for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
         if layer == last and head.attention:
             gates, offsets, weights = head.attention
             tanh, sigmoid = np.split(signal @ gates.astype(np.float64) + offsets, 2, axis=1)
-            attention = softmax((np.tanh(tanh) * expit(sigmoid)) @ weights.astype(np.float64))
+            attention = softmax((np.tanh(tanh) * expit(sigmoid)) @ weights.astype(np.float64), axis=0)
         signal = signal @ kernel.astype(np.float64) + bias
         signal = signal if layer == last else _activated(signal, head.activation)
-    return float(expit(attention @ signal[:, 0])), attention
+    return float(expit((attention * signal).sum(axis=0).mean())), attention.mean(axis=1)
 
 
 def bag_parameters(recipe: Recipe, channels: int) -> int:
@@ -161,7 +161,7 @@ class BagStack(Stack):
         rate = self.knobs.rate[lane, slot]
         gates, biases, weights = (rate * each[lane, slot].numpy() for each in self.state[0][-3:])
         gates, biases = (each.reshape(-1, 2, self.width)[:, :, :width] for each in (gates, biases))
-        attention = (gates[:width].reshape(width, -1), biases.reshape(-1), weights[:width, 0])
+        attention = (gates[:width].reshape(width, -1), biases.reshape(-1), weights[:width])
         if not all(np.isfinite(each).all() for each in attention):
             raise FloatingPointError("an attention came out with weights that are not finite")
         return replace(head, attention=attention)

@@ -155,9 +155,10 @@ class Workshop:
         if key not in self._tuners:
             name, layer = recipe.features.split("/")
             channels = self.board.features[recipe.features].values.shape[1]
+            wide = replace(recipe, width=recipe.width * self.tune.restarts)  # of a mean of heads
             self._tuners[key] = Tuner(
                 lambda: divide(
-                    self.networks[name], self.level, layer, recipe, channels, self.settings.blocks, self.seed
+                    self.networks[name], self.level, layer, wide, channels, self.settings.blocks, self.seed
                 ),
                 self.settings,
                 self._light,

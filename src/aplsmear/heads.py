@@ -7,13 +7,14 @@ together. A head that sees a patient as a bag of cells weighs them by attention 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.linalg import block_diag
 
 from aplsmear.files import whole
 from aplsmear.splits import HeldOut
@@ -51,6 +52,7 @@ class Job:
     recipe: Recipe
     held_out: HeldOut
     epochs: int | None = None  # stop after so many of the recipe's; None: after all
+    start: int = 0  # which of the heads that differ by chance alone
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,13 @@ class Head:
     """A trained head; the standardisation of the features is folded into its first product."""
 
     features: str
-    kernels: tuple[
-        np.ndarray, ...
-    ]  # float32: (channels, width), ..., (width, 1); one more than hidden layers
+    # float32: (channels, width), ..., (width, 1); one more than hidden layers
+    kernels: tuple[np.ndarray, ...]
     biases: tuple[np.ndarray, ...]  # float32: (units,) each
     activation: str = ACTIVATIONS[0]
-    attention: tuple[
-        np.ndarray, ...
-    ] = ()  # of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width,)
+    # Of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width, 1). The
+    # mean of n such heads looks n times: its weights are (width, n), its last kernel too.
+    attention: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,40 @@ def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
 def parameters(recipe: Recipe, channels: int) -> int:
     """The number of weights of a head on features of so many channels."""
     return sum((rows + 1) * columns for rows, columns in layer_sizes(recipe.depth, recipe.width, channels))
+
+
+def mean_head(heads: Sequence[Head]) -> Head:
+    """One head that says the mean of what several of one recipe say, as a logit.
+
+    Their hidden layers stand side by side and do not hear each other (block-diagonal products).
+    """
+    first = heads[0]
+    if len(heads) == 1:
+        return first
+    depth = len(first.kernels) - 1
+    kernels = [[head.kernels[layer] for head in heads] for layer in range(depth + 1)]
+    biases = [[head.biases[layer] for head in heads] for layer in range(depth + 1)]
+    if not depth:
+        return replace(first, kernels=(np.mean(kernels[0], axis=0),), biases=(np.mean(biases[0], axis=0),))
+    wide = [np.concatenate(kernels[0], axis=1), *(block_diag(*layer) for layer in kernels[1:depth])]
+    joined = [np.concatenate(layer) for layer in biases[:depth]]
+    if not first.attention:
+        wide.append(np.concatenate(kernels[depth]) / np.float32(len(heads)))
+        joined.append(np.mean(biases[depth], axis=0))
+        return replace(first, kernels=tuple(wide), biases=tuple(joined))
+    gates, offsets, weights = zip(*(head.attention for head in heads), strict=True)
+    halves = [[np.split(each, 2, axis=-1)[half] for each in gates] for half in range(2)]
+    shifts = [np.split(each, 2)[half] for half in range(2) for each in offsets]
+    return replace(
+        first,
+        kernels=(*wide, block_diag(*kernels[depth])),
+        biases=(*joined, np.concatenate(biases[depth])),
+        attention=(
+            np.concatenate([block_diag(*half) for half in halves], axis=1),
+            np.concatenate(shifts),
+            block_diag(*weights),
+        ),
+    )
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:

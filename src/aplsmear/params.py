@@ -180,6 +180,7 @@ class Tune(_Strict):
     items_per_patient: int = Field(ge=1)
     cells_per_step: int = Field(ge=2)
     average: int = Field(ge=0)
+    restarts: int = Field(ge=1, le=64)
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
     storage: str

@@ -14,13 +14,13 @@ with rate 1, whose direction does not depend on the scale of the gradient). So o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from aplsmear.graphs import Block, Knobs, judge_graph, standardise_graph, train_graph
-from aplsmear.heads import ACTIVATIONS, Head, Job, Recipe, TrainingItems, layer_sizes
+from aplsmear.heads import ACTIVATIONS, Head, Job, Recipe, TrainingItems, layer_sizes, mean_head
 
 JUDGED = 512  # items judged at a time
 STEP_FLOPS = (
@@ -48,10 +48,11 @@ class Material:
     seed: int  # with trial and held-out folds, of a head's weights; with the held-out folds, of its batches
     memory: int  # MiB that a stack may take (one head alone may take more)
     bag: int = 1  # images of an item that a step sees, of those that it has; more than one for bags
+    restarts: int = 1  # heads that differ by chance alone and whose mean a trained head is
 
 
 def train_heads(jobs: Sequence[Job], material: Material, kind: type[Stack] | None = None) -> list[Head]:
-    """Train heads for as many epochs as their jobs say.
+    """Train heads for as many epochs as their jobs say, each from several starts, and take their mean.
 
     Args:
         jobs: what to train.
@@ -67,11 +68,13 @@ def train_heads(jobs: Sequence[Job], material: Material, kind: type[Stack] | Non
     """
     heads: dict[int, Head] = {}
     table = None
-    for chosen in plan(jobs, material):
-        stack = (kind or Stack)([jobs[i] for i in chosen], material, table)
+    starts = range(material.restarts)
+    every = [replace(job, start=job.start * len(starts) + start) for job in jobs for start in starts]
+    for chosen in plan(every, material):
+        stack = (kind or Stack)([every[i] for i in chosen], material, table)
         table = stack.table
         heads.update((chosen[place], head) for place, head in stack.train())
-    return [heads[i] for i in range(len(jobs))]
+    return [mean_head([heads[i * len(starts) + start] for start in starts]) for i in range(len(jobs))]
 
 
 def judge_heads(
@@ -510,7 +513,13 @@ def steps_of_epoch(items: TrainingItems, held_out: int, batch: int) -> int:
 
 
 def _job_seed(job: Job, seed: int) -> list[int]:
-    return [seed, job.trial, *(fold + 1 for fold in sorted(job.held_out))]
+    # Folds are counted from 1, so that what stands behind a 0 cannot be taken for one.
+    return [
+        seed,
+        job.trial,
+        *(fold + 1 for fold in sorted(job.held_out)),
+        *[0, job.start][: 2 * (job.start > 0)],
+    ]
 
 
 def _standardisation(

@@ -34,7 +34,7 @@ from aplsmear.study import Record, Study
 
 Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
 POLL = 0.5  # seconds between two looks at what other workers have finished
-WITHOUT_EFFECT = {"pick", "storage"}  # settings that change no trial
+WITHOUT_EFFECT = {"pick", "storage", "restarts"}  # settings that change no trial
 
 
 class TuneError(UserError, ValueError):
@@ -118,7 +118,8 @@ class Board:
     def material(self, settings: Tune, seed: int) -> Material:
         """What heads are trained on."""
         values = {name: each.values for name, each in self.features.items()}
-        return Material(values, self.training_items(settings.items_per_patient, seed), seed, settings.memory)
+        items = self.training_items(settings.items_per_patient, seed)
+        return Material(values, items, seed, settings.memory, restarts=settings.restarts)
 
     def parameters(self, recipe: Recipe) -> int:
         """The number of weights of a head."""
