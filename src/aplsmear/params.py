@@ -34,6 +34,7 @@ Summary = Literal[
     "weighed_top",
     "weighed_share",
     "weighed_noisy_or",
+    "blend",
 ]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
