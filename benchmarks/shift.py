@@ -27,29 +27,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from tuning import commit, machine
+from record import commit, machine
 
 from aplsmear import shifts, stains, views
 from aplsmear.adaptation import adapted
 from aplsmear.backbones import batch_of, features_of
+from aplsmear.bags import attend
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
 from aplsmear.files import whole
-from aplsmear.heads import Head, read_heads, score
+from aplsmear.heads import Head, read_average, read_heads, score
 from aplsmear.images import read_image
-from aplsmear.members import summarise_patients
-from aplsmear.params import LEVELS, Level, Params, named, read_params
+from aplsmear.members import SUMMARIES, summarise_patients
+from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import View
 from aplsmear.shifts import KINDS, STRENGTHS, draw_laboratory, shifted
 from aplsmear.statistics import auroc, balanced_accuracy, calibration_slope_intercept, write_json
 from aplsmear.tables import read_scores, read_table, write_table
-from aplsmear.views import cell_views, prepared, smear_views
+from aplsmear.tasks import task_items
+from aplsmear.views import cell_views, prepared, room, smear_views
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
 LABORATORIES = 3
 TRIALS = 2  # of each task, where a measure is compared
+RIM = 16  # px around what is cut out of a smear: further than any focus reaches
+JPEG_BLOCK = 16  # px
 SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (shifts, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
 
@@ -90,9 +94,11 @@ class Bench:
     items: Mapping[Level, pd.DataFrame]  # that are measured, with `item`, `patient`, `fold`
     patients: pd.DataFrame
     heads: Mapping[str, list[Head]]  # of each world, by task
+    averages: Mapping[str, int]  # augmented views that are averaged with the plain one, by task
     members: Sequence[str]
     weigher: str
     verdicts: Verdicts
+    chosen: Verdicts  # had one summary been chosen among all but `blend`
     kept: Path  # folder of features
 
 
@@ -150,13 +156,15 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     folds = read_table(folder / "splits" / "folds.csv")
     patients = patients_of(folds, asked.positive, asked.negative)
     tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
-    if any(params.tasks[task].level not in LEVELS for task in tasks):
-        raise SystemExit("members that judge whole patients are not measured here yet")
     said = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
     members = {task: summary_of(said, task, asked.weigh_by, params) for task in asked.members}
-    verdicts = judge(patients, members, draw_candidates(params.combine, params.seed), 0, params.seed)
+    plain = [kind for kind in SUMMARIES if kind != "blend"]
+    verdicts, chosen = (
+        judge(patients, members, draw_candidates(with_summaries(params, kinds), params.seed), 0, params.seed)
+        for kinds in (params.combine.space.summary, plain)
+    )
     items: dict[Level, pd.DataFrame] = {}
-    for level in sorted({params.tasks[task].level for task in said}):
+    for level in sorted({params.tasks[task].images for task in said}):
         table = read_table(folder / "dataset" / f"{level}s.csv")
         table = table[table["patient"].isin(patients["patient"])]
         rank = table[level].map(lambda item: hashlib.sha256(f"{params.seed}/{item}".encode()).hexdigest())
@@ -164,8 +172,19 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
         drawn = table.groupby("patient").head(cells).sort_index().reset_index(drop=True)
         fold = drawn["patient"].map(folds.set_index("patient")["fold"])
         items[level] = drawn.assign(fold=fold.astype(np.int64))
-    heads = {task: read_heads(folder / "tuned" / task / "heads.npz") for task in said}
-    return Bench(params, items, patients, heads, asked.members, asked.weigh_by, verdicts, kept)
+    paths = {task: folder / "tuned" / task / "heads.npz" for task in said}
+    heads = {task: read_heads(path) for task, path in paths.items()}
+    averages = {task: read_average(path) for task, path in paths.items()}
+    return Bench(
+        params, items, patients, heads, averages, asked.members, asked.weigh_by, verdicts, chosen, kept
+    )
+
+
+def with_summaries(params: Params, kinds: Sequence[str]) -> Combine:
+    space = params.combine.space.model_copy(update={"summary": list(kinds)})
+    return params.combine.model_copy(
+        update={"space": space, "trials": max(params.combine.trials, len(kinds))}
+    )
 
 
 def made_in(folder: Path, params: Params, ensemble: str) -> bool:
@@ -190,11 +209,13 @@ def held(
     """
     home = scored_features(bench, None)
     away = [scored_features(bench, Condition(strength, number, kinds)) for number in range(laboratories)]
-    treatments: dict[str, dict[str, bool]] = {
+    treatments: dict[str, dict[str, Any]] = {
         "as_shipped": {},
         "not_adapted": {"adapt": False},
         "plain_view_alone": {"average": False},
-        "features_standardised_by_cohort": {"standardise": True},
+        "one_summary_chosen": {"verdicts": bench.chosen},
+        "features_standardised_by_cohort_halfway": {"standardise": 0.5},
+        "features_standardised_by_cohort": {"standardise": 1.0},
     }
     found = {}
     for name, treatment in treatments.items():
@@ -218,10 +239,11 @@ def measured(
     home: Features,
     adapt: bool = True,
     average: bool = True,
-    standardise: bool = False,
+    standardise: float = 0.0,
+    verdicts: Verdicts | None = None,
 ) -> dict[str, float]:
     """AUROC, balanced accuracy and calibration slope of the held-out verdicts on these features."""
-    used = restandardised(bench, features, home) if standardise else features
+    used = restandardised(bench, features, home, standardise) if standardise else features
     tasks = dict.fromkeys([*bench.members, bench.weigher])
     said = {task: scores_of(bench, task, used, average) for task in tasks}
     summaries = {task: summary_of(said, task, bench.weigher, bench.params) for task in bench.members}
@@ -229,7 +251,7 @@ def measured(
     probability, call = np.zeros(len(fold)), np.zeros(len(fold))
     for world in np.unique(fold):
         here = np.flatnonzero(fold == world)
-        combination = bench.verdicts.combinations[world]
+        combination = (verdicts or bench.verdicts).combinations[world]
         logits = np.stack(
             [
                 table[table["world"] == world].set_index("patient")[combination.summary]
@@ -250,19 +272,26 @@ def measured(
 
 def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
     """As `aplsmear.tuning.scores_table`, by the heads that score the held-out patients of each world."""
-    level = bench.params.tasks[task].level
-    table = bench.items[level][["item", "patient", "fold"]]
-    rows = np.arange(len(table))
+    level, images = bench.params.tasks[task].level, bench.params.tasks[task].images
+    seen = bench.items[images]
+    table = task_items(seen, level)[["item", "patient"]]
+    of_patient = seen.groupby("patient").indices
     worlds = {}
     for world, head in enumerate(bench.heads[task]):
-        shown = features[f"{level}/{head.features}"]
-        each = [score([head], values, rows)[0] for values in (shown if average else shown[:1])]
+        shown = features[f"{images}/{head.features}"][: bench.averages[task] + 1 if average else 1]
+        each = [
+            [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
+            if level == "patient"
+            else score([head], values, np.arange(len(table)))[0]
+            for values in shown
+        ]
         worlds[f"world_{world}"] = np.mean(each, axis=0)
-    return table.assign(**worlds)
+    fold = table["patient"].map(bench.patients.set_index("patient")["fold"])
+    return table.assign(fold=fold, **worlds)
 
 
-def restandardised(bench: Bench, features: Features, home: Features) -> Features:
-    """Each fold's features with the mean and spread, channel by channel, of the other folds' own."""
+def restandardised(bench: Bench, features: Features, home: Features, share: float) -> Features:
+    """Each fold's features on their way to the mean and spread, channel by channel, of the others at home."""
     out = {}
     for name, shown in features.items():
         fold = bench.items["cell" if name.startswith("cell/") else "smear"]["fold"].to_numpy()
@@ -275,7 +304,7 @@ def restandardised(bench: Bench, features: Features, home: Features) -> Features
             for values in out[name]:
                 own = values[here]
                 scale = (spread + least) / (own.std(0) + least)
-                values[here] = (own - own.mean(0)) * scale + mean
+                values[here] = own + share * ((own - own.mean(0)) * scale + mean - own)
     return out
 
 
@@ -301,7 +330,7 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         level,
         params.seed,
         params.dataset.root,
-        params.tune.average,
+        max(bench.averages.values()),
         params.augment.model_dump(),
         params.backbones[backbone].model_dump(),
         bench.items[level]["item"].tolist(),
@@ -323,7 +352,7 @@ def forward(
         iter(progress(batches, f"{level}s {what}", len(batches))), settings, level, bench.params.seed
     )
     parts = list(passed)
-    count = bench.params.tune.average + 1
+    count = max(bench.averages.values()) + 1
     arrays = {}
     for place, layer in enumerate(settings.layer):
         values = np.concatenate([part[place] for part in parts])
@@ -336,23 +365,50 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
     """The views of all items, in their order, from smears under a condition."""
     params = bench.params
     smears = read_table(Path("dataset/smears.csv")).set_index("smear")
-    count, found = params.tune.average, {}
+    count, found = max(bench.averages.values()), {}
     for smear, rows in items.groupby("smear", sort=False):
         image = read_image(Path(params.dataset.root) / smears.loc[smear, "image"])
-        if condition:
-            laboratory = draw_laboratory(params.seed, condition.laboratory)
-            image = shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
-        image = prepared(image, params.augment, smear)
+        whole_smear = (0, 0, *image.shape[:2])
+        shown: dict[tuple[int, ...], np.ndarray] = {}
         for row in rows.itertuples(index=False):
             box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
-            made = (
-                cell_views(image, box, row.item, count, params.augment, params.seed)
+            alone = box is not None and params.augment.normalise == "none"
+            y0, x0, y1, x1 = seen = surroundings(box, params, image.shape) if alone else whole_smear
+            if seen not in shown:
+                shown[seen] = prepared(under(image[y0:y1, x0:x1], condition, params), params.augment, smear)
+            found[row.item] = list(
+                cell_views(
+                    shown[seen],
+                    (box[0] - y0, box[1] - x0, box[2] - y0, box[3] - x0),
+                    row.item,
+                    count,
+                    params.augment,
+                    params.seed,
+                )
                 if box
-                else smear_views(image, row.item, count, params.augment, params.seed)
+                else smear_views(shown[seen], row.item, count, params.augment, params.seed)
             )
-            found[row.item] = list(made)
     for item in items["item"]:
         yield from found[item]
+
+
+def under(image: np.ndarray, condition: Condition | None, params: Params) -> np.ndarray:
+    """A smear, or a part of it, under a condition."""
+    if condition is None:
+        return image
+    laboratory = draw_laboratory(params.seed, condition.laboratory)
+    return shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
+
+
+def surroundings(
+    box: tuple[int, int, int, int], params: Params, shape: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """The part of a smear that a cell's views are made of, with a rim for focus, in step with its JPEG."""
+    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * room(params.augment)
+    reach = int(side / 2) + RIM
+    y, x = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
+    y0, x0 = (max(middle - reach, 0) // JPEG_BLOCK * JPEG_BLOCK for middle in (y, x))
+    return y0, x0, min(y + reach, shape[0]), min(x + reach, shape[1])
 
 
 def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mapping[str, Any]) -> Bench:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from aplsmear.compare import Compared, draw, page, write_page
 from clones import commit, run
-from test_report import CHROMIUM, EVIL, read
+from test_report import EVIL, browse, needs_browser, read
 
 BARS = {
     "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
@@ -217,7 +217,7 @@ def test_every_plot_of_the_pipeline_is_on_the_page(small: Path, tmp_path: Path) 
 # --- in a browser -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is not looked at in a browser")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_desktop_without_a_network(tmp_path: Path, width: int) -> None:
     Image.new("RGB", (800, 40)).save(tmp_path / "wide.png")
@@ -239,12 +239,9 @@ def test_the_page_fits_a_phone_and_a_desktop_without_a_network(tmp_path: Path, w
         }};</script></body>""",
         encoding="utf-8",
     )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]
+    shown = ["--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    dom = browse(tmp_path, *offline, *shown)
     seen = json.loads(re.search(r"\{.*\}", dom).group())
     assert seen["width"] <= width
     assert seen["least"] >= 200

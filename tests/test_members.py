@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from aplsmear.members import PLAIN, SUMMARIES, summarise, summarise_patients
+from aplsmear.members import PLAIN, SUMMARIES, summarise, summarise_patients, summary_logits
 
 
 def test_summaries_of_four_cells_by_hand() -> None:
@@ -128,3 +128,10 @@ def test_cells_are_weighed_in_each_world_by_what_the_other_task_says_there() -> 
     table = summarise_patients(scores, weights)
     assert expit(table["weighed_mean"]).tolist() == pytest.approx([0.9, 0.1], abs=1e-3)
     assert expit(table["mean"]).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_blend_is_the_mean_of_what_cells_say_plain_and_weighed() -> None:
+    said = summary_logits(np.array([0.9, 0.2, 0.4]), np.array([1.0, 0.1, 0.5]))
+    both = [said[name] for name in ("mean", "logits", "weighed_mean", "weighed_logits")]
+    assert len(set(both)) == 4
+    assert said["blend"] == pytest.approx(np.mean(both))

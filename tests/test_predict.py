@@ -50,7 +50,7 @@ KNOBS = augment().model_copy(update={"margin": 0.1, "rotate": 30.0, "brightness"
 TASKS = {"nuclei": ("cell", 1), "granules": ("cell", 0), "field": ("smear", 0), "gate": ("cell", 0)}
 TASKS |= {"crowd": ("patient", 1)}
 MEMBERS = ("nuclei", "granules", "field", "crowd")
-RIDGE = [Candidate(0, "logistic", "weighed_mean", 1.0, 0)]
+RIDGE = [Candidate(0, "logistic", "blend", 1.0, 0)]
 
 
 @dataclass

@@ -25,8 +25,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 EVIL = '<script>alert("x")</script>&'
 
 
-def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True) -> Findings:
-    patients, members = cohort(n=6, folds=3, strength=2.0)
+def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, each: int = 6) -> Findings:
+    patients, members = cohort(n=each, folds=3, strength=2.0)
     name = {"apl000": patient}
     patients = patients.replace({"patient": name}).sort_values("patient", ignore_index=True)
     members = {task: table.replace({"patient": name}) for task, table in members.items()}
@@ -223,7 +223,20 @@ def test_the_rival_on_pooled_features_finds_a_signal_and_no_more() -> None:
 # --- in a browser -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the page is not looked at in a browser")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser to look at the page with: `apt-get install chromium` brings one"
+)
+BARE = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+BARE += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+
+
+def browse(folder: Path, *arguments: str) -> str:
+    """What a headless browser prints, with nothing of its own but what lies in a folder."""
+    command = [CHROMIUM, *BARE, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: int) -> None:
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
@@ -238,12 +251,20 @@ def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: i
         }};</script></body>""",
         encoding="utf-8",
     )
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = browse(tmp_path, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri())
     seen = json.loads(re.search(r"\{.*\}", dom).group())
     assert seen["width"] <= width
     assert seen["charts"] >= 250
     assert seen["height"] > 1500
+
+
+@needs_browser
+def test_a_long_list_of_patients_is_printed_whole(tmp_path: Path) -> None:
+    """On a screen it scrolls in a box of its own; on paper what is cut off would be lost."""
+    pages = {}
+    for each in (6, 60):
+        (tmp_path / "report.html").write_text(page(findings(each=each)), encoding="utf-8")
+        pdf = tmp_path / f"{each}.pdf"
+        browse(tmp_path, f"--print-to-pdf={pdf}", (tmp_path / "report.html").as_uri())
+        pages[each] = len(re.findall(rb"/Type /Page\b", pdf.read_bytes()))
+    assert pages[60] >= pages[6] + 2

@@ -10,7 +10,8 @@ import pandas as pd
 from scipy.special import expit, logit
 
 PLAIN = ("mean", "logits", "median", "upper", "top", "share", "noisy_or")
-SUMMARIES = (*PLAIN, *(f"weighed_{name}" for name in PLAIN))
+BLENDED = ("mean", "logits", "weighed_mean", "weighed_logits")  # by `blend`
+SUMMARIES = (*PLAIN, *(f"weighed_{name}" for name in PLAIN), "blend")
 CLIP = 1e-4
 ENDS = 4  # items at either end of a patient's scores that are named
 
@@ -87,7 +88,10 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
 
 
 def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[str, float]:
-    """`SUMMARIES` of the scores of one patient's items, as logits.
+    """`SUMMARIES` of the scores of one patient's items, as logits; ``blend`` is the mean of `BLENDED`.
+
+    Which of several summaries is best is close to chance with few patients, and in another laboratory the
+    weigher errs besides; their mean depends less on either.
 
     Args:
         score: float (items,), at least one.
@@ -97,7 +101,8 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
     said = summarise(score)
     weighed = summarise(score, np.maximum(weight, CLIP))
     said |= {f"weighed_{name}": value for name, value in weighed.items()}
-    return {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
+    logits = {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in said.items()}
+    return logits | {"blend": float(np.mean([logits[name] for name in BLENDED]))}
 
 
 def same_logits(score: float) -> dict[str, float]:

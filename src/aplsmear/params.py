@@ -35,6 +35,7 @@ Summary = Literal[
     "weighed_top",
     "weighed_share",
     "weighed_noisy_or",
+    "blend",
 ]
 Name = Annotated[
     str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)

@@ -26,7 +26,7 @@ from aplsmear.ensembles import Combination
 from aplsmear.errors import UserError
 from aplsmear.familiarity import Moments, how_stained, stain_of
 from aplsmear.heads import score
-from aplsmear.members import ends_of, same_logits, summary_logits
+from aplsmear.members import PLAIN, ends_of, same_logits, summary_logits
 from aplsmear.params import LEVELS, Level
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE
@@ -101,7 +101,7 @@ class Judge:
         """
         self.bundle, self.world = bundle, world
         self.combination = bundle.combinations[world]
-        self.weighs = self.combination.summary.startswith("weighed_")
+        self.weighs = self.combination.summary not in PLAIN
         scorers = {scorer.task: scorer for scorer in bundle.members}
         if any(self._is_weighed(scorer) for scorer in bundle.members):
             scorers[bundle.weigher.task] = bundle.weigher
