@@ -93,6 +93,7 @@ class Tuner:
         self.settings, self.light = settings, light
         self.strategy = strategy or machine_strategy()
         clear_session()  # so that names do not depend on what was built before
+        set_precision(settings.precision)  # which Keras has forgotten with everything else
         with self.strategy.scope():
             self.network = network()
             self.model = self.network.top
@@ -239,6 +240,16 @@ def machine_strategy() -> Any:
 
     several = len(tf.config.list_logical_devices("GPU")) > 1
     return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+
+
+def check_precision(precision: str) -> None:
+    """Raise FinetuneError if half precision is asked for where there is no GPU: a CPU lacks its kernels."""
+    import tensorflow as tf
+
+    if precision == "on" and not tf.config.list_logical_devices("GPU"):
+        raise FinetuneError(
+            "finetune.precision: half precision takes a GPU, and TensorFlow sees none: set it to auto or off"
+        )
 
 
 def set_precision(precision: str) -> None:
