@@ -67,6 +67,7 @@ def main() -> None:
         views,
         params.augment.brightness,
         seed,
+        items[settings.head.kinds].to_numpy() if settings.head.kinds else None,
     )
     key = f"{name}-{finetune_key(shop, found, params.compute.threads)}"
     shop.folder = home() / ".finetuning" / key
