@@ -38,7 +38,7 @@ from aplsmear.statistics import write_json
 from aplsmear.tables import read_table, write_table
 from aplsmear.tasks import task_labels
 from aplsmear.tracking import Tracker
-from aplsmear.training import Course, Run, set_precision
+from aplsmear.training import Course, Run, check_precision
 from aplsmear.tuning import make_board
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     name, settings, seed = params.task, params.finetune, params.seed
     task, tuned = params.tasks[name], Path(f"tuned/{name}")
     start_tensorflow(params.compute.threads)
-    set_precision(settings.precision)
+    check_precision(settings.precision)
     items = read_table(Path(f"dataset/{task.level}s.csv")).assign(item=lambda table: table[task.level])
     board = make_board(
         items,
@@ -67,6 +67,7 @@ def main() -> None:
         views,
         params.augment.brightness,
         seed,
+        items[settings.head.kinds].to_numpy() if settings.head.kinds else None,
     )
     key = f"{name}-{finetune_key(shop, found, params.compute.threads)}"
     shop.folder = home() / ".finetuning" / key

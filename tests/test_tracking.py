@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from aplsmear.tracking import EXPERIMENT, Tracker
@@ -15,6 +16,7 @@ from aplsmear.tracking import EXPERIMENT, Tracker
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning"),
 ]
 
 TAGS = {"stage": "tune", "task": "blast", "optuna_study": "abc", "git_commit": "f00", "data_version": "d41"}
@@ -78,6 +80,32 @@ def test_a_trial_that_a_killed_process_logged_in_part_is_finished_by_the_next(cl
     assert {run.info.status for run in found} == {"FINISHED", "FAILED"}
     (cut,) = [run for run in found if run.data.tags.get("trial") == "1"]
     assert cut.data.metrics["auroc"] == pytest.approx(0.8)
+
+
+def test_a_model_and_pictures_come_back_as_they_were_logged(client: Any, tmp_path: Path) -> None:
+    import keras
+    import mlflow
+
+    image = keras.Input((8, 6, 3), dtype="uint8")
+    signal = keras.layers.Flatten()(keras.ops.cast(image, "float32") / 255)
+    model = keras.Model(image, keras.layers.Dense(1, activation="sigmoid")(signal))
+    (tmp_path / "explanations").mkdir()
+    (tmp_path / "explanations" / "true_positive_1.png").write_bytes(b"picture")
+    tracker = Tracker(Path(), "finetune blast", "abc", TAGS, {})
+    tracker.log_model(model)
+    tracker.log_pictures(tmp_path / "explanations")
+    tracker.close({}, {"auroc": 0.75})
+
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED"
+    kept = client.download_artifacts(run.info.run_id, "explanations/true_positive_1.png")
+    assert Path(kept).read_bytes() == b"picture"
+    (logged,) = client.search_logged_models([run.info.experiment_id])
+    back = mlflow.pyfunc.load_model(logged.model_uri)
+    images = np.random.Generator(np.random.Philox(1)).integers(0, 256, (3, 8, 6, 3)).astype(np.uint8)
+    np.testing.assert_allclose(back.predict(images), model(images).numpy(), atol=1e-6)
+    with pytest.raises(mlflow.MlflowException, match="schema"):  # the signature says: uint8
+        back.predict(images.astype(np.float32))
 
 
 def test_a_server_that_is_away_is_mentioned_once(

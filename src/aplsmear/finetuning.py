@@ -1,7 +1,9 @@
 """Finetuning one task: how long to train is decided by inner folds, what comes of it is told by outer ones.
 
 The head was trained first, on bottleneck features, by `tune`. It starts here as it is, so that epoch 0 is the
-frozen model; then the head and the uppermost blocks train together. In each world of `aplsmear.splits`::
+frozen model. In the first epoch it may grow and learn to tell more kinds of items apart than the task asks
+for (`finetune.head`): few items are sought, and what the others are teaches more than that they are not. Then
+the head and the uppermost blocks train together. In each world of `aplsmear.splits`::
 
     inner    without folds w and j, judged on j after every epoch, until j gains nothing for some epochs
     outer    without fold w, for the mean of the best epochs of its inner folds: scores fold w
@@ -27,7 +29,7 @@ from scipy.special import expit
 
 from aplsmear import backbones, training, unfreezing
 from aplsmear.explain import draw, grad_cam, occlusion
-from aplsmear.heads import Head, Job, Recipe, read_heads, write_heads
+from aplsmear.heads import Head, Job, Recipe, TrainingItems, read_heads, write_heads
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Finetune, Level, Tune
 from aplsmear.shards import read_views
@@ -40,7 +42,7 @@ from aplsmear.statistics import (
     operating_points,
     paired_bootstrap_difference,
 )
-from aplsmear.training import Course, FinetuneError, Run, Store, Tuner, fitting, make_store
+from aplsmear.training import Course, FinetuneError, Kinds, Run, Store, Tuner, fitting, make_store
 from aplsmear.tuning import Board, study_key
 from aplsmear.unfreezing import divide
 
@@ -121,6 +123,7 @@ class Workshop:
         views: Path,
         light: float,
         seed: int,
+        kind: np.ndarray | None = None,
         strategy: Any = None,
     ) -> None:
         """Keep the parts.
@@ -134,17 +137,23 @@ class Workshop:
             views: file of the level's views.
             light: see `Tuner`.
             seed: of all that is random.
+            kind: str (items of the board,): what the head learns to tell apart within either class; None: no
+                more than the classes.
             strategy: see `Tuner`.
         """
         self.board, self.settings, self.tune, self.level = board, settings, tune, level
         self.folder, self.seed = Path(), seed  # `folder` gets what must survive a kill
         self.items = board.training_items(tune.items_per_patient, seed)
+        self.kinds = _kinds(board, self.items, kind)
         self.networks, self._views, self._light, self._strategy = networks, views, light, strategy
         self._tuners: dict[tuple[Any, ...], Tuner] = {}
         self._stores: dict[str, Store] = {}
 
     def tuner(self, recipe: Recipe) -> Tuner:
         """The network for heads of this recipe."""
+        head = self.settings.head
+        width = recipe.width * self.tune.restarts + head.units  # of a mean of heads, and of what it grows by
+        recipe = replace(recipe, width=width, dropout=head.dropout or recipe.dropout)
         key = (
             recipe.features,
             recipe.depth,
@@ -155,10 +164,16 @@ class Workshop:
         if key not in self._tuners:
             name, layer = recipe.features.split("/")
             channels = self.board.features[recipe.features].values.shape[1]
-            wide = replace(recipe, width=recipe.width * self.tune.restarts)  # of a mean of heads
             self._tuners[key] = Tuner(
                 lambda: divide(
-                    self.networks[name], self.level, layer, wide, channels, self.settings.blocks, self.seed
+                    self.networks[name],
+                    self.level,
+                    layer,
+                    recipe,
+                    channels,
+                    self.settings.blocks,
+                    self.seed,
+                    self.kinds.count,
                 ),
                 self.settings,
                 self._light,
@@ -169,7 +184,7 @@ class Workshop:
     def store(self, recipe: Recipe) -> Store:
         """What the networks of this recipe's features read."""
         if recipe.features not in self._stores:
-            self._stores[recipe.features] = make_store(
+            store = make_store(
                 self.folder / recipe.features,
                 read_views(self._views, BATCH),
                 self._wanted(),
@@ -177,6 +192,8 @@ class Workshop:
                 self.size(recipe),
                 self.settings.online,
             )
+            features = self.board.features[recipe.features].values
+            self._stores[recipe.features] = replace(store, features=features)
         return self._stores[recipe.features]
 
     def size(self, recipe: Recipe) -> int:
@@ -417,11 +434,22 @@ def finetune_key(shop: Workshop, found: Sequence[Start], threads: int) -> str:
     for module in (backbones, training, unfreezing):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
+    digest.update(shop.kinds.of.tobytes())
     for start in found:
         digest.update(repr((start.world, start.trial, start.recipe)).encode())
         for array in (*start.head.kernels, *start.head.biases) if start.head else ():
             digest.update(array.tobytes())
     return digest.hexdigest()[:16]
+
+
+def _kinds(board: Board, items: TrainingItems, kind: np.ndarray | None) -> Kinds:
+    """Of the items that train: each name within either class is a kind."""
+    place = np.searchsorted(board.row, items.row)
+    names = np.full(len(place), "") if kind is None else kind[place].astype(str)
+    pairs = pd.MultiIndex.from_arrays([items.label.astype(np.int64), names])
+    known = pairs.unique().sort_values()
+    positive = int((known.get_level_values(0) == 1).sum())
+    return Kinds(known.get_indexer(pairs).astype(np.int64), (len(known) - positive, positive))
 
 
 def _inner_runs(worlds: Sequence[Start], shop: Workshop) -> list[tuple[Start, Run]]:
@@ -436,7 +464,7 @@ def _inner_runs(worlds: Sequence[Start], shop: Workshop) -> list[tuple[Start, Ru
 def _train(shop: Workshop, run: Run, head: Head) -> Iterator[Course]:
     tuner = shop.begin(run.recipe, head, run.held_out)
     kept = shop.folder / f"{run.name}.npz"
-    yield from tuner.train(run, shop.items, shop.store(run.recipe), shop.seed, kept)
+    yield from tuner.train(run, shop.items, shop.kinds, shop.store(run.recipe), shop.seed, kept)
 
 
 def _heads(shop: Workshop, runs: Sequence[tuple[Start, Run]], final: Start) -> list[Head]:

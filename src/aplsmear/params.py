@@ -219,11 +219,23 @@ class Tune(_Strict):
         return value
 
 
+class FinetuneHead(_Strict):
+    """Training of the head alone, before the blocks."""
+
+    kinds: str
+    units: int = Field(ge=0, le=65536)
+    dropout: float = Field(ge=0, lt=1)
+    epochs: int = Field(ge=0, le=10000)
+    rate: float = Field(gt=0, le=1)
+    weight_decay: float = Field(ge=0, le=10)
+
+
 class Finetune(_Strict):
     """Training on from a tuned head: the uppermost blocks of its backbone."""
 
     trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
     folds: int = Field(ge=0)
+    head: FinetuneHead
     blocks: int = Field(ge=1)
     rate: float = Field(gt=0, le=1)
     deeper: float = Field(ge=0, le=1)
@@ -394,6 +406,13 @@ def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
     tasks, ensembles, backbones = (_table(raw.get(key)) for key in ("tasks", "ensembles", "backbones"))
     if isinstance(raw.get("task"), str) and raw["task"] not in tasks:
         yield f"task: {raw['task']!r} is no task{nearest(raw['task'], tasks)}"
+    level = _table(tasks.get(str(raw.get("task")))).get("level")
+    kinds = _table(_table(raw.get("finetune")).get("head")).get("kinds")
+    if kinds and level in COLUMNS and kinds not in COLUMNS[level]:
+        yield (
+            f"finetune.head.kinds: a {level} has no column {kinds!r}{nearest(str(kinds), COLUMNS[level])}; "
+            f"it has: {', '.join(COLUMNS[level])}"
+        )
     for name, task in tasks.items():
         for side in ("positive", "negative"):
             if _table(task).get(side) == {}:

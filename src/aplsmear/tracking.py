@@ -123,14 +123,18 @@ class Tracker:
         """A keras.Model that takes uint8 images, with its signature, below the run."""
 
         def log() -> None:
+            from importlib.metadata import version
+
             import mlflow
             import numpy as np
             from mlflow.models import infer_signature
 
             example = np.zeros((1, *model.input_shape[1:]), np.uint8)
-            signature = infer_signature(example, model.predict(example, verbose=0))
+            signature = infer_signature(example, model(example, training=False).numpy())
+            # Named, since MLflow would find them out by loading the model in a process of its own.
+            needs = [f"{name}=={version(name)}" for name in ("tensorflow", "keras", "numpy")]
             with mlflow.start_run(self._run):
-                mlflow.tensorflow.log_model(model, name="model", signature=signature)
+                mlflow.tensorflow.log_model(model, name="model", signature=signature, pip_requirements=needs)
 
         if self._client:
             self._guard(log)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aplsmear.devices import machine_strategy
+from aplsmear.devices import Precision, machine_strategy, precision_of
 from aplsmear.errors import UserError
 from aplsmear.files import new_array, whole
 from aplsmear.heads import Head, Recipe, TrainingItems
@@ -29,6 +29,7 @@ from aplsmear.unfreezing import HEAD, Divided, set_head
 from aplsmear.views import resize
 
 SCORED = 256  # views of one forward pass
+ALONE = 10**6  # passes of the head alone count from here, so that they show other views than epochs do
 
 
 class FinetuneError(UserError, ValueError):
@@ -44,6 +45,14 @@ class Run:
     held_out: HeldOut
     judged: int | None  # the fold that it is judged on after every epoch
     epochs: int  # at most
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What the head tells apart: kinds of negative items, which come first, and of positive ones."""
+
+    of: np.ndarray  # int64 (items,)
+    count: tuple[int, int]  # of negative and of positive kinds
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Store:
 
     place: np.ndarray  # int64 (views of the level,): the row of each view in `arrays`, or -1
     arrays: list[np.ndarray]  # (rows, ...): float16 activations or uint8 images; memory-mapped
+    features: np.ndarray | None = None  # float16 (views of the level, channels), for a head that trains alone
 
     def read(self, views: np.ndarray) -> tuple[np.ndarray, ...]:
         """What some views give, float32 or uint8."""
@@ -94,12 +104,13 @@ class Tuner:
         self.settings, self.light = settings, light
         self.strategy = strategy or machine_strategy()
         clear_session()  # so that names do not depend on what was built before
-        with self.strategy.scope():
+        with self.strategy.scope(), precision_of(settings.precision):
             self.network = network()
-            self.model = self.network.top
+            self.model, scorer = self.network.sorter, self.network.top
             if settings.online:
                 image = self.network.trunk.input
-                self.model = Model(image, self.model(self.network.trunk(image, training=False)))
+                given = self.network.trunk(image, training=False)
+                self.model, scorer = Model(image, self.model(given)), Model(image, scorer(given))
             depth = self.network.depth
             blocks = sorted(set(depth.values()) - {HEAD})
             by_block = {each: optimizers.Adam(settings.rate * settings.deeper**each) for each in blocks}
@@ -109,11 +120,14 @@ class Tuner:
                 return by_block[depth[weight.path]]
 
             optimizer = optimizers.MultiOptimizer(of_block)
-            self.model.compile(optimizer, losses.BinaryCrossentropy(from_logits=True), jit_compile=False)
-            self.model.optimizer.build(self.model.trainable_variables)
+            loss = losses.CategoricalCrossentropy(from_logits=True)
+            alone = optimizers.AdamW(settings.head.rate, weight_decay=settings.head.weight_decay)
+            for model, rates in ((self.model, optimizer), (self.network.head, alone)):
+                model.compile(rates, loss, jit_compile=False)
+                model.optimizer.build(model.trainable_variables)
         self._fresh = [each.numpy() for each in self._state()]
         self._whole = tf.function(lambda images: self.network.whole(images, training=False))
-        self._forward = tf.function(lambda given: self.model(given, training=False))
+        self._forward = tf.function(lambda given: scorer(given, training=False))
 
     def start(self, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
         """The frozen model: the backbone as it came and this head on it, see `set_head`."""
@@ -121,13 +135,14 @@ class Tuner:
         set_head(self.network, head, mean, scale)
 
     def train(
-        self, run: Run, items: TrainingItems, store: Store, seed: int, checkpoint: Path
+        self, run: Run, items: TrainingItems, kinds: Kinds, store: Store, seed: int, checkpoint: Path
     ) -> Iterator[Course]:
         """Train on from `start`, or from the last epoch in `checkpoint`.
 
         Args:
             run: what to train.
             items: those outside its held-out folds train.
+            kinds: of the items.
             store: of their views.
             seed: of their order.
             checkpoint: a file; after each epoch all that training goes on from is there.
@@ -139,7 +154,9 @@ class Tuner:
         yield course
         while not self._done(run, course):
             started = time.perf_counter()
-            loss = self._epoch(run, items, store, seed, len(course.loss))
+            first = not course.loss and self.settings.head.epochs
+            train = self._head_alone if first else self._epoch
+            loss = train(run, items, kinds, store, seed, len(course.loss))
             if not np.isfinite(loss):
                 raise FinetuneError(
                     f"{run.name}: the loss is no number in epoch {len(course.loss) + 1}: "
@@ -185,16 +202,42 @@ class Tuner:
         tired = run.judged is not None and len(course.auroc) - 1 - course.best_epoch >= patience > 0
         return len(course.loss) >= run.epochs or tired
 
-    def _epoch(self, run: Run, items: TrainingItems, store: Store, seed: int, epoch: int) -> float:
+    def _head_alone(
+        self, run: Run, items: TrainingItems, kinds: Kinds, store: Store, seed: int, _: int
+    ) -> float:
+        """Train the head on features for all of its epochs, ever slower; the mean loss of the last."""
+        network, settings = self.network.head, self.settings.head
+        if store.features is None:
+            raise FinetuneError(f"{run.name}: there are no features for the head to train on alone")
+        for epoch in range(settings.epochs):
+            view, target, weight = epoch_items(run, items, kinds, self.settings.views, seed, ALONE + epoch)
+            network.optimizer.learning_rate = (
+                settings.rate * (1 + np.cos(np.pi * epoch / settings.epochs)) / 2
+            )
+            shown = len(view) - len(view) % self.settings.batch or len(view)
+            history = network.fit(
+                store.features[view[:shown]].astype(np.float32),
+                target[:shown],
+                sample_weight=weight[:shown],
+                batch_size=self.settings.batch,
+                shuffle=False,
+                verbose=0,
+            )
+        return float(history.history["loss"][0])
+
+    def _epoch(
+        self, run: Run, items: TrainingItems, kinds: Kinds, store: Store, seed: int, epoch: int
+    ) -> float:
         """Train for one epoch; the mean loss."""
         import tensorflow as tf
 
-        view, target, weight = epoch_items(run, items, self.settings.views, seed, epoch)
-        dice = np.random.Generator(np.random.Philox([1, *_entropy(run, seed, epoch)]))
+        view, target, weight = epoch_items(run, items, kinds, self.settings.views, seed, epoch)
         batch = min(self.settings.batch, len(view))
         steps = len(view) // batch
 
         def batches() -> Iterator[Any]:
+            # Made here: with several devices, TensorFlow starts this more than once.
+            dice = np.random.Generator(np.random.Philox([1, *_entropy(run, seed, epoch)]))
             for step in range(steps):
                 here = slice(step * batch, (step + 1) * batch)
                 given = store.read(view[here])
@@ -202,19 +245,20 @@ class Tuner:
                     given = (shown_anew(given[0], self.light, dice),)
                 yield _bare(given), target[here], weight[here]
 
-        kinds = [np.uint8 if each.dtype == np.uint8 else np.float32 for each in store.arrays]
+        types = [np.uint8 if each.dtype == np.uint8 else np.float32 for each in store.arrays]
         given = tuple(
             tf.TensorSpec((batch, *each.shape[1:]), kind)
-            for each, kind in zip(store.arrays, kinds, strict=True)
+            for each, kind in zip(store.arrays, types, strict=True)
         )
-        column = tf.TensorSpec((batch,), tf.float32)
-        data = tf.data.Dataset.from_generator(batches, output_signature=(_bare(given), column, column))
+        rows = tf.TensorSpec((batch, target.shape[1]), tf.float32), tf.TensorSpec((batch,), tf.float32)
+        data = tf.data.Dataset.from_generator(batches, output_signature=(_bare(given), *rows))
         history = self.model.fit(data.prefetch(2), steps_per_epoch=steps, shuffle=False, verbose=0)
         return float(history.history["loss"][0])
 
     def _state(self) -> list[Any]:
         """All that training changes: weights, the state of dropout, the optimiser's."""
-        return [*self.network.top.variables, *self.model.optimizer.variables]
+        optimizers = self.model.optimizer.variables, self.network.head.optimizer.variables
+        return [*self.network.top.variables, *optimizers[0], *optimizers[1]]
 
     def _set_state(self, values: Sequence[np.ndarray]) -> None:
         for variable, value in zip(self._state(), values, strict=True):
@@ -234,38 +278,38 @@ class Tuner:
             np.savez(file, allow_pickle=False, **arrays)
 
 
-def set_precision(precision: str) -> None:
-    """`on`: half precision where a network is large (a GPU is twice as fast so); `off`: float32; `auto`: on,
-    if there is a GPU."""
-    import keras
+def check_precision(precision: Precision) -> None:
+    """Raise FinetuneError if half precision is asked for where there is no GPU: a CPU lacks its kernels."""
     import tensorflow as tf
 
-    half = precision == "on" or (precision == "auto" and tf.config.list_logical_devices("GPU"))
-    keras.config.set_dtype_policy("mixed_float16" if half else "float32")
+    if precision == "on" and not tf.config.list_logical_devices("GPU"):
+        raise FinetuneError(
+            "finetune.precision: half precision takes a GPU, and TensorFlow sees none: set it to auto or off"
+        )
 
 
 def epoch_items(
-    run: Run, items: TrainingItems, views: int, seed: int, epoch: int
+    run: Run, items: TrainingItems, kinds: Kinds, views: int, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What an epoch shows, in order: view rows int64, targets and weights float32; (shown,) each.
+    """What an epoch shows, in order: view rows int64 (shown,), targets float32 (shown, kinds), weights
+    float32 (shown,): the rarer a kind, the heavier, as far as the recipe's balance says.
 
     Raises:
         FinetuneError: one class only is left to train on.
     """
     random = np.random.Generator(np.random.Philox([0, *_entropy(run, seed, epoch)]))
     inside = np.flatnonzero(~np.isin(items.fold, sorted(run.held_out)))
+    if len(np.unique(items.label[inside])) < 2:
+        raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
     shown = random.permutation(np.repeat(inside, items.copies[inside]))
     seen = np.minimum(views * items.copies[shown], items.views[shown])
     view = items.row[shown] + (random.random(len(shown)) * (seen + 1)).astype(np.int64)
-    label = items.label[shown].astype(np.float32)
-    positive = float(label.sum())
-    negative = len(label) - positive
-    if not positive or not negative:
-        raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
-    heavier = (negative / positive) ** run.recipe.balance
-    weight = np.where(label > 0, heavier, 1.0) * len(label) / (positive * heavier + negative)
-    target = label * (1 - run.recipe.smoothing) + run.recipe.smoothing / 2
-    return view, target.astype(np.float32), weight.astype(np.float32)
+    kind = kinds.of[shown]
+    count = np.bincount(kind, minlength=sum(kinds.count))
+    weight = np.maximum(count, 1.0)[kind] ** -run.recipe.balance
+    smoothing = run.recipe.smoothing
+    target = np.eye(len(count))[kind] * (1 - smoothing) + smoothing / len(count)
+    return view, target.astype(np.float32), (weight / weight.mean()).astype(np.float32)
 
 
 def shown_anew(images: np.ndarray, light: float, dice: np.random.Generator) -> np.ndarray:

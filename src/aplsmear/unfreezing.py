@@ -33,25 +33,38 @@ class Divided:
     trunk: Any  # keras.Model: uint8 (batch, size, size, 3) -> a map, and the means of maps below it; frozen
     top: Any  # keras.Model: what `trunk` gives -> logit (batch, 1), float32; trains
     whole: Any  # keras.Model: uint8 (batch, size, size, 3) -> probability (batch, 1)
+    sorter: Any  # keras.Model: what `trunk` gives -> a logit for each kind (batch, kinds), float32; of `top`
     maps: Any  # keras.Model: what `trunk` gives -> the deepest map, and the means of the others
     judge: Any  # keras.Model: what `maps` gives -> logit
+    head: Any  # keras.Model: features (batch, channels) -> a logit for each kind
+    kinds: tuple[int, int]  # of negative items, which come first, and of positive ones
     depth: dict[str, int]  # path of a weight that trains -> block below the uppermost one; HEAD
-    head: list[str]  # names of the head's layers: its standardisation, then its products
 
 
 def divide(
-    settings: Backbone, level: Level, layer: str, recipe: Recipe, channels: int, blocks: int, seed: int
+    settings: Backbone,
+    level: Level,
+    layer: str,
+    recipe: Recipe,
+    channels: int,
+    blocks: int,
+    seed: int,
+    kinds: tuple[int, int] = (1, 1),
 ) -> Divided:
     """Put a head on its backbone and divide the two below the uppermost blocks.
+
+    The head tells kinds of items apart; the odds of the positive class are those of its kinds together
+    against all others.
 
     Args:
         settings: of the backbone.
         level: whose input size to use.
         layer: one of ``settings.layer``.
-        recipe: of the head; its weights come by `set_head`.
+        recipe: of the head, which may be wider than the one that `set_head` puts in.
         channels: of the layer's features.
         blocks: how many train, from 1; more than there are: all.
-        seed: of untrained filters and of dropout.
+        seed: of untrained filters, of units that a head has more, and of dropout.
+        kinds: of negative and of positive items.
 
     Raises:
         BackboneError: as `aplsmear.backbones.cut_network`.
@@ -90,12 +103,16 @@ def divide(
     seen = [keras.Input(each.shape[1:], dtype=each.dtype) for each in maps.outputs]
     means = dict(zip(others, seen[1:], strict=True)) | {deepest: _mean(seen[0])}
     vector = keras.ops.concatenate([means[part] for part in parts], axis=1) if others else means[deepest]
-    logit, names = _head_on(vector, recipe, channels, seed)
-    judge = keras.Model(_plain(seen), logit, name="head")
-    depth |= {each.path: HEAD for each in judge.trainable_variables}
+    head = _head_of(recipe, channels, sum(kinds), seed)
+    negative, positive = keras.ops.split(head(vector), [kinds[0]], axis=1)
+    logit = _together(positive) - _together(negative)
+    judge = keras.Model(_plain(seen), logit, name="judge")
+    tell = keras.Model(_plain(seen), head(vector))
+    depth |= {each.path: HEAD for each in head.trainable_variables}
     top = keras.Model(_plain(inputs), judge(maps(_plain(inputs))))
+    sorter = keras.Model(_plain(inputs), tell(maps(_plain(inputs))))
     whole = keras.Model(image, keras.ops.sigmoid(top(trunk(image, training=False), training=False)))
-    return Divided(trunk, top, whole, maps, judge, depth, names)
+    return Divided(trunk, top, whole, sorter, maps, judge, head, kinds, depth)
 
 
 def block_ends(network: Any) -> list[str]:
@@ -134,36 +151,55 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
     """Give the network a head's weights, so that it says what the head says.
 
     A head takes raw features. Here they are standardised first and its first product is changed to match,
-    since steps of one rate suit channels of one size.
+    since steps of one rate suit channels of one size. Units that the network's head has more say nothing yet,
+    and all kinds of a class are equally likely.
 
     Args:
-        network: of `divide`, with a head of this shape.
+        network: of `divide`, with a head of this depth, and as wide or wider.
         head: the weights.
         mean: float32 (channels,), of the features that train.
         scale: float32 (channels,), above 0: their deviations.
     """
-    norm, *products = (network.judge.get_layer(name) for name in network.head)
+    norm, *products = (layer for layer in network.head.layers if layer.weights)
     norm.set_weights([mean, scale**2])
     first = head.kernels[0] * scale[:, None]
     kernels, biases = [first, *head.kernels[1:]], [head.biases[0] + mean @ head.kernels[0], *head.biases[1:]]
-    for layer, kernel, bias in zip(products, kernels, biases, strict=True):
-        layer.set_weights([kernel, bias])
+    for layer, kernel, bias in zip(products[:-1], kernels, biases, strict=False):
+        wide, low = layer.get_weights()
+        rows, columns = kernel.shape
+        wide[rows:, :columns] = 0
+        wide[:rows, :columns], low[:columns] = kernel, bias
+        layer.set_weights([wide, low])
+    last, low = (np.zeros_like(each) for each in products[-1].get_weights())
+    negative, positive = network.kinds
+    last[: len(kernels[-1]), negative:] = kernels[-1]
+    low[:negative], low[negative:] = -np.log(negative), biases[-1] - np.log(positive)
+    products[-1].set_weights([last, low])
 
 
-def _head_on(vector: Any, recipe: Recipe, channels: int, seed: int) -> tuple[Any, list[str]]:
-    """The head's layers behind a feature vector: its logit, and the names of those with weights."""
+def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int) -> Any:
+    """keras.Model: features -> a logit for each kind."""
+    import keras
     from keras import layers
 
+    vector = keras.Input((channels,))
     fixed = {"center": False, "scale": False, "epsilon": 0.0, "trainable": False}
-    names = ["standardise"]
-    signal = layers.BatchNormalization(name=names[0], dtype="float32", **fixed)(vector, training=False)
-    for number, (_, width) in enumerate(layer_sizes(recipe.depth, recipe.width, channels)):
+    signal = layers.BatchNormalization(name="standardise", dtype="float32", **fixed)(vector, training=False)
+    sizes = layer_sizes(recipe.depth, recipe.width, channels)
+    for number, (_, width) in enumerate(sizes):
         if number:
             signal = layers.Activation(recipe.activation, dtype="float32")(signal)
             signal = layers.Dropout(recipe.dropout, seed=seed, dtype="float32")(signal)
-        names.append(f"product_{number}")
-        signal = layers.Dense(width, name=names[-1], dtype="float32")(signal)
-    return signal, names
+        units = width if number < len(sizes) - 1 else kinds
+        signal = layers.Dense(units, name=f"product_{number}", dtype="float32")(signal)
+    return keras.Model(vector, signal, name="head")
+
+
+def _together(logits: Any) -> Any:
+    """Of several kinds: (batch, kinds) -> (batch, 1)."""
+    import keras
+
+    return keras.ops.logsumexp(logits, axis=1, keepdims=True)
 
 
 def _mean(feature_map: Any) -> Any:
