@@ -19,7 +19,7 @@ from aplsmear.bundle import read_bundle
 from aplsmear.dataset import read_data_set
 from aplsmear.engine import ADDRESS_VARIABLE, EngineError, Here, engine_of
 from aplsmear.features import write_features
-from aplsmear.images import ImageError, check_image
+from aplsmear.images import ImageError, read_image
 from aplsmear.labels import tidy
 from aplsmear.params import LEVELS
 from aplsmear.predict import Judge, judge_patients
@@ -187,7 +187,7 @@ def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such(
     Path("bad.png").write_bytes(b"no picture")
     for each in (Here(1), None):
         with engine_of(None) as engine, pytest.raises(ImageError, match=r"bad\.png") as caught:
-            list((each or engine).map(check_image, [Path("bad.png")]))
+            list((each or engine).map(read_image, [Path("bad.png")]))
         assert caught.value.mend
     with engine_of(None) as engine:
         tidied = engine.map(tidy, [f"{n} " for n in range(30)])

@@ -24,6 +24,7 @@ PLUMBING = {
     "progress",
     "runtime",
     "secrets",
+    "soundness",
     "stage",
     "tracking",
 }
