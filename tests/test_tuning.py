@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from aplsmear import tuning
 from aplsmear.heads import Head, Job, score
@@ -329,6 +330,8 @@ def test_tables_for_plots(tmp_path: Path) -> None:
     assert importances(study.trials(), 1) == important
     assert "batch" not in important  # it has one value
     assert importances(study.trials()[:2], 1) == {}
+    told_of = yaml.safe_load(yaml.safe_dump(explain_choice(trials, choices, important)))  # best.yaml
+    assert [row["parameter"] for row in told_of["importance"]] == list(important)
 
 
 def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> None:

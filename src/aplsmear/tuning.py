@@ -552,7 +552,8 @@ def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
         study.add_trials(sound)
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
         found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=moved)
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    shares = {name: float(share) for name, share in found.items()}
+    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
 
 
 def scores_table(board: Board, scores: np.ndarray) -> pd.DataFrame:
