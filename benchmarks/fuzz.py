@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import aplsmear
 from aplsmear.dataset import DataSetError, read_data_set, render_problems
+from aplsmear.engine import Here
 from aplsmear.params import Task
 from aplsmear.statistics import write_json
 
@@ -527,7 +528,7 @@ def judged(folder: Path, number: int) -> Outcome:
             TASKS if number % 2 else {},
             min_box=8,
             skip_bad_images=number % 3 == 0,
-            workers=1,
+            engine=Here(1),
             labelled=number % 5 > 0,
         )
         end = DATA_SET

@@ -8,6 +8,7 @@ import fuzz
 import pytest
 
 from aplsmear.dataset import DataSetError, read_data_set
+from aplsmear.engine import Here
 from aplsmear.images import ImageError, decode
 
 
@@ -34,7 +35,7 @@ def test_damaged_files_give_a_data_set_or_its_problems(folder, kind):
 
 def problems(folder: Path) -> list:
     with pytest.raises(DataSetError) as error:
-        read_data_set(folder, {}, min_box=8, skip_bad_images=False, workers=1)
+        read_data_set(folder, {}, min_box=8, skip_bad_images=False, engine=Here(1))
     return error.value.problems
 
 
