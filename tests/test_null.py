@@ -22,9 +22,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with members of 2 x 10 patients, and networks left out (they only take time)."""
     everybody = people(10, 5)
     knobs = read_params(ROOT / "params.yaml")
-    for seed, name in enumerate(knobs.ensembles["apl_aml"].members):
-        table = summarise_patients(scores_of(everybody, seed, strength=2.0))
-        write_table(tmp_path / "members" / "apl_aml" / f"{name}.csv", table)
+    ensemble = knobs.ensembles["apl_aml"]
+    places = [tmp_path / "members" / "apl_aml" / f"{task}.scores.parquet" for task in ensemble.members]
+    for seed, place in enumerate([*places, tmp_path / "tuned" / ensemble.weigh_by / "scores.parquet"]):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scores_of(everybody, seed, strength=2.0).to_parquet(place, index=False)
     write_table(tmp_path / "splits" / "folds.csv", everybody)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     (tmp_path / "params.yaml").write_text(text.replace("      - network\n", ""), encoding="utf-8")
