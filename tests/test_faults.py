@@ -10,7 +10,7 @@ from kills import Place, forget, kill
 # `small`, of conftest.py, serves all tests of this group.
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
-STAGES = {"augment": 2.5, "split": 1.5, "member_apl_aml@apl_aml_smear": 1.5}  # seconds that they may last
+STAGES = {"augment": 2.5, "split": 1.5, "ensemble_apl_aml": 2.5}  # seconds that they may last
 REPRO = ("dvc", "repro")
 PREDICT = ("aplsmear", "predict", "--ensemble", "ensembles/apl_aml", "--data", "data", "--out")
 
@@ -22,9 +22,12 @@ def test_killed_anywhere_the_same_command_again_leaves_nothing_to_see(small: Pat
     random = np.random.Generator(np.random.Philox(7))
     for stage, seconds in STAGES.items():
         forget(place, stage)
-        after = rf"Running stage '{stage}'"
-        while not kill(place, REPRO, float(random.uniform(0, seconds)), after)[0]:
-            forget(place, stage)
+        running = False
+        while not running:
+            running, said = kill(place, REPRO, float(random.uniform(0, seconds)), f"Running stage '{stage}'")
+            assert f"Running stage '{stage}'" in said, said
+            if not running:
+                forget(place, stage)
         code, said = place.code(*REPRO)
         if code or place.leftovers():  # DVC was killed while it wrote dvc.lock
             place.run("aplsmear", "mend")
