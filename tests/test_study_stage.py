@@ -16,6 +16,7 @@ from aplsmear.tables import write_table
 from studies import FOLDS, ROOT, board
 
 pytestmark = pytest.mark.pipeline  # each start of TensorFlow takes seconds
+LAYERS = ["conv_pw_1_relu", "conv_pw_2_relu"]  # in whose place features stand that are made up
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     }
     params |= {
         "task": "blast",
-        "backbones": {"net": params["backbones"]["mobilenet"] | {"layer": ["good", "poor"]}},
+        "backbones": {"net": params["backbones"]["mobilenet"] | {"layer": LAYERS}},
     }
     params["split"]["folds"] = FOLDS
     params["tune"] |= {"trials": 8, "generation": 2}
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     write_table(tmp_path / "splits" / "folds.csv", made.table[["patient", "fold"]].drop_duplicates())
     index = next(iter(made.features.values())).index
     values = [each.values for each in made.features.values()]
-    write_features(tmp_path / "features" / "cell" / "net", index, ["good", "poor"], [values])
+    write_features(tmp_path / "features" / "cell" / "net", index, LAYERS, [values])
     return tmp_path
 
 
