@@ -182,6 +182,8 @@ def kill(place: Place, command: Sequence[str], seconds: float, after: str = "") 
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     reader.join()
+    assert process.stdout is not None
+    process.stdout.close()
     return running, "".join(printed)
 
 
@@ -189,13 +191,14 @@ def timed(place: Place, *command: str) -> dict[str, float]:
     """Run a command to its end; the seconds that each stage took, and '' the whole."""
     began = time.monotonic()
     process = place.start(*command)
-    assert process.stdout is not None
     starts: list[tuple[str, float]] = []
     printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if found := re.search(r"Running stage '([^']+)'", line):
-            starts.append((found[1], time.monotonic()))
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            printed.append(line)
+            if found := re.search(r"Running stage '([^']+)'", line):
+                starts.append((found[1], time.monotonic()))
     assert process.wait() == 0, "".join(printed)
     ended = time.monotonic()
     ends = [*(start for _, start in starts), ended][1:]

@@ -219,6 +219,7 @@ def made(tmp_path, monkeypatch):
         stage: {"outs": [{"path": out, "hash": "md5", "md5": hashed(tmp_path / out)}]}
         for stage, out in outs.items()
     }
+    stages["bottleneck@net"]["outs"][0]["nfiles"] = 2
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
     return tmp_path
 
@@ -232,6 +233,11 @@ def hashed(path: Path) -> str:
 
     _, _, found = build(HashFileDB(MemoryFileSystem(), "/nowhere"), str(path), LocalFileSystem(), "md5")
     return found.hash_info.value
+
+
+def test_a_folder_that_was_pulled_in_part_is_not_taken_for_a_damaged_one(made):
+    (made / "features/cell/net/a.npy").unlink()  # `dvc repro --pull --allow-missing` leaves out what it can
+    check_inputs("tune@blast")
 
 
 def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
