@@ -106,8 +106,8 @@ def check_inputs(stage: str) -> None:
 
 
 def _is_complete(path: Path, files: int) -> bool:
-    """Whether a folder holds as many files as it should: of one that was pulled in part, as ``dvc repro --pull
-    --allow-missing`` does, the hash in dvc.lock says nothing."""
+    """Whether a folder holds as many files as it should: of one that was pulled in part, as by ``dvc repro
+    --pull --allow-missing``, the hash in dvc.lock says nothing."""
     return not path.is_dir() or sum(each.is_file() for each in path.rglob("*")) >= files
 
 
