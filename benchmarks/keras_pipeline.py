@@ -50,7 +50,9 @@ def main(data: Path, table: Path, weights: Path, folder: Path) -> None:
             layers.RandomSaturation((0.46, 0.54)),
             layers.RandomBrightness(0.15),
             layers.RandomGaussianBlur(sigma=(0.05, 0.8)),
-            layers.GaussianNoise(4.0),
+            layers.Rescaling(1 / 255),  # noise is of values up to 1
+            layers.GaussianNoise(4 / 255),
+            layers.Rescaling(255.0),
         ]
     )
     images = keras.utils.image_dataset_from_directory(
