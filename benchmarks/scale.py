@@ -460,7 +460,7 @@ def plot(found: dict[str, Any]) -> None:
         right.plot(sizes, peaks, marker="o", label=stage)
     left.set(xlabel="patients", ylabel="CPU seconds a patient")
     right.set(xlabel="patients", ylabel="largest process, GB", ylim=(0, None))
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(PLOT, dpi=110, metadata={"Software": None})
 
 
