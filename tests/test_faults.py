@@ -10,7 +10,7 @@ from kills import Place, forget, kill
 # `small`, of conftest.py, serves all tests of this group.
 pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
 
-STAGES = {"augment": 2.5, "split": 1.5, "ensemble_apl_aml": 2.5}  # seconds that they may last
+STAGES = {"augment": 2.5, "ensemble_apl_aml": 2.5}  # seconds that they may last
 REPRO = ("dvc", "repro")
 PREDICT = ("aplsmear", "predict", "--ensemble", "ensembles/apl_aml", "--data", "data", "--out")
 
