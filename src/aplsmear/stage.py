@@ -85,17 +85,13 @@ def check_inputs(stage: str) -> None:
     template, _, item = stage.partition("@")
     deps = _loaded(pipeline)["stages"][template]["deps"]
     wanted = [PurePosixPath(_filled(dep, params, item)) for dep in deps]
-    made = {
-        out["path"]: out["md5"]
-        for entry in _loaded(lock).get("stages", {}).values()
-        for out in entry.get("outs", [])
-        if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
-    }
+    made = [out for entry in _loaded(lock).get("stages", {}).values() for out in entry.get("outs", [])]
     mine = {
-        path: md5
-        for path, md5 in made.items()
+        out["path"]: out["md5"]
+        for out in made
         for dep in wanted
-        if PurePosixPath(path).is_relative_to(dep) or dep.is_relative_to(path)
+        if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
+        if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
     }
     damaged = list(unsound(mine, Path()))
     if damaged:
