@@ -15,11 +15,12 @@ from sklearn.linear_model import LogisticRegression
 
 from aplsmear.ensembles import Candidate, judge
 from aplsmear.features import Features
+from aplsmear.files import rows_of
 from aplsmear.members import SUMMARIES
 from aplsmear.statistics import auroc_within_folds, delong_interval, delong_test
 
 _FREEDOMS = (0.0001, 0.001, 0.01, 0.1)  # of a regression on hundreds of features
-_ROWS = 65536  # of features read at once
+_ROWS = 8192  # of features read at once
 
 
 def rivals_of(
@@ -71,7 +72,7 @@ def pooled_features(
         for start in range(0, len(whose), _ROWS):
             here = whose[start : start + _ROWS]
             used = np.flatnonzero(here >= 0)
-            np.add.at(total, here[used], layer.values[start + used].astype(np.float64))
+            np.add.at(total, here[used], rows_of(layer.values, start + used).astype(np.float64))
         count = np.bincount(whose[whose >= 0], minlength=len(patients)).astype(np.float64)
         pooled[layer.name] = total / np.where(count > 0, count, np.nan)[:, None]
     return pooled

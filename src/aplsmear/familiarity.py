@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.features import Features
+from aplsmear.files import rows_of
 from aplsmear.images import decode
 from aplsmear.shards import View
 
@@ -111,7 +112,7 @@ def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str,
     found = {}
     for patient, places in sorted(plain.groupby("patient").indices.items()):
         moments = Moments()
-        moments.add(features.values[plain.index[places]])
+        moments.add(rows_of(features.values, plain.index.to_numpy()[places]))
         found[str(patient)] = moments.describe()
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.files import new_array, whole
+from aplsmear.files import give_back, new_array, whole
 from aplsmear.tables import read_table, write_table
 
 INDEX = "index.csv"
@@ -60,6 +60,7 @@ def write_features(
                 raise ValueError(f"more than {len(index)} rows of features for {len(index)} views")
             for array, values in zip(arrays, batch, strict=True):
                 array[row:end] = values
+                give_back(array)
             row = end
         if row != len(index):
             raise ValueError(f"{row} rows of features for {len(index)} views")
@@ -90,8 +91,9 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
         )
     if problems:
         raise FeaturesError(" ".join(problems))
+    indices = {name: read_table(folder / name / INDEX) for name in sorted(there)}
     found = {}
     for path in sorted(folder.glob("*/*.npy")):
         name = f"{path.parent.name}/{path.stem}"
-        found[name] = Features(name, read_table(path.parent / INDEX), np.load(path, mmap_mode="r"))
+        found[name] = Features(name, indices[path.parent.name], np.load(path, mmap_mode="r"))
     return found

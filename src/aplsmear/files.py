@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+_ROWS = 8192  # of a mapped file read at once
 
 
 @contextmanager
@@ -49,6 +52,34 @@ def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def give_back(array: np.ndarray) -> None:
+    """Let the system have the memory in which it shows us a mapped file; what the file holds does not change.
+
+    Otherwise each page that was ever looked at, or written, counts as memory of this process.
+    """
+    if isinstance(array, np.memmap) and array.mode != "c" and isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
+
+
+def rows_of(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``array[rows]``, from a mapped file in its order and without keeping pages of it (`give_back`).
+
+    Args:
+        array: of any shape.
+        rows: int64, of any shape.
+    """
+    if not isinstance(array, np.memmap):
+        return np.asarray(array[rows])
+    flat = rows.ravel()
+    found = np.empty((len(flat), *array.shape[1:]), array.dtype)
+    order = np.argsort(flat, kind="stable")
+    for start in range(0, len(order), _ROWS):
+        part = order[start : start + _ROWS]
+        found[part] = array[flat[part]]
+        give_back(array)
+    return found.reshape(*rows.shape, *array.shape[1:])
 
 
 def sha256(path: Path) -> str:

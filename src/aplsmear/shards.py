@@ -93,9 +93,10 @@ def read_views(path: Path, batch: int, rows: range | None = None) -> Iterator[li
 
 
 def _views(file: pq.ParquetFile, groups: list[int], batch: int) -> Iterator[View]:
-    for rows in file.iter_batches(batch, row_groups=groups):
-        columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
-        yield from map(View, *columns)
+    for group in groups:  # of several, Arrow keeps all that it has read until the last one ends
+        for rows in file.iter_batches(batch, row_groups=[group]):
+            columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
+            yield from map(View, *columns)
 
 
 def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:

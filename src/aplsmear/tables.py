@@ -21,20 +21,15 @@ INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", 
 FLOATS = ("probability", "low", "high")
 
 _FLOAT = "%.6g"
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four are wide = + - @
+_SIGNS = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"  # the last four are wide = + - @
+_FORMULA = re.compile(f"'*[{re.escape(_SIGNS)}]")
+_ROWS = 32768  # read at once: a parser needs several times the memory of what it has read
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file written by `write_table`: text columns as str, `INTEGERS` as int64, `FLOATS` as float64."""
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    for column in table.columns:
-        if column in INTEGERS:
-            table[column] = table[column].astype(np.int64)
-        elif column in FLOATS:
-            table[column] = table[column].astype(np.float64)
-        else:
-            table[column] = _mapped(table[column], unguarded)
-    return table
+    parts = pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS)
+    return pd.concat(map(_typed, parts), ignore_index=True)
 
 
 def guarded(text: str) -> str:
@@ -55,8 +50,22 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         safe.to_csv(part, index=False, lineterminator="\n", float_format=_FLOAT)
 
 
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    for column in table.columns:
+        if column in INTEGERS:
+            table[column] = table[column].astype(np.int64)
+        elif column in FLOATS:
+            table[column] = table[column].astype(np.float64)
+        else:
+            table[column] = _mapped(table[column], unguarded)
+    return table
+
+
 def _mapped(column: pd.Series, change: Callable[[str], str]) -> pd.Series:
-    """A column with `change` of every text in it, each distinct one looked at once."""
+    """A column with `change`, which is `guarded` or `unguarded`, of every text in it, each distinct one
+    looked at once."""
+    if isinstance(column.dtype, pd.StringDtype) and not column.str.startswith(("'", *_SIGNS)).any():
+        return column
     changed = {text: change(text) for text in column.unique() if isinstance(text, str)}
     return column.map(lambda each: changed.get(each, each))
 
