@@ -6,14 +6,16 @@ Draws smears of the real field size (2560x1920 px, about 190 cells each) for the
 the smaller sets are its first patients. `--drawn` says how many patients are drawn: the others have their
 fields, mirrored and under another lamp. Every set goes stage by stage through `dvc repro --single-item` in a
 clone of this commit, with one backbone, one augmented view, one task and its ensemble; then `dvc repro` runs
-once more, when nothing is stale. Beside it, in the same run, on the cells of the smallest set: files of
-cells, `keras.utils.image_dataset_from_directory`, augmentation layers, `model.predict`. `--light` draws the
-same fields at a quarter of their sides, makes no augmented view and small inputs of the network, and leaves
-Keras out: as many files, rows and features of a thousand patients in minutes, for what memory says.
+once more, when nothing is stale. Beside it, in the same run, on the cells of the smallest set: the forward
+pass alone; and files of cells, `keras.utils.image_dataset_from_directory`, augmentation layers,
+`model.predict`. `--light` draws the same fields at a quarter of their sides, makes no augmented view and
+small inputs of the network, and leaves Keras out: as many files, rows and features of a thousand patients in
+minutes, for what memory says.
 
 A machine that does other work too stretches wall time, so CPU time stands beside it and ratios are of CPU
 time. Linux alone says what is measured here (/proc). Results go to benchmarks/results/scale.json, one section
-a run; the numbers of the run with the most patients stand at its top, and in benchmarks/scale.png.
+a run, written after each set; the numbers of the run with the most patients stand at its top, and in
+benchmarks/scale.png.
 """
 
 import argparse
@@ -97,29 +99,47 @@ def main() -> None:
     form = LIGHT if asked.light else Form()
     with tempfile.TemporaryDirectory() as folder:
         work = (asked.work or Path(folder)).resolve()
-        found = measure(work, sorted(asked.patients), asked.drawn, form)
-    whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
-    whole["-".join(map(str, found["patients"])) + "-light" * asked.light] = found
-    if not asked.light and max(found["patients"]) >= max(whole.get("patients", [0])):
-        whole |= {name: value for name, value in found.items() if not isinstance(value, dict)}
-        plot(found)
-    write_json(RESULTS, whole)
+        for found in measure(work, sorted(asked.patients), asked.drawn, form):
+            record(found, asked.light)
     print(json.dumps({name: value for name, value in found.items() if name != "sets"}, indent=2))
     print(table(found))
 
 
-def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> dict[str, Any]:
-    """All sets, then the forward pass alone, then Keras's way."""
-    measured = {"machine": machine(), "commit": commit()}
+def record(found: dict[str, Any], light: bool) -> None:
+    """Write down what is known so far; of a run that is cut off, the sets that were done stay."""
+    whole = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    kind, names = "-light" * light, [str(count) for count in found["patients"]]
+    whole.pop("-".join(names[:-1]) + kind, None)
+    whole["-".join(names) + kind] = found
+    if not light and max(found["patients"]) >= max(whole.get("patients", [0])):
+        whole |= {name: value for name, value in found.items() if not isinstance(value, dict)}
+        plot(found)
+    write_json(RESULTS, whole)
+
+
+def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> Iterator[dict[str, Any]]:
+    """The smallest set, the forward pass alone and Keras's way on it, then the others; all that is known,
+    after each set."""
+    alone: dict[str, Any] = {"machine": machine(), "commit": commit(), "drawn_patients": drawn}
     work /= str(form.width)
     whole = work / f"smears-{patients[-1]}"
     make_set(work / f"drawn-{drawn}", whole, patients[-1], drawn, form)
-    sets = {str(count): measure_set(work, whole, count, form) for count in patients}
-    few, many = sets[str(patients[0])], sets[str(patients[-1])]
+    sets: dict[str, Any] = {}
+    for count in patients:
+        sets[str(count)] = measure_set(work, whole, count, form)
+        if len(sets) == 1:
+            alone["forward_fraction"] = forward_fraction(workspace(work, count))
+            alone |= {} if form == LIGHT else against_keras(work, count, sets[str(count)]["stages"])
+        yield summary(sets) | alone
+
+
+def summary(sets: dict[str, Any]) -> dict[str, Any]:
+    """What the sets say together, from the smallest to the largest."""
+    each = list(sets.values())
+    few, many = each[0], each[-1]
     peaks = [max(stage["peak_memory_gb"] for stage in each["stages"].values()) for each in (few, many)]
     return {
-        "patients": list(patients),
-        "drawn_patients": drawn,
+        "patients": [int(count) for count in sets],
         "peak_memory_gb": max(peaks),
         "memory_growth": peaks[1] / peaks[0] - 1,
         "time_per_patient_growth": many["cpu_seconds_per_patient"] / few["cpu_seconds_per_patient"] - 1,
@@ -128,9 +148,10 @@ def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> dict
         "augment_wants_cores": many["stages"]["augment"]["cores_wanted"],
         "unchanged_seconds": many["unchanged"]["wall_seconds"],
         "unchanged_cpu_seconds": many["unchanged"]["cpu_seconds"],
-        "forward_fraction": forward_fraction(workspace(work, patients[-1])),
-        **({} if form == LIGHT else against_keras(work, patients[0], few["stages"])),
-        **measured,
+        "memory_growth_of_stages": {
+            name: many["stages"][name]["peak_memory_gb"] / stage["peak_memory_gb"] - 1
+            for name, stage in few["stages"].items()
+        },
         "sets": sets,
     }
 

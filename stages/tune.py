@@ -18,7 +18,7 @@ from aplsmear.errors import UserError
 from aplsmear.features import read_features
 from aplsmear.files import whole
 from aplsmear.heads import write_heads
-from aplsmear.params import named, read_params
+from aplsmear.params import Params, Task, named, read_params
 from aplsmear.progress import progress
 from aplsmear.runtime import start_tensorflow
 from aplsmear.stage import home, origin, run
@@ -54,15 +54,7 @@ def main(name: str, role: str = "") -> None:
     threads = params.compute.threads
     start_tensorflow(threads)
 
-    images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
-    items = task_items(images, task.level)
-    label = task_labels(items, task)
-    folds = read_table(Path("splits/folds.csv"))
-    features = read_features(Path(f"features/{task.images}"), params.backbones)
-    if task.level == "patient":
-        board: Board = make_patient_board(images, items, label, folds, features)
-    else:
-        board = make_board(items, label, folds, features)
+    board = board_of(task, params)
     key = f"{name}-{study_key(board, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
     journal = home() / f".studies/{key}.journal"
@@ -101,6 +93,18 @@ def main(name: str, role: str = "") -> None:
     tracker.close(
         {"chosen": str(explained["trial"]), "why": explained["why"]}, {"auroc": metrics["auroc"]["value"]}
     )
+
+
+def board_of(task: Task, params: Params) -> Board:
+    """All that the study of a task works on; the tables that it is made from are not kept."""
+    images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
+    items = task_items(images, task.level)
+    label = task_labels(items, task)
+    folds = read_table(Path("splits/folds.csv"))
+    features = read_features(Path(f"features/{task.images}"), params.backbones)
+    if task.level == "patient":
+        return make_patient_board(images, items, label, folds, features)
+    return make_board(items, label, folds, features)
 
 
 def best_so_far(world: int) -> Callable[[Trial], str]:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-_ROWS = 8192  # of a mapped file read at once
+_ROWS = 512  # of a mapped file looked at together: the system shows up to 64 kB around each
 
 
 @contextmanager

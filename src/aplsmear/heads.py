@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import block_diag
 
-from aplsmear.files import whole
+from aplsmear.files import rows_of, whole
 from aplsmear.splits import HeldOut
 
 CHUNK = 2048  # items scored at a time
@@ -152,7 +152,7 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
             weights.append(_padded([heads[place].kernels[layer] for place in chosen]))
             weights.append(_padded([heads[place].biases[layer][None] for place in chosen]))
         for start in range(0, len(rows), CHUNK):
-            part = values[rows[start : start + CHUNK]].astype(np.float32)
+            part = rows_of(values, rows[start : start + CHUNK]).astype(np.float32)
             short = -len(part) % _BLOCK
             part = np.pad(part, ((0, short), (0, 0)))
             said = _forward(*kind)(part, weights).numpy()

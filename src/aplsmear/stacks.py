@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from aplsmear.files import rows_of
 from aplsmear.graphs import Block, Knobs, judge_graph, standardise_graph, train_graph
 from aplsmear.heads import ACTIVATIONS, Head, Job, Recipe, TrainingItems, layer_sizes, mean_head
 
@@ -462,13 +463,14 @@ class Table:
         items, self.values = material.items, material.values[features]
         self.made_of = features, tuple(held_out)
         self.mean, self.scale = _standardisation(self.values, items, held_out)
-        self.block = material.memory * 2**17  # bytes of a block: an eighth of the memory
+        self.block = material.memory * 2**14  # bytes of a block: 1/64 of the memory
         self.used = np.unique(
             np.concatenate([np.arange(r, r + v + 1) for r, v in zip(items.row, items.views, strict=True)])
         )
         self.x: Any = None
-        if len(held_out) * len(self.used) * self.values.shape[1] * 4 <= material.memory * 2**19:
-            self.x = standardise_graph()(self.values[self.used][None, None], self.mean, self.scale)
+        if len(held_out) * len(self.used) * self.values.shape[1] * 4 <= material.memory * 2**16:
+            here = rows_of(self.values, self.used)[None, None]
+            self.x = standardise_graph()(here, self.mean, self.scale)
 
     def sets(self, held_out: Sequence[tuple[int, ...]]) -> np.ndarray:
         """The places of held-out sets in this table."""
@@ -488,7 +490,7 @@ class Table:
         each = max(self.block // (rows[0].size * self.values.shape[1] * 4), 1)
         for start in range(0, len(rows), each):
             part = rows[start : start + each]
-            found = standardise_graph()(self.values[part], self.mean[sets], self.scale[sets])
+            found = standardise_graph()(rows_of(self.values, part), self.mean[sets], self.scale[sets])
             yield slice(start, start + each), found, np.arange(part.size, dtype=np.int32).reshape(part.shape)
 
 
@@ -532,7 +534,7 @@ def _standardisation(
     for number, fold in enumerate(folds):
         rows = items.row[fold_of == fold]
         for start in range(0, len(rows), 4096):
-            part = values[rows[start : start + 4096]].astype(np.float64)
+            part = rows_of(values, rows[start : start + 4096]).astype(np.float64)
             total[number] += part.sum(axis=0)
             square[number] += (part**2).sum(axis=0)
     count = np.array([(fold_of == fold).sum() for fold in folds], np.float64)

@@ -23,7 +23,7 @@ FLOATS = ("probability", "low", "high")
 _FLOAT = "%.6g"
 _SIGNS = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"  # the last four are wide = + - @
 _FORMULA = re.compile(f"'*[{re.escape(_SIGNS)}]")
-_ROWS = 32768  # read at once: a parser needs several times the memory of what it has read
+_ROWS = 8192  # read at once: a parser needs several times the memory of what it has read
 
 
 def read_table(path: Path) -> pd.DataFrame:

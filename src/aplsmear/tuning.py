@@ -25,6 +25,7 @@ from aplsmear import bags, graphs, heads, splits, stacks
 from aplsmear.bags import attend, bag_parameters, judge_bags, train_bags
 from aplsmear.errors import UserError
 from aplsmear.features import Features
+from aplsmear.files import give_back, rows_of
 from aplsmear.heads import Head, Job, Recipe, TrainingItems, parameters, score
 from aplsmear.params import Range, Tune, nearest
 from aplsmear.splits import inner_sets, outer_set, tuning_sets
@@ -199,7 +200,7 @@ class PatientBoard(Board):
         start = int(self.size[:place].sum())
         mine = slice(start, start + int(self.size[place]))
         rows = self.row[mine] + np.minimum(view, self.views[mine])
-        probability, attention = attend(head, self.features[head.features].values[rows])
+        probability, attention = attend(head, rows_of(self.features[head.features].values, rows))
         return probability, pd.DataFrame({"item": self.cell[mine], "attention": attention})
 
 
@@ -283,8 +284,10 @@ def _rows(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame
     for other in features.values():
         if not other.index.equals(index):
             raise TuneError(f"the features {other.name} are of other views; run `dvc repro bottleneck` again")
-    rows = index.reset_index(names="row").groupby("item", sort=False)["row"].agg(["min", "size"])
-    if list(rows.index) != list(items["item"]):
+    plain = np.flatnonzero(index["view"] == 0)  # an item's augmented views follow
+    found = {"min": plain, "size": np.diff(plain, append=len(index))}
+    rows = pd.DataFrame(found, index=index["item"].iloc[plain])
+    if not rows.index.equals(pd.Index(items["item"])):
         raise TuneError("the features are not those of this data set; run `dvc repro bottleneck` again")
     return rows
 
@@ -297,8 +300,8 @@ def _with_folds(items: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
 
 def _drawn(names: Iterable[str], groups: pd.DataFrame, seed: int) -> np.ndarray:
     """The place of each name in its group (rows that are the same), drawn by lot: int64, from 0."""
-    rank = [hashlib.sha256(f"{seed}/{name}".encode()).hexdigest() for name in names]
-    order = groups.assign(rank=rank).sort_values("rank")
+    rank = np.fromiter((hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names), "S32")
+    order = groups.iloc[np.argsort(rank, kind="stable")]
     return np.asarray(order.groupby(list(groups.columns)).cumcount().sort_index())
 
 
@@ -485,8 +488,9 @@ def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
         digest.update(np.ascontiguousarray(array).tobytes())
     for name, features in sorted(board.features.items()):
         digest.update(name.encode())
-        for start in range(0, len(features.values), 65536):
-            digest.update(features.values[start : start + 65536].tobytes())
+        for start in range(0, len(features.values), 8192):
+            digest.update(features.values[start : start + 8192].tobytes())
+            give_back(features.values)
     return digest.hexdigest()[:16]
 
 
