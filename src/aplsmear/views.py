@@ -193,11 +193,10 @@ def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
         random.SEED_MIN_VALUE, random.SEED_MAX_VALUE, size=(len(augmenter), 2), dtype=np.int32
     )
     batch = _BatchInAugmentation(images=[wide.copy()])
-    for each, own in zip(augmenter, drawn[:, 1], strict=True):
-        (source,) = np.random.SeedSequence(own).spawn(1)
-        batch = each._augment_batch_(
-            batch, random.RNG(np.random.Generator(np.random.SFC64(source))), [], None
-        )
+    for each, own in zip(augmenter, drawn[:, 1].tolist(), strict=True):
+        if not isinstance(each, _imgaug().Identity):
+            source = np.random.SeedSequence(own, spawn_key=(0,))  # the first that one of `own` spawns
+            batch = each._augment_batch_(batch, random.RNG(source), [], None)
     return np.ascontiguousarray(batch.images[0])
 
 
