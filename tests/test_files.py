@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.files import new_array, whole
+from aplsmear.files import give_back, new_array, rows_of, whole
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -131,3 +131,33 @@ def test_a_new_array_has_its_place_on_the_disk_before_anything_is_written(tmp_pa
     """A mapped file that finds the disk full on the way kills the process without a word."""
     new_array(tmp_path / "a.npy", np.float16, (1000, 1000))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2_000_000
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_rows_of_an_array_are_those_that_were_asked_for(mapped, tmp_path):
+    values = np.arange(6000, dtype=np.float32).reshape(2000, 3)
+    np.save(tmp_path / "a.npy", values)
+    array = np.load(tmp_path / "a.npy", mmap_mode="r") if mapped else values
+    for shape in [(0,), (1500,), (2, 5, 70)]:
+        rows = np.random.default_rng(1).integers(0, 2000, shape)
+        found = rows_of(array, rows)
+        np.testing.assert_array_equal(found, values[rows])
+        assert found.flags.writeable  # a copy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what belongs to a process")
+def test_a_mapped_file_costs_no_memory_when_it_has_been_read_or_written(tmp_path):
+    """64 MB of a file, of which every page is looked at."""
+
+    def of_files() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("RssFile"))) / 1000
+
+    array = new_array(tmp_path / "a.npy", np.uint8, (64000, 1000))
+    before = of_files()
+    array[:] = 7
+    assert of_files() > before + 50
+    give_back(array)
+    assert of_files() < before + 5
+    assert (rows_of(array, np.random.default_rng(1).permutation(64000)) == 7).all()
+    assert of_files() < before + 5

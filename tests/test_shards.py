@@ -1,6 +1,7 @@
 """Views in one large file a level: streamed in, streamed out, the same bytes each time."""
 
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -30,6 +31,15 @@ def test_what_goes_in_comes_out_in_full_batches(paths, level, batch):
     assert [view for each in batches for view in each] == expected
     assert [len(each) for each in batches[:-1]] == [batch] * (len(batches) - 1)
     assert count_views(paths[level]) == len(expected)
+
+
+def test_memory_holds_a_group_and_not_the_file(tmp_path):
+    with ViewWriter({"cell": tmp_path / "cell"}) as writer:
+        for group in range(30):
+            writer.write({"cell": [View(f"{group}_{n}", 0, bytes(10_000)) for n in range(100)]})
+    before = pa.total_allocated_bytes()
+    most = max(pa.total_allocated_bytes() for _ in read_views(tmp_path / "cell", 64))
+    assert most - before < 6e6  # of 30
 
 
 def test_the_index_has_items_and_views_without_the_pictures(paths):

@@ -10,6 +10,20 @@ from hypothesis import strategies as st
 from aplsmear.tables import read_scores, read_table, write_table
 
 
+def test_a_long_table_survives_the_file(tmp_path):
+    """It is read in parts: the text that needs care, and the first that is not empty, are in the last one."""
+    rows = 20_000
+    table = pd.DataFrame(
+        {
+            "item": [f"c{row}" for row in range(rows - 1)] + ["=1+1"],
+            "fab": [""] * (rows - 1) + ["m3"],
+            "view": np.arange(rows),
+        }
+    )
+    write_table(tmp_path / "a.csv", table)
+    pd.testing.assert_frame_equal(read_table(tmp_path / "a.csv"), table.astype({"item": str, "fab": str}))
+
+
 def test_a_table_survives_the_file(tmp_path):
     table = pd.DataFrame(
         {
