@@ -5,12 +5,13 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
-from clones import run, stages_run, start
+from clones import heard, run, stages_run, start
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture
@@ -42,10 +43,11 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     # One in the workspace while another runs in a folder of its own.
     deepen = ("dvc", "exp", "run", "-S", "task=apl_healthy_cell")
     aside = start(folder, *deepen, "--temp", "--name", "aside", "-S", "finetune.rate=0.001")
+    beside = heard(aside, "Running stage")  # till then it has DVC's lock; others wait three seconds for that
     printed = run(folder, *deepen, "--name", "deeper")
     assert stages_run(printed) == ["finetune"]
-    assert finetuned(folder)["task"] == "apl_healthy_cell"
-    beside, _ = aside.communicate()
+    assert is_deepened(folder, "apl_healthy_cell")
+    beside += aside.communicate()[0]
     assert aside.returncode == 0, beside
     assert stages_run(beside) == ["kaggle", "finetune"], beside  # what Kaggle gave is in no cache: asked anew
 
@@ -64,6 +66,8 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     assert "task=apl_heal" in lines["deeper"]
     assert f"{finetuned(folder)['difference']['value']:+.3f}" in shown
     assert "finetune.rate=0.001" in shown.replace("\n", "")
+    every = run(folder, "dvc", "exp", "show", "--csv")
+    assert "apl_healthy_cell" in next(line for line in every.splitlines() if "deeper" in line)
     diff = run(folder, "dvc", "exp", "diff", "HEAD", "deeper")
     assert "apl_healthy_cell" in next(line for line in diff.splitlines() if line.split()[1:2] == ["task"])
     assert "finetuned/metrics.json" in diff
@@ -89,6 +93,18 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     run(folder, "git", "checkout", "--quiet", "a-better-rate")
     run(folder, "dvc", "checkout", "--quiet")
     assert "up to date" in run(folder, "dvc", "status")
+
+
+def is_deepened(folder: Path, task: str) -> bool:
+    """Whether the scores, numbers and pictures of `finetuned` are those of a task."""
+    predictions = pd.read_csv(folder / "finetuned" / "predictions.csv")
+    tuned = pd.read_csv(folder / "tuned" / task / "predictions.csv")
+    plots = json.loads(run(folder, "dvc", "plots", "show", "--json"))["data"]
+    return (
+        finetuned(folder)["task"] == task
+        and set(predictions["item"]) == set(tuned.loc[tuned["fold"] == 0, "item"])
+        and any("explanations" in name for name in plots)
+    )
 
 
 def logs(folder: Path) -> str:

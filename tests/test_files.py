@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.files import give_back, new_array, rows_of, whole
+from aplsmear.files import give_back, new_array, rows_of, sha256, whole, write_arrays
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -161,3 +161,13 @@ def test_a_mapped_file_costs_no_memory_when_it_has_been_read_or_written(tmp_path
     assert of_files() < before + 5
     assert (rows_of(array, np.random.default_rng(1).permutation(64000)) == 7).all()
     assert of_files() < before + 5
+
+
+def test_arrays_are_the_same_bytes_under_every_python(tmp_path):
+    """Between its patch releases 3.11.2 and 3.11.4 Python changed what becomes of `numpy.savez`."""
+    path = tmp_path / "a.npz"
+    write_arrays(path, {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "name": np.array(["relu"])})
+    assert sha256(path) == "8bf46eab2bca7681448b3b03362b789159a1b2a6ff11d8b3a3fceef28201c87e"
+    with np.load(path, allow_pickle=False) as arrays:
+        assert arrays["kernel"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert arrays["name"].tolist() == ["relu"]
