@@ -112,7 +112,8 @@ def record(found: dict[str, Any], light: bool) -> None:
     whole.pop("-".join(names[:-1]) + kind, None)
     whole["-".join(names) + kind] = found
     if not light and max(found["patients"]) >= max(whole.get("patients", [0])):
-        whole |= {name: value for name, value in found.items() if not isinstance(value, dict)}
+        runs = {name: value for name, value in whole.items() if isinstance(value, dict)}
+        whole = runs | {name: value for name, value in found.items() if not isinstance(value, dict)}
         plot(found)
     write_json(RESULTS, whole)
 
@@ -138,20 +139,22 @@ def summary(sets: dict[str, Any]) -> dict[str, Any]:
     each = list(sets.values())
     few, many = each[0], each[-1]
     peaks = [max(stage["peak_memory_gb"] for stage in each["stages"].values()) for each in (few, many)]
-    return {
-        "patients": [int(count) for count in sets],
-        "peak_memory_gb": max(peaks),
+    growth = {
         "memory_growth": peaks[1] / peaks[0] - 1,
         "time_per_patient_growth": many["cpu_seconds_per_patient"] / few["cpu_seconds_per_patient"] - 1,
+        "memory_growth_of_stages": {
+            name: many["stages"][name]["peak_memory_gb"] / stage["peak_memory_gb"] - 1
+            for name, stage in few["stages"].items()
+        },
+    }
+    return (growth if len(sets) > 1 else {}) | {
+        "patients": [int(count) for count in sets],
+        "peak_memory_gb": max(peaks),
         "bytes_written_ratio": many["bytes_written_ratio"],
         "files": many["files"],
         "augment_wants_cores": many["stages"]["augment"]["cores_wanted"],
         "unchanged_seconds": many["unchanged"]["wall_seconds"],
         "unchanged_cpu_seconds": many["unchanged"]["cpu_seconds"],
-        "memory_growth_of_stages": {
-            name: many["stages"][name]["peak_memory_gb"] / stage["peak_memory_gb"] - 1
-            for name, stage in few["stages"].items()
-        },
         "sets": sets,
     }
 
