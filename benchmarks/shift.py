@@ -1,6 +1,6 @@
 """How verdicts hold in another laboratory: held-out patients under a graded change of stain, lamp and camera.
 
-Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures]
+Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures [NAME ...]]
 
 DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
 patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the
@@ -112,7 +112,13 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, default=ROOT)
     parser.add_argument("--ensemble", default="", help="default: apl_aml, or the only one that was made")
     parser.add_argument("--cells", type=int, default=30, help="of a patient, at most")
-    parser.add_argument("--measures", action="store_true", help="train otherwise too, once for each measure")
+    parser.add_argument(
+        "--measures",
+        nargs="*",
+        metavar="NAME",
+        choices=[*MEASURES],
+        help=f"train otherwise too, once for each of these (default: all): {', '.join(MEASURES)}",
+    )
     asked = parser.parse_args()
     os.chdir(asked.workspace)
     start_tensorflow()
@@ -131,8 +137,8 @@ def main() -> None:
         record(section, found)
     found["alone"] = {kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS}
     record(section, found)
-    for name, settings in MEASURES.items() if asked.measures else ():
-        other = variant(bench, asked.ensemble, asked.cells, name, settings)
+    for name in [] if asked.measures is None else asked.measures or MEASURES:
+        other = variant(bench, asked.ensemble, asked.cells, name, MEASURES[name])
         found.setdefault("measures", {})[name] = held(other, "medium")
         record(section, found)
     print(json.dumps(found, indent=2))
