@@ -13,12 +13,14 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 # Code that cannot change what a stage writes: where it is done, how waiting and errors look, what is logged
-# beside the outs, and the schema of params.yaml (the values are declared one by one).
+# beside the outs, what puts right a killed run, the schema of params.yaml (values are declared one by one).
 PLUMBING = {
     "__init__",
     "engine",
     "errors",
+    "guard",
     "layers",
+    "mending",
     "params",
     "problems",
     "progress",

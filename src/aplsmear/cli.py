@@ -216,7 +216,7 @@ def mend() -> None:
     Example: `aplsmear mend`
     """
     from aplsmear.errors import UserError
-    from aplsmear.workspace import mend as put_right
+    from aplsmear.mending import mend as put_right
 
     done = 0
     try:
