@@ -31,6 +31,9 @@ PLUMBING = {
     "tracking",
 }
 
+# Plumbing whose own imports are for a process beside the stage.
+BESIDE = {"guard", "mending"}
+
 # Read although the value changes no result: `tune` looks at the names of the backbones, to refuse others.
 WITHOUT_EFFECT = {"tune": {"backbones"}}
 
@@ -56,7 +59,8 @@ def closure_of(script: str) -> set[str]:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            waiting |= imports_of(ROOT / "src" / "aplsmear" / f"{module}.py")
+            if module not in BESIDE:
+                waiting |= imports_of(ROOT / "src" / "aplsmear" / f"{module}.py")
     return seen - PLUMBING
 
 

@@ -59,6 +59,14 @@ def start(top: Path) -> None:
         )
 
 
+def others(top: Path) -> bool:
+    """Whether a DVC that does not run this process is at work in the repository."""
+    import psutil
+
+    above = {process.pid for process in psutil.Process().parents()}
+    return any(process.pid not in above for process in at_work(top))
+
+
 def watch(pid: int, top: Path, here: Path, experiment: bool) -> None:
     """Wait for the end of a DVC, and put right what it then has not put right itself.
 

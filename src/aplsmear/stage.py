@@ -85,7 +85,12 @@ def check_changes(top: Path) -> None:
     Raises:
         UserError: it would.
     """
-    if "DVC_EXP_NAME" in os.environ and put_aside(top) and not has_changes(top, Path()):
+    if (
+        "DVC_EXP_NAME" in os.environ
+        and put_aside(top)
+        and not has_changes(top, Path())
+        and not guard.others(top)  # who puts aside for a moment what was changed since
+    ):
         raise UserError(
             "`dvc exp run` was killed when it had put your changes aside (`git stash`): this one would run "
             "without them.\nThey are put back now: the same command once more (if it says this again, git "
