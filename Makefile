@@ -44,7 +44,7 @@ test: venv  ## format, lint, types and the whole test suite, on WORKERS=2 proces
 	ruff format --check
 	ruff check
 	mypy
-	pytest -n $(WORKERS) --dist loadgroup
+	pytest -n $(WORKERS) --dist worksteal
 
 bench: demo  ## speed, memory, another laboratory, beside what one would do otherwise; writes benchmarks/results/
 	@python benchmarks/tuning.py
@@ -83,7 +83,8 @@ licences: venv  ## the licence of every package in .venv
 # The environment is made whole or not at all: the stamp comes last, and where it is missing all is made anew, because
 # an installation that was cut off, or one for another lock, cannot be told from a good one by pip. Downloads go next to it,
 # since /tmp may be small. Setuptools goes first: with it, the one package that has no wheel is built from pinned parts too.
-PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --compile
+# Bytecode is made on all cores at the end; what some packages bring for other Pythons has none, and needs none.
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
 $(STAMP):
 	@echo "Making .venv from $(LOCK): 1 GB to download, then about 3 minutes. Later runs skip this."
 	@"$(BASE_PYTHON)" -m venv --clear .venv
@@ -93,6 +94,7 @@ $(STAMP):
 	  $(PIP) --require-hashes -r .venv/tmp/setuptools.lock && \
 	  $(PIP) --require-hashes --no-build-isolation --use-pep517 -r $(LOCK)
 	@rm -r .venv/tmp
+	@.venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 	@touch $@
 
 .venv/project: $(STAMP) pyproject.toml

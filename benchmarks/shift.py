@@ -34,7 +34,7 @@ from aplsmear.adaptation import adapted
 from aplsmear.backbones import batch_of, features_of
 from aplsmear.bags import attend
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
-from aplsmear.files import whole
+from aplsmear.files import write_arrays
 from aplsmear.heads import Head, read_average, read_heads, score
 from aplsmear.images import read_image
 from aplsmear.members import SUMMARIES, summarise_patients
@@ -357,8 +357,7 @@ def forward(
     for place, layer in enumerate(settings.layer):
         values = np.concatenate([part[place] for part in parts])
         arrays[layer] = values.reshape(len(items), count, -1).transpose(1, 0, 2)
-    with whole(path) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    write_arrays(path, arrays)
 
 
 def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condition | None) -> Iterator[View]:

@@ -1,9 +1,12 @@
-"""What several test files use that is dear to make."""
+"""What several test files use that is dear to make, and the order of tests."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from aplsmear.files import hold
 from clones import clone, commit, run
 from small import make_small
 
@@ -12,11 +15,21 @@ from small import make_small
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone in which `dvc repro` has run to the end; tests that change it put it back.
 
-    Tests that ask for it belong to the xdist group `pipeline`, so that one process makes it once.
+    Whichever process of the suite asks first makes it, and each has a copy.
     """
-    folder = clone(tmp_path_factory.mktemp("small") / "first")
-    make_small(folder)
-    commit(folder)
-    run(folder, "dvc", "repro")
-    commit(folder)
-    return folder
+    mine = tmp_path_factory.mktemp("small")
+    made = (mine.parents[1] if "PYTEST_XDIST_WORKER" in os.environ else mine) / "made"
+    with hold(made.with_suffix(".lock")):
+        if not made.exists():
+            folder = clone(mine / "making")
+            make_small(folder)
+            commit(folder)
+            run(folder, "dvc", "repro")
+            commit(folder)
+            folder.rename(made)
+    return Path(shutil.copytree(made, mine / "first", symlinks=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)

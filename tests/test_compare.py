@@ -197,7 +197,6 @@ def test_results_that_are_not_here_are_told(workspace: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.pipeline
-@pytest.mark.xdist_group("pipeline")
 def test_every_plot_of_the_pipeline_is_on_the_page(small: Path, tmp_path: Path) -> None:
     assert compare(small, "HEAD", "workspace", "--out", str(tmp_path / "compare.html")).returncode == 0
     html = (tmp_path / "compare.html").read_text(encoding="utf-8")

@@ -30,10 +30,7 @@ from dask_servers import SRC, Servers, until, workers
 from test_predict import BACKBONE, KNOBS, SEED, Run, trained  # noqa: F401
 
 # Keras 3.15 on NumPy 2, when it saves weights.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
-    pytest.mark.xdist_group("cluster"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 
 
 @pytest.fixture

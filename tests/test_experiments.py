@@ -5,12 +5,13 @@ import shutil
 import sqlite3
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 from clones import run, stages_run, start
 
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture
@@ -45,6 +46,12 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     printed = run(folder, *deepen, "--name", "deeper")
     assert stages_run(printed) == ["finetune"]
     assert finetuned(folder)["task"] == "apl_healthy_cell"
+    predictions = pd.read_csv(folder / "finetuned" / "predictions.csv")
+    tuned = pd.read_csv(folder / "tuned" / "apl_healthy_cell" / "predictions.csv")
+    assert set(predictions["item"]) == set(tuned.loc[tuned["fold"] == 0, "item"])
+    assert list((folder / "finetuned" / "explanations").glob("*.png"))
+    plots = json.loads(run(folder, "dvc", "plots", "show", "--json"))["data"]
+    assert any("explanations" in name for name in plots)
     beside, _ = aside.communicate()
     assert aside.returncode == 0, beside
     assert stages_run(beside) == ["kaggle", "finetune"], beside  # what Kaggle gave is in no cache: asked anew
@@ -64,6 +71,8 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     assert "task=apl_heal" in lines["deeper"]
     assert f"{finetuned(folder)['difference']['value']:+.3f}" in shown
     assert "finetune.rate=0.001" in shown.replace("\n", "")
+    every = run(folder, "dvc", "exp", "show", "--csv")
+    assert "apl_healthy_cell" in next(line for line in every.splitlines() if "deeper" in line)
     diff = run(folder, "dvc", "exp", "diff", "HEAD", "deeper")
     assert "apl_healthy_cell" in next(line for line in diff.splitlines() if line.split()[1:2] == ["task"])
     assert "finetuned/metrics.json" in diff

@@ -7,8 +7,7 @@ import pytest
 
 from kills import Place, forget, kill
 
-# `small`, of conftest.py, serves all tests of this group.
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.pipeline
 
 STAGES = {"augment": 2.5, "ensemble_apl_aml": 2.5}  # seconds that they may last
 REPRO = ("dvc", "repro")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.files import new_array, whole
+from aplsmear.files import new_array, sha256, whole, write_arrays
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -131,3 +131,13 @@ def test_a_new_array_has_its_place_on_the_disk_before_anything_is_written(tmp_pa
     """A mapped file that finds the disk full on the way kills the process without a word."""
     new_array(tmp_path / "a.npy", np.float16, (1000, 1000))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2_000_000
+
+
+def test_arrays_are_the_same_bytes_under_every_python(tmp_path):
+    """Between its patch releases 3.11.2 and 3.11.4 Python changed what becomes of `numpy.savez`."""
+    path = tmp_path / "a.npz"
+    write_arrays(path, {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "name": np.array(["relu"])})
+    assert sha256(path) == "8bf46eab2bca7681448b3b03362b789159a1b2a6ff11d8b3a3fceef28201c87e"
+    with np.load(path, allow_pickle=False) as arrays:
+        assert arrays["kernel"].tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert arrays["name"].tolist() == ["relu"]

@@ -15,8 +15,7 @@ import yaml
 from clones import run, stages_run
 from small import MEMBERS, TASKS
 
-# One clone serves all tests of this group (`small`, of conftest.py), so they run in one process.
-pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.pipeline
 
 
 def test_every_patient_gets_one_verdict_with_its_uncertainty(small: Path) -> None:
@@ -94,24 +93,6 @@ def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
             assert drawn["content"]["data"]["values"], f"{name} {curve} is empty"
     for task in TASKS:
         assert any(task in key and key.endswith("roc.csv") for key in plots)
-
-
-def test_another_task_reruns_finetune_alone_and_has_its_line_among_the_experiments(small: Path) -> None:
-    printed = run(small, "dvc", "exp", "run", "--name", "deeper", "-S", "task=apl_healthy_cell")
-    assert stages_run(printed) == ["finetune"]
-    metrics = json.loads((small / "finetuned" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["task"] == "apl_healthy_cell"
-    predictions = pd.read_csv(small / "finetuned" / "predictions.csv")
-    tuned = pd.read_csv(small / "tuned" / "apl_healthy_cell" / "predictions.csv")
-    assert set(predictions["item"]) == set(tuned.loc[tuned["fold"] == 0, "item"])
-    assert list((small / "finetuned" / "explanations").glob("*.png"))
-    shown = run(small, "dvc", "exp", "show", "--csv")
-    assert "apl_healthy_cell" in next(line for line in shown.splitlines() if "deeper" in line)
-    plots = json.loads(run(small, "dvc", "plots", "show", "--json"))["data"]
-    assert any("explanations" in name for name in plots)
-    run(small, "git", "checkout", "--quiet", "--", "params.yaml", "dvc.lock")
-    run(small, "dvc", "checkout", "--quiet")
-    run(small, "dvc", "exp", "remove", "deeper")
 
 
 def test_killed_in_training_finetune_goes_on_and_ends_with_the_same_bytes(small: Path) -> None:

@@ -33,11 +33,6 @@ ROOT = Path(__file__).parents[1]
 MOST_OBJECTS = 150  # of the whole demo
 
 
-def of_the_pipeline(test: Any) -> Any:
-    """A test that asks for `small`."""
-    return pytest.mark.pipeline(pytest.mark.xdist_group("pipeline")(test))
-
-
 KEYS = {"AWS_ACCESS_KEY_ID": ID, "AWS_SECRET_ACCESS_KEY": SECRET}
 NOWHERE = {
     "AWS_EC2_METADATA_DISABLED": "true",
@@ -324,7 +319,7 @@ def lab(small: Path, tmp_path: Path, server: S3Server) -> Lab:
     return made
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_what_one_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
     lab.dvc(lab.a, "push")
     assert 0 < lab.objects() <= objects_of(lab.a)
@@ -342,7 +337,7 @@ def test_what_one_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
             assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_an_experiment(
     lab: Lab,
 ) -> None:
@@ -373,7 +368,7 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
     assert (lab.a / "ensembles" / "apl_aml" / "predictions.csv").read_bytes() == table
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_a_server_that_dies_in_the_middle_costs_nothing_but_the_next_try(lab: Lab) -> None:
     whole = sound(lab.a / ".dvc" / "cache" / "files" / "md5")
     for folder, word, arrives in (
@@ -394,7 +389,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_but_the_next_try(lab: La
     assert lab.objects() == sound(lab.b / ".dvc" / "cache" / "files" / "md5")
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_what_dvc_says_of_wrong_keys_and_buckets_names_the_store(lab: Lab) -> None:
     for word in ("push", "pull"):
         said = lab.dvc(lab.a if word == "push" else lab.b, word, key="another", ok=False)
@@ -404,7 +399,7 @@ def test_what_dvc_says_of_wrong_keys_and_buckets_names_the_store(lab: Lab) -> No
     assert "bucket does not exist" in lab.dvc(lab.a, "push", ok=False)
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_the_folder_beside_the_repository_serves_a_clone_beside_it(small: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a first", tmp_path / "a second"
     run(tmp_path, "git", "clone", "--quiet", str(small), first.name)
@@ -417,7 +412,7 @@ def test_the_folder_beside_the_repository_serves_a_clone_beside_it(small: Path, 
     assert (second / "ensembles" / "apl_healthy" / "report.html").exists()
 
 
-@of_the_pipeline
+@pytest.mark.pipeline
 def test_more_patients_make_no_more_files(small: Path) -> None:
     """18 patients here, 60 in the demo, a thousand elsewhere: what grows with them are tables and arrays."""
     few, many = (

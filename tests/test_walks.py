@@ -18,7 +18,6 @@ def stable(shown: list[str]) -> list[str]:
 
 
 @pytest.mark.pipeline
-@pytest.mark.xdist_group("pipeline")
 @pytest.mark.parametrize("path", WALKS, ids=lambda path: path.stem)
 def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "aplsmear"

@@ -32,7 +32,7 @@ from aplsmear.ensembles import Combination, as_json, combination_of
 from aplsmear.errors import UserError
 from aplsmear.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.features import Features
-from aplsmear.files import copy_whole, sha256, whole
+from aplsmear.files import copy_whole, sha256, write_arrays
 from aplsmear.heads import Head, read_average, read_heads
 from aplsmear.params import Augment, Backbone, Level, TaskLevel
 from aplsmear.shards import View
@@ -225,8 +225,7 @@ def write_bundle(
     for kind in ("typical", "stain"):
         cloud = getattr(reference, kind)
         arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
-    with whole(folder / REFERENCE) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    write_arrays(folder / REFERENCE, arrays)
     sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
     described = {"format": FORMAT, "version": VERSION, "aplsmear": aplsmear.__version__, "files": sums}
     write_json(folder / MANIFEST, described)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import block_diag
 
-from aplsmear.files import whole
+from aplsmear.files import write_arrays
 from aplsmear.splits import HeldOut
 
 CHUNK = 2048  # items scored at a time
@@ -179,8 +179,7 @@ def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
             arrays[f"{place}.bias.{layer}"] = bias
         for number, array in enumerate(head.attention):
             arrays[f"{place}.attention.{number}"] = array
-    with whole(path) as part, part.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    write_arrays(path, arrays)
 
 
 def read_heads(path: Path) -> list[Head]:

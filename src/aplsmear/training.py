@@ -18,7 +18,7 @@ import numpy as np
 
 from aplsmear.devices import Precision, machine_strategy, precision_of
 from aplsmear.errors import UserError
-from aplsmear.files import new_array, whole
+from aplsmear.files import new_array, whole, write_arrays
 from aplsmear.heads import Head, Recipe, TrainingItems
 from aplsmear.images import decode
 from aplsmear.params import Finetune
@@ -274,8 +274,7 @@ class Tuner:
     def _keep(self, checkpoint: Path, course: Course) -> None:
         arrays: dict[str, Any] = {f"state.{n}": each.numpy() for n, each in enumerate(self._state())}
         arrays |= {"loss": course.loss, "auroc": course.auroc, "seconds": course.seconds}
-        with whole(checkpoint) as part, part.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        write_arrays(checkpoint, arrays)
 
 
 def check_precision(precision: Precision) -> None:
