@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from scmrepo.git import Git
 
 from clones import ROOT, commit
-from kills import Place, kill
+from kills import Place
 
 EXPERIMENT = ("dvc", "exp", "run", "--name", "killed", "-S", "knob=2")
 STAGE = """
@@ -57,11 +58,19 @@ def place(first: Path, tmp_path: Path) -> Place:
     return Place(folder, tmp_path / "outside")
 
 
-def killed(place: Place, *command: str) -> None:
-    """Give the command and kill it with its children, while its first stage is at work."""
-    slow = Place(place.folder, place.outside, {"NAP": "60"})
-    running, said = kill(slow, command, 0.5, "At work")  # in which the guard starts
-    assert running, said
+def started(place: Place, *command: str, nap: float = 60) -> subprocess.Popen[str]:
+    """The command, whose first stage is at work and whose guard is there."""
+    process = Place(place.folder, place.outside, {"NAP": str(nap)}).start(*command)
+    assert process.stdout is not None
+    while "At work" not in process.stdout.readline():
+        assert process.poll() is None
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """With its children."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def head(place: Place) -> str:
@@ -81,7 +90,7 @@ def wanted(place: Place, knob: int) -> None:
 @pytest.mark.parametrize("beside", [False, True])
 def test_an_experiment_needs_the_same_command_alone(place: Place, beside: bool) -> None:
     command = (*EXPERIMENT, "--temp") if beside else EXPERIMENT
-    killed(place, *command)
+    kill(started(place, *command))
     place.run(*command)  # at once: the guard is still at it
     wanted(place, 1 if beside else 2)
     (name,) = place.run("git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/killed").split()
@@ -91,7 +100,7 @@ def test_an_experiment_needs_the_same_command_alone(place: Place, beside: bool) 
 
 
 def test_git_is_back_on_its_branch_without_any_command(place: Place) -> None:
-    killed(place, *EXPERIMENT)
+    kill(started(place, *EXPERIMENT))
     began = time.monotonic()
     place.settle()
     assert time.monotonic() - began < 5
@@ -100,23 +109,32 @@ def test_git_is_back_on_its_branch_without_any_command(place: Place) -> None:
 
 
 def test_where_the_guard_died_too_that_of_the_next_run_does_it(place: Place) -> None:
-    process = Place(place.folder, place.outside, {"NAP": "60"}).start(*EXPERIMENT)
-    assert process.stdout is not None
-    while "At work" not in process.stdout.readline():
-        pass
+    process = started(place, *EXPERIMENT)
     for guard in place.guards():
         guard.kill()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert "git is off its branch" in place.leftovers()
     place.run(*EXPERIMENT)
+    wanted(place, 2)
+
+
+def test_a_guard_that_comes_late_leaves_the_next_run_alone(place: Place) -> None:
+    process = started(place, *EXPERIMENT)
+    (late,) = place.guards()
+    time.sleep(1)  # in which it begins to watch
+    late.suspend()
+    kill(process)
+    again = started(place, *EXPERIMENT, nap=2)
+    late.resume()
+    said, _ = again.communicate()
+    assert not again.returncode, said
     wanted(place, 2)
 
 
 def test_who_had_left_the_branch_stays_off_it(place: Place) -> None:
     place.run("git", "checkout", "--quiet", "--detach")
     before = head(place)
-    killed(place, *EXPERIMENT)
+    kill(started(place, *EXPERIMENT))
     place.settle()
     assert head(place) == before
     place.run(*EXPERIMENT)
@@ -128,14 +146,10 @@ def test_who_had_left_the_branch_stays_off_it(place: Place) -> None:
 def test_a_lock_file_that_was_cut_off_is_whole_for_the_next_command(place: Place) -> None:
     (place.folder / "params.yaml").write_text("knob: 3\n")
     lock = place.folder / "dvc.lock"
-    process = Place(place.folder, place.outside, {"NAP": "60"}).start("dvc", "repro")
-    assert process.stdout is not None
-    while "At work" not in process.stdout.readline():
-        pass
+    process = started(place, "dvc", "repro")
     text = lock.read_text()
     lock.write_text(text[: text.index("params") + 3])
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     place.run("dvc", "repro")
     wanted(place, 3)
 

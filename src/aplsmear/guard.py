@@ -1,6 +1,6 @@
 """A process beside DVC that outlives a kill of DVC and puts right what only DVC's own end would have.
 
-``python -m aplsmear.guard PID TOP HERE`` is started by a stage; see `start`.
+``python -m aplsmear.guard PID TOP HERE [MINE]`` is started by a stage; see `start` and `watch`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def start(top: Path) -> None:
     dvc = next((each for each in above if is_dvc(each.as_dict(["cmdline"])["cmdline"])), None)
     if dvc is None:
         return  # DVC as a library of another program, which is not ours to watch
-    words = ["-m", "aplsmear.guard", str(dvc.pid), str(top), str(here)]
+    mine = experiment_at_work(top) if "DVC_EXP_NAME" in os.environ and here == top else None
+    words = ["-m", "aplsmear.guard", str(dvc.pid), str(top), str(here), *([mine] if mine else [])]
     if any((each.info["cmdline"] or [])[-len(words) :] == words for each in psutil.process_iter(["cmdline"])):
         return
     with (top / ".dvc" / "tmp" / LOG).open("ab") as log:
@@ -67,7 +68,7 @@ def others(top: Path) -> bool:
     return any(process.pid not in above for process in at_work(top))
 
 
-def watch(pid: int, top: Path, here: Path, experiment: bool) -> None:
+def watch(pid: int, top: Path, here: Path, mine: str = "") -> None:
     """Wait for the end of a DVC, and put right what it then has not put right itself.
 
     What is of this DVC alone is done at once: the lock is held before the next DVC has come so far as to ask
@@ -78,9 +79,8 @@ def watch(pid: int, top: Path, here: Path, experiment: bool) -> None:
         pid: the process of DVC.
         top: the top of the repository that it was called in.
         here: where its stages run: `top`, or the folder of an experiment beside the workspace.
-        experiment: whether it is `dvc exp run`.
+        mine: what `experiment_at_work` was for it; empty: it is no `dvc exp run` in the workspace.
     """
-    mine = experiment_at_work(top)
     lock = alone(top, patient=True)
     is_cut_off(top / "dvc.lock")  # imports what is needed later, while there is time
     _wait([pid])
@@ -93,7 +93,7 @@ def watch(pid: int, top: Path, here: Path, experiment: bool) -> None:
             _say(*mend_texts(top, ["dvc.lock"]))
             if _is_off(top, mine):
                 _say(*mend_branch(top))
-    while experiment and remains(top):
+    while (mine or here != top) and remains(top):
         if busy := [process.pid for process in at_work(top)]:
             _wait(busy)
             continue
@@ -103,9 +103,9 @@ def watch(pid: int, top: Path, here: Path, experiment: bool) -> None:
                 return
 
 
-def _is_off(top: Path, mine: str | None) -> bool:
+def _is_off(top: Path, mine: str) -> bool:
     """Whether an experiment has ended and left git off its branch, and none has begun since."""
-    return mine is not None and left_branch(top) is not None and experiment_at_work(top) in {mine, None}
+    return bool(mine and left_branch(top)) and experiment_at_work(top) in {mine, None}
 
 
 def _is_beside(here: Path) -> bool:
@@ -132,4 +132,4 @@ def _say(*lines: str) -> None:
 
 
 if __name__ == "__main__":
-    watch(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), "DVC_EXP_NAME" in os.environ)
+    watch(int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
