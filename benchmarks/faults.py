@@ -252,7 +252,8 @@ def surroundings(bench: Bench, folder: Path) -> dict[str, str]:
         place = folder / "case"
         place.mkdir()
         try:
-            found[name] = happens(Case(bench.spare, bench.wanted[""], place, bench.new))
+            told = happens(Case(bench.spare, bench.wanted[""], place, bench.new))
+            found[name] = told.replace(str(folder), "DIR")
         except NotHereError as error:
             found[name] = f"not seen: {error}"
         shutil.rmtree(place)
