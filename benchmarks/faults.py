@@ -4,10 +4,11 @@ Usage: python benchmarks/faults.py [--kills N] [--seed S] [--keep DIR]
 
 In a clone with a tiny data set, N commands are killed with all their children at a moment drawn by lot:
 `dvc repro` in every stage and from nothing, `dvc exp run`, in the workspace and beside it, and `aplsmear
-predict`. After each kill the same command is given again. Then all files but DVC's and git's own must be, to
-the byte, those of a run that nobody disturbed, dvc.lock included, MLflow's database and the study must open,
-and nothing may lie about that a person has to clean up. Where the same command does not do, or leaves
-something, `aplsmear mend` is called, and that is counted.
+predict`, all the while with changes of a person in a file that git knows. After each kill the same command is
+given again, at once. Then all files but DVC's and git's own must be, to the byte, those of a run that nobody
+disturbed, dvc.lock included, MLflow's database and the study must open, git must be on its branch, and
+nothing may lie about that a person has to clean up. Where the same command does not do, `aplsmear mend` is
+called, and that is counted.
 
 Then the cases of benchmarks/surroundings.py: full disks, other users, flipped bits, servers that stop.
 
@@ -46,6 +47,8 @@ REPRO = ("dvc", "repro")
 EXPERIMENT = ("dvc", "exp", "run", "--name", "killed", "-S", "combine.refits=21")
 BESIDE = (*EXPERIMENT, "--temp")
 SHARE = {"experiment": 0.14, "experiment beside": 0.06, "predict": 0.14, "from nothing": 0.08}  # of the kills
+CHANGED = "README.md"  # by a person, who has not committed it
+DONE = "conflicts with existing experiment"  # says DVC of one that had come to its end before the kill
 TAIL = 0.7  # seconds behind the end of a stage in which it may still be killed: DVC takes note of its outs
 
 
@@ -94,6 +97,8 @@ def make_bench(folder: Path, seed: int) -> Bench:
     bench.seconds = timed(place, *REPRO)
     bench.seconds["from nothing"] = bench.seconds.pop("")
     commit_all(place.folder)
+    with (place.folder / CHANGED).open("a") as file:
+        file.write("Notes.\n")
     shutil.copytree(place.folder, spare, symlinks=True)
     bench.wanted[""] = place.files()
     for name, command in (("predict", bench.predict), ("experiment", EXPERIMENT)):
@@ -128,6 +133,7 @@ def put_back(bench: Bench) -> None:
     if experiment_in(place):
         place.run("dvc", "exp", "remove", "killed")
         place.run("git", "checkout", "--quiet", "--force", "main")
+        shutil.copy(bench.spare / CHANGED, place.folder)
         place.run("dvc", "checkout", "--quiet", "--force")
     shutil.rmtree(place.folder / ".dvc/cache/runs", ignore_errors=True)
 
@@ -168,6 +174,7 @@ def strike(bench: Bench, kind: str) -> None:
     count.kills += 1
     note = f"{kind}, {seconds:.2f} s: "
     code, again = place.code(*command)
+    code = 0 if DONE in again else code
     mended = ""
     if code:
         note += f"[again: {again.strip().splitlines()[-1][:300]}] "
@@ -187,12 +194,10 @@ def strike(bench: Bench, kind: str) -> None:
     if wrong or mended:
         count.notes.append(f"{note}{f'WRONG: {wrong}' if wrong else 'right after that'}")
         print(count.notes[-1], file=sys.stderr, flush=True)
-    if wrong:
+    if wrong or kind == "from nothing":
         reset(bench)
     else:
         put_back(bench)
-        if kind == "from nothing":
-            commit_all(place.folder)
 
 
 def plan(bench: Bench, kills: int) -> list[str]:
@@ -247,7 +252,8 @@ def surroundings(bench: Bench, folder: Path) -> dict[str, str]:
         place = folder / "case"
         place.mkdir()
         try:
-            found[name] = happens(Case(bench.spare, bench.wanted[""], place, bench.new))
+            told = happens(Case(bench.spare, bench.wanted[""], place, bench.new))
+            found[name] = told.replace(str(folder), "DIR")
         except NotHereError as error:
             found[name] = f"not seen: {error}"
         shutil.rmtree(place)

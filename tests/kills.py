@@ -13,10 +13,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
 
 from clones import UNSET, run
@@ -86,8 +87,24 @@ class Place:
                 found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
+    def settle(self, seconds: float = 10) -> None:
+        """Wait until the guards (`aplsmear.guard`) of what ran here have done what they are for."""
+        deadline = time.monotonic() + seconds
+        while any(self.guards()):
+            assert time.monotonic() < deadline, "a guard does not end"
+            time.sleep(0.02)
+
+    def guards(self) -> Iterator[psutil.Process]:
+        """Those that are alive."""
+        top = str(self.folder.resolve())
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "aplsmear.guard" in words and top in words:
+                yield process
+
     def leftovers(self) -> list[str]:
         """What a person would have to clean up."""
+        self.settle()
         found = [f".finetuning/{path.name}/" for path in self.folder.glob(".finetuning/*/")]
         found += [str(path) for path in self.folder.glob(".dvc/tmp/exps/standalone/tmp*")]
         found += [f"{path.name} in .git" for path in self.folder.glob(".git/**/*.lock")]

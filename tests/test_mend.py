@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from scmrepo.git import Git
 
 from aplsmear.errors import UserError
-from aplsmear.workspace import mend
+from aplsmear.mending import mend
 from clones import commit, run, start
 from flips import flip
 
@@ -128,3 +129,49 @@ def test_an_experiment_that_was_killed_gives_git_its_branch_back(place: Path) ->
     run(place, "git", "checkout", "--quiet", "--force", "HEAD~0")  # off the branch by hand: so it stays
     assert list(mend(place)) == []
     assert "(no branch)" in run(place, "git", "status", "--branch", "--short")
+
+
+def changed(place: Path) -> Path:
+    """A file that is in git and that a person has changed."""
+    file = place / "dvc.yaml"
+    file.write_text(f"{file.read_text()}# mine\n")
+    return file
+
+
+@pytest.mark.parametrize("moment", ["put aside", "for the experiment", "taken away"])
+def test_changes_that_dvc_held_when_it_was_killed_are_here_again(place: Path, moment: str) -> None:
+    """The three moments of `dvc exp run` before its first stage, in DVC's own steps."""
+    file = changed(place)
+    wanted = file.read_text()
+    git = Git(str(place))
+    if moment == "taken away":
+        run(
+            place,
+            "git",
+            "update-ref",
+            "refs/exps/exec/EXEC_MERGE",
+            run(place, "git", "stash", "create").strip(),
+        )
+        git.checkout(git.get_rev(), detach=True, force=True)
+    else:
+        stashed = git.stash.push()
+        git.checkout(git.get_rev(), detach=True)
+        if moment == "for the experiment":
+            git.stash.apply(stashed)
+            (place / "params.yaml").write_text("knob: 2\n")
+    git.close()
+    assert (file.read_text() == wanted) == (moment == "for the experiment")
+    assert len(list(mend(place))) >= 2
+    assert file.read_text() == wanted
+    assert list(mend(place)) == []
+    assert run(place, "git", "stash", "list") == ""
+
+
+def test_what_a_person_put_aside_stays_there(place: Path) -> None:
+    changed(place)
+    run(place, "git", "stash")
+    git = Git(str(place))
+    git.checkout(git.get_rev(), detach=True)  # by DVC, at once
+    git.close()
+    assert len(list(mend(place))) == 1
+    assert run(place, "git", "stash", "list").count("\n") == 1

@@ -180,6 +180,7 @@ def test_errors_that_people_can_mend_have_one_base():
         ),
         (PermissionError(errno.EACCES, "Permission denied", "tuned"), "tuned: you may not write"),
         (MemoryError(), "too little memory"),
+        (OSError(errno.EIO, "no answer from s3://lab:hunter22@host"), "no answer from s3://***@host"),
     ],
 )
 def test_a_full_disk_a_locked_folder_and_no_memory_are_said_in_one_line(error, told, capsys):

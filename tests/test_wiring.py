@@ -13,12 +13,14 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 # Code that cannot change what a stage writes: where it is done, how waiting and errors look, what is logged
-# beside the outs, and the schema of params.yaml (the values are declared one by one).
+# beside the outs, what puts right a killed run, the schema of params.yaml (values are declared one by one).
 PLUMBING = {
     "__init__",
     "engine",
     "errors",
+    "guard",
     "layers",
+    "mending",
     "params",
     "problems",
     "progress",
@@ -28,6 +30,9 @@ PLUMBING = {
     "stage",
     "tracking",
 }
+
+# Plumbing whose own imports are for a process beside the stage.
+BESIDE = {"guard", "mending"}
 
 # Read although the value changes no result: `tune` looks at the names of the backbones, to refuse others.
 WITHOUT_EFFECT = {"tune": {"backbones"}}
@@ -54,7 +59,8 @@ def closure_of(script: str) -> set[str]:
         module = waiting.pop()
         if module not in seen:
             seen.add(module)
-            waiting |= imports_of(ROOT / "src" / "aplsmear" / f"{module}.py")
+            if module not in BESIDE:
+                waiting |= imports_of(ROOT / "src" / "aplsmear" / f"{module}.py")
     return seen - PLUMBING
 
 

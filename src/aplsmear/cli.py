@@ -213,13 +213,14 @@ def mend() -> None:
     """Put right what a kill, a power cut, a full or a failing disk left behind; then the same command again.
 
     Locks of a DVC that is no longer there; dvc.lock, params.yaml or data.dvc cut off while DVC wrote them;
-    git off its branch after `dvc exp run`; outs and objects of DVC's cache that are not, to the bit, what
-    they were. What is sound is not touched. It reads the whole cache, at the speed of the disk.
+    git off its branch, or your changes in its stash, after `dvc exp run`; outs and objects of DVC's cache
+    that are not, to the bit, what they were. What is sound is not touched. It reads the whole cache, at the
+    speed of the disk.
 
     Example: `aplsmear mend`
     """
     from aplsmear.errors import UserError
-    from aplsmear.workspace import mend as put_right
+    from aplsmear.mending import mend as put_right
 
     done = 0
     try:

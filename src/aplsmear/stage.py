@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 import yaml
 
+from aplsmear import guard
 from aplsmear.errors import UserError
+from aplsmear.mending import has_changes, put_aside
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 from aplsmear.soundness import unsound
 
@@ -34,7 +36,8 @@ _SURROUNDINGS = {
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> NoReturn:
     """Call a stage's `main` with the words of its command line and end the process.
 
-    Where DVC runs the stage, what other stages made for it is held against dvc.lock first.
+    Where DVC runs the stage, a guard goes beside DVC (`aplsmear.guard`), and what other stages made for this
+    one is held against dvc.lock first.
 
     The exit code is what `main` returns (None: 0); 1 after a `UserError` or where disk or memory do not do,
     with a message on stderr instead of a traceback; 2 where the words do not fit `main`, with the usage from
@@ -53,6 +56,9 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         print(inspect.getdoc(inspect.getmodule(main)), file=sys.stderr)
         sys.exit(MISUSED)
     try:
+        if "DVC_STAGE" in os.environ:
+            guard.start(home())
+            check_changes(home())
         check_inputs(os.environ.get("DVC_STAGE", ""))
         code = main(*words)
     except UserError as error:
@@ -64,9 +70,32 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
             raise
         where = getattr(error, "filename", None) or Path().resolve()
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        print(f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({reason})", file=sys.stderr)
+        said = f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({reason})"
+        print(without_secrets(said), file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
+
+
+def check_changes(top: Path) -> None:
+    """See that an experiment does not run without changes that an earlier one, killed, had put aside.
+
+    Args:
+        top: the top of the repository that DVC was called in.
+
+    Raises:
+        UserError: it would.
+    """
+    if (
+        "DVC_EXP_NAME" in os.environ
+        and put_aside(top)
+        and not has_changes(top, Path())
+        and not guard.others(top)  # who puts aside for a moment what was changed since
+    ):
+        raise UserError(
+            "`dvc exp run` was killed when it had put your changes aside (`git stash`): this one would run "
+            "without them.\nThey are put back now: the same command once more (if it says this again, git "
+            "cannot put them together with what is here now: `git stash pop`)."
+        )
 
 
 def check_inputs(stage: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +16,6 @@ from aplsmear import share
 from aplsmear.compare import Compared
 from aplsmear.errors import UserError
 from aplsmear.experiments import Experiment
-from aplsmear.files import copy_whole, whole
-from aplsmear.soundness import is_sound, unsound_objects
 
 # Parts of the names of DVC's settings whose values must not stand in a file that git shares.
 _SECRETS = (
@@ -31,15 +27,6 @@ _SECRETS = (
     "customer_key",
     "access_key_id",
 )
-# What git and DVC need while an experiment runs, and take away at its end.
-_OF_A_RUN = (
-    "refs/exps/exec/EXEC_BASELINE",
-    "refs/exps/exec/EXEC_MERGE",
-    "refs/exps/exec/EXEC_BRANCH",
-    "refs/exps/temp/",
-    "refs/exps/stash",
-)
-_FULL_NAME = r"[0-9a-f]{40}"  # of a commit
 
 
 def check_remote(folder: Path, name: str | None = None) -> list[str]:
@@ -269,169 +256,3 @@ def _drawn(
             else:
                 pictures.setdefault(name, {})[each["revisions"][0]] = (folder / each["url"]).read_bytes()
     return plots, pictures
-
-
-def mend(folder: Path) -> Iterator[str]:
-    """Put right what a kill, a full disk or a failing one has left behind; what is sound stays as it is.
-
-    Args:
-        folder: the top of a repository.
-
-    Yields:
-        What was done, in lines.
-
-    Raises:
-        UserError: there is no repository, or DVC is at work in it.
-    """
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-
-    if not (folder / ".dvc").is_dir():
-        raise UserError(f"{folder.resolve()} is not the top of a DVC repository: type this in a clone.")
-    _check_idle(folder)
-    yield from _mend_locks(folder / ".dvc" / "tmp")
-    yield from _mend_texts(folder)
-    yield from _mend_experiment(folder)
-    try:
-        with Repo(str(folder)) as repo:
-            yield from _mend_outs(repo, folder)
-    except NotDvcRepoError:
-        raise UserError(f"{folder.resolve()} cannot be opened as a DVC repository.") from None
-
-
-def _check_idle(folder: Path) -> None:
-    """See that no DVC is at work in the repository.
-
-    Raises:
-        UserError: one is.
-    """
-    import psutil
-
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        words, where = process.info["cmdline"] or [], process.info["cwd"]  # None of others' processes
-        mine = where is not None and Path(where).is_relative_to(folder.resolve())
-        if mine and any(Path(word).name == "dvc" for word in words[:3]):
-            raise UserError(f"DVC is at work here (process {process.pid}, {' '.join(words)}): let it end.")
-
-
-def _mend_locks(temporary: Path) -> Iterator[str]:
-    """DVC's list of who reads and writes what: DVC takes the dead out of it, except where their number is
-    another process's by now, or where it was cut off while it was written."""
-    for path in (temporary / "rwlock", temporary / "exps" / "rwlock"):
-        try:
-            idle = not any(json.loads(path.read_text(encoding="utf-8")).values())
-        except FileNotFoundError:
-            continue
-        except (ValueError, AttributeError):
-            idle = False
-        if not idle:
-            path.unlink()
-            yield f"removed {path}: it was of a DVC that is no longer there"
-
-
-def _mend_texts(folder: Path) -> Iterator[str]:
-    """What DVC writes in place, so that a kill can cut it off: back to the last commit."""
-    import yaml
-    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from voluptuous import Invalid
-
-    for name in ("params.yaml", "data.dvc", "dvc.lock"):
-        path = folder / name
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError(f"{name} holds no keys")
-            if name == "dvc.lock":
-                COMPILED_LOCKFILE_SCHEMA(content)
-        except FileNotFoundError:
-            continue
-        except (yaml.YAMLError, ValueError, Invalid):
-            kept = _git(folder, "show", f"HEAD:{name}")
-            if kept is None:
-                path.unlink()
-                yield f"removed {name}, which was cut off: DVC makes it again"
-            else:
-                with whole(path) as part:
-                    part.write_text(f"{kept}\n", encoding="utf-8")
-                yield f"{name} was cut off: it is that of the last commit again"
-
-
-def _mend_experiment(folder: Path) -> Iterator[str]:
-    """`dvc exp run` takes git off its branch, and back at its end."""
-    for ref in (_git(folder, "for-each-ref", "--format=%(refname)", "refs/exps") or "").split():
-        if ref.startswith(_OF_A_RUN):
-            _git(folder, "update-ref", "-d", ref)
-            yield f"removed {ref}: it was of an experiment that was cut off"
-    for path in (folder / ".dvc" / "tmp" / "exps" / "standalone").glob("tmp*"):
-        shutil.rmtree(path)
-        yield f"removed {path}: an experiment that was cut off ran there"
-    branch = None if _git(folder, "symbolic-ref", "--quiet", "HEAD") else _left_branch(folder)
-    if branch:
-        _git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{branch}")
-        yield f"git is on the branch {branch} again, off which `dvc exp run` had taken it"
-
-
-def _left_branch(folder: Path) -> str | None:
-    """The branch that DVC took git off, where it stands where git stands, but for DVC's own commits."""
-    for line in (_git(folder, "log", "--walk-reflogs", "--format=%gs", "HEAD") or "").splitlines():
-        moved = re.fullmatch(r"checkout: moving from (\S+) to (\S+)", line)
-        if moved and not re.fullmatch(_FULL_NAME, moved[2]):
-            return None  # a person did it: DVC gives the full name of the commit
-        if moved and not re.fullmatch(_FULL_NAME, moved[1]):
-            behind = _git(folder, "rev-list", f"HEAD..refs/heads/{moved[1]}")
-            ahead = _git(folder, "log", "--format=%s", f"refs/heads/{moved[1]}..HEAD")
-            if behind == "" and ahead is not None:
-                mine = all(subject.startswith("dvc: commit experiment") for subject in ahead.splitlines())
-                return moved[1] if mine else None
-            return None
-    return None
-
-
-def _mend_outs(repo: Any, folder: Path) -> Iterator[str]:
-    """Outs and objects of the cache that are not what they were: each is made again of the other, or goes."""
-    cache = repo.cache.local
-    lost = set()
-    for path in unsound_objects(Path(cache.path)):
-        path.unlink()
-        lost.add(path.parent.name + path.name)
-        yield f"damaged: object {path.parent.name + path.name} of DVC's cache"
-    damaged = {}
-    for file, expected in _files(repo):
-        if not is_sound(file, expected):
-            damaged[file] = expected
-        elif expected in lost:
-            cache.add(str(file), repo.fs, expected)
-            lost.remove(expected)
-            yield f"object {expected} is there again, from {file.relative_to(folder.resolve())}"
-    for file, expected in damaged.items():
-        file.unlink()
-        kept = Path(cache.oid_to_path(expected))
-        if kept.is_file():
-            copy_whole(kept, file)
-        how = (
-            "it is here again, from DVC's cache"
-            if kept.is_file()
-            else "it is gone, `dvc repro` makes it again"
-        )
-        yield f"damaged: {file.relative_to(folder.resolve())}; {how}"
-
-
-def _files(repo: Any) -> Iterator[tuple[Path, str]]:
-    """The files of all outs, each with the hash that it should have, without those of outs that DVC itself
-    finds changed: by hand, by a kill, by a look at another commit."""
-    for out in repo.index.outs:
-        path = Path(out.fs_path)
-        ours = out.hash_name == "md5" and out.hash_info and not out.stage.is_import
-        if not ours or not path.exists() or out.changed_checksum():
-            continue
-        if not path.is_dir():
-            yield path, out.hash_info.value
-        elif tree := out.get_obj():
-            for key, (_, each) in tree.iteritems():
-                yield path.joinpath(*key), each.value
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    """What git prints, without blanks at its end; None where it fails."""
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    return None if done.returncode else done.stdout.rstrip()
