@@ -35,6 +35,16 @@ def start(folder: Path, *command: str, env: Mapping[str, str] | None = None) -> 
     )
 
 
+def heard(process: subprocess.Popen[str], text: str) -> str:
+    """What a command of `start` has printed as soon as some text is in it."""
+    printed = ""
+    while text not in printed:
+        line = process.stdout.readline()
+        assert line, f"it ended without {text!r}:\n{printed}"
+        printed += line
+    return printed
+
+
 def commit(folder: Path) -> None:
     run(folder, "git", "add", "--all")
     run(

@@ -181,6 +181,15 @@ def test_the_command_compares_commits_and_experiments(workspace: Path) -> None:
     assert legend is not None
 
 
+def test_a_workspace_that_differs_in_nothing_is_shown_too(workspace: Path, tmp_path: Path) -> None:
+    run(tmp_path, "git", "clone", "--quiet", str(workspace), "other")
+    run(tmp_path / "other", "dvc", "repro", "--quiet")
+    done = compare(tmp_path / "other", "main", "workspace")
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "other" / "compare.html").read_text(encoding="utf-8")
+    assert "All are the same." in " ".join(read(html).texts)
+
+
 def test_an_unknown_name_is_told_with_the_experiments_that_there_are(workspace: Path) -> None:
     done = compare(workspace, "main", "bettr", "nought")
     assert (done.returncode, done.stdout) == (1, "")

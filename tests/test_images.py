@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aplsmear.images import ImageError, decode, decode_jpeg, encode_jpeg, image_size, read_image
+from aplsmear.images import (
+    MAX_BYTES,
+    ImageError,
+    decode,
+    decode_jpeg,
+    encode_jpeg,
+    image_bytes,
+    image_size,
+    read_image,
+)
 
 
 def picture(height=24, width=40) -> np.ndarray:
@@ -206,6 +215,16 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
                 read(path)
     with pytest.raises(ImageError, match="million pixels"):
         decode(saved(Image.fromarray(RGB), "PNG"), max_pixels=24 * 40 - 1)
+
+
+def test_a_file_larger_than_any_picture_is_refused_unread(tmp_path):
+    path = tmp_path / "endless.png"
+    path.write_bytes(saved(Image.fromarray(RGB), "PNG"))
+    with path.open("rb+") as file:
+        file.truncate(MAX_BYTES + 1)  # takes no place on the disk
+    for read in (read_image, image_size, image_bytes):
+        with pytest.raises(ImageError, match="more than 2 GiB"):
+            read(path)
 
 
 SMALL = {

@@ -55,3 +55,5 @@ def test_searches_that_no_outs_go_back_to_are_offered_and_go_on_request(
         assert "1 searches removed" in tidy("--yes")
         worker.communicate(b"\n")
     assert {path.name for path in studies.iterdir()} == names - {"blast-1.journal", "blast-1.locks"}
+    assert "1 searches removed" in tidy("--yes")  # its worker has ended
+    assert tidy() == "Nothing to tidy.\n"

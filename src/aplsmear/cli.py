@@ -177,7 +177,7 @@ def tidy(
 
     from aplsmear.study import past_studies, remove_study
 
-    _clear_away_leftovers()
+    removed = _clear_away_leftovers()
     best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
     past = past_studies(Path(".studies"), {each.get("study", "") for each in best})
     for path in past:
@@ -185,8 +185,9 @@ def tidy(
         last = datetime.fromtimestamp(state.st_mtime)
         typer.echo(f"{path}: {state.st_size / 1e6:.1f} MB, last written {last:%Y-%m-%d %H:%M}")
     if not past:
-        return
-    if yes or (sys.stdin.isatty() and typer.confirm("Nothing in tuned/ goes back to these. Remove them?")):
+        if not removed:
+            typer.echo("Nothing to tidy.")
+    elif yes or (sys.stdin.isatty() and typer.confirm("Nothing in tuned/ goes back to these. Remove them?")):
         for path in past:
             remove_study(path)
         typer.echo(f"{len(past)} searches removed")
@@ -194,15 +195,17 @@ def tidy(
         typer.echo("Nothing in tuned/ goes back to these searches: `aplsmear tidy --yes` removes them.")
 
 
-def _clear_away_leftovers() -> None:
-    """Remove what params.yaml no longer names."""
+def _clear_away_leftovers() -> int:
+    """Remove what params.yaml no longer names, and say how many files and folders that were."""
     import shutil
 
     from aplsmear.profiles import leftovers
 
-    for path in leftovers(Path(), _knobs_here()):
+    found = leftovers(Path(), _knobs_here())
+    for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
+    return len(found)
 
 
 @app.command()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-Precision = Literal["auto", "on", "off"]
+from aplsmear.params import Precision
 
 
 def machine_strategy() -> Any:

@@ -27,6 +27,7 @@ _BACKGROUND = (255, 255, 255, 255)  # transparent pixels become what an empty br
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _PLAIN = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
+MAX_BYTES = 2 * 1024**3  # of a file; so many pixels of four channels and 16 bits are 1.2e9
 _MAX_SCANS = 200  # of a JPEG; progressive ones have about ten, and each costs a pass over all pixels
 _SCAN = b"\xff\xda"
 _DARK = 16  # of 256; a 16-bit picture that stays below holds 12 bits or fewer
@@ -149,6 +150,8 @@ def _open_file(path: Path) -> IO[bytes]:
             raise ImageError(path, "no such file", "put the picture there or remove its row")
         if not path.is_file():
             raise ImageError(path, "not a file", "put a picture there or remove its row")
+        if path.stat().st_size > MAX_BYTES:
+            raise ImageError(path, "a file of more than 2 GiB", "save its picture alone, as PNG")
         return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):

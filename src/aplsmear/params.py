@@ -18,6 +18,7 @@ from aplsmear.secrets import holds_password, without_secrets
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
 TaskLevel = Literal["cell", "smear", "patient"]
+Precision = Literal["auto", "on", "off"]  # half precision; auto: where there is a GPU
 Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
 Summary = Literal[
@@ -140,7 +141,7 @@ class Backbone(_Strict):
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
-    precision: Literal["auto", "on", "off"] = "auto"
+    precision: Precision = "auto"
 
 
 class Range(_Strict):
@@ -248,7 +249,7 @@ class Finetune(_Strict):
     batch: int = Field(ge=2, le=65536)
     views: int = Field(ge=0)
     online: bool
-    precision: Literal["auto", "on", "off"]
+    precision: Precision
     pictures: int = Field(ge=0, le=20)
     log_model: bool
     log_images: bool

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from aplsmear.devices import Precision, machine_strategy, precision_of
+from aplsmear.devices import machine_strategy, precision_of
 from aplsmear.errors import UserError
 from aplsmear.files import new_array, whole, write_arrays
 from aplsmear.heads import Head, Recipe, TrainingItems
 from aplsmear.images import decode
-from aplsmear.params import Finetune
+from aplsmear.params import Finetune, Precision
 from aplsmear.shards import View
 from aplsmear.splits import HeldOut
 from aplsmear.statistics import auroc

@@ -161,8 +161,10 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
     try:
         with Repo(str(folder)) as repo:
             _check_revisions(repo, revisions)
+            # DVC would leave out a workspace that has the numbers of its branch.
             metrics, params = (
-                _by_name(shown.show(revs=list(revisions)), revisions) for shown in (repo.metrics, repo.params)
+                _by_name(shown.show(revs=list(revisions), hide_workspace=False), revisions)
+                for shown in (repo.metrics, repo.params)
             )
     except NotDvcRepoError:
         raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
