@@ -59,8 +59,9 @@ def items() -> TrainingItems:
     )
 
 
-TWO = Kinds(items().label.astype(np.int64), (1, 1))
-GROWN = {"kinds": "cell_type", "units": 3, "epochs": 2}
+PATIENT = np.arange(24) // 2
+TWO = Kinds(items().label.astype(np.int64), (1, 1), PATIENT)
+JOINED = {"kinds": "cell_type", "members": 2, "units": 3, "epochs": 2}
 
 
 def features() -> np.ndarray:
@@ -78,11 +79,11 @@ def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: ob
 
     settings = SETTINGS.model_copy(update=changed)
     run = Run("inner_0_1", RECIPE, frozenset({0, 1}), 1, settings.epochs)
-    kinds = Kinds(np.arange(24) % 4 // 2 + 2 * items().label, (2, 2)) if settings.head.epochs else TWO
+    several = Kinds(np.arange(24) % 4 // 2 + 2 * items().label, (2, 2), PATIENT)
+    kinds, members = (several, (2, 3)) if settings.head.epochs else (TWO, (0, 0))
 
     def network() -> object:
-        recipe = replace(RECIPE, width=RECIPE.width + settings.head.units)
-        return divide(BACKBONE, "cell", LAYER, recipe, CHANNELS, settings.blocks, 5, kinds.count)
+        return divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, settings.blocks, 5, kinds.count, members)
 
     views = [View(str(number // 2), number % 2, encode_jpeg(image)) for number, image in enumerate(images())]
     found: dict[str, object] = {}
@@ -109,9 +110,11 @@ def test_blocks_are_found_in_networks_of_any_kind() -> None:
     assert block_ends(keras.applications.DenseNet121(**size))[-1] == "conv5_block15_concat"
 
 
-@pytest.mark.parametrize(("blocks", "more", "kinds"), [(1, 0, (1, 1)), (2, 5, (3, 2)), (99, 0, (1, 1))])
+@pytest.mark.parametrize(
+    ("blocks", "members", "kinds"), [(1, (0, 0), (1, 1)), (2, (2, 5), (3, 2)), (99, (0, 0), (1, 1))]
+)
 def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
-    blocks: int, more: int, kinds: tuple[int, int]
+    blocks: int, members: tuple[int, int], kinds: tuple[int, int]
 ) -> None:
     import keras
 
@@ -121,8 +124,7 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     shown = images()[:6]
     features = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
     expected = score([head()], features, np.arange(6))[0]
-    wider = replace(RECIPE, width=RECIPE.width + more)
-    network = divide(BACKBONE, "cell", LAYER, wider, CHANNELS, blocks, 5, kinds)
+    network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, kinds, members)
     set_head(network, head(), features.mean(axis=0), features.std(axis=0) + 0.1)
     np.testing.assert_allclose(network.whole(shown).numpy()[:, 0], expected, atol=1e-5)
 
@@ -131,7 +133,7 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     np.testing.assert_array_equal(copy(shown).numpy(), network.whole(shown).numpy())
 
 
-@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, GROWN)])
+@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, JOINED)])
 def test_cut_off_after_any_epoch_it_ends_with_the_same_bits(
     cuts: int, head: dict[str, object], tmp_path: Path
 ) -> None:
@@ -163,9 +165,60 @@ def test_blocks_learn_the_deeper_the_slower_and_statistics_stay(tmp_path: Path) 
 def test_no_held_out_item_trains() -> None:
     from aplsmear.training import Run, epoch_items
 
-    rows, _, weight = epoch_items(Run("r", RECIPE, frozenset({0, 1}), 1, 3), items(), TWO, 1, 7, 0)
+    run = Run("r", RECIPE, frozenset({0, 1}), 1, 3)
+    rows, _, weight = epoch_items(run, items(), TWO, SETTINGS, 7, 0)
     assert set(items().fold[rows // 2]) == {2}
     assert weight.mean() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("even", "share"), [(0.0, 2 / 3), (1.0, 1 / 2)])
+def test_a_patient_with_many_items_need_not_outweigh_another(even: float, share: float) -> None:
+    from aplsmear.training import Run, epoch_items
+
+    mine = (np.arange(24) // 2 % 3 > 0).astype(np.int64)  # one patient has twice as many as the other
+    kinds = replace(TWO, patient=mine)
+    settings = SETTINGS.model_copy(update={"even": even})
+    rows, target, weight = epoch_items(Run("r", RECIPE, frozenset(), None, 3), items(), kinds, settings, 7, 0)
+    for kind in (0, 1):
+        here = target[:, kind] == 1
+        assert weight[here & (mine[rows // 2] == 1)].sum() / weight[here].sum() == pytest.approx(share)
+        assert weight[here].sum() == pytest.approx(12)  # a kind as a whole weighs as before
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_heads_that_join_and_the_tuned_one_each_count_the_same(depth: int) -> None:
+    from scipy.special import softmax
+
+    from aplsmear.heads import layer_sizes
+    from aplsmear.unfreezing import divide, join, set_head
+
+    random = np.random.Generator(np.random.Philox(6))
+    sizes = layer_sizes(depth, RECIPE.width, CHANNELS)
+    tuned = Head(
+        RECIPE.features,
+        tuple(random.normal(size=size).astype(np.float32) / 4 for size in sizes),
+        tuple(random.normal(size=width).astype(np.float32) for _, width in sizes),
+        "gelu",
+    )
+    network = divide(BACKBONE, "cell", LAYER, replace(RECIPE, depth=depth), CHANNELS, 1, 5, (2, 1), (3, 5))
+    shown = random.normal(2, 3, (6, CHANNELS)).astype(np.float32)
+    set_head(network, tuned, shown.mean(axis=0), shown.std(axis=0) + 0.1)
+    each = [network.head(shown).numpy(), *np.moveaxis(network.members(shown).numpy(), 1, 0)]
+    positive = score([tuned], shown.astype(np.float16), np.arange(6))[0]
+    np.testing.assert_allclose(softmax(each[0], axis=1)[:, 2], positive, atol=2e-2)  # features in float16
+    join(network, tuned)
+    np.testing.assert_allclose(network.head(shown).numpy(), np.mean(each, axis=0), atol=1e-4)
+    assert min(np.abs(a - b).max() for a in each for b in each if a is not b) > 0.01
+
+
+def test_inner_folds_decide_together() -> None:
+    from aplsmear.finetuning import best_epoch
+    from aplsmear.training import Course
+
+    stopped, longer = Course([0.5], [0.80, 0.70], 1.0), Course([0.5] * 3, [0.60, 0.65, 0.75, 0.70], 1.0)
+    assert best_epoch([stopped]) == 0
+    assert best_epoch([stopped, longer]) == 2  # 0.725: the one that has stopped stays at 0.70
+    assert best_epoch([]) == 0
 
 
 def test_images_shown_anew_are_the_same_ones_turned() -> None:

@@ -1,16 +1,19 @@
 """Finetuning one task: how long to train is decided by inner folds, what comes of it is told by outer ones.
 
 The head was trained first, on bottleneck features, by `tune`. It starts here as it is, so that epoch 0 is the
-frozen model. In the first epoch it may grow and learn to tell more kinds of items apart than the task asks
-for (`finetune.head`): few items are sought, and what the others are teaches more than that they are not. Then
-the head and the uppermost blocks train together. In each world of `aplsmear.splits`::
+frozen model. In the first epoch others may join it (`finetune.head`): trained on features too, from first
+weights of their own, but to tell more kinds of items apart than the task asks for. Few items are sought, and
+what the others are teaches more than that they are not. (A head that goes on from the tuned one learns less
+of that: it fits its patients already.) The mean of all is the head from here on. Then it and the uppermost
+blocks train together. In each world of `aplsmear.splits`::
 
     inner    without folds w and j, judged on j after every epoch, until j gains nothing for some epochs
-    outer    without fold w, for the mean of the best epochs of its inner folds: scores fold w
+    outer    without fold w, for as many epochs as do best on the mean of its inner folds: scores fold w
     final    on everybody, for the mean of the outer models' epochs: this one is kept
 
 Epoch 0 is a candidate like any other: where the inner folds gain nothing, a world stays with the frozen model
-by this rule, and the record says so.
+by this rule, and the record says so. One inner fold is a dozen patients, and hardly a judge: with several
+(`finetune.inner`) fewer worlds go wrong by chance.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from scipy.special import expit
 
 from aplsmear import backbones, training, unfreezing
 from aplsmear.explain import draw, grad_cam, occlusion
-from aplsmear.heads import Head, Job, Recipe, TrainingItems, read_heads, write_heads
+from aplsmear.heads import Head, Job, Recipe, read_heads, write_heads
 from aplsmear.images import decode
 from aplsmear.params import Backbone, Finetune, Level, Tune
 from aplsmear.shards import read_views
@@ -47,7 +50,6 @@ from aplsmear.tuning import Board, study_key
 from aplsmear.unfreezing import divide
 
 TUNED = "tuned"  # in place of a trial
-INNER = 1  # inner folds that decide for a world
 WITHOUT_EFFECT = {"log_model", "log_images", "pictures"}  # settings that change no model
 BATCH = 64  # views of one forward pass of the frozen part
 
@@ -144,7 +146,7 @@ class Workshop:
         self.board, self.settings, self.tune, self.level = board, settings, tune, level
         self.folder, self.seed = Path(), seed  # `folder` gets what must survive a kill
         self.items = board.training_items(tune.items_per_patient, seed)
-        self.kinds = _kinds(board, self.items, kind)
+        self.kinds = _kinds(board, board.training_places(tune.items_per_patient, seed), kind)
         self.networks, self._views, self._light, self._strategy = networks, views, light, strategy
         self._tuners: dict[tuple[Any, ...], Tuner] = {}
         self._stores: dict[str, Store] = {}
@@ -152,7 +154,7 @@ class Workshop:
     def tuner(self, recipe: Recipe) -> Tuner:
         """The network for heads of this recipe."""
         head = self.settings.head
-        width = recipe.width * self.tune.restarts + head.units  # of a mean of heads, and of what it grows by
+        width = recipe.width * self.tune.restarts  # of a mean of heads
         recipe = replace(recipe, width=width, dropout=head.dropout or recipe.dropout)
         key = (
             recipe.features,
@@ -174,6 +176,7 @@ class Workshop:
                     self.settings.blocks,
                     self.seed,
                     self.kinds.count,
+                    (head.members, head.units) if head.epochs else (0, 0),
                 ),
                 self.settings,
                 self._light,
@@ -228,12 +231,12 @@ class Workshop:
         return wanted
 
 
-def inner_folds(world: int, board: Board) -> list[int]:
-    """The inner folds that decide for a world: the next ones that have both classes."""
+def inner_folds(world: int, board: Board, count: int) -> list[int]:
+    """The inner folds that decide for a world: the next ones that have both classes, at most so many."""
     fold = board.table["fold"].to_numpy()
     others = [(world + step) % board.folds for step in range(1, board.folds)]
     both = [j for j in others if {0, 1} <= set(board.label[fold == j].tolist())]
-    return both[:INNER]
+    return both[:count]
 
 
 def deepen(shop: Workshop, found: Sequence[Start], done: list[Deepened]) -> Iterator[tuple[Run, Course]]:
@@ -258,7 +261,7 @@ def deepen(shop: Workshop, found: Sequence[Start], done: list[Deepened]) -> Iter
                 for course in _train(shop, run, head):
                     courses[run.name] = course
                     yield run, course
-        epochs = _mean([course.best_epoch for course in courses.values()])
+        epochs = best_epoch(list(courses.values()))
         unseen = outer_set(start.world, shop.board.folds)
         outer = Run(f"outer_{start.world}", start.recipe, unseen, None, epochs)
         for course in _train(shop, outer, start.head or heads[-1]):
@@ -269,6 +272,14 @@ def deepen(shop: Workshop, found: Sequence[Start], done: list[Deepened]) -> Iter
     for course in _train(shop, last, final.head or heads[-1]):
         yield last, course
     done.append(Deepened(final, epochs, {}, shop.tuner(final.recipe).weights()))
+
+
+def best_epoch(courses: Sequence[Course]) -> int:
+    """After how many epochs the mean AUROC over inner folds is highest, the first of the best; a run that has
+    stopped counts as it stopped."""
+    longest = max((len(course.auroc) for course in courses), default=1)
+    padded = [np.pad(course.auroc, (0, longest - len(course.auroc)), "edge") for course in courses]
+    return int(np.argmax(np.mean(padded, axis=0))) if padded else 0
 
 
 def with_weights(shop: Workshop, world: Deepened) -> Tuner:
@@ -434,7 +445,7 @@ def finetune_key(shop: Workshop, found: Sequence[Start], threads: int) -> str:
     for module in (backbones, training, unfreezing):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
-    digest.update(shop.kinds.of.tobytes())
+    digest.update(shop.kinds.of.tobytes() + shop.kinds.patient.tobytes())
     for start in found:
         digest.update(repr((start.world, start.trial, start.recipe)).encode())
         for array in (*start.head.kernels, *start.head.biases) if start.head else ():
@@ -442,14 +453,17 @@ def finetune_key(shop: Workshop, found: Sequence[Start], threads: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kinds(board: Board, items: TrainingItems, kind: np.ndarray | None) -> Kinds:
-    """Of the items that train: each name within either class is a kind."""
-    place = np.searchsorted(board.row, items.row)
+def _kinds(board: Board, place: np.ndarray, kind: np.ndarray | None) -> Kinds:
+    """Of the items at these places of the table: each name within either class is a kind."""
     names = np.full(len(place), "") if kind is None else kind[place].astype(str)
-    pairs = pd.MultiIndex.from_arrays([items.label.astype(np.int64), names])
+    pairs = pd.MultiIndex.from_arrays([board.label[place].astype(np.int64), names])
     known = pairs.unique().sort_values()
     positive = int((known.get_level_values(0) == 1).sum())
-    return Kinds(known.get_indexer(pairs).astype(np.int64), (len(known) - positive, positive))
+    return Kinds(
+        known.get_indexer(pairs).astype(np.int64),
+        (len(known) - positive, positive),
+        pd.factorize(board.table["patient"].iloc[place])[0].astype(np.int64),
+    )
 
 
 def _inner_runs(worlds: Sequence[Start], shop: Workshop) -> list[tuple[Start, Run]]:
@@ -457,7 +471,7 @@ def _inner_runs(worlds: Sequence[Start], shop: Workshop) -> list[tuple[Start, Ru
         (start, Run(f"inner_{start.world}_{j}", start.recipe, frozenset({start.world, j}), j, epochs))
         for epochs in [shop.settings.epochs]
         for start in worlds
-        for j in inner_folds(start.world, shop.board)
+        for j in inner_folds(start.world, shop.board, shop.settings.inner)
     ]
 
 

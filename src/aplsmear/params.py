@@ -224,7 +224,8 @@ class FinetuneHead(_Strict):
     """Training of the head alone, before the blocks."""
 
     kinds: str
-    units: int = Field(ge=0, le=65536)
+    members: int = Field(ge=1, le=100)
+    units: int = Field(ge=1, le=65536)
     dropout: float = Field(ge=0, lt=1)
     epochs: int = Field(ge=0, le=10000)
     rate: float = Field(gt=0, le=1)
@@ -236,6 +237,8 @@ class Finetune(_Strict):
 
     trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
     folds: int = Field(ge=0)
+    inner: int = Field(ge=1)
+    even: float = Field(ge=0, le=1)
     head: FinetuneHead
     blocks: int = Field(ge=1)
     rate: float = Field(gt=0, le=1)

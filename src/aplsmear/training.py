@@ -25,7 +25,7 @@ from aplsmear.params import Finetune, Precision
 from aplsmear.shards import View
 from aplsmear.splits import HeldOut
 from aplsmear.statistics import auroc
-from aplsmear.unfreezing import HEAD, Divided, set_head
+from aplsmear.unfreezing import HEAD, Divided, join, set_head
 from aplsmear.views import resize
 
 SCORED = 256  # views of one forward pass
@@ -53,6 +53,7 @@ class Kinds:
 
     of: np.ndarray  # int64 (items,)
     count: tuple[int, int]  # of negative and of positive kinds
+    patient: np.ndarray  # int64 (items,): whose they are, as a number
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,21 @@ class Tuner:
             optimizer = optimizers.MultiOptimizer(of_block)
             loss = losses.CategoricalCrossentropy(from_logits=True)
             alone = optimizers.AdamW(settings.head.rate, weight_decay=settings.head.weight_decay)
-            for model, rates in ((self.model, optimizer), (self.network.head, alone)):
-                model.compile(rates, loss, jit_compile=False)
-                model.optimizer.build(model.trainable_variables)
+            for model, rates in ((self.model, optimizer), (self.network.members, alone)):
+                if model is not None:
+                    model.compile(rates, loss, jit_compile=False)
+                    model.optimizer.build(model.trainable_variables)
         self._fresh = [each.numpy() for each in self._state()]
+        self._fresh_members = [each.numpy() for each in self._state_of_members()]
         self._whole = tf.function(lambda images: self.network.whole(images, training=False))
         self._forward = tf.function(lambda given: scorer(given, training=False))
 
     def start(self, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
         """The frozen model: the backbone as it came and this head on it, see `set_head`."""
-        self._set_state(self._fresh)
+        _assign(self._state(), self._fresh)
+        _assign(self._state_of_members(), self._fresh_members)
         set_head(self.network, head, mean, scale)
+        self._head = head
 
     def train(
         self, run: Run, items: TrainingItems, kinds: Kinds, store: Store, seed: int, checkpoint: Path
@@ -155,7 +160,7 @@ class Tuner:
         while not self._done(run, course):
             started = time.perf_counter()
             first = not course.loss and self.settings.head.epochs
-            train = self._head_alone if first else self._epoch
+            train = self._members if first else self._epoch
             loss = train(run, items, kinds, store, seed, len(course.loss))
             if not np.isfinite(loss):
                 raise FinetuneError(
@@ -202,27 +207,29 @@ class Tuner:
         tired = run.judged is not None and len(course.auroc) - 1 - course.best_epoch >= patience > 0
         return len(course.loss) >= run.epochs or tired
 
-    def _head_alone(
+    def _members(
         self, run: Run, items: TrainingItems, kinds: Kinds, store: Store, seed: int, _: int
     ) -> float:
-        """Train the head on features for all of its epochs, ever slower; the mean loss of the last."""
-        network, settings = self.network.head, self.settings.head
+        """Train the members on features for all of their epochs, ever slower, and put their mean with the
+        head in its place; the mean loss of the last."""
+        network, settings = self.network.members, self.settings.head
         if store.features is None:
             raise FinetuneError(f"{run.name}: there are no features for the head to train on alone")
         for epoch in range(settings.epochs):
-            view, target, weight = epoch_items(run, items, kinds, self.settings.views, seed, ALONE + epoch)
+            view, target, weight = epoch_items(run, items, kinds, self.settings, seed, ALONE + epoch)
             network.optimizer.learning_rate = (
                 settings.rate * (1 + np.cos(np.pi * epoch / settings.epochs)) / 2
             )
             shown = len(view) - len(view) % self.settings.batch or len(view)
             history = network.fit(
                 store.features[view[:shown]].astype(np.float32),
-                target[:shown],
-                sample_weight=weight[:shown],
+                np.repeat(target[:shown, None], settings.members, axis=1),
+                sample_weight=np.repeat(weight[:shown, None], settings.members, axis=1),
                 batch_size=self.settings.batch,
                 shuffle=False,
                 verbose=0,
             )
+        join(self.network, self._head)
         return float(history.history["loss"][0])
 
     def _epoch(
@@ -231,7 +238,7 @@ class Tuner:
         """Train for one epoch; the mean loss."""
         import tensorflow as tf
 
-        view, target, weight = epoch_items(run, items, kinds, self.settings.views, seed, epoch)
+        view, target, weight = epoch_items(run, items, kinds, self.settings, seed, epoch)
         batch = min(self.settings.batch, len(view))
         steps = len(view) // batch
 
@@ -256,19 +263,19 @@ class Tuner:
         return float(history.history["loss"][0])
 
     def _state(self) -> list[Any]:
-        """All that training changes: weights, the state of dropout, the optimiser's."""
-        optimizers = self.model.optimizer.variables, self.network.head.optimizer.variables
-        return [*self.network.top.variables, *optimizers[0], *optimizers[1]]
+        """All that training goes on from after an epoch: weights, the state of dropout, the optimiser's."""
+        return [*self.network.top.variables, *self.model.optimizer.variables]
 
-    def _set_state(self, values: Sequence[np.ndarray]) -> None:
-        for variable, value in zip(self._state(), values, strict=True):
-            variable.assign(value)
+    def _state_of_members(self) -> list[Any]:
+        """Theirs; no later epoch goes on from it."""
+        members = self.network.members
+        return [*members.variables, *members.optimizer.variables] if members is not None else []
 
     def _resume(self, checkpoint: Path) -> Course | None:
         if not checkpoint.is_file():
             return None
         with np.load(checkpoint, allow_pickle=False) as kept:
-            self._set_state([kept[f"state.{number}"] for number in range(len(self._fresh))])
+            _assign(self._state(), [kept[f"state.{number}"] for number in range(len(self._fresh))])
             return Course(kept["loss"].tolist(), kept["auroc"].tolist(), float(kept["seconds"]))
 
     def _keep(self, checkpoint: Path, course: Course) -> None:
@@ -288,10 +295,11 @@ def check_precision(precision: Precision) -> None:
 
 
 def epoch_items(
-    run: Run, items: TrainingItems, kinds: Kinds, views: int, seed: int, epoch: int
+    run: Run, items: TrainingItems, kinds: Kinds, settings: Finetune, seed: int, epoch: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What an epoch shows, in order: view rows int64 (shown,), targets float32 (shown, kinds), weights
-    float32 (shown,): the rarer a kind, the heavier, as far as the recipe's balance says.
+    float32 (shown,): the rarer a kind, the heavier, as far as the recipe's balance says, and within a kind
+    the fewer its patient has, as far as `finetune.even` says.
 
     Raises:
         FinetuneError: one class only is left to train on.
@@ -301,11 +309,16 @@ def epoch_items(
     if len(np.unique(items.label[inside])) < 2:
         raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
     shown = random.permutation(np.repeat(inside, items.copies[inside]))
-    seen = np.minimum(views * items.copies[shown], items.views[shown])
+    seen = np.minimum(settings.views * items.copies[shown], items.views[shown])
     view = items.row[shown] + (random.random(len(shown)) * (seen + 1)).astype(np.int64)
     kind = kinds.of[shown]
     count = np.bincount(kind, minlength=sum(kinds.count))
-    weight = np.maximum(count, 1.0)[kind] ** -run.recipe.balance
+    _, owner, owned = np.unique(
+        np.stack([kind, kinds.patient[shown]]), axis=1, return_inverse=True, return_counts=True
+    )
+    share = owned[owner] ** -settings.even
+    share /= (np.bincount(kind, share) / np.maximum(count, 1))[kind]  # a kind as a whole weighs as before
+    weight = share * np.maximum(count, 1.0)[kind] ** -run.recipe.balance
     smoothing = run.recipe.smoothing
     target = np.eye(len(count))[kind] * (1 - smoothing) + smoothing / len(count)
     return view, target.astype(np.float32), (weight / weight.mean()).astype(np.float32)
@@ -379,6 +392,11 @@ def make_store(
 def fitting(image: np.ndarray, size: int) -> np.ndarray:
     """A square image, scaled if need be: uint8 (size, size, 3)."""
     return image if image.shape[0] == size else resize(image, size)
+
+
+def _assign(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 def _narrow(values: np.ndarray, kind: Any) -> np.ndarray:

@@ -101,12 +101,16 @@ class Board:
     features: Mapping[str, Features]
     folds: int
 
-    def training_items(self, per_patient: int, seed: int) -> TrainingItems:
-        """The labelled items, at most `per_patient` of each class from one patient, chosen by a hash of their
-        name."""
+    def training_places(self, per_patient: int, seed: int) -> np.ndarray:
+        """The places in the table of the labelled items that train, at most `per_patient` of each class from
+        one patient, chosen by a hash of their name: int64, in order."""
         classes = pd.DataFrame({"patient": self.table["patient"], "label": self.label})
         place = _drawn(self.table["item"], classes, seed)
-        kept = np.flatnonzero((self.label >= 0) & (place < per_patient))
+        return np.flatnonzero((self.label >= 0) & (place < per_patient))
+
+    def training_items(self, per_patient: int, seed: int) -> TrainingItems:
+        """The items of `training_places`."""
+        kept = self.training_places(per_patient, seed)
         least = max(int(self.views.min()), 1)
         return TrainingItems(
             row=self.row[kept],

@@ -14,13 +14,13 @@ trainable at all: that alone keeps Keras from updating them, whatever `training`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from aplsmear.backbones import cut_network
-from aplsmear.heads import Head, Recipe, layer_sizes
+from aplsmear.heads import Head, Recipe, layer_sizes, mean_head
 from aplsmear.params import JOINT, Backbone, Level
 
 HEAD = -1  # in place of a block's depth
@@ -37,6 +37,7 @@ class Divided:
     maps: Any  # keras.Model: what `trunk` gives -> the deepest map, and the means of the others
     judge: Any  # keras.Model: what `maps` gives -> logit
     head: Any  # keras.Model: features (batch, channels) -> a logit for each kind
+    members: Any  # keras.Model: features -> that of each head that may join (batch, members, kinds); or None
     kinds: tuple[int, int]  # of negative items, which come first, and of positive ones
     depth: dict[str, int]  # path of a weight that trains -> block below the uppermost one; HEAD
 
@@ -50,21 +51,23 @@ def divide(
     blocks: int,
     seed: int,
     kinds: tuple[int, int] = (1, 1),
+    members: tuple[int, int] = (0, 0),
 ) -> Divided:
     """Put a head on its backbone and divide the two below the uppermost blocks.
 
     The head tells kinds of items apart; the odds of the positive class are those of its kinds together
-    against all others.
+    against all others. It has room for other heads, its members, which `join` puts into it.
 
     Args:
         settings: of the backbone.
         level: whose input size to use.
         layer: one of ``settings.layer``.
-        recipe: of the head, which may be wider than the one that `set_head` puts in.
+        recipe: of the head that `set_head` puts in.
         channels: of the layer's features.
         blocks: how many train, from 1; more than there are: all.
-        seed: of untrained filters, of units that a head has more, and of dropout.
+        seed: of untrained filters, of members and of dropout.
         kinds: of negative and of positive items.
+        members: how many, and the units of each of their hidden layers.
 
     Raises:
         BackboneError: as `aplsmear.backbones.cut_network`.
@@ -103,7 +106,9 @@ def divide(
     seen = [keras.Input(each.shape[1:], dtype=each.dtype) for each in maps.outputs]
     means = dict(zip(others, seen[1:], strict=True)) | {deepest: _mean(seen[0])}
     vector = keras.ops.concatenate([means[part] for part in parts], axis=1) if others else means[deepest]
-    head = _head_of(recipe, channels, sum(kinds), seed)
+    number, units = members
+    head = _head_of(replace(recipe, width=recipe.width + number * units), channels, sum(kinds), seed)
+    crowd = _crowd_of(replace(recipe, width=units), channels, sum(kinds), seed, number) if number else None
     negative, positive = keras.ops.split(head(vector), [kinds[0]], axis=1)
     logit = _together(positive) - _together(negative)
     judge = keras.Model(_plain(seen), logit, name="judge")
@@ -112,7 +117,7 @@ def divide(
     top = keras.Model(_plain(inputs), judge(maps(_plain(inputs))))
     sorter = keras.Model(_plain(inputs), tell(maps(_plain(inputs))))
     whole = keras.Model(image, keras.ops.sigmoid(top(trunk(image, training=False), training=False)))
-    return Divided(trunk, top, whole, sorter, maps, judge, head, kinds, depth)
+    return Divided(trunk, top, whole, sorter, maps, judge, head, crowd, kinds, depth)
 
 
 def block_ends(network: Any) -> list[str]:
@@ -152,32 +157,81 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
 
     A head takes raw features. Here they are standardised first and its first product is changed to match,
     since steps of one rate suit channels of one size. Units that the network's head has more say nothing yet,
-    and all kinds of a class are equally likely.
+    and all kinds of a class are equally likely if the head does not tell them apart.
 
     Args:
         network: of `divide`, with a head of this depth, and as wide or wider.
-        head: the weights.
+        head: the weights; its last product has one column, or one for each kind.
         mean: float32 (channels,), of the features that train.
         scale: float32 (channels,), above 0: their deviations.
     """
     norm, *products = (layer for layer in network.head.layers if layer.weights)
     norm.set_weights([mean, scale**2])
+    head = _with_kinds(head, network.kinds)
     first = head.kernels[0] * scale[:, None]
     kernels, biases = [first, *head.kernels[1:]], [head.biases[0] + mean @ head.kernels[0], *head.biases[1:]]
-    for layer, kernel, bias in zip(products[:-1], kernels, biases, strict=False):
+    for layer, kernel, bias in zip(products, kernels, biases, strict=True):
         wide, low = layer.get_weights()
         rows, columns = kernel.shape
+        if layer is products[-1]:
+            wide[:] = 0
         wide[rows:, :columns] = 0
         wide[:rows, :columns], low[:columns] = kernel, bias
         layer.set_weights([wide, low])
-    last, low = (np.zeros_like(each) for each in products[-1].get_weights())
-    negative, positive = network.kinds
-    last[: len(kernels[-1]), negative:] = kernels[-1]
-    low[:negative], low[negative:] = -np.log(negative), biases[-1] - np.log(positive)
-    products[-1].set_weights([last, low])
+    for member in _members(network):
+        member.get_layer("standardise").set_weights([mean, scale**2])
 
 
-def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int) -> Any:
+def join(network: Divided, head: Head) -> None:
+    """Give the network the mean of a head and of its members, as logits, so that each counts the same.
+
+    Args:
+        network: of `divide`, with members, started by `set_head`.
+        head: that it was started with.
+    """
+    mean, variance = network.head.get_layer("standardise").get_weights()
+    scale = np.sqrt(variance)
+    others = []
+    for member in _members(network):
+        _, *products = (layer for layer in member.layers if layer.weights)
+        kernels, biases = zip(*(layer.get_weights() for layer in products), strict=True)
+        raw = kernels[0] / scale[:, None]
+        weights = (raw, *kernels[1:]), (biases[0] - mean @ raw, *biases[1:])
+        others.append(Head(head.features, *weights, head.activation))
+    set_head(network, mean_head([_with_kinds(head, network.kinds), *others]), mean, scale)
+
+
+def _with_kinds(head: Head, kinds: tuple[int, int]) -> Head:
+    """A head that tells the classes alone, as one for which all kinds of a class are equally likely."""
+    last, bias = head.kernels[-1], head.biases[-1]
+    if last.shape[1] == sum(kinds):
+        return head
+    negative, positive = kinds
+    wide = np.concatenate([np.zeros((len(last), negative)), np.repeat(last, positive, axis=1)], axis=1)
+    low = np.repeat([-np.log(negative), bias[0] - np.log(positive)], kinds)
+    return replace(
+        head,
+        kernels=(*head.kernels[:-1], wide.astype(np.float32)),
+        biases=(*head.biases[:-1], low.astype(np.float32)),
+    )
+
+
+def _crowd_of(recipe: Recipe, channels: int, kinds: int, seed: int, number: int) -> Any:
+    """keras.Model: features -> logits (batch, members, kinds). Members differ by their first weights."""
+    import keras
+
+    vector = keras.Input((channels,))
+    each = [
+        _head_of(recipe, channels, kinds, seed + place, f"member_{place}") for place in range(1, number + 1)
+    ]
+    return keras.Model(vector, keras.ops.stack([member(vector) for member in each], axis=1), name="members")
+
+
+def _members(network: Divided) -> list[Any]:
+    return [each for each in network.members.layers if each.weights] if network.members is not None else []
+
+
+def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int, name: str = "head") -> Any:
     """keras.Model: features -> a logit for each kind."""
     import keras
     from keras import layers
@@ -192,7 +246,7 @@ def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int) -> Any:
             signal = layers.Dropout(recipe.dropout, seed=seed, dtype="float32")(signal)
         units = width if number < len(sizes) - 1 else kinds
         signal = layers.Dense(units, name=f"product_{number}", dtype="float32")(signal)
-    return keras.Model(vector, signal, name="head")
+    return keras.Model(vector, signal, name=name)
 
 
 def _together(logits: Any) -> Any:
