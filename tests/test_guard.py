@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scmrepo.git import Git
+from dvc.scm import Git
 
 from clones import ROOT, commit
 from kills import Place

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scmrepo.git import Git
+from dvc.scm import Git
 
 from aplsmear.errors import UserError
 from aplsmear.mending import mend
