@@ -53,6 +53,11 @@ def test_outputs_are_put_below_their_commands_and_nowhere_else() -> None:
     assert commands("$ one\nnew\n")[0].shown == ["new"]
 
 
+def test_a_drawn_name_is_the_same_in_every_walk() -> None:
+    drawn = [clean(f"Remote lab (/tmp/tmp.{name}/store): fine.") for name in ("unbRWutxgJ", "LdKP8E1qMl")]
+    assert drawn[0] == drawn[1] == ["Remote lab (/tmp/tmp.XXXXXXXXXX/store): fine."]
+
+
 def test_colours_and_progress_bars_are_not_shown() -> None:
     bars = "  0%|  | 0/2 [00:00<?, ? smears/s]\rpatients: 100%|##| 2/2 [00:01<00:00, 2it/s]done"
     assert clean(f"\n\x1b[1mbold\x1b[0m \n{bars}\n\n100 %\n\n") == ["bold", "done", "", "100 %"]
