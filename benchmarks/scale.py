@@ -43,7 +43,7 @@ from record import ROOT, commit, machine
 from aplsmear.backbones import batch_of, build_backbone, features_of
 from aplsmear.demo import draw_data_set
 from aplsmear.features import write_features
-from aplsmear.images import decode
+from aplsmear.images import decode, read_image
 from aplsmear.params import read_params
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import read_index, read_views
@@ -288,14 +288,36 @@ def prepare(folder: Path, data: Path, form: Form) -> None:
     params["split"]["folds"] = 3
     sizes = {"cell": form.size, "smear": 3 * form.size}
     params["augment"] |= {"views": form.views, "more": {}, "size": sizes}
-    params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | {"layer": [LAYER], "input_size": sizes}}
-    params["tune"] |= {"trials": 4, "generation": 4, "items_per_patient": 50}
+    weights = folder.with_suffix(".weights.h5")
+    write_weights(weights, next((data / "wsi").iterdir()), form.size)
+    backbone = {"layer": [LAYER], "input_size": sizes, "weights": str(weights)}
+    params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | backbone}
+    params["tune"]["items_per_patient"] = 50
     params["tune"]["space"]["epochs"] = [4]
     params["tasks"], params["overrides"] = {TASK: params["tasks"][TASK]}, {TASK: {}}
     for ensemble in params["ensembles"].values():
         ensemble |= {"members": [TASK], "weigh_by": TASK}
     params["combine"] |= {"trials": 8, "resamples": 500, "refits": 50, "shuffles": 20, "shares": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+
+
+def write_weights(path: Path, smear: Path, size: int) -> None:
+    """Filters without training whose features are alive at every depth: each batch normalisation takes the
+    mean and variance that it sees in tiles of a smear. As Keras draws them, they fade to zeros on the way."""
+    keras = start_tensorflow().keras
+    keras.utils.set_random_seed(SEED)
+    network = keras.applications.MobileNet(
+        include_top=False, weights=None, alpha=0.5, input_shape=(size, size, 3)
+    )
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    image = read_image(smear)
+    rows, columns = (side // size for side in image.shape[:2])
+    tiles = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    batch = tiles.reshape(-1, size, size, 3)[:256]
+    network(keras.applications.mobilenet.preprocess_input(batch.astype(np.float32)), training=True)
+    network.save_weights(path)
 
 
 @dataclass
