@@ -139,7 +139,11 @@ def summary(sets: dict[str, Any]) -> dict[str, Any]:
     each = list(sets.values())
     few, many = each[0], each[-1]
     peaks = [max(stage["peak_memory_gb"] for stage in each["stages"].values()) for each in (few, many)]
+    counts = np.array([int(count) for count in sets])
+    took = counts * [found["cpu_seconds_per_patient"] for found in each]
     growth = {
+        # Between one set and the next: without what any set costs, however few its patients.
+        "cpu_seconds_of_one_patient_more": (np.diff(took) / np.diff(counts)).tolist(),
         "memory_growth": peaks[1] / peaks[0] - 1,
         "time_per_patient_growth": many["cpu_seconds_per_patient"] / few["cpu_seconds_per_patient"] - 1,
         "memory_growth_of_stages": {
