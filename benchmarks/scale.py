@@ -40,11 +40,11 @@ import yaml
 from matplotlib.figure import Figure
 from record import ROOT, commit, machine
 
-from aplsmear.backbones import batch_of, build_backbone, features_of
+from aplsmear.backbones import batch_of, build_backbone, cut_network, features_of
 from aplsmear.demo import draw_data_set
 from aplsmear.features import write_features
 from aplsmear.images import decode, read_image
-from aplsmear.params import read_params
+from aplsmear.params import Backbone, read_params
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import read_index, read_views
 from aplsmear.statistics import write_json
@@ -292,10 +292,10 @@ def prepare(folder: Path, data: Path, form: Form) -> None:
     params["split"]["folds"] = 3
     sizes = {"cell": form.size, "smear": 3 * form.size}
     params["augment"] |= {"views": form.views, "more": {}, "size": sizes}
+    backbone = params["backbones"][BACKBONE] | {"layer": [LAYER], "input_size": sizes}
     weights = folder.with_suffix(".weights.h5")
-    write_weights(weights, next((data / "wsi").iterdir()), form.size)
-    backbone = {"layer": [LAYER], "input_size": sizes, "weights": str(weights)}
-    params["backbones"] = {BACKBONE: params["backbones"][BACKBONE] | backbone}
+    write_live_weights(weights, Backbone.model_validate(backbone), next((data / "wsi").iterdir()))
+    params["backbones"] = {BACKBONE: backbone | {"weights": str(weights)}}
     params["tune"]["items_per_patient"] = 50
     params["tune"]["space"]["epochs"] = [4]
     params["tasks"], params["overrides"] = {TASK: params["tasks"][TASK]}, {TASK: {}}
@@ -305,22 +305,20 @@ def prepare(folder: Path, data: Path, form: Form) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
-def write_weights(path: Path, smear: Path, size: int) -> None:
+def write_live_weights(path: Path, settings: Backbone, smear: Path) -> None:
     """Filters without training whose features are alive at every depth: each batch normalisation takes the
     mean and variance that it sees in tiles of a smear. As Keras draws them, they fade to zeros on the way."""
     keras = start_tensorflow().keras
-    keras.utils.set_random_seed(SEED)
-    network = keras.applications.MobileNet(
-        include_top=False, weights=None, alpha=0.5, input_shape=(size, size, 3)
-    )
+    network, preprocess = cut_network(settings, "cell", SEED)
+    network.trainable = True
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = 0.0
-    image = read_image(smear)
+    size, image = settings.input_size["cell"], read_image(smear)
     rows, columns = (side // size for side in image.shape[:2])
     tiles = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
     batch = tiles.reshape(-1, size, size, 3)[:256]
-    network(keras.applications.mobilenet.preprocess_input(batch.astype(np.float32)), training=True)
+    network(preprocess(batch.astype(np.float32)), training=True)
     network.save_weights(path)
 
 
