@@ -26,15 +26,20 @@ class Servers:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Servers":
-        known = self.folder / "scheduler.json"
-        self._start("scheduler", "scheduler", "--port", "0", "--scheduler-file", str(known))
-        until(known.exists)
-        self.address = json.loads(known.read_text())["address"]
+        self.scheduler()
         return self
 
     def __exit__(self, *error: object) -> None:
         for name in list(self.processes):
             self.kill(name)
+
+    def scheduler(self) -> None:
+        """At a free port, or where it was before."""
+        known, port = self.folder / "scheduler.json", self.address.rpartition(":")[2] or "0"
+        known.unlink(missing_ok=True)
+        self._start("scheduler", "scheduler", "--port", port, "--scheduler-file", str(known))
+        until(known.exists)
+        self.address = json.loads(known.read_text())["address"]
 
     def worker(self, name: str, *words: str, src: str = SRC) -> None:
         """One worker; it needs seconds to join."""

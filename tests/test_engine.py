@@ -176,7 +176,7 @@ def test_a_scheduler_that_does_not_answer_is_named_within_seconds(
     assert time.monotonic() - started < 15
 
 
-def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such(
+def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such_until_it_is_back(
     servers: Servers, client: Client
 ) -> None:
     servers.worker("a")
@@ -192,6 +192,12 @@ def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such(
         servers.kill("scheduler")
         with pytest.raises(EngineError, match="is gone"):
             list(tidied)
+    servers.scheduler()
+    servers.worker("b")
+    with Client(servers.address, set_as_default=False) as again:
+        until(lambda: joined(again, "b"))
+    with engine_of(None) as engine:
+        assert list(engine.map(tidy, [f"{n} " for n in range(30)])) == [tidy(f"{n} ") for n in range(30)]
 
 
 def test_the_job_scripts_of_the_page_start_workers_that_fit(tmp_path: Path) -> None:
