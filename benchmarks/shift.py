@@ -30,10 +30,11 @@ import yaml
 from record import commit, machine
 
 from aplsmear import shifts, stains, views
-from aplsmear.adaptation import adapted
+from aplsmear.adaptation import adapted, standardising
 from aplsmear.backbones import batch_of, features_of
 from aplsmear.bags import attend
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
+from aplsmear.familiarity import Moments
 from aplsmear.files import write_arrays
 from aplsmear.heads import Head, read_average, read_heads, score
 from aplsmear.images import read_image
@@ -297,7 +298,7 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
 
 
 def restandardised(bench: Bench, features: Features, home: Features, share: float) -> Features:
-    """Each fold's features on their way to the mean and spread, channel by channel, of the others at home."""
+    """Each fold's features on their way to the mean and spread of the others at home; `standardising`."""
     out = {}
     for name, shown in features.items():
         fold = bench.items["cell" if name.startswith("cell/") else "smear"]["fold"].to_numpy()
@@ -305,13 +306,17 @@ def restandardised(bench: Bench, features: Features, home: Features, share: floa
         out[name] = [values.astype(np.float32) for values in shown]
         for world in np.unique(fold):
             here, there = fold == world, fold != world
-            mean, spread = usual[there].mean(0), usual[there].std(0)
-            least = 0.05 * spread.mean() + 1e-6
+            own = described(out[name][0][here])
+            scale, offset = standardising(own, described(usual[there]), share)
             for values in out[name]:
-                own = values[here]
-                scale = (spread + least) / (own.std(0) + least)
-                values[here] = own + share * ((own - own.mean(0)) * scale + mean - own)
+                values[here] = values[here] * scale + offset
     return out
+
+
+def described(rows: np.ndarray) -> np.ndarray:
+    moments = Moments()
+    moments.add(rows)
+    return moments.describe()
 
 
 def scored_features(bench: Bench, condition: Condition | None) -> Features:

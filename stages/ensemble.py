@@ -3,9 +3,17 @@
 Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yaml)
 """
 
+from dataclasses import replace
 from pathlib import Path
 
-from aplsmear.bundle import Member, make_model, make_reference, reference_features, write_bundle
+from aplsmear.bundle import (
+    Member,
+    describe_usual,
+    make_model,
+    make_reference,
+    reference_features,
+    write_bundle,
+)
 from aplsmear.comparison import compare, pooled_features, pooled_rival, rivals_of
 from aplsmear.curves import (
     calibration_table,
@@ -25,7 +33,7 @@ from aplsmear.ensembles import (
 from aplsmear.features import read_features
 from aplsmear.heads import read_heads
 from aplsmear.model_card import write_model_card
-from aplsmear.params import Level, named, read_params
+from aplsmear.params import LEVELS, Level, named, read_params
 from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, write_page
 from aplsmear.shards import plain_views, read_views
 from aplsmear.stage import run
@@ -48,9 +56,12 @@ def main(name: str) -> None:
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
 
     rivals = rivals_of(patients, members, combine.shares, params.seed)
-    features = read_features(Path("features/cell"), params.backbones)
-    items = read_table(cells).rename(columns={"cell": "item"})
-    if pooled := pooled_features(features.values(), items, patients):
+    features = {level: read_features(Path(f"features/{level}"), params.backbones) for level in LEVELS}
+    items = {
+        "cell": read_table(cells).rename(columns={"cell": "item"}),
+        "smear": read_table(Path("dataset/smears.csv")).rename(columns={"smear": "item"}),
+    }
+    if pooled := pooled_features(features["cell"].values(), items["cell"], patients):
         rivals["mean-pooled features"] = pooled_rival(patients, pooled)
 
     important = importance(verdicts, combine.shuffles, params.seed)
@@ -106,18 +117,19 @@ def main(name: str) -> None:
         for task in heads
     }
     level: Level = "cell" if any(of_task[task].images == "cell" for task in ensemble.members) else "smear"
-    features = read_features(Path(f"features/{level}"), params.backbones)
     chosen = reference_features(
         read_heads(heads[task]) for task in ensemble.members if of_task[task].images == level
     )
-    smears = read_table(Path("dataset/smears.csv")).rename(columns={"smear": "item"})
     reference = make_reference(
         patients,
-        items if level == "cell" else smears,
+        items[level],
         level,
-        features[chosen],
+        features[level][chosen],
         read_views(Path(f"augmented/{level}/views.parquet"), 256),
     )
+    if combine.standardise:
+        read = [(of_task[task].images, read_heads(path)) for task, path in heads.items()]
+        reference = replace(reference, usual=describe_usual(patients, items, features, read))
     model = make_model(
         name=name,
         positive=ensemble.positive,
@@ -134,6 +146,7 @@ def main(name: str) -> None:
         least=reference.least,
         pictured_by=pictured_by,
         upwards=bool(pictured_by) and speaks_for(verdicts, pictured_by),
+        standardise=combine.standardise,
         inputs=findings.inputs,
     )
     write_bundle(out / "model", model, heads, Path("backbones"), reference)

@@ -67,7 +67,8 @@ def combine(**knobs) -> Combine:
     space = CombineSpace(
         model=["logistic", "network"], summary=["mean", "top"], freedom=[1.0, 0.1], units=[2]
     )
-    return Combine(**({"trials": 6, "space": space, "resamples": 100, "refits": 20, "shuffles": 5} | knobs))
+    settings = {"trials": 6, "resamples": 100, "refits": 20, "shuffles": 5, "standardise": 0.0}
+    return Combine(**({"space": space} | settings | knobs))
 
 
 # --- no leak --------------------------------------------------------------------------------------

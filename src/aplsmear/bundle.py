@@ -6,7 +6,8 @@
     model.json                                members, views, backbones, a combination for every world
     heads/<task>.npz                          heads of every world
     backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
-    reference.npz                             where training patients lie, as a whole
+    reference.npz                             where training patients lie, as a whole; with `standardise`,
+                                              how their features are spread, too
 
 No pickle, no code, no path out of the folder, and no network as a file: `aplsmear.backbones` builds it from
 its name in keras.applications, so a stranger's folder has nothing that could run. (Keras's own loading of
@@ -19,13 +20,13 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import aplsmear
 from aplsmear.ensembles import Combination, as_json, combination_of
@@ -40,6 +41,7 @@ from aplsmear.statistics import write_json
 
 FORMAT, VERSION = "aplsmear ensemble", 1
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
+_USUAL = "usual."  # before the names of such arrays
 _DIGITS = 12  # of numbers in model.json, behind the point
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
 
@@ -90,6 +92,7 @@ class Model(_Strict):
         least: cells or smears of that level that 99 of 100 training patients had, or more.
         pictured_by: the member that says which cells tell most; '' for none.
         upwards: whether a high score of it speaks for the positive diagnosis.
+        standardise: how far a cohort that adapts moves its features; see `combine` in params.yaml.
         inputs: file -> md5 of what the ensemble was made from, as dvc.lock has it.
     """
 
@@ -108,6 +111,7 @@ class Model(_Strict):
     least: float
     pictured_by: str
     upwards: bool
+    standardise: float = Field(default=0.0, ge=0, le=1)
     inputs: dict[str, str]
 
 
@@ -120,6 +124,8 @@ class Reference:
     least: float  # items of a patient
     typical: Cloud
     stain: Cloud
+    # By `usual_key`, float32 (2 channels,): mean and spread of what heads read; empty without `standardise`.
+    usual: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,41 @@ def make_reference(
         folds = np.array([fold[patient] for patient in described])
         clouds.append(make_cloud(np.array(list(described.values())), folds))
     least = float(np.quantile(mine["patient"].value_counts(), 1 - COMMON))
-    return Reference(level, features.name, least, *clouds)
+    return Reference(level, features.name, least, clouds[0], clouds[1])
+
+
+def describe_usual(
+    patients: pd.DataFrame,
+    items: Mapping[Level, pd.DataFrame],
+    features: Mapping[Level, Mapping[str, Features]],
+    heads: Iterable[tuple[Level, Sequence[Head]]],
+) -> dict[str, np.ndarray]:
+    """Mean and spread of all features that heads read, among the training patients of their world.
+
+    Args:
+        patients: ``patient, fold`` of those that the ensemble is trained on.
+        items: ``item, patient`` of each level, of these and others.
+        features: of each level, by backbone/layer.
+        heads: of each task those of every world, with the level that they look at.
+
+    Returns:
+        By `usual_key`: float32 (2 channels,), what `aplsmear.familiarity.Moments.describe` says of the plain
+        views of all patients who are not held out.
+    """
+    fold = patients.set_index("patient")["fold"]
+    read = {(world, level, head.features) for level, each in heads for world, head in enumerate(each)}
+    found = {}
+    for world, level, name in sorted(read):
+        of_item = items[level]["patient"].map(fold)
+        training = items[level]["item"][of_item.notna() & (of_item != world)]
+        (described,) = describe_features(features[level][name], dict.fromkeys(training, "all")).values()
+        found[usual_key(world, level, name)] = described.astype(np.float32)
+    return found
+
+
+def usual_key(world: int, level: Level, features: str) -> str:
+    """The name of what `describe_usual` says of the features (backbone/layer) of a level in a world."""
+    return f"{world}/{level}/{features}"
 
 
 def write_bundle(
@@ -220,8 +260,9 @@ def write_bundle(
     files |= {_weights(name, level): backbones / name / f"{level}.weights.h5" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
-    write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
-    arrays: dict[str, np.ndarray] = {}
+    unsaid = set() if model.standardise else {"standardise"}  # so that older programs read it, too
+    write_json(folder / MODEL, model.model_dump(exclude=unsaid), digits=_DIGITS)
+    arrays: dict[str, np.ndarray] = {f"{_USUAL}{key}": each for key, each in reference.usual.items()}
     for kind in ("typical", "stain"):
         cloud = getattr(reference, kind)
         arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
@@ -267,6 +308,7 @@ def read_bundle(folder: Path) -> Bundle:
                 model.least,
                 _cloud(arrays, "typical"),
                 _cloud(arrays, "stain"),
+                {name.removeprefix(_USUAL): arrays[name] for name in arrays.files if name.startswith(_USUAL)},
             )
         bundle = Bundle(
             folder=folder,
@@ -323,7 +365,7 @@ def _checked(folder: Path) -> set[str]:
 
 
 def _check_fit(bundle: Bundle, listed: set[str]) -> None:
-    """Heads for every world, backbones for every head, weights for every backbone."""
+    """Heads for every world; for every head a backbone, its weights and, to standardise, the usual spread."""
     model, worlds = bundle.model, len(bundle.combinations)
     scorers = [*bundle.members, bundle.weigher]
     names = tuple(each.task for each in bundle.members)
@@ -343,6 +385,16 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
             problems.append(f"{_weights(name, level)} is not in its manifest")
         else:
             bundle.backbone(name, level)
+    if model.standardise:
+        read = {
+            (usual_key(world, each.member.images, head.features), len(head.kernels[0]))
+            for each in scorers
+            for world, head in enumerate(each.heads)
+        }
+        for key, channels in sorted(read):
+            usual = bundle.reference.usual.get(key, np.empty(0))
+            if usual.shape != (2 * channels,) or not np.isfinite(usual).all():
+                problems.append(f"it does not say how {key} is spread")
     if worlds < 2 or problems:
         raise ValueError("; ".join(problems) or "no combination")
 

@@ -265,7 +265,8 @@ def predict(
     formula gets a ' in front.
 
     `--adapt` is for patients of another laboratory who are known to be a mixture like that of training: it
-    moves all their probabilities together, without a label. Not for a screening, nor for few patients.
+    moves all their probabilities together, without a label. Not for a screening, nor for few patients. Of
+    an ensemble made with `combine.standardise`, features move first to the mean and spread of training.
 
     Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
     report.html`
@@ -280,6 +281,7 @@ def predict(
     from aplsmear.predict import (
         Judge,
         check_input,
+        judge_cohort,
         judge_patients,
         keep_pictures,
         verdict_table,
@@ -304,8 +306,11 @@ def predict(
             )
             check_input(bundle, found.cells, data)
             start_tensorflow()
-            judging = judge_patients(judge, data, found.smears, found.cells, engine)
-            judged = keep_pictures(judging, CARDS if report else 0)
+            moves = bundle.model.standardise if adapt else 0.0
+            judging = judge_cohort if moves else judge_patients
+            judged = keep_pictures(
+                judging(judge, data, found.smears, found.cells, engine), CARDS if report else 0
+            )
         combination, remarks = judge.combination, []
         if fold is not None:
             remarks.append(f"A check: judged by the models that never saw fold {fold}.")
@@ -313,7 +318,9 @@ def predict(
             combination = adapted(combination, np.array([each.said for each in judged]))
             share = combination.thresholds["balanced"]
             remarks.append(
-                f"Adapted to these {len(judged)} patients: logits moved by "
+                f"Adapted to these {len(judged)} patients: "
+                + (f"features moved by {moves:.0%} to mean and spread of training, " if moves else "")
+                + "logits moved by "
                 f"{combination.offset - judge.combination.offset:+.2f}, on the assumption that about "
                 f"{share:.0%} of them are positive, as in training."
             )

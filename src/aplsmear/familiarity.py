@@ -23,6 +23,7 @@ COMMON = 0.99  # of the training patients are nearer than 1, and have no fewer c
 _AXES = 10  # of the principal subspace, at most; and no more than a quarter of the patients
 _LEAST_SHARE = 0.05  # of the median scale: a number that hardly varied in training must not decide alone
 _LEAST_SCALE = 1e-6
+_TOGETHER = 4096  # rows that are looked at together
 _WHITE = 256.0  # light behind a smear, as pixel values plus 1
 
 
@@ -111,8 +112,9 @@ def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str,
     plain = rows[(rows["view"] == 0) & rows["patient"].notna()]
     found = {}
     for patient, places in sorted(plain.groupby("patient").indices.items()):
-        moments = Moments()
-        moments.add(rows_of(features.values, plain.index.to_numpy()[places]))
+        moments, mine = Moments(), plain.index.to_numpy()[places]
+        for start in range(0, len(mine), _TOGETHER):
+            moments.add(rows_of(features.values, mine[start : start + _TOGETHER]))
         found[str(patient)] = moments.describe()
     return found
 

@@ -308,6 +308,7 @@ class Combine(_Strict):
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
     shuffles: int = Field(ge=1)
+    standardise: float = Field(ge=0, le=1)
     shares: list[Name] = []
 
 

@@ -2,7 +2,8 @@
 
 Views are cut, kept as JPEG and turned into float16 features as the pipeline does, so that a patient of the
 training cohort gets from the models of his held-out fold what ``ensembles/<name>/predictions.csv`` says.
-Memory holds some smears' views and the patient in hand, however many patients there are.
+Memory holds some smears' views and the patient in hand, however many patients there are. Where a cohort's
+features are standardised, nobody can be scored before all are seen: they wait in a temporary folder.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import tee
+from itertools import chain, islice, tee
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from aplsmear.adaptation import standardising, taking
 from aplsmear.backbones import Pass, features_of_views
 from aplsmear.bags import attend
-from aplsmear.bundle import Bundle, Scorer
+from aplsmear.bundle import Bundle, Scorer, usual_key
 from aplsmear.engine import HERE, Engine
 from aplsmear.ensembles import Combination
 from aplsmear.errors import UserError
@@ -30,7 +34,7 @@ from aplsmear.members import PLAIN, ends_of, same_logits, summary_logits
 from aplsmear.params import LEVELS, Level
 from aplsmear.progress import progress
 from aplsmear.schema import CELLS_FILE
-from aplsmear.shards import View
+from aplsmear.shards import View, ViewWriter, read_views
 from aplsmear.tables import as_written
 from aplsmear.views import all_views
 
@@ -82,6 +86,13 @@ class _InHand:
     pictures: dict[str, bytes] = field(default_factory=dict)
 
 
+class _Seen(NamedTuple):
+    """Some smears that have gone through the networks together."""
+
+    smears: list[tuple[str, dict[Level, list[View]]]]  # patient and needed views of each
+    features: dict[str, np.ndarray]  # of all of them, of `aplsmear.backbones.features_of_views`
+
+
 class Judge:
     """The models of one world of a bundle.
 
@@ -110,6 +121,28 @@ class Judge:
             for level in LEVELS
         }
         self.passes = [each for level in LEVELS for each in self._passes(level)]
+
+    def standardised(self, own: Mapping[str, np.ndarray]) -> Judge:
+        """The same models for a cohort whose features are moved to their mean and spread in training.
+
+        Heads alone change; how far a patient lies from those of training is measured on features as they are.
+
+        Args:
+            own: by level/backbone/layer, what `aplsmear.familiarity.Moments.describe` says of the cohort.
+        """
+
+        def moved(scorer: Scorer) -> Scorer:
+            level, head = scorer.member.images, scorer.heads[self.world]
+            name = f"{level}/{head.features}"
+            if name not in own:  # nobody has such items
+                return scorer
+            usual = self.bundle.reference.usual[usual_key(self.world, level, head.features)]
+            heads = list(scorer.heads)
+            heads[self.world] = taking(head, *standardising(own[name], usual, self.bundle.model.standardise))
+            return replace(scorer, heads=heads)
+
+        members = [moved(scorer) for scorer in self.bundle.members]
+        return Judge(replace(self.bundle, members=members, weigher=moved(self.bundle.weigher)), self.world)
 
     @property
     def views(self) -> int:
@@ -278,6 +311,26 @@ def judge_patients(
         cells: likewise.
         engine: cuts the views of smears, and passes them through the networks; changes no result.
     """
+    yield from _concluded(judge, _forwarded(judge, root, smears, cells, engine))
+
+
+def judge_cohort(
+    judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine = HERE
+) -> Iterator[Judged]:
+    """As `judge_patients`, with the features of all of them standardised as the bundle says.
+
+    Views and features wait in a temporary folder (TMPDIR says where) until all smears are seen.
+    """
+    with TemporaryDirectory(prefix="aplsmear-") as folder:
+        spool = _Spool(Path(folder))
+        own = spool.fill(_forwarded(judge, root, smears, cells, engine))
+        yield from _concluded(judge.standardised(own), spool.again())
+
+
+def _forwarded(
+    judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine
+) -> Iterator[_Seen]:
+    """All smears through the networks, patients sorted by name; see `judge_patients`."""
     model = judge.bundle.model
     smears = smears.sort_values("patient", kind="stable")
     settings = model.augment.model_copy(update={"views": judge.views, "more": {}})
@@ -287,16 +340,58 @@ def judge_patients(
     features = engine.map(
         partial(features_of_views, passes=judge.passes), map(_together, again), processes=False
     )
+    yield from map(_Seen, chunks, features)
+
+
+def _concluded(judge: Judge, seen: Iterable[_Seen]) -> Iterator[Judged]:
+    """The verdict on each patient, as soon as all smears of his are seen."""
     waiting: dict[str, _InHand] = {}
-    for chunk, found in zip(chunks, features, strict=True):
+    for chunk, found in seen:
         for patient, _ in chunk:
             waiting.setdefault(patient, _InHand()).smears += 1
         judge.see([(waiting[patient], of_smear) for patient, of_smear in chunk], found)
         last = chunk[-1][0]  # more smears of his may follow
         for patient in [each for each in waiting if each != last]:
             yield judge.conclude(patient, waiting.pop(patient))
-    for patient, seen in waiting.items():
-        yield judge.conclude(patient, seen)
+    for patient, left in waiting.items():
+        yield judge.conclude(patient, left)
+
+
+class _Spool:
+    """What has gone through the networks, on disk, to be gone through again."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take a folder for it."""
+        self._views: dict[Level, Path] = {level: folder / f"{level}.parquet" for level in LEVELS}
+        self._features = folder / "features"  # arrays behind one another
+        # Of each `_Seen`: patient and number of views of each smear, and the names of its features.
+        self._held: list[tuple[list[tuple[str, dict[Level, int]]], list[str]]] = []
+
+    def fill(self, seen: Iterable[_Seen]) -> dict[str, np.ndarray]:
+        """Write it, and see how the features of all plain views are spread: as `Judge.standardised` asks."""
+        moments: dict[str, Moments] = defaultdict(Moments)
+        with ViewWriter(self._views) as writer, self._features.open("wb") as file:
+            for smears, features in seen:
+                views = _together(smears)
+                writer.write(views)
+                for name, values in features.items():
+                    np.save(file, values)
+                    level = next(level for level in LEVELS if name.startswith(level))
+                    moments[name].add(values[[view.view == 0 for view in views[level]]])
+                counts = [(who, {level: len(of[level]) for level in LEVELS}) for who, of in smears]
+                self._held.append((counts, list(features)))
+        return {name: each.describe() for name, each in moments.items()}
+
+    def again(self) -> Iterator[_Seen]:
+        """Read it, as it came."""
+        views = {level: chain.from_iterable(read_views(path, CHUNK)) for level, path in self._views.items()}
+        with self._features.open("rb") as file:
+            for counts, names in self._held:
+                smears = [
+                    (who, {level: list(islice(views[level], count)) for level, count in of.items()})
+                    for who, of in counts
+                ]
+                yield _Seen(smears, {name: np.load(file) for name in names})
 
 
 def keep_pictures(judged: Iterable[Judged], count: int) -> list[Judged]:
