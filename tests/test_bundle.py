@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from aplsmear.bundle import (
     BundleError,
     Member,
     Reference,
+    describe_usual,
     make_model,
     read_bundle,
     reference_features,
@@ -19,6 +21,7 @@ from aplsmear.bundle import (
 )
 from aplsmear.ensembles import judge
 from aplsmear.familiarity import make_cloud
+from aplsmear.features import Features
 from aplsmear.heads import Head, write_heads
 from aplsmear.params import Augment, Backbone
 from test_ensembles import RIDGE, cohort
@@ -210,6 +213,7 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
         ({"reference_features": "net/c"}, "no backbone that gives net/c"),
         ({"members": [{"task": "../m0", "level": "cell"}]}, "not in its manifest"),
         ({"backbones": {}}, "no backbone that gives net/a"),
+        ({"standardise": 0.5}, "does not say how 0/cell/net/a is spread"),
     ],
     ids=lambda each: str(each)[:20],
 )
@@ -234,3 +238,48 @@ def test_the_features_of_most_heads_describe_patients() -> None:
 
     assert reference_features([heads("a/x", "b/y"), heads("c/z", "b/y"), heads("a/x")]) == "b/y"
     assert reference_features([heads("b/y"), heads("a/x")]) == "a/x"
+
+
+# --- features as usual ----------------------------------------------------------------------------
+
+
+def usual(changed: set[str] = frozenset(), view: int = 0) -> dict[str, bytes]:
+    """What a bundle keeps of the features of five patients, of whom `h` is not of the ensemble.
+
+    Args:
+        changed: patients who look otherwise.
+        view: in which of their views.
+    """
+    patients = pd.DataFrame({"patient": list("abcd"), "fold": [0, 0, 1, 1]})
+    items = pd.DataFrame({"item": [f"{who}{k}" for who in "abcdh" for k in range(3)]})
+    items["patient"] = items["item"].str[0]
+    index = items[["item"]].merge(pd.DataFrame({"view": [0, 1]}), how="cross")
+    values = np.random.default_rng(1).normal(size=(len(index), 4)).astype(np.float16)
+    values[index["item"].str[0].isin(changed) & (index["view"] == view)] += 1
+    features = {name: Features(name, index, values * scale) for name, scale in (("net/a", 1), ("net/b", 2))}
+    heads = [
+        Head(f"net/{layer}", (np.ones((4, 1), np.float32),), (np.zeros(1, np.float32),)) for layer in "aba"
+    ]
+    levels = ("cell", "smear")
+    found = describe_usual(
+        patients, dict.fromkeys(levels, items), dict.fromkeys(levels, features), [("smear", heads)]
+    )
+    return {key: each.tobytes() for key, each in found.items()}
+
+
+def test_how_features_usually_are_is_told_by_the_training_patients_of_a_world_alone() -> None:
+    before = usual()
+    assert list(before) == ["0/smear/net/a", "1/smear/net/b", "2/smear/net/a"]
+    for fold, held_out in ((0, {"a", "b"}), (1, {"c", "d"})):
+        after = usual(held_out)
+        same = [int(key[0]) for key in before if after[key] == before[key]]
+        assert same == [fold]
+    assert usual({"h"}) == before
+    assert usual(set("abcd"), view=1) == before
+
+
+def test_a_bundle_says_nothing_of_features_that_nobody_is_to_move(made) -> None:
+    assert "standardise" not in json.loads((made / "model" / "model.json").read_text())
+    with np.load(made / "model" / "reference.npz") as arrays:
+        assert not [name for name in arrays.files if name.startswith("usual")]
+    assert read_bundle(made).model.standardise == 0

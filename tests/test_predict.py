@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +19,23 @@ from typer.testing import CliRunner
 from aplsmear import predict as module
 from aplsmear.backbones import BackboneError, batch_of, build_backbone, features_of, write_weights
 from aplsmear.bags import attend
-from aplsmear.bundle import Member, make_model, make_reference, read_bundle, write_bundle
+from aplsmear.bundle import (
+    Member,
+    describe_usual,
+    make_model,
+    make_reference,
+    read_bundle,
+    write_bundle,
+)
 from aplsmear.cli import app
 from aplsmear.dataset import DataSet, read_data_set
 from aplsmear.demo import draw_data_set
 from aplsmear.ensembles import Candidate, judge, patients_of
 from aplsmear.features import Features, read_features, write_features
-from aplsmear.heads import Head, score, write_heads
+from aplsmear.heads import Head, read_heads, score, write_heads
 from aplsmear.members import summarise_patients
 from aplsmear.params import LEVELS, Backbone
-from aplsmear.predict import Judge, judge_patients, keep_pictures, verdict_table
+from aplsmear.predict import Judge, judge_cohort, judge_patients, keep_pictures, verdict_table
 from aplsmear.runtime import start_tensorflow
 from aplsmear.shards import ViewWriter, read_index, read_views
 from aplsmear.tables import read_table, write_table
@@ -59,6 +67,7 @@ class Run:
 
     data: Path
     ensemble: Path
+    standardised: Path  # the same bundle, with `combine.standardise`
     verdicts: pd.DataFrame
 
 
@@ -147,9 +156,9 @@ def trained(tmp_path_factory) -> Run:
         members[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
     patients = patients_of(folds, "apl", "aml")
     verdicts = judge(patients, members, RIDGE, 0, SEED)
-    items = found.cells.rename(columns={"cell": "item"})
+    items = {level: getattr(found, f"{level}s").rename(columns={level: "item"}) for level in LEVELS}
     chosen = features["cell"]["net/conv_pw_2_relu"]
-    reference = make_reference(patients, items, "cell", chosen, read_views(views["cell"], 64))
+    reference = make_reference(patients, items["cell"], "cell", chosen, read_views(views["cell"], 64))
     of_task = {
         task: Member(task=task, level=level, one_each=level == "patient")
         for task, (level, _) in TASKS.items()
@@ -173,8 +182,13 @@ def trained(tmp_path_factory) -> Run:
         inputs={},
     )
     write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference)
+    read = [(of_task[task].images, read_heads(path)) for task, path in heads.items()]
+    reference = replace(reference, usual=describe_usual(patients, items, features, read))
+    model = model.model_copy(update={"standardise": 1.0})
+    write_bundle(root / "standardised", model, heads, root / "backbones", reference)
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
-    return Run(root / "data", root / "apl_aml", read_table(root / "apl_aml" / "predictions.csv"))
+    verdicts = read_table(root / "apl_aml" / "predictions.csv")
+    return Run(root / "data", root / "apl_aml", root / "standardised", verdicts)
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +207,14 @@ def read(folder: Path) -> DataSet:
     return read_data_set(folder, {}, min_box=8, skip_bad_images=False, check_images=False, labelled=False)
 
 
-def predicted(judge: Judge, folder: Path, patients: set[str] | None = None) -> pd.DataFrame:
+def predicted(
+    judge: Judge, folder: Path, patients: set[str] | None = None, judging=judge_patients
+) -> pd.DataFrame:
     found = read(folder)
     smears, cells = found.smears, found.cells
     if patients is not None:
         smears, cells = (table[table["patient"].isin(patients)] for table in (smears, cells))
-    judged = list(judge_patients(judge, folder, smears, cells))
+    judged = list(judging(judge, folder, smears, cells))
     return verdict_table(judged, judge.combination).set_index("patient")
 
 
@@ -255,17 +271,18 @@ def test_a_member_that_also_weighs_is_heard_where_nothing_is_weighed(trained) ->
 # --- warnings -------------------------------------------------------------------------------------
 
 
-def shifted_to_blue(folder: Path) -> None:
+def lit(folder: Path, red: float, green: float, blue: float) -> None:
+    """Show its smears under another lamp."""
     for path in (folder / "wsi").iterdir():
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
-        Image.fromarray((pixels * [0.75, 0.85, 1.0]).astype(np.uint8)).save(path, quality=95)
+        Image.fromarray((pixels * [red, green, blue]).astype(np.uint8)).save(path, quality=95)
 
 
 def test_another_stain_is_warned_of_and_the_same_is_not(final, data, tmp_path) -> None:
     draw_data_set(tmp_path / "new", 18, 77, size=(240, 320), cells_per_smear=6)
     same = predicted(final, tmp_path / "new")
     assert (same["stain"] > 1).mean() < 0.3
-    shifted_to_blue(data)
+    lit(data, 0.75, 0.85, 1.0)
     blue = predicted(final, data)
     assert (blue["stain"] > 1).all()
     assert blue["warning"].str.contains(r"unfamiliar stain or camera \(.*bluer").all()
@@ -286,6 +303,62 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, fi
     everybody = predicted(final, trained.data)
     others = everybody.index.drop([few, none])
     pd.testing.assert_frame_equal(found.loc[others], everybody.loc[others], check_exact=True)
+
+
+# --- features standardised by cohort --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving(trained) -> Judge:
+    bundle = read_bundle(trained.standardised)
+    return Judge(bundle, bundle.world_of(None))
+
+
+def test_the_cohort_of_training_is_as_usual_and_stays(trained, final, moving, monkeypatch) -> None:
+    mine = set(trained.verdicts["patient"])
+    expected = predicted(final, trained.data, mine)
+    monkeypatch.setattr(module, "CHUNK", 50)  # so that much goes to the disk and back
+    found = predicted(moving, trained.data, mine, judge_cohort)
+    assert logit(found["probability"]).to_numpy() == pytest.approx(
+        logit(expected["probability"]).to_numpy(), abs=1e-3
+    )
+    pd.testing.assert_frame_equal(
+        found.drop(columns="probability"), expected.drop(columns="probability"), check_exact=True
+    )
+    assert (predicted(moving, trained.data, mine) == expected).all(axis=None)  # to whoever does not adapt
+
+
+def test_a_cohort_in_another_light_is_put_right_and_still_warned_of(trained, final, moving, data) -> None:
+    mine = set(trained.verdicts["patient"])
+    right = predicted(final, trained.data, mine)
+    lit(data, 1.0, 0.8, 0.8)
+    before, after = predicted(final, data, mine), predicted(moving, data, mine, judge_cohort)
+    home, away, back = (logit(each["probability"]).to_numpy() for each in (right, before, after))
+    assert np.abs(back - home).mean() < np.abs(away - home).mean() / 2
+    assert np.corrcoef(back, home)[0, 1] > np.corrcoef(away, home)[0, 1]
+    columns = ["distance", "stain", "warning"]
+    pd.testing.assert_frame_equal(after[columns], before[columns], check_exact=True)
+
+
+def test_adapted_so_it_says_so_twice_the_same_and_leaves_nothing_behind(
+    trained, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    for run, bundle, more in (
+        ("a", trained.standardised, ["--adapt"]),
+        ("b", trained.standardised, ["--adapt"]),
+        ("plain", trained.standardised, []),
+        ("before", trained.ensemble, []),
+    ):
+        outs = ("--out", tmp_path / f"{run}.csv", "--report", tmp_path / f"{run}.html")
+        code, said = command("--ensemble", bundle, "--data", trained.data, *outs, *more)
+        assert code == 0, said
+        assert ("features moved by 100% to mean and spread of training, logits" in said) == bool(more)
+    for kind in ("csv", "html"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+        assert (tmp_path / f"plain.{kind}").read_bytes() == (tmp_path / f"before.{kind}").read_bytes()
+    assert not list((tmp_path / "spool").iterdir())
 
 
 # --- what is written ------------------------------------------------------------------------------
