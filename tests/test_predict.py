@@ -358,6 +358,8 @@ def test_adapted_so_it_says_so_twice_the_same_and_leaves_nothing_behind(
     for kind in ("csv", "html"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
         assert (tmp_path / f"plain.{kind}").read_bytes() == (tmp_path / f"before.{kind}").read_bytes()
+    adapted, plain = (logit(pd.read_csv(tmp_path / f"{run}.csv")["probability"]) for run in ("a", "plain"))
+    assert (adapted - plain).std() > 0.01  # more than an offset
     assert not list((tmp_path / "spool").iterdir())
 
 
