@@ -306,9 +306,9 @@ def restandardised(bench: Bench, features: Features, home: Features, share: floa
         out[name] = [values.astype(np.float32) for values in shown]
         for world in np.unique(fold):
             here, there = fold == world, fold != world
-            own = described(out[name][0][here])
-            scale, offset = standardising(own, described(usual[there]), share)
+            wanted = described(usual[there])
             for values in out[name]:
+                scale, offset = standardising(described(values[here]), wanted, share)
                 values[here] = values[here] * scale + offset
     return out
 
