@@ -74,7 +74,7 @@ def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: ob
     """Train a small network; `cuts`: after so many epochs by another process, which was killed."""
     from aplsmear.images import encode_jpeg
     from aplsmear.shards import View
-    from aplsmear.training import Kinds, Run, Tuner, make_store
+    from aplsmear.training import Kinds, Run, Tuner, make_store, middles_of
     from aplsmear.unfreezing import divide
 
     settings = SETTINGS.model_copy(update=changed)
@@ -82,16 +82,22 @@ def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: ob
     several = Kinds(np.arange(24) % 4 // 2 + 2 * items().label, (2, 2), PATIENT)
     kinds, members = (several, (2, 3)) if settings.head.epochs else (TWO, (0, 0))
 
+    middle = settings.head.middle
+    read = CHANNELS * (2 if middle < 1 else 1)
+
     def network() -> object:
-        return divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, settings.blocks, 5, kinds.count, members)
+        return divide(
+            BACKBONE, "cell", LAYER, RECIPE, CHANNELS, settings.blocks, 5, kinds.count, members, middle
+        )
 
     views = [View(str(number // 2), number % 2, encode_jpeg(image)) for number, image in enumerate(images())]
     found: dict[str, object] = {}
     for last in (cuts, 99) if cuts else (99,):
         tuner = Tuner(network, settings, 0.1, strategy)
         store = make_store(folder, iter([views]), np.ones(48, bool), tuner.network, 32, settings.online)
-        store = replace(store, features=features())
-        tuner.start(head(), np.zeros(CHANNELS, np.float32), np.ones(CHANNELS, np.float32))
+        seen = middles_of(folder / "middles.npy", store, tuner.network) if middle < 1 else features()
+        store = replace(store, features=seen.__getitem__)
+        tuner.start(head(), np.zeros(read, np.float32), np.ones(read, np.float32))
         for course in tuner.train(run, items(), kinds, store, 7, folder / "run.npz"):
             found = {"loss": course.loss, "auroc": course.auroc, "weights": tuner.weights()}
             if len(course.loss) == last:
@@ -111,10 +117,17 @@ def test_blocks_are_found_in_networks_of_any_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "members", "kinds"), [(1, (0, 0), (1, 1)), (2, (2, 5), (3, 2)), (99, (0, 0), (1, 1))]
+    ("blocks", "members", "kinds", "middle"),
+    [
+        (1, (0, 0), (1, 1), 1.0),
+        (1, (2, 5), (1, 1), 0.5),
+        (2, (2, 5), (3, 2), 1.0),
+        (99, (0, 0), (1, 1), 1.0),
+        (99, (1, 5), (2, 1), 0.7),
+    ],
 )
 def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
-    blocks: int, members: tuple[int, int], kinds: tuple[int, int]
+    blocks: int, members: tuple[int, int], kinds: tuple[int, int], middle: float
 ) -> None:
     import keras
 
@@ -124,8 +137,11 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     shown = images()[:6]
     features = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
     expected = score([head()], features, np.arange(6))[0]
-    network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, kinds, members)
-    set_head(network, head(), features.mean(axis=0), features.std(axis=0) + 0.1)
+    network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, kinds, members, middle)
+    times = 2 if middle < 1 else 1
+    set_head(
+        network, head(), np.tile(features.mean(axis=0), times), np.tile(features.std(axis=0) + 0.1, times)
+    )
     np.testing.assert_allclose(network.whole(shown).numpy()[:, 0], expected, atol=1e-5)
 
     copy = keras.models.model_from_json(network.whole.to_json())  # safe mode: no code in the file
@@ -133,7 +149,7 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     np.testing.assert_array_equal(copy(shown).numpy(), network.whole(shown).numpy())
 
 
-@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, JOINED)])
+@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, JOINED), (1, JOINED | {"middle": 0.5})])
 def test_cut_off_after_any_epoch_it_ends_with_the_same_bits(
     cuts: int, head: dict[str, object], tmp_path: Path
 ) -> None:
@@ -185,8 +201,8 @@ def test_a_patient_with_many_items_need_not_outweigh_another(even: float, share:
         assert weight[here].sum() == pytest.approx(12)  # a kind as a whole weighs as before
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_heads_that_join_and_the_tuned_one_each_count_the_same(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "middle"), [(0, 1.0), (1, 1.0), (2, 1.0), (0, 0.5), (1, 0.5)])
+def test_heads_that_join_and_the_tuned_one_each_count_the_same(depth: int, middle: float) -> None:
     from scipy.special import softmax
 
     from aplsmear.heads import layer_sizes
@@ -200,15 +216,42 @@ def test_heads_that_join_and_the_tuned_one_each_count_the_same(depth: int) -> No
         tuple(random.normal(size=width).astype(np.float32) for _, width in sizes),
         "gelu",
     )
-    network = divide(BACKBONE, "cell", LAYER, replace(RECIPE, depth=depth), CHANNELS, 1, 5, (2, 1), (3, 5))
-    shown = random.normal(2, 3, (6, CHANNELS)).astype(np.float32)
+    deep = replace(RECIPE, depth=depth)
+    network = divide(BACKBONE, "cell", LAYER, deep, CHANNELS, 1, 5, (2, 1), (3, 5), middle)
+    shown = random.normal(2, 3, (6, CHANNELS * (2 if middle < 1 else 1))).astype(np.float32)
     set_head(network, tuned, shown.mean(axis=0), shown.std(axis=0) + 0.1)
-    each = [network.head(shown).numpy(), *np.moveaxis(network.members(shown).numpy(), 1, 0)]
-    positive = score([tuned], shown.astype(np.float16), np.arange(6))[0]
+    members = network.members(shown[:, -CHANNELS:]).numpy()
+    each = [network.head(shown).numpy(), *np.moveaxis(members, 1, 0)]
+    positive = score([tuned], shown[:, :CHANNELS].astype(np.float16), np.arange(6))[0]
     np.testing.assert_allclose(softmax(each[0], axis=1)[:, 2], positive, atol=2e-2)  # features in float16
     join(network, tuned)
     np.testing.assert_allclose(network.head(shown).numpy(), np.mean(each, axis=0), atol=1e-4)
     assert min(np.abs(a - b).max() for a in each for b in each if a is not b) > 0.01
+
+
+@pytest.mark.parametrize("blocks", [1, 99])
+def test_members_see_the_middle_of_each_map_and_in_the_order_of_the_features(blocks: int) -> None:
+    import keras
+
+    from aplsmear.backbones import build_backbone, cut_network
+    from aplsmear.unfreezing import divide
+
+    shown = images()[:6]
+    cut, preprocess = cut_network(BACKBONE, "cell", 5)
+    found = keras.Model(cut.input, [cut.output[part] for part in LAYER.split("+")])(
+        preprocess(shown.astype(np.float32))
+    )
+    expected = [
+        each[:, rim : side - rim, rim : side - rim].mean(axis=(1, 2))
+        for each in (one.numpy() for one in found)
+        for side in [each.shape[1]]
+        for rim in [side // 4]
+    ]
+    network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, (1, 1), (2, 5), 0.5)
+    middles = network.middles(network.trunk(shown)).numpy()
+    np.testing.assert_allclose(middles, np.concatenate(expected, axis=1), rtol=1e-3, atol=1e-7)
+    whole = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
+    assert np.abs(middles - whole).max() > 0.001
 
 
 def test_inner_folds_decide_together() -> None:

@@ -4,8 +4,9 @@ The head was trained first, on bottleneck features, by `tune`. It starts here as
 frozen model. In the first epoch others may join it (`finetune.head`): trained on features too, from first
 weights of their own, but to tell more kinds of items apart than the task asks for. Few items are sought, and
 what the others are teaches more than that they are not. (A head that goes on from the tuned one learns less
-of that: it fits its patients already.) The mean of all is the head from here on. Then it and the uppermost
-blocks train together. In each world of `aplsmear.splits`::
+of that: it fits its patients already.) They may see the middle of each feature map alone, where the cell is
+(`finetune.head.middle`), while the tuned one sees all of it. The mean of all is the head from here on. Then
+it and the uppermost blocks train together. In each world of `aplsmear.splits`::
 
     inner    without folds w and j, judged on j after every epoch, until j gains nothing for some epochs
     outer    without fold w, for as many epochs as do best on the mean of its inner folds: scores fold w
@@ -45,7 +46,17 @@ from aplsmear.statistics import (
     operating_points,
     paired_bootstrap_difference,
 )
-from aplsmear.training import Course, FinetuneError, Kinds, Run, Store, Tuner, fitting, make_store
+from aplsmear.training import (
+    Course,
+    FinetuneError,
+    Kinds,
+    Run,
+    Store,
+    Tuner,
+    fitting,
+    make_store,
+    middles_of,
+)
 from aplsmear.tuning import Board, study_key
 from aplsmear.unfreezing import divide
 
@@ -177,6 +188,7 @@ class Workshop:
                     self.seed,
                     self.kinds.count,
                     (head.members, head.units) if head.epochs else (0, 0),
+                    head.middle if head.epochs else 1.0,
                 ),
                 self.settings,
                 self._light,
@@ -187,16 +199,20 @@ class Workshop:
     def store(self, recipe: Recipe) -> Store:
         """What the networks of this recipe's features read."""
         if recipe.features not in self._stores:
+            network, folder = self.tuner(recipe).network, self.folder / recipe.features
             store = make_store(
-                self.folder / recipe.features,
+                folder,
                 read_views(self._views, BATCH),
                 self._wanted(),
-                self.tuner(recipe).network,
+                network,
                 self.size(recipe),
                 self.settings.online,
             )
-            features = self.board.features[recipe.features].values
-            self._stores[recipe.features] = replace(store, features=features)
+            kept = self.board.features[recipe.features].values
+            if network.middles is not None:
+                kept = middles_of(folder / "middles.npy", store, network)
+            row = np.arange(len(store.place)) if network.middles is None else store.place
+            self._stores[recipe.features] = replace(store, features=lambda views: kept[row[views]])
         return self._stores[recipe.features]
 
     def size(self, recipe: Recipe) -> int:
@@ -205,13 +221,16 @@ class Workshop:
 
     def begin(self, recipe: Recipe, head: Head, held_out: HeldOut) -> Tuner:
         """The network of this recipe as the frozen model, standardised by whom the head has seen."""
-        tuner = self.tuner(recipe)
-        seen = ~np.isin(self.items.fold, sorted(held_out))
-        values = self.board.features[recipe.features].values[np.sort(self.items.row[seen])].astype(np.float64)
-        deviation = values.std(axis=0)
+        tuner, store = self.tuner(recipe), self.store(recipe)
+        shown = np.sort(self.items.row[~np.isin(self.items.fold, sorted(held_out))])
+        seen = [self.board.features[recipe.features].values[shown]]
+        if tuner.network.middles is not None and store.features is not None:
+            seen.append(store.features(shown))
+        mean = np.concatenate([values.mean(axis=0, dtype=np.float64) for values in seen])
+        deviations = [values.std(axis=0, dtype=np.float64) for values in seen]
         # A channel that hardly moves is not blown up to the size of the others.
-        scale = deviation + 0.05 * deviation.mean() + 1e-6
-        tuner.start(head, values.mean(axis=0).astype(np.float32), scale.astype(np.float32))
+        scale = np.concatenate([each + 0.05 * each.mean() + 1e-6 for each in deviations])
+        tuner.start(head, mean.astype(np.float32), scale.astype(np.float32))
         return tuner
 
     def views_of(self, items: np.ndarray) -> list[np.ndarray]:

@@ -224,6 +224,7 @@ class FinetuneHead(_Strict):
     """Training of the head alone, before the blocks."""
 
     kinds: str
+    middle: float = Field(gt=0, le=1)
     members: int = Field(ge=1, le=100)
     units: int = Field(ge=1, le=65536)
     dropout: float = Field(ge=0, lt=1)

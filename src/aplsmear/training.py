@@ -76,7 +76,8 @@ class Store:
 
     place: np.ndarray  # int64 (views of the level,): the row of each view in `arrays`, or -1
     arrays: list[np.ndarray]  # (rows, ...): float16 activations or uint8 images; memory-mapped
-    features: np.ndarray | None = None  # float16 (views of the level, channels), for a head that trains alone
+    # views -> float16 (views, channels), for a head that trains alone
+    features: Callable[[np.ndarray], np.ndarray] | None = None
 
     def read(self, views: np.ndarray) -> tuple[np.ndarray, ...]:
         """What some views give, float32 or uint8."""
@@ -222,7 +223,7 @@ class Tuner:
             )
             shown = len(view) - len(view) % self.settings.batch or len(view)
             history = network.fit(
-                store.features[view[:shown]].astype(np.float32),
+                store.features(view[:shown]).astype(np.float32),
                 np.repeat(target[:shown, None], settings.members, axis=1),
                 sample_weight=np.repeat(weight[:shown, None], settings.members, axis=1),
                 batch_size=self.settings.batch,
@@ -387,6 +388,35 @@ def make_store(
             for array in arrays:
                 array.flush()
     return Store(place, [np.load(path, mmap_mode="r") for path in paths])
+
+
+def middles_of(path: Path, store: Store, network: Divided) -> np.ndarray:
+    """Compute and keep the features of the middle of all that a store holds; see `make_store`.
+
+    Args:
+        path: of a .npy file.
+        store: of `make_store`.
+        network: of which it was made; as it came, not trained on.
+
+    Returns:
+        float16 (rows of the store, channels), memory-mapped.
+    """
+    import tensorflow as tf
+
+    def middles(given: Any) -> Any:
+        below = network.trunk(given, training=False) if store.arrays[0].dtype == np.uint8 else given
+        return network.middles(below, training=False)
+
+    forward, views = tf.function(middles), np.flatnonzero(store.place >= 0)
+    if not path.is_file():
+        with whole(path) as part:
+            array = new_array(part, np.float16, (len(views), network.middles.output_shape[1]))
+            for start in range(0, len(views), SCORED):
+                here = views[start : start + SCORED]
+                found = forward(_bare(store.read(np.resize(here, SCORED)))).numpy()
+                array[start : start + SCORED] = _narrow(found[: len(here)], np.float16)
+            array.flush()
+    return np.asanyarray(np.load(path, mmap_mode="r"))
 
 
 def fitting(image: np.ndarray, size: int) -> np.ndarray:

@@ -30,14 +30,15 @@ HEAD = -1  # in place of a block's depth
 class Divided:
     """A network in two parts, and the same one whole; they share their weights."""
 
-    trunk: Any  # keras.Model: uint8 (batch, size, size, 3) -> a map, and the means of maps below it; frozen
+    trunk: Any  # keras.Model: uint8 (batch, size, size, 3) -> a map, and the means of others below; frozen
     top: Any  # keras.Model: what `trunk` gives -> logit (batch, 1), float32; trains
     whole: Any  # keras.Model: uint8 (batch, size, size, 3) -> probability (batch, 1)
     sorter: Any  # keras.Model: what `trunk` gives -> a logit for each kind (batch, kinds), float32; of `top`
     maps: Any  # keras.Model: what `trunk` gives -> the deepest map, and the means of the others
     judge: Any  # keras.Model: what `maps` gives -> logit
-    head: Any  # keras.Model: features (batch, channels) -> a logit for each kind
+    head: Any  # keras.Model: features, and those of the middle behind them -> a logit for each kind
     members: Any  # keras.Model: features -> that of each head that may join (batch, members, kinds); or None
+    middles: Any  # keras.Model: what `trunk` gives -> features of the middle, for members; None: of the whole
     kinds: tuple[int, int]  # of negative items, which come first, and of positive ones
     depth: dict[str, int]  # path of a weight that trains -> block below the uppermost one; HEAD
 
@@ -52,6 +53,7 @@ def divide(
     seed: int,
     kinds: tuple[int, int] = (1, 1),
     members: tuple[int, int] = (0, 0),
+    middle: float = 1.0,
 ) -> Divided:
     """Put a head on its backbone and divide the two below the uppermost blocks.
 
@@ -68,6 +70,7 @@ def divide(
         seed: of untrained filters, of members and of dropout.
         kinds: of negative and of positive items.
         members: how many, and the units of each of their hidden layers.
+        middle: the share of each side of a feature map that members see, where the cell is; 1: all of it.
 
     Raises:
         BackboneError: as `aplsmear.backbones.cut_network`.
@@ -95,29 +98,34 @@ def divide(
 
     image = keras.Input((size, size, 3), dtype="uint8", name="image")
     given, *lower = bottom(preprocess(keras.ops.cast(image, "float32")), training=False)
-    trunk = keras.Model(image, _plain([given, *map(_mean, lower)]))
+    trunk = keras.Model(image, _plain([given, *(_means(each, middle) for each in lower)]))
     inputs = [keras.Input(each.shape[1:]) for each in trunk.outputs]
     raised = dict(zip(above, upper(inputs[0], training=False), strict=True))
     pooled = dict(zip(below, inputs[1:], strict=True))
-    pooled |= {part: _mean(each) for part, each in raised.items() if part != deepest}
+    pooled |= {part: _means(each, middle) for part, each in raised.items() if part != deepest}
     others = [part for part in parts if part != deepest]
     maps = keras.Model(_plain(inputs), _plain([raised[deepest], *(pooled[part] for part in others)]))
 
     seen = [keras.Input(each.shape[1:], dtype=each.dtype) for each in maps.outputs]
-    means = dict(zip(others, seen[1:], strict=True)) | {deepest: _mean(seen[0])}
-    vector = keras.ops.concatenate([means[part] for part in parts], axis=1) if others else means[deepest]
+    means = dict(zip(others, seen[1:], strict=True)) | {deepest: _means(seen[0], middle)}
+    parted = [keras.ops.split(means[part], 2, axis=1) if middle < 1 else [means[part]] for part in parts]
+    features = [_behind(each) for each in zip(*parted, strict=True)]
+    vector = _behind(features)
     number, units = members
-    head = _head_of(replace(recipe, width=recipe.width + number * units), channels, sum(kinds), seed)
+    wide = replace(recipe, width=recipe.width + number * units)
+    head = _head_of(wide, channels * len(features), sum(kinds), seed)
     crowd = _crowd_of(replace(recipe, width=units), channels, sum(kinds), seed, number) if number else None
     negative, positive = keras.ops.split(head(vector), [kinds[0]], axis=1)
     logit = _together(positive) - _together(negative)
     judge = keras.Model(_plain(seen), logit, name="judge")
     tell = keras.Model(_plain(seen), head(vector))
+    see = keras.Model(_plain(seen), features[-1]) if middle < 1 else None
     depth |= {each.path: HEAD for each in head.trainable_variables}
     top = keras.Model(_plain(inputs), judge(maps(_plain(inputs))))
     sorter = keras.Model(_plain(inputs), tell(maps(_plain(inputs))))
     whole = keras.Model(image, keras.ops.sigmoid(top(trunk(image, training=False), training=False)))
-    return Divided(trunk, top, whole, sorter, maps, judge, head, crowd, kinds, depth)
+    middles = keras.Model(_plain(inputs), see(maps(_plain(inputs)))) if see else None
+    return Divided(trunk, top, whole, sorter, maps, judge, head, crowd, middles, kinds, depth)
 
 
 def block_ends(network: Any) -> list[str]:
@@ -161,15 +169,17 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
 
     Args:
         network: of `divide`, with a head of this depth, and as wide or wider.
-        head: the weights; its last product has one column, or one for each kind.
-        mean: float32 (channels,), of the features that train.
+        head: the weights; its last product has one column, or one for each kind. What it has no rows for, the
+            features of the middle, it does not look at.
+        mean: float32 (channels,), of the features that train, and of those of the middle behind them.
         scale: float32 (channels,), above 0: their deviations.
     """
     norm, *products = (layer for layer in network.head.layers if layer.weights)
     norm.set_weights([mean, scale**2])
     head = _with_kinds(head, network.kinds)
-    first = head.kernels[0] * scale[:, None]
-    kernels, biases = [first, *head.kernels[1:]], [head.biases[0] + mean @ head.kernels[0], *head.biases[1:]]
+    read = len(head.kernels[0])
+    first, low = head.kernels[0] * scale[:read, None], head.biases[0] + mean[:read] @ head.kernels[0]
+    kernels, biases = [first, *head.kernels[1:]], [low, *head.biases[1:]]
     for layer, kernel, bias in zip(products, kernels, biases, strict=True):
         wide, low = layer.get_weights()
         rows, columns = kernel.shape
@@ -179,7 +189,8 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
         wide[:rows, :columns], low[:columns] = kernel, bias
         layer.set_weights([wide, low])
     for member in _members(network):
-        member.get_layer("standardise").set_weights([mean, scale**2])
+        (channels,) = member.input_shape[1:]
+        member.get_layer("standardise").set_weights([mean[-channels:], scale[-channels:] ** 2])
 
 
 def join(network: Divided, head: Head) -> None:
@@ -191,14 +202,16 @@ def join(network: Divided, head: Head) -> None:
     """
     mean, variance = network.head.get_layer("standardise").get_weights()
     scale = np.sqrt(variance)
-    others = []
+    unread = len(mean) - len(head.kernels[0])  # of the tuned head, the middle; of the others, all but that
+    tuned = _with_kinds(head, network.kinds)
+    each = [replace(tuned, kernels=(np.pad(tuned.kernels[0], ((0, unread), (0, 0))), *tuned.kernels[1:]))]
     for member in _members(network):
         _, *products = (layer for layer in member.layers if layer.weights)
         kernels, biases = zip(*(layer.get_weights() for layer in products), strict=True)
-        raw = kernels[0] / scale[:, None]
+        raw = np.pad(kernels[0], ((unread, 0), (0, 0))) / scale[:, None]
         weights = (raw, *kernels[1:]), (biases[0] - mean @ raw, *biases[1:])
-        others.append(Head(head.features, *weights, head.activation))
-    set_head(network, mean_head([_with_kinds(head, network.kinds), *others]), mean, scale)
+        each.append(Head(head.features, *weights, head.activation))
+    set_head(network, mean_head(each), mean, scale)
 
 
 def _with_kinds(head: Head, kinds: tuple[int, int]) -> Head:
@@ -256,11 +269,25 @@ def _together(logits: Any) -> Any:
     return keras.ops.logsumexp(logits, axis=1, keepdims=True)
 
 
-def _mean(feature_map: Any) -> Any:
-    """Over the image: (batch, height, width, channels) -> (batch, channels), float32."""
+def _means(feature_map: Any, middle: float) -> Any:
+    """Over the image: (batch, height, width, channels) -> (batch, channels), float32; if the middle is not
+    all of it, over the middle too: (batch, 2 channels)."""
     import keras
 
-    return keras.ops.mean(keras.ops.cast(feature_map, "float32"), axis=(1, 2))
+    feature_map = keras.ops.cast(feature_map, "float32")
+    found = [keras.ops.mean(feature_map, axis=(1, 2))]
+    if middle < 1:
+        rims = [min(round(side * (1 - middle) / 2), (side - 1) // 2) for side in feature_map.shape[1:3]]
+        within = keras.layers.Cropping2D([(rim, rim) for rim in rims], dtype="float32")(feature_map)
+        found.append(keras.ops.mean(within, axis=(1, 2)))
+    return _behind(found)
+
+
+def _behind(features: Sequence[Any]) -> Any:
+    """Features behind one another: (batch, channels) each."""
+    import keras
+
+    return keras.ops.concatenate(features, axis=1) if len(features) > 1 else features[0]
 
 
 def _plain(tensors: list[Any]) -> Any:
