@@ -306,9 +306,9 @@ def restandardised(bench: Bench, features: Features, home: Features, share: floa
         out[name] = [values.astype(np.float32) for values in shown]
         for world in np.unique(fold):
             here, there = fold == world, fold != world
-            wanted = described(usual[there])
+            plain = described(out[name][0][here])  # its mean and spread hold for all views, as in `predict`
+            scale, offset = standardising(plain, described(usual[there]), share)
             for values in out[name]:
-                scale, offset = standardising(described(values[here]), wanted, share)
                 values[here] = values[here] * scale + offset
     return out
 
