@@ -34,7 +34,7 @@ from aplsmear.adaptation import adapted, standardising
 from aplsmear.backbones import batch_of, features_of
 from aplsmear.bags import attend
 from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
-from aplsmear.familiarity import Moments
+from aplsmear.familiarity import describe_rows
 from aplsmear.files import write_arrays
 from aplsmear.heads import Head, read_average, read_heads, score
 from aplsmear.images import read_image
@@ -306,17 +306,13 @@ def restandardised(bench: Bench, features: Features, home: Features, share: floa
         out[name] = [values.astype(np.float32) for values in shown]
         for world in np.unique(fold):
             here, there = fold == world, fold != world
-            plain = described(out[name][0][here])  # its mean and spread hold for all views, as in `predict`
-            scale, offset = standardising(plain, described(usual[there]), share)
+            plain = describe_rows(
+                out[name][0][here]
+            )  # its mean and spread hold for all views, as in `predict`
+            scale, offset = standardising(plain, describe_rows(usual[there]), share)
             for values in out[name]:
                 values[here] = values[here] * scale + offset
     return out
-
-
-def described(rows: np.ndarray) -> np.ndarray:
-    moments = Moments()
-    moments.add(rows)
-    return moments.describe()
 
 
 def scored_features(bench: Bench, condition: Condition | None) -> Features:

@@ -9,7 +9,7 @@ from scipy.special import expit
 from aplsmear.adaptation import adapted, moved, standardising, taking
 from aplsmear.bags import attend
 from aplsmear.ensembles import Combination, Weights
-from aplsmear.familiarity import Moments
+from aplsmear.familiarity import describe_rows
 from aplsmear.heads import Head
 from aplsmear.statistics import balanced_accuracy, brier
 from test_shift_bench import head
@@ -99,23 +99,17 @@ def test_the_order_of_patients_and_the_operating_points_stay():
 # --- features -------------------------------------------------------------------------------------
 
 
-def described(rows: np.ndarray) -> np.ndarray:
-    moments = Moments()
-    moments.add(rows)
-    return moments.describe()
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 999), st.floats(0.5, 2), st.floats(-5, 5))
 def test_features_that_another_laboratory_has_distorted_come_back(seed, gain, shift):
     random = np.random.Generator(np.random.Philox(seed))
     usual = random.normal(size=(50, 6)) * random.uniform(0.8, 1.25, 6) + random.normal(size=6)
     seen = usual * gain ** random.uniform(-1, 1, 6) + shift * random.normal(size=6)
-    scale, offset = standardising(described(seen), described(usual), 1.0)
+    scale, offset = standardising(describe_rows(seen), describe_rows(usual), 1.0)
     back = seen * scale + offset
     assert back.mean(0) == pytest.approx(usual.mean(0))
     assert back.std(0) == pytest.approx(usual.std(0), rel=0.08)
-    scale, offset = standardising(described(seen), described(usual), 0.5)
+    scale, offset = standardising(describe_rows(seen), describe_rows(usual), 0.5)
     halfway = seen * scale + offset
     assert halfway.mean(0) == pytest.approx((seen.mean(0) + usual.mean(0)) / 2)
 
@@ -124,7 +118,7 @@ def test_features_that_another_laboratory_has_distorted_come_back(seed, gain, sh
 @given(st.integers(0, 999))
 def test_features_stay_as_they_are_at_a_share_of_0_or_where_they_are_as_usual(seed):
     random = np.random.Generator(np.random.Philox(seed))
-    own, usual = (described(random.normal(size=(9, 4))) for _ in range(2))
+    own, usual = (describe_rows(random.normal(size=(9, 4))) for _ in range(2))
     for scale, offset in (standardising(own, usual, 0.0), standardising(usual, usual, 1.0)):
         assert scale == pytest.approx(np.ones(4), abs=1e-12)
         assert offset == pytest.approx(np.zeros(4), abs=1e-12)
@@ -132,7 +126,7 @@ def test_features_stay_as_they_are_at_a_share_of_0_or_where_they_are_as_usual(se
 
 def test_a_channel_in_which_a_cohort_is_all_the_same_is_not_blown_up():
     cohort, usual = np.array([[0.5, 1.0], [0.5, 3.0]]), np.array([[0.0, 1.0], [2.0, 3.0]])
-    scale, offset = standardising(described(cohort), described(usual), 1.0)
+    scale, offset = standardising(describe_rows(cohort), describe_rows(usual), 1.0)
     assert scale[0] < 25
     assert scale[1] == pytest.approx(1)
     assert cohort * scale + offset == pytest.approx(np.array([[1.0, 1.0], [1.0, 3.0]]))

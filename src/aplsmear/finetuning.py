@@ -208,11 +208,11 @@ class Workshop:
                 self.size(recipe),
                 self.settings.online,
             )
-            kept = self.board.features[recipe.features].values
-            if network.middles is not None:
-                kept = middles_of(folder / "middles.npy", store, network)
-            row = np.arange(len(store.place)) if network.middles is None else store.place
-            self._stores[recipe.features] = replace(store, features=lambda views: kept[row[views]])
+            if network.middles is None:
+                values, row = self.board.features[recipe.features].values, np.arange(len(store.place))
+            else:
+                values, row = middles_of(folder / "middles.npy", store, network), store.place
+            self._stores[recipe.features] = replace(store, features=lambda views: values[row[views]])
         return self._stores[recipe.features]
 
     def size(self, recipe: Recipe) -> int:

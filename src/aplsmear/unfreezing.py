@@ -178,8 +178,8 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
     norm.set_weights([mean, scale**2])
     head = _with_kinds(head, network.kinds)
     read = len(head.kernels[0])
-    first, low = head.kernels[0] * scale[:read, None], head.biases[0] + mean[:read] @ head.kernels[0]
-    kernels, biases = [first, *head.kernels[1:]], [low, *head.biases[1:]]
+    kernels = [head.kernels[0] * scale[:read, None], *head.kernels[1:]]
+    biases = [head.biases[0] + mean[:read] @ head.kernels[0], *head.biases[1:]]
     for layer, kernel, bias in zip(products, kernels, biases, strict=True):
         wide, low = layer.get_weights()
         rows, columns = kernel.shape
