@@ -58,7 +58,7 @@ JPEG_BLOCK = 16  # px
 SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (shifts, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
 
-# What training could do otherwise: settings of `augment`.
+# What training could do otherwise: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
     "no_augmentation_of_colour": COLOUR,
     "augmentation_as_shipped": {},
@@ -75,6 +75,7 @@ MEASURES: dict[str, dict[str, Any]] = {
     },
     "reinhard": {"normalise": "reinhard"},
     "macenko": {"normalise": "macenko"},
+    "averaging_a_view_more": {"tune": {"average": 1}},
 }
 
 
@@ -418,10 +419,10 @@ def surroundings(
 
 
 def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mapping[str, Any]) -> Bench:
-    """The same cells with other settings of `augment`: by the stages of the pipeline."""
+    """The same cells with other settings, as in `MEASURES`: by the stages of the pipeline."""
     params = bench.params.model_dump()
-    params["augment"] |= settings
-    params["tune"] |= {"trials": TRIALS, "generation": TRIALS, "average": 0}
+    params["augment"] |= {knob: value for knob, value in settings.items() if knob != "tune"}
+    params["tune"] |= {"trials": TRIALS, "generation": TRIALS, "average": 0} | settings.get("tune", {})
     params["tune"]["space"]["views"] = [params["augment"]["views"]]
     params["overrides"] = {task: {} for task in params["tasks"]}
     params["dataset"]["root"] = str(Path(params["dataset"]["root"]).resolve())
