@@ -28,11 +28,11 @@ from PIL import Image
 from record import ROOT, commit, machine
 from scipy.optimize import linear_sum_assignment
 
-from aplsmear.cells import BOX, find_all
-from aplsmear.dataset import read_data_set
-from aplsmear.demo import draw_data_set
-from aplsmear.images import read_image
-from aplsmear.statistics import write_json
+from aplsmear.data.dataset import read_data_set
+from aplsmear.files import write_json
+from aplsmear.images.reading import read_image
+from aplsmear.sources.cell_finder import BOX, find_all
+from aplsmear.sources.drawn import draw_data_set
 
 RESULTS = ROOT / "benchmarks" / "results" / "cells.json"
 MIN_BOX = 8  # px; the demo's flawed rows, boxes of 1 px, are no cells

@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 from record import ROOT, commit, machine
 
-from aplsmear.demo import draw_data_set
-from aplsmear.statistics import write_json
+from aplsmear.files import write_json
+from aplsmear.sources.drawn import draw_data_set
 
 sys.path.insert(0, str(ROOT / "tests"))  # makes small clones, and kills in them
 

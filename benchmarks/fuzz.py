@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/fuzz.py [PART]... [--tables N] [--images N] [--seed S] [--keep DIR]
 
-Every file goes through `aplsmear.dataset.read_data_set`, as `aplsmear check`, `download` and `predict` call
-it, in a process of its own with a ceiling of memory, and the refusal through the table that people see. A
-file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further,
+Every file goes through `aplsmear.data.dataset.read_data_set`, as `aplsmear check`, `download` and `predict`
+call it, in a process of its own with a ceiling of memory, and the refusal through the table that people see.
+A file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further,
 as coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
 Python 3.11). Then come bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
 
@@ -42,10 +42,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 import aplsmear
-from aplsmear.dataset import DataSetError, read_data_set, render_problems
-from aplsmear.engine import Here
+from aplsmear.compute.engine import Here
+from aplsmear.data.dataset import DataSetError, read_data_set, render_problems
+from aplsmear.files import write_json
 from aplsmear.params import Task
-from aplsmear.statistics import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 PARTS = ("tables", "images", "bombs")

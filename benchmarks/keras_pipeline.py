@@ -4,8 +4,8 @@ Usage: python benchmarks/keras_pipeline.py DATA CELLS.CSV WEIGHTS TRIALS.CSV FOL
 
 The same cells, network and weights as in benchmarks/scale.py, one plain and one augmented view of each, and
 knobs of augmentation as near to those of params.yaml as Keras's layers come. Then the heads of TRIALS.CSV,
-one `fit` a trial and pair of folds, and those that score every cell unseen (see aplsmear.splits). Features
-and scores go to FOLDER, and parts.json: CPU seconds of each part.
+one `fit` a trial and pair of folds, and those that score every cell unseen (see aplsmear.evaluation.splits).
+Features and scores go to FOLDER, and parts.json: CPU seconds of each part.
 """
 
 import json

@@ -40,14 +40,14 @@ import yaml
 from matplotlib.figure import Figure
 from record import ROOT, commit, machine
 
-from aplsmear.backbones import batch_of, build_backbone, cut_network, features_of
-from aplsmear.demo import draw_data_set
-from aplsmear.features import write_features
-from aplsmear.images import decode, read_image
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.features.backbones import batch_of, build_backbone, cut_network, features_of
+from aplsmear.features.store import write_features
+from aplsmear.files import write_json
+from aplsmear.images.reading import decode, read_image
+from aplsmear.images.view_store import read_index, read_views
 from aplsmear.params import Backbone, read_params
-from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import read_index, read_views
-from aplsmear.statistics import write_json
+from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table
 
 RESULTS, PLOT = ROOT / "benchmarks" / "results" / "scale.json", ROOT / "benchmarks" / "scale.png"

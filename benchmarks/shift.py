@@ -3,9 +3,10 @@
 Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures [NAME ...]]
 
 DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
-patient's smears are shown as by another laboratory (`aplsmear.shifts`), cut, forwarded and scored by the
+patient's smears are shown as by another laboratory (laboratories.py), cut, forwarded and scored by the
 heads and the combination that never saw the patient. Reference: the same cells as they are. A cohort
-that adapts itself (`aplsmear.adaptation`) is the patients of one fold in one laboratory, without labels.
+that adapts itself (`aplsmear.prediction.recalibration`) is the patients of one fold in one laboratory,
+without labels.
 
 With --measures, those that change training are compared too, on heads of their own: trained on the cells
 that are measured (at most N of a patient, drawn by lot) by the pipeline's own stages, in DIR/.shift. What was
@@ -24,30 +25,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import laboratories
 import numpy as np
 import pandas as pd
 import yaml
+from laboratories import KINDS, STRENGTHS, draw_laboratory, shifted
 from record import commit, machine
 
-from aplsmear import shifts, stains, views
-from aplsmear.adaptation import adapted, standardising
-from aplsmear.backbones import batch_of, features_of
-from aplsmear.bags import attend
-from aplsmear.ensembles import Verdicts, draw_candidates, judge, patients_of
-from aplsmear.familiarity import describe_rows
-from aplsmear.files import write_arrays
-from aplsmear.heads import Head, read_average, read_heads, score
-from aplsmear.images import read_image
-from aplsmear.members import SUMMARIES, summarise_patients
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.data.tasks import task_items
+from aplsmear.ensembles.combination import Verdicts, draw_candidates, judge, patients_of
+from aplsmear.ensembles.familiarity import describe_rows
+from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
+from aplsmear.evaluation.auroc import auroc
+from aplsmear.evaluation.calibration import calibration_slope_intercept
+from aplsmear.evaluation.operating_points import balanced_accuracy
+from aplsmear.features.backbones import batch_of, features_of
+from aplsmear.files import write_arrays, write_json
+from aplsmear.heads.bags import attend
+from aplsmear.heads.head import Head, read_average, read_heads, score
+from aplsmear.images import stains, views
+from aplsmear.images.reading import read_image
+from aplsmear.images.view_store import View
+from aplsmear.images.views import cell_views, prepared, room, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
+from aplsmear.prediction.recalibration import adapted, standardising
 from aplsmear.progress import progress
-from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import View
-from aplsmear.shifts import KINDS, STRENGTHS, draw_laboratory, shifted
-from aplsmear.statistics import auroc, balanced_accuracy, calibration_slope_intercept, write_json
 from aplsmear.tables import read_scores, read_table, write_table
-from aplsmear.tasks import task_items
-from aplsmear.views import cell_views, prepared, room, smear_views
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
@@ -55,7 +59,7 @@ LABORATORIES = 3
 TRIALS = 2  # of each task, where a measure is compared
 RIM = 16  # px around what is cut out of a smear: further than any focus reaches
 JPEG_BLOCK = 16  # px
-SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (shifts, stains, views)]
+SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
 
 # What training could do otherwise: settings of `augment`, and of `tune`.
@@ -279,7 +283,7 @@ def measured(
 
 
 def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
-    """As `aplsmear.tuning.scores_table`, by the heads that score the held-out patients of each world."""
+    """`aplsmear.heads.search.scores_table`, by the heads that score each fold's held-out patients."""
     level, images = bench.params.tasks[task].level, bench.params.tasks[task].images
     seen = bench.items[images]
     table = task_items(seen, level)[["item", "patient"]]

@@ -27,19 +27,20 @@ import numpy as np
 import yaml
 from record import commit, machine
 
-from aplsmear.backbones import build_backbone
-from aplsmear.features import read_features
-from aplsmear.heads import Job, Recipe, TrainingItems, layer_sizes, score
-from aplsmear.images import decode
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.data.tasks import task_labels
+from aplsmear.evaluation.auroc import auroc_within_folds
+from aplsmear.evaluation.splits import tuning_sets
+from aplsmear.features.backbones import build_backbone
+from aplsmear.features.store import read_features
+from aplsmear.files import write_json
+from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, score
+from aplsmear.heads.search import Board, draw_candidates, make_board
+from aplsmear.heads.stack import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
+from aplsmear.images.reading import decode
+from aplsmear.images.view_store import read_views
 from aplsmear.params import Params, Tune, read_params
-from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import read_views
-from aplsmear.splits import tuning_sets
-from aplsmear.stacks import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
-from aplsmear.statistics import auroc_within_folds, write_json
 from aplsmear.tables import read_table
-from aplsmear.tasks import task_labels
-from aplsmear.tuning import Board, draw_candidates, make_board
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tuning.json"

@@ -4,14 +4,14 @@ import os
 import sys
 from pathlib import Path
 
-from aplsmear.engine import engine_of
+from aplsmear.compute.engine import engine_of
+from aplsmear.data.pseudonyms import Pseudonyms, read_key
+from aplsmear.images.view_store import ViewWriter
+from aplsmear.images.views import all_views, idle_labels
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
-from aplsmear.pseudonyms import Pseudonyms, read_key
-from aplsmear.shards import ViewWriter
-from aplsmear.stage import home, run
+from aplsmear.runs.stage import home, run
 from aplsmear.tables import read_table
-from aplsmear.views import all_views, idle_labels
 
 
 def main() -> None:

@@ -6,15 +6,15 @@ Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.y
 import sys
 from pathlib import Path
 
-from aplsmear.backbones import features_of_file, partition, weight_files, write_weights
-from aplsmear.engine import engine_of
-from aplsmear.features import write_features
+from aplsmear.compute.engine import engine_of
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.features.backbones import features_of_file, partition, weight_files, write_weights
+from aplsmear.features.store import write_features
 from aplsmear.files import sha256
+from aplsmear.images.view_store import count_views, read_index
 from aplsmear.params import LEVELS, named, read_params
 from aplsmear.progress import progress
-from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import count_views, read_index
-from aplsmear.stage import run
+from aplsmear.runs.stage import run
 
 
 def main(name: str) -> None:

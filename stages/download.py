@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from aplsmear.dataset import DataSetError, print_problems, read_data_set
-from aplsmear.engine import engine_of
+from aplsmear.compute.engine import engine_of
+from aplsmear.data.dataset import DataSetError, print_problems, read_data_set
+from aplsmear.data.pseudonyms import Pseudonyms, read_key
+from aplsmear.files import write_json
 from aplsmear.params import read_params
-from aplsmear.pseudonyms import Pseudonyms, read_key
-from aplsmear.stage import home, run
-from aplsmear.statistics import write_json
+from aplsmear.runs.stage import home, run
 from aplsmear.tables import write_table
 
 OUT = Path("dataset")

@@ -6,7 +6,8 @@ Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yam
 from dataclasses import replace
 from pathlib import Path
 
-from aplsmear.bundle import (
+from aplsmear.ensembles.baselines import compare, pooled_features, pooled_rival, rivals_of
+from aplsmear.ensembles.bundle import (
     Member,
     describe_usual,
     make_model,
@@ -14,15 +15,7 @@ from aplsmear.bundle import (
     reference_features,
     write_bundle,
 )
-from aplsmear.comparison import compare, pooled_features, pooled_rival, rivals_of
-from aplsmear.curves import (
-    calibration_table,
-    confusion_table,
-    precision_recall_table,
-    roc_band_table,
-    roc_curve_table,
-)
-from aplsmear.ensembles import (
+from aplsmear.ensembles.combination import (
     draw_candidates,
     importance,
     judge,
@@ -30,14 +23,22 @@ from aplsmear.ensembles import (
     patients_of,
     read_members,
 )
-from aplsmear.features import read_features
-from aplsmear.heads import read_heads
-from aplsmear.model_card import write_model_card
+from aplsmear.evaluation.curves import (
+    calibration_table,
+    confusion_table,
+    precision_recall_table,
+    roc_band_table,
+    roc_curve_table,
+)
+from aplsmear.evaluation.intervals import headline
+from aplsmear.features.store import read_features
+from aplsmear.files import write_json
+from aplsmear.heads.head import read_heads
+from aplsmear.images.view_store import plain_views, read_views
 from aplsmear.params import LEVELS, Level, named, read_params
-from aplsmear.report import Findings, fingerprints, speaks_for, wanted_cells, write_page
-from aplsmear.shards import plain_views, read_views
-from aplsmear.stage import run
-from aplsmear.statistics import headline, write_json
+from aplsmear.reports.ensemble import Findings, fingerprints, speaks_for, wanted_cells, write_page
+from aplsmear.reports.model_card import write_model_card
+from aplsmear.runs.stage import run
 from aplsmear.tables import read_scores, read_table, write_table
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from aplsmear.curves import roc_curve_table
-from aplsmear.features import read_features
-from aplsmear.files import hold, whole
-from aplsmear.finetuning import (
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.data.tasks import task_labels
+from aplsmear.evaluation.curves import roc_curve_table
+from aplsmear.features.store import read_features
+from aplsmear.files import hold, whole, write_json
+from aplsmear.finetune.finetuning import (
     Deepened,
     Workshop,
     compare,
@@ -28,18 +30,15 @@ from aplsmear.finetuning import (
     starts,
     write_explanations,
 )
-from aplsmear.heads import read_heads
+from aplsmear.finetune.training import Course, Run, check_precision
+from aplsmear.heads.head import read_heads
+from aplsmear.heads.search import make_board
+from aplsmear.images.view_store import plain_views
 from aplsmear.params import read_params
 from aplsmear.progress import progress
-from aplsmear.runtime import start_tensorflow
-from aplsmear.shards import plain_views
-from aplsmear.stage import home, origin, run
-from aplsmear.statistics import write_json
+from aplsmear.runs.stage import home, origin, run
+from aplsmear.runs.tracking import Tracker
 from aplsmear.tables import read_table, write_table
-from aplsmear.tasks import task_labels
-from aplsmear.tracking import Tracker
-from aplsmear.training import Course, Run, check_precision
-from aplsmear.tuning import make_board
 
 
 def main() -> None:

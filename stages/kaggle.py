@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from aplsmear.kaggle import borrow, obtain
 from aplsmear.params import read_params
-from aplsmear.stage import home, run
+from aplsmear.runs.stage import home, run
+from aplsmear.sources.kaggle import borrow, obtain
 
 ROOT = Path("kaggle")
 

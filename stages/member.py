@@ -7,7 +7,7 @@ from pathlib import Path
 
 from aplsmear.files import copy_whole
 from aplsmear.params import read_params
-from aplsmear.stage import run
+from aplsmear.runs.stage import run
 
 
 def main(ensemble: str, task: str) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from aplsmear.evaluation.splits import make_folds
 from aplsmear.params import read_params
-from aplsmear.splits import make_folds
-from aplsmear.stage import run
+from aplsmear.runs.stage import run
 from aplsmear.tables import read_table, write_table
 
 

@@ -13,21 +13,15 @@ from pathlib import Path
 
 import yaml
 
-from aplsmear.curves import roc_curve_table
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.data.tasks import task_items, task_labels
 from aplsmear.errors import UserError
-from aplsmear.features import read_features
-from aplsmear.files import whole
-from aplsmear.heads import write_heads
-from aplsmear.params import Params, Task, named, read_params
-from aplsmear.progress import progress
-from aplsmear.runtime import start_tensorflow
-from aplsmear.stage import home, origin, run
-from aplsmear.statistics import headline, write_json
-from aplsmear.study import STORAGE_VARIABLE, open_study
-from aplsmear.tables import read_table, write_table
-from aplsmear.tasks import task_items, task_labels
-from aplsmear.tracking import Tracker
-from aplsmear.tuning import (
+from aplsmear.evaluation.curves import roc_curve_table
+from aplsmear.evaluation.intervals import headline
+from aplsmear.features.store import read_features
+from aplsmear.files import whole, write_json
+from aplsmear.heads.head import write_heads
+from aplsmear.heads.search import (
     Board,
     Trial,
     choose_all,
@@ -43,6 +37,12 @@ from aplsmear.tuning import (
     study_key,
     trials_table,
 )
+from aplsmear.heads.study import STORAGE_VARIABLE, open_study
+from aplsmear.params import Params, Task, named, read_params
+from aplsmear.progress import progress
+from aplsmear.runs.stage import home, origin, run
+from aplsmear.runs.tracking import Tracker
+from aplsmear.tables import read_table, write_table
 
 
 def main(name: str, role: str = "") -> None:

@@ -88,7 +88,7 @@ class Place:
         return found
 
     def settle(self, seconds: float = 10) -> None:
-        """Wait until the guards (`aplsmear.guard`) of what ran here have done what they are for."""
+        """Wait until the guards (`aplsmear.runs.guard`) of what ran here have done what they are for."""
         deadline = time.monotonic() + seconds
         while any(self.guards()):
             assert time.monotonic() < deadline, "a guard does not end"
@@ -99,7 +99,7 @@ class Place:
         top = str(self.folder.resolve())
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if "aplsmear.guard" in words and top in words:
+            if "aplsmear.runs.guard" in words and top in words:
                 yield process
 
     def leftovers(self) -> list[str]:

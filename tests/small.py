@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from aplsmear.demo import draw_data_set
+from aplsmear.sources.drawn import draw_data_set
 
 MEMBERS = {
     "apl_healthy": ["blast", "apl_healthy_cell", "apl_healthy_smear"],

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aplsmear.features import Features
-from aplsmear.heads import Job
+from aplsmear.features.store import Features
+from aplsmear.heads.head import Job
+from aplsmear.heads.search import Board, Trial, make_board, run_study
+from aplsmear.heads.stack import Judged, Material
+from aplsmear.heads.study import open_study
 from aplsmear.params import Tune, read_params
-from aplsmear.stacks import Judged, Material
-from aplsmear.study import open_study
-from aplsmear.tuning import Board, Trial, make_board, run_study
 
 ROOT = Path(__file__).parents[1]
 FOLDS = 4

@@ -60,7 +60,9 @@ def test_pins_are_set_when_the_package_is_imported(monkeypatch):
     assert {key: os.environ[key] for key in cpu.PINNED} == cpu.PINNED
 
 
-@pytest.mark.parametrize("module", ["aplsmear.views", "aplsmear.splits", "aplsmear.cli", "aplsmear.stage"])
+@pytest.mark.parametrize(
+    "module", ["aplsmear.images.views", "aplsmear.evaluation.splits", "aplsmear.cli", "aplsmear.runs.stage"]
+)
 def test_numpy_never_comes_before_the_pins(module):
     """Whatever module of the package is imported first, the environment is set before NumPy reads it."""
     code = f"""

@@ -41,7 +41,7 @@ def test_an_error_leaves_what_was_there_before(tmp_path):
 
 WRITERS = {
     "views": """
-from aplsmear.shards import View, ViewWriter
+from aplsmear.images.view_store import View, ViewWriter
 with ViewWriter({"cell": out / "cell.parquet", "smear": out / "smear.parquet"}) as writer:
     for n in range(20):
         writer.write({"cell": [View(str(n), 0, b"x" * 1000)], "smear": [View(str(n), 0, b"y" * 1000)]})
@@ -49,7 +49,7 @@ with ViewWriter({"cell": out / "cell.parquet", "smear": out / "smear.parquet"}) 
 """,
     "features": """
 import numpy as np, pandas as pd
-from aplsmear.features import write_features
+from aplsmear.features.store import write_features
 def batches():
     for n in range(20):
         may_die(n)

@@ -20,14 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aplsmear.backbones import BackboneError, build_backbone, write_weights
-from aplsmear.features import read_features
-from aplsmear.heads import read_average, read_heads
+from aplsmear.features.backbones import BackboneError, build_backbone, write_weights
+from aplsmear.features.store import read_features
+from aplsmear.heads.head import read_average, read_heads
+from aplsmear.heads.study import StudyError, open_study
 from aplsmear.params import Backbone, ParamsError, read_params
-from aplsmear.profiles import with_settings
 from aplsmear.secrets import HIDDEN, without_secrets
-from aplsmear.study import StudyError, open_study
 from aplsmear.tables import read_scores
+from aplsmear.workspace.profiles import with_settings
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("src", "stages", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -222,24 +222,24 @@ def ran(folder: Path, code: str, **environment: str) -> str:
 
 
 OPEN = """
-import os, sys, aplsmear.stage
+import os, sys, aplsmear.runs.stage
 from pathlib import Path
 def main():
-    from aplsmear.study import open_study
+    from aplsmear.heads.study import open_study
     open_study("s", Path("s.journal"), os.environ["APLSMEAR_STUDY_STORAGE"])
-aplsmear.stage.run(main, [])
+aplsmear.runs.stage.run(main, [])
 """
 FALL = """
-import os, aplsmear.stage
+import os, aplsmear.runs.stage
 def main():
     raise RuntimeError(f"cannot use {dict(os.environ)}")
-aplsmear.stage.run(main, [])
+aplsmear.runs.stage.run(main, [])
 """
 TRACK = """
 import logging
 from pathlib import Path
 logging.basicConfig(level=logging.INFO)
-from aplsmear.tracking import Tracker
+from aplsmear.runs.tracking import Tracker
 tracker = Tracker(Path(), "n", "k", {"stage": "tune"}, {"seed": 1})
 tracker.log_trial(0, {"a": 1}, {"b": 1.0}, started=0, ended=1)
 tracker.close({"chosen": "0"}, {"auroc": 0.5})
@@ -282,7 +282,7 @@ def test_user_and_password_of_an_mlflow_server_are_sent_and_never_said(tmp_path,
 
 
 def test_tracking_reports_nothing_to_the_makers_of_mlflow(monkeypatch):
-    from aplsmear.tracking import Tracker
+    from aplsmear.runs.tracking import Tracker
 
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     monkeypatch.setattr(Tracker, "_guard", lambda *_: None)

@@ -41,7 +41,7 @@ def check(
 
     Example: `aplsmear check /data/our_smears`
     """
-    from aplsmear.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.data.dataset import DataSetError, print_problems, read_data_set
 
     knobs = _knobs(params)
     try:
@@ -69,7 +69,7 @@ def demo_data(
 
     Example: `aplsmear demo-data /tmp/smears --patients 200 --seed 7`
     """
-    from aplsmear.demo import draw_data_set
+    from aplsmear.sources.drawn import draw_data_set
 
     try:
         draw_data_set(folder, patients, seed, progress=True)
@@ -98,10 +98,10 @@ def cells(
 
     Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
     """
-    from aplsmear import cells as search
-    from aplsmear.dataset import DataSetError, print_problems
+    from aplsmear.data.dataset import DataSetError, print_problems
+    from aplsmear.data.schema import CELLS_FILE
     from aplsmear.errors import UserError
-    from aplsmear.schema import CELLS_FILE
+    from aplsmear.sources import cell_finder as search
 
     table = out or folder / CELLS_FILE
     try:
@@ -142,7 +142,7 @@ def profile(
     """
     from aplsmear.errors import UserError
     from aplsmear.files import whole
-    from aplsmear.profiles import read_profile, with_settings, with_sums
+    from aplsmear.workspace.profiles import read_profile, with_settings, with_sums
 
     try:
         text = read_profile(Path("profiles"), name)
@@ -175,7 +175,7 @@ def tidy(
 
     import yaml
 
-    from aplsmear.study import past_studies, remove_study
+    from aplsmear.heads.study import past_studies, remove_study
 
     removed = _clear_away_leftovers()
     best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
@@ -199,7 +199,7 @@ def _clear_away_leftovers() -> int:
     """Remove what params.yaml no longer names, and say how many files and folders that were."""
     import shutil
 
-    from aplsmear.profiles import leftovers
+    from aplsmear.workspace.profiles import leftovers
 
     found = leftovers(Path(), _knobs_here())
     for path in found:
@@ -220,7 +220,7 @@ def mend() -> None:
     Example: `aplsmear mend`
     """
     from aplsmear.errors import UserError
-    from aplsmear.mending import mend as put_right
+    from aplsmear.runs.mend import mend as put_right
 
     done = 0
     try:
@@ -273,12 +273,13 @@ def predict(
     """
     import numpy as np
 
-    from aplsmear.adaptation import adapted
-    from aplsmear.bundle import read_bundle
-    from aplsmear.dataset import DataSetError, print_problems, read_data_set
-    from aplsmear.engine import engine_of
+    from aplsmear.compute.engine import engine_of
+    from aplsmear.compute.runtime import start_tensorflow
+    from aplsmear.data.dataset import DataSetError, print_problems, read_data_set
+    from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.errors import UserError
-    from aplsmear.predict import (
+    from aplsmear.prediction.page import CARDS, write_page
+    from aplsmear.prediction.predict import (
         Judge,
         check_input,
         judge_cohort,
@@ -286,8 +287,7 @@ def predict(
         keep_pictures,
         verdict_table,
     )
-    from aplsmear.prediction_page import CARDS, write_page
-    from aplsmear.runtime import start_tensorflow
+    from aplsmear.prediction.recalibration import adapted
     from aplsmear.tables import write_table
 
     _check_outs([path for path in (out, report) if path is not None], overwrite)
@@ -369,9 +369,9 @@ def names(
     import os
     import sys
 
-    from aplsmear.dataset import DataSetError, names_of, print_problems
+    from aplsmear.data.dataset import DataSetError, names_of, print_problems
+    from aplsmear.data.pseudonyms import Pseudonyms, read_key
     from aplsmear.errors import UserError
-    from aplsmear.pseudonyms import Pseudonyms, read_key
     from aplsmear.tables import guarded
 
     try:
@@ -400,7 +400,7 @@ def null_check(
 
     Example: `aplsmear null-check --ensemble apl_healthy`
     """
-    from aplsmear import ensembles
+    from aplsmear.ensembles import combination as ensembles
     from aplsmear.errors import UserError
     from aplsmear.params import named
     from aplsmear.tables import read_scores, read_table
@@ -443,8 +443,8 @@ def experiments(
     Example: `aplsmear experiments --commits 3`
     """
     from aplsmear.errors import UserError
-    from aplsmear.experiments import table
-    from aplsmear.workspace import experiments as known
+    from aplsmear.workspace.dvc_api import experiments as known
+    from aplsmear.workspace.experiments import table
 
     try:
         found = known(Path(), commits)
@@ -467,9 +467,9 @@ def compare(
 
     Example: `aplsmear compare main more-trials --out compare.html`
     """
-    from aplsmear.compare import write_page
     from aplsmear.errors import UserError
-    from aplsmear.workspace import compare as compared
+    from aplsmear.workspace.compare_page import write_page
+    from aplsmear.workspace.dvc_api import compare as compared
 
     if len(revisions) < 2:
         _fail("a comparison needs two names or more, such as: aplsmear compare main workspace")
@@ -492,7 +492,7 @@ def share_check(
     Example: `aplsmear share-check lab`
     """
     from aplsmear.errors import UserError
-    from aplsmear.workspace import check_remote
+    from aplsmear.workspace.dvc_api import check_remote
 
     try:
         for line in check_remote(Path(), remote):

@@ -6,6 +6,6 @@ from __future__ import annotations
 class UserError(Exception):
     """Something in the data, params.yaml or the surroundings must change; the message says what, and how.
 
-    A stage that ends with it shows the message alone (`aplsmear.stage`); any other exception is a fault of
-    this repository and shows its traceback.
+    A stage that ends with it shows the message alone (`aplsmear.runs.stage`); any other exception is a fault
+    of this repository and shows its traceback.
     """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
+import math
 import mmap
 import os
 import shutil
@@ -116,3 +118,47 @@ def hold(path: Path) -> IO[Any]:
     file = path.open("ab")
     fcntl.flock(file, fcntl.LOCK_EX)
     return file
+
+
+def round_floats(obj: Any, digits: int = 6) -> Any:
+    """A copy of nested dicts and lists as JSON can hold them, floats rounded to ``digits`` decimals.
+
+    NumPy numbers and arrays become plain ones and tuples lists, so that equal results give equal bytes.
+
+    Raises:
+        ValueError: NaN or infinite numbers, each named by its key (``auroc.low``).
+        TypeError: a value JSON has no form for, or a key that is not text.
+    """
+    infinite: list[str] = []
+
+    def plain(value: Any, key: str) -> Any:
+        if isinstance(value, np.generic | np.ndarray):
+            value = value.tolist()
+        if isinstance(value, Mapping):
+            for name in value:
+                if not isinstance(name, str):
+                    raise TypeError(f"the key {name!r} under {key or 'the top'} must be text")
+            return {name: plain(item, f"{key}.{name}" if key else name) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{key}[{i}]") for i, item in enumerate(value)]
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                infinite.append(f"{key or 'the value'} is {value}")
+            return round(value, digits) + 0.0  # no negative zero
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        raise TypeError(f"{key or 'the value'} is a {type(value).__name__}, which JSON cannot hold")
+
+    result = plain(obj, "")
+    if infinite:
+        raise ValueError("numbers must be finite: " + "; ".join(infinite))
+    return result
+
+
+def write_json(path: Path, obj: Any, digits: int = 6) -> None:
+    """Write `round_floats` of ``obj`` with sorted keys; a reader finds the old file or the new one, whole."""
+    text = json.dumps(
+        round_floats(obj, digits), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False
+    )
+    with whole(path) as part:
+        part.write_text(text + "\n", encoding="utf-8", newline="\n")

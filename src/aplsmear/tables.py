@@ -20,6 +20,7 @@ from aplsmear.files import whole
 INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", "trial")
 FLOATS = ("probability", "low", "high")
 
+SEPARATOR = "|"  # joins several labels of one item
 _FLOAT = "%.6g"
 _SIGNS = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"  # the last four are wide = + - @
 _FORMULA = re.compile(f"'*[{re.escape(_SIGNS)}]")

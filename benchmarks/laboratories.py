@@ -1,0 +1,113 @@
+"""Smears as another laboratory would have shown them: a graded change of stain, lamp, focus and camera.
+
+For measuring how verdicts hold elsewhere; nothing is ever trained on what comes from here. Training views
+(`aplsmear.images.views`) are jittered one by one, in other colour spaces; here a *laboratory* is drawn once
+and changes all its smears alike. Stain is changed along haematoxylin, eosin and residual (Ruifrok and
+Johnston, Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix), focus by a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from skimage.color import hed_from_rgb, rgb_from_hed
+
+from aplsmear.images.reading import decode, encode_jpeg
+from aplsmear.images.stains import as_image, remixed
+
+KINDS = ("stain", "white_balance", "gamma", "blur", "resolution", "jpeg")
+STRENGTHS: Mapping[str, float] = {"mild": 0.5, "medium": 1.0, "strong": 2.0}
+
+# What a laboratory at the edge does at strength 1.
+STAIN = 0.2  # relative, either way: amount of each stain
+WHITE_BALANCE = 0.1  # relative, either way: gain of red and of blue
+GAMMA = 0.2  # of the exponent's logarithm, either way
+BLUR = 2.0  # px of the smear: radius of the disk that a point out of focus becomes
+RESOLUTION = 0.5  # how much coarser the pixels are, relative
+JPEG = 40  # of 100: quality lost
+_LOWEST_QUALITY = 20
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """A draw of all that a laboratory does differently; in units of the above."""
+
+    stain: tuple[float, float, float]  # haematoxylin, eosin, residual; -1 to 1
+    white_balance: tuple[float, float]  # red, blue; -1 to 1
+    gamma: float  # -1 to 1
+    blur: float  # 0 to 1
+    resolution: float  # 0 to 1
+    jpeg: float  # 0 to 1
+
+
+def draw_laboratory(seed: int, number: int) -> Laboratory:
+    """A laboratory that goes at least half as far as one at the edge, in everything, to either side."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
+    far = random.uniform(0.5, 1.0, 9)
+    signed = (far * random.choice([-1.0, 1.0], 9)).tolist()
+    return Laboratory(
+        stain=(signed[0], signed[1], signed[2]),
+        white_balance=(signed[3], signed[4]),
+        gamma=signed[5],
+        blur=float(far[6]),
+        resolution=float(far[7]),
+        jpeg=float(far[8]),
+    )
+
+
+def shifted(
+    image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str] = KINDS
+) -> np.ndarray:
+    """A smear as that laboratory would have shown it: stained, lit, focused, scanned and kept, in this order.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+        laboratory: of `draw_laboratory`.
+        strength: 0 changes nothing; see `STRENGTHS`.
+        kinds: what of it is changed, some of `KINDS`.
+
+    Returns:
+        uint8 RGB of the same shape.
+    """
+    if not strength:
+        return image
+    out = image
+    if {"stain", "white_balance", "gamma"} & set(kinds):
+        out = _coloured(out, laboratory, strength, kinds)
+    if "blur" in kinds:
+        out = np.asarray(cv2.filter2D(out, -1, _disk(strength * laboratory.blur * BLUR)), np.uint8)
+    if "resolution" in kinds:
+        height, width = out.shape[:2]
+        coarser = 1 + strength * laboratory.resolution * RESOLUTION
+        small = (max(round(width / coarser), 1), max(round(height / coarser), 1))
+        coarse = cv2.resize(out, small, interpolation=cv2.INTER_AREA)
+        out = np.asarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    if "jpeg" in kinds:
+        quality = round(100 - strength * laboratory.jpeg * JPEG)
+        out = decode(encode_jpeg(np.ascontiguousarray(out), max(quality, _LOWEST_QUALITY)))
+    return out
+
+
+def _disk(radius: float) -> np.ndarray:
+    """A disk with a soft rim, summing to 1: float64 (side, side)."""
+    reach = int(np.ceil(radius))
+    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    disk = np.clip(radius + 0.5 - np.hypot(y, x), 0, 1)
+    return np.asarray(disk / disk.sum())
+
+
+def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str]) -> np.ndarray:
+    """Stain, white balance and gamma, pixel by pixel; optical density is linear in the amounts of stain."""
+    mix = np.eye(3)
+    if "stain" in kinds:
+        amounts = 1 + strength * STAIN * np.array(laboratory.stain)
+        mix = hed_from_rgb @ np.diag(amounts) @ rgb_from_hed
+    gain = np.ones(3)
+    if "white_balance" in kinds:
+        gain[[0, 2]] += strength * WHITE_BALANCE * np.array(laboratory.white_balance)
+    exponent = np.exp(strength * GAMMA * laboratory.gamma) if "gamma" in kinds else 1.0
+    light = remixed(image, mix) * gain.astype(np.float32)
+    return as_image(np.clip(light, 0, 1) ** np.float32(exponent))

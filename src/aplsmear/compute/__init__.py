@@ -1,0 +1,1 @@
+"""Where partitions are done, and TensorFlow started."""

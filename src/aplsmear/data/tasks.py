@@ -1,0 +1,56 @@
+"""Tasks: which items are positive, which negative, and which take no part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.params import Condition, Task, TaskLevel
+from aplsmear.tables import SEPARATOR
+
+ANY = "*"
+
+
+def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
+    """The items of a task, named by ``item``.
+
+    Args:
+        images: all cells or all smears; cells, if the items are patients.
+        level: of the task.
+
+    Returns:
+        `images` with ``item``; or ``item, patient, diagnosis`` of every patient who has cells.
+    """
+    if level != "patient":
+        return images.assign(item=images[level])
+    patients = images[["patient", "diagnosis"]].drop_duplicates("patient")
+    return patients.assign(item=patients["patient"]).sort_values("patient", ignore_index=True)
+
+
+def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
+    """Which items carry, in every column of `condition`, one of its labels (``*``: any label at all).
+
+    Args:
+        items: a table with a column of ``|``-joined labels for each key of `condition`.
+        condition: column -> labels.
+
+    Returns:
+        bool, shape (items,).
+    """
+    met = np.ones(len(items), dtype=bool)
+    for column, wanted in condition.items():
+        for text, rows in items.groupby(column, sort=False).indices.items():
+            labels = set(filter(None, str(text).split(SEPARATOR)))
+            met[rows] &= bool((labels and ANY in wanted) or labels.intersection(wanted))
+    return met
+
+
+def task_labels(items: pd.DataFrame, task: Task) -> np.ndarray:
+    """1 for positive, 0 for negative, -1 for items that take no part in the task.
+
+    Returns:
+        int8, shape (items,).
+    """
+    positive = meets(items, task.positive)
+    negative = meets(items, task.negative) & ~positive
+    return np.where(positive, 1, np.where(negative, 0, -1)).astype(np.int8)

@@ -1,0 +1,1 @@
+"""From the scores of cells to a probability per patient."""

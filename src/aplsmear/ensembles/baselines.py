@@ -1,0 +1,156 @@
+"""Is the ensemble worth its members? Paired comparisons with each of them and with plain baselines.
+
+Every rival is judged on the same held-out patients by the same nested scheme
+(`aplsmear.ensembles.combination`): whatever it chooses or fits comes from the other folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+
+from aplsmear.ensembles.combination import Candidate, judge
+from aplsmear.ensembles.pooling import SUMMARIES
+from aplsmear.evaluation.auroc import auroc_within_folds, delong_interval, delong_test
+from aplsmear.features.store import Features
+from aplsmear.files import rows_of
+
+_FREEDOMS = (0.0001, 0.001, 0.01, 0.1)  # of a regression on hundreds of features
+_ROWS = 8192  # of features read at once
+
+
+def rivals_of(
+    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Sequence[str], seed: int
+) -> dict[str, np.ndarray]:
+    """Held-out probabilities of what could stand in for the ensemble, each float64 (patients,).
+
+    Args:
+        patients: of `aplsmear.ensembles.combination.patients_of`.
+        members: of `aplsmear.ensembles.combination.read_members`.
+        shares: members (cell tasks) whose share of positive cells is a baseline of its own; others are
+        ignored. seed: is of no consequence (nothing here is random), but `judge` asks for one.
+
+    Returns:
+        ``<member> alone``, by the summary that does best on the inner folds; ``share of <member> cells``; and
+        ``plain average``, of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
+    """
+    average = [Candidate(n, "average", kind, 0.0, 0) for n, kind in enumerate(SUMMARIES)]
+    share = [one for one in average if one.summary == "share"]
+    asked = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
+    asked |= {f"share of {name} cells": ({name: members[name]}, share) for name in shares if name in members}
+    asked["plain average"] = (dict(members), average)
+    return {
+        name: judge(patients, tables, candidates, 0, seed).table["probability"].to_numpy()
+        for name, (tables, candidates) in asked.items()
+    }
+
+
+def pooled_features(
+    features: Iterable[Features], items: pd.DataFrame, patients: pd.DataFrame
+) -> dict[str, np.ndarray]:
+    """Each patient's features, averaged over the plain views of his items.
+
+    Args:
+        features: of `aplsmear.features.store.read_features`.
+        items: ``item, patient`` of every item of the level.
+        patients: of `aplsmear.ensembles.combination.patients_of`.
+
+    Returns:
+        For each layer float64 (patients, channels); NaN for a patient without items.
+    """
+    place = dict(zip(patients["patient"], range(len(patients)), strict=True))
+    owner = items.set_index("item")["patient"].map(place)
+    pooled = {}
+    for layer in features:
+        plain = (layer.index["view"].astype(int) == 0).to_numpy()
+        whose = np.where(plain, layer.index["item"].map(owner).fillna(-1).to_numpy(), -1).astype(np.int64)
+        total = np.zeros((len(patients), layer.values.shape[1]))
+        for start in range(0, len(whose), _ROWS):
+            here = whose[start : start + _ROWS]
+            used = np.flatnonzero(here >= 0)
+            np.add.at(total, here[used], rows_of(layer.values, start + used).astype(np.float64))
+        count = np.bincount(whose[whose >= 0], minlength=len(patients)).astype(np.float64)
+        pooled[layer.name] = total / np.where(count > 0, count, np.nan)[:, None]
+    return pooled
+
+
+def pooled_rival(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Held-out probabilities by a ridge regression on mean-pooled features, float64 (patients,).
+
+    The layer and the strength of the penalty are those with the best AUROC on the inner folds. A patient
+    without items gets the features of the average patient.
+    """
+    label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
+    out = np.zeros(len(patients))
+    for world in np.unique(fold):
+        inside, outside = np.flatnonzero(fold != world), np.flatnonzero(fold == world)
+        best = (-1.0, "", 0.0)
+        for name, values in pooled.items():
+            for freedom in _FREEDOMS:
+                inner = np.zeros(len(patients))
+                for held_out in np.unique(fold[inside]):
+                    train = inside[fold[inside] != held_out]
+                    test = inside[fold[inside] == held_out]
+                    inner[test] = _regressed(values[train], label[train], values[test], freedom)
+                found = auroc_within_folds(label[inside], inner[inside], fold[inside])
+                best = max(best, (found, name, freedom), key=lambda each: each[0])
+        _, name, freedom = best
+        values = pooled[name]
+        out[outside] = expit(_regressed(values[inside], label[inside], values[outside], freedom))
+    return out
+
+
+def compare(patients: pd.DataFrame, ensemble: np.ndarray, rivals: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """The ensemble against each rival on the same held-out patients (DeLong et al. 1988).
+
+    Args:
+        patients: ``label`` of each.
+        ensemble: float64 (patients,), its held-out probabilities.
+        rivals: theirs.
+
+    Returns:
+        ``against, auroc, low, high, difference, difference_low, difference_high, p, p_holm``: first the
+        ensemble itself (difference 0), then the rivals as they come. AUROC of the row with its 95 %
+        interval; ensemble minus rival with its own; the two-sided p value, and the same allowing for all
+        comparisons (Holm, Scand J Stat 1979;6:65).
+    """
+    label = patients["label"].to_numpy()
+    rows = []
+    for name, scores in {"the ensemble": ensemble, **rivals}.items():
+        interval = delong_interval(label, scores)
+        test = delong_test(label, ensemble, scores)
+        rows.append(
+            {
+                "against": name,
+                "auroc": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+                "difference": test.difference,
+                "difference_low": test.interval.low,
+                "difference_high": test.interval.high,
+                "p": test.p,
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.assign(p_holm=[1.0, *_holm(table["p"].to_numpy()[1:])])
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
+    return adjusted
+
+
+def _regressed(train: np.ndarray, label: np.ndarray, test: np.ndarray, freedom: float) -> np.ndarray:
+    """Logits of the patients `test` by a ridge regression on standardised features."""
+    known = ~np.isnan(train)
+    usual = np.where(known, train, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    train, test = (np.where(np.isnan(each), usual, each) - usual for each in (train, test))
+    scale = np.maximum(train.std(axis=0), 1e-9)
+    model = LogisticRegression(C=freedom, max_iter=1000).fit(train / scale, label)
+    return np.asarray(model.decision_function(test / scale))

@@ -1,0 +1,170 @@
+"""How far a patient lies from those that a model was trained on: by features, and by stain.
+
+A patient is described by the mean and the standard deviation of each number over his cells. The distance is
+Mahalanobis' (1936) in a small principal subspace, plus what that subspace cannot show of him, each over its
+mean: with far more numbers than patients the full covariance cannot be had. 1 is the distance that 99 of 100
+training patients keep, each measured by a cloud that was made without his fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.features.store import Features
+from aplsmear.files import rows_of
+from aplsmear.images.reading import decode
+from aplsmear.images.view_store import View
+
+COMMON = 0.99  # of the training patients are nearer than 1, and have no fewer cells than `least`
+_AXES = 10  # of the principal subspace, at most; and no more than a quarter of the patients
+_LEAST_SHARE = 0.05  # of the median scale: a number that hardly varied in training must not decide alone
+_LEAST_SCALE = 1e-6
+_TOGETHER = 4096  # rows that are looked at together
+_WHITE = 256.0  # light behind a smear, as pixel values plus 1
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Where training patients lie."""
+
+    centre: np.ndarray  # float32 (numbers,)
+    scale: np.ndarray  # float32 (numbers,): standard deviations
+    axes: np.ndarray  # float32 (axes, numbers): principal ones of the standardised numbers
+    spread: np.ndarray  # float32 (axes,): standard deviations along them
+    rest: float  # mean squared length of what the axes do not show; 0: they show all
+    limit: float  # the length that becomes 1
+
+    def distance(self, numbers: np.ndarray) -> float:
+        """How far away a patient lies; beyond 1, further than nearly all training patients.
+
+        Args:
+            numbers: float (numbers,), such as `Moments.describe` gives.
+        """
+        standard = (np.asarray(numbers, np.float64) - self.centre) / self.scale
+        along = self.axes @ standard
+        left = standard - along @ self.axes
+        squared = float(np.mean((along / self.spread) ** 2))
+        if self.rest > 0:
+            squared += float(left @ left) / self.rest
+        return float(np.sqrt(squared)) / self.limit
+
+
+class Moments:
+    """Mean and standard deviation of rows that come by and by."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self.count = 0
+        self._sum: np.ndarray | float = 0.0
+        self._squares: np.ndarray | float = 0.0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take in some rows, of shape (rows, numbers)."""
+        values = rows.astype(np.float64)
+        self.count += len(values)
+        self._sum = self._sum + values.sum(0)
+        self._squares = self._squares + (values**2).sum(0)
+
+    def mean(self) -> np.ndarray:
+        """float64 (numbers,); at least one row must have come."""
+        return np.asarray(self._sum / self.count)
+
+    def describe(self) -> np.ndarray:
+        """Means, then standard deviations: float64 (2 numbers,)."""
+        variance = self._squares / self.count - self.mean() ** 2
+        return np.concatenate([self.mean(), np.sqrt(np.maximum(variance, 0))])
+
+
+def describe_rows(rows: np.ndarray) -> np.ndarray:
+    """What `Moments.describe` says of rows that are all there, of shape (rows, numbers)."""
+    moments = Moments()
+    moments.add(rows)
+    return moments.describe()
+
+
+def make_cloud(patients: np.ndarray, fold: np.ndarray) -> Cloud:
+    """The cloud of all training patients; its limit from patients whom the cloud had not seen.
+
+    Args:
+        patients: float (patients, numbers).
+        fold: int64 (patients,).
+    """
+    far = np.zeros(len(patients))
+    for held_out in np.unique(fold):
+        there = fold == held_out
+        others = _cloud(patients[~there])
+        far[there] = [others.distance(each) for each in patients[there]]
+    return _cloud(patients, limit=max(float(np.quantile(far, COMMON)), _LEAST_SCALE))
+
+
+def stain_of(view: View) -> np.ndarray:
+    """Means and standard deviations of the optical densities of red, green and blue: float64 (6,)."""
+    density = -np.log10((np.arange(256) + 1) / _WHITE)
+    pixels = density[decode(view.image).reshape(-1, 3)]
+    return np.concatenate([pixels.mean(0), pixels.std(0)])
+
+
+def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """What `Moments.describe` says of the plain views of each patient, patients sorted.
+
+    Args:
+        features: of some items.
+        owner: item -> patient; other items are passed over.
+    """
+    rows = pd.DataFrame({"patient": features.index["item"].map(owner), "view": features.index["view"]})
+    plain = rows[(rows["view"] == 0) & rows["patient"].notna()]
+    found = {}
+    for patient, places in sorted(plain.groupby("patient").indices.items()):
+        moments, mine = Moments(), plain.index.to_numpy()[places]
+        for start in range(0, len(mine), _TOGETHER):
+            moments.add(rows_of(features.values, mine[start : start + _TOGETHER]))
+        found[str(patient)] = moments.describe()
+    return found
+
+
+def describe_stain(batches: Iterable[list[View]], owner: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The mean of `stain_of` over the plain views of each patient, patients sorted.
+
+    Args:
+        batches: of views.
+        owner: item -> patient; other items are passed over.
+    """
+    moments: dict[str, Moments] = {}
+    for batch in batches:
+        for view in batch:
+            if view.view == 0 and view.item in owner:
+                moments.setdefault(owner[view.item], Moments()).add(stain_of(view)[None])
+    return {patient: each.mean() for patient, each in sorted(moments.items())}
+
+
+def how_stained(cloud: Cloud, numbers: np.ndarray) -> str:
+    """In words, how a patient's stain differs from the middle of the cloud, such as ``darker, bluer``."""
+    red, green, blue = ((np.asarray(numbers) - cloud.centre) / cloud.scale)[:3]
+    words = []
+    level = (red + green + blue) / 3
+    if abs(level) > 1:
+        words.append("darker" if level > 0 else "paler")
+    if abs(red - blue) > 1:
+        words.append("bluer" if red > blue else "redder or yellower")
+    return ", ".join(words)
+
+
+def _cloud(patients: np.ndarray, limit: float = 1.0) -> Cloud:
+    centre, scale = patients.mean(0), patients.std(0)
+    scale = np.maximum(scale, max(_LEAST_SHARE * float(np.median(scale)), _LEAST_SCALE))
+    standard = (patients - centre) / scale
+    _, lengths, axes = np.linalg.svd(standard, full_matrices=False)
+    shown = max(1, min(_AXES, len(patients) // 4, len(lengths)))
+    variances = lengths**2 / max(len(patients) - 1, 1)
+    return Cloud(
+        centre=centre.astype(np.float32),
+        scale=scale.astype(np.float32),
+        axes=axes[:shown].astype(np.float32),
+        spread=np.sqrt(np.maximum(variances[:shown], _LEAST_SCALE)).astype(np.float32),
+        rest=float(variances[shown:].sum()),
+        limit=limit,
+    )

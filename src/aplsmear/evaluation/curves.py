@@ -1,0 +1,123 @@
+"""Tables behind the curves that `dvc plots` draws, small and byte-stable whatever the number of items.
+
+Inputs are as in `aplsmear.evaluation.columns`: ``label`` 0 or 1 and ``score`` or ``probability`` of shape
+(n,), higher for more likely positive. Bad input raises ``ValueError``.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from sklearn import metrics
+
+from aplsmear.evaluation.columns import check_columns
+from aplsmear.evaluation.intervals import roc_band
+from aplsmear.evaluation.operating_points import call_at
+
+MAX_ROWS = 500
+
+
+def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS) -> pd.DataFrame:
+    """The ROC curve from (0, 0) to (1, 1): columns ``fpr, tpr, threshold`` (called if score >= threshold).
+
+    The first row calls nobody; its threshold is the highest score plus 1. A longer curve is thinned to
+    ``max_rows``: both ends, its convex hull (where every sensible threshold lies), and rows evenly between.
+    """
+    y, s = check_columns(label, score)
+    fpr, tpr, threshold = metrics.roc_curve(y, s, drop_intermediate=True)
+    threshold[0] = s.max() + 1
+    keep = _thinned(fpr, tpr, max_rows)
+    return pd.DataFrame({"fpr": fpr[keep], "tpr": tpr[keep], "threshold": threshold[keep]})
+
+
+def roc_band_table(
+    label: npt.ArrayLike, score: npt.ArrayLike, resamples: int, seed: int, points: int = 101
+) -> pd.DataFrame:
+    """The 95 % band of `intervals.roc_band`: columns ``fpr, low, high``, evenly spaced."""
+    fpr = np.linspace(0, 1, points)
+    low, high = roc_band(label, score, fpr, resamples=resamples, seed=seed)
+    return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
+
+
+def precision_recall_table(
+    label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS
+) -> pd.DataFrame:
+    """The precision-recall curve by rising recall: columns ``recall, precision, threshold``.
+
+    The first row is the convention recall 0, precision 1, threshold the highest score plus 1. Thinned as
+    `roc_curve_table`.
+    """
+    y, s = check_columns(label, score)
+    precision, recall, threshold = metrics.precision_recall_curve(y, s, drop_intermediate=True)
+    recall, precision = recall[::-1], precision[::-1]
+    threshold = np.concatenate([[s.max() + 1], threshold[::-1]])
+    keep = _thinned(recall, precision, max_rows)
+    return pd.DataFrame({"recall": recall[keep], "precision": precision[keep], "threshold": threshold[keep]})
+
+
+def calibration_table(
+    label: npt.ArrayLike, probability: npt.ArrayLike, bins: int | None = None
+) -> pd.DataFrame:
+    """Reliability by quantile bins: columns ``predicted`` (mean), ``observed`` (share of positives), ``n``.
+
+    ``bins`` is by default one for every 20 items, between 5 and 10. Equal probabilities share a bin, so there
+    may be fewer; no bin is empty.
+    """
+    y, p = check_columns(label, probability, probability=True)
+    wanted = min(10, max(5, len(y) // 20)) if bins is None else bins
+    if wanted < 1:
+        raise ValueError(f"bins must be 1 or more, not {wanted}")
+    order = np.lexsort([y, p])
+    y, p = y[order], p[order]
+    # By rank, not by interpolated quantiles: ties go with the first of them.
+    index = np.searchsorted(p, p, side="left") * wanted // len(p)
+    grouped = pd.DataFrame({"predicted": p, "observed": y, "bin": index}).groupby("bin", sort=True)
+    table = grouped[["predicted", "observed"]].mean()
+    table["n"] = grouped.size()
+    return table.reset_index(drop=True)
+
+
+def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[str]) -> pd.DataFrame:
+    """One row per item for DVC's ``confusion`` template: columns ``actual, predicted``, sorted.
+
+    ``names`` are the words for 0 and 1, ``("aml", "apl")``; ``call`` holds 0 or 1.
+    """
+    y, c = check_columns(label, call, probability=True, both=False)
+    if not np.array_equal(c, call_at(c, 0.5)):
+        raise ValueError("call must be 0 or 1; turn probabilities into calls with call_at")
+    if len(names) != 2 or names[0] == names[1]:
+        raise ValueError(f"names must be two different words, for 0 and for 1, not {list(names)}")
+    words = np.asarray(names, dtype=object)
+    order = np.lexsort([c, y])
+    return pd.DataFrame(
+        {"actual": words[y[order].astype(np.intp)], "predicted": words[c[order].astype(np.intp)]}
+    )
+
+
+def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], max_rows: int) -> npt.NDArray[np.intp]:
+    """Up to ``max_rows`` indices of a curve by rising x: ends and upper hull, then evenly spaced ones."""
+    if max_rows < 2:
+        raise ValueError(f"max_rows must be 2 or more, not {max_rows}")
+    if len(x) <= max_rows:
+        return np.arange(len(x))
+    hull: list[int] = []
+    for i in range(len(x)):
+        while len(hull) > 1 and (
+            (x[hull[-1]] - x[hull[-2]]) * (y[i] - y[hull[-2]])
+            >= (y[hull[-1]] - y[hull[-2]]) * (x[i] - x[hull[-2]])
+        ):
+            hull.pop()
+        hull.append(i)
+    kept = np.asarray(hull)
+    if len(kept) > max_rows:
+        return kept[_evenly(len(kept), max_rows)]
+    others = np.setdiff1d(np.arange(len(x)), kept)
+    return np.sort(np.concatenate([kept, others[_evenly(len(others), max_rows - len(kept))]]))
+
+
+def _evenly(n: int, k: int) -> npt.NDArray[np.intp]:
+    """``k <= n`` different indices below ``n``, evenly spaced, with both ends if k > 1."""
+    if k < 2:
+        return np.arange(k)
+    return np.arange(k) * (n - 1) // (k - 1)

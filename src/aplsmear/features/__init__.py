@@ -1,0 +1,1 @@
+"""Frozen networks, and what they say of each view."""

@@ -1,0 +1,1 @@
+"""Training on from a head, with the uppermost blocks of its backbone."""

@@ -1,0 +1,1 @@
+"""Heads on features: one, a stack of many, and the search for the best."""

@@ -1,0 +1,1 @@
+"""From a smear on disk to encoded views of its cells."""

@@ -1,0 +1,182 @@
+"""How every script of ``stages/`` starts and ends."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+import yaml
+
+from aplsmear.errors import UserError
+from aplsmear.runs import guard
+from aplsmear.runs.checksums import unsound
+from aplsmear.runs.mend import has_changes, put_aside
+from aplsmear.secrets import hide_in_tracebacks, without_secrets
+
+FAILED, MISUSED = 1, 2  # exit codes
+# What is no fault of ours nor of the data, and what to do about it.
+_SURROUNDINGS = {
+    errno.ENOSPC: "the disk is full: make room on it",
+    errno.EDQUOT: "your share of the disk is used up: make room",
+    errno.EACCES: "you may not write (or read) there: see to whom it belongs (`ls -l`)",
+    errno.EPERM: "you may not write there: see to whom it belongs (`ls -l`)",
+    errno.EROFS: "the disk can only be read: mount it for writing",
+    errno.EIO: "the disk does not work: look at its health",
+    errno.ENOMEM: "there is too little memory: end other programs, or take a larger machine",
+}
+
+
+def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Call a stage's `main` with the words of its command line and end the process.
+
+    Where DVC runs the stage, a guard goes beside DVC (`aplsmear.runs.guard`), and what other stages made for
+    this one is held against dvc.lock first.
+
+    The exit code is what `main` returns (None: 0); 1 after a `UserError` or where disk or memory do not do,
+    with a message on stderr instead of a traceback; 2 where the words do not fit `main`, with the usage from
+    its module's docstring. Any other exception passes through. Neither message nor traceback shows a key or
+    a password (`aplsmear.secrets`).
+
+    Args:
+        main: takes each word as a positional argument.
+        arguments: the words; None: those of this process.
+    """
+    hide_in_tracebacks()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        inspect.signature(main).bind(*words)
+    except TypeError:
+        print(inspect.getdoc(inspect.getmodule(main)), file=sys.stderr)
+        sys.exit(MISUSED)
+    try:
+        if "DVC_STAGE" in os.environ:
+            guard.start(home())
+            check_changes(home())
+        check_inputs(os.environ.get("DVC_STAGE", ""))
+        code = main(*words)
+    except UserError as error:
+        print(without_secrets(str(error)), file=sys.stderr)
+        sys.exit(FAILED)
+    except (OSError, MemoryError) as error:
+        number = getattr(error, "errno", errno.ENOMEM)
+        if number not in _SURROUNDINGS:
+            raise
+        where = getattr(error, "filename", None) or Path().resolve()
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        said = f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({reason})"
+        print(without_secrets(said), file=sys.stderr)
+        sys.exit(FAILED)
+    sys.exit(code)
+
+
+def check_changes(top: Path) -> None:
+    """See that an experiment does not run without changes that an earlier one, killed, had put aside.
+
+    Args:
+        top: the top of the repository that DVC was called in.
+
+    Raises:
+        UserError: it would.
+    """
+    if (
+        "DVC_EXP_NAME" in os.environ
+        and put_aside(top)
+        and not has_changes(top, Path())
+        and not guard.others(top)  # who puts aside for a moment what was changed since
+    ):
+        raise UserError(
+            "`dvc exp run` was killed when it had put your changes aside (`git stash`): this one would run "
+            "without them.\nThey are put back now: the same command once more (if it says this again, git "
+            "cannot put them together with what is here now: `git stash pop`)."
+        )
+
+
+def check_inputs(stage: str) -> None:
+    """See that what a stage depends on is, to the bit, what other stages wrote.
+
+    Args:
+        stage: its name in DVC, such as ``tune@blast``; empty: nothing is known of it.
+
+    Raises:
+        UserError: some is not; all of it is named.
+    """
+    pipeline, lock = Path("dvc.yaml"), Path("dvc.lock")
+    if not stage or not lock.is_file():
+        return
+    params = _loaded(Path("params.yaml"))
+    template, _, item = stage.partition("@")
+    deps = _loaded(pipeline)["stages"][template]["deps"]
+    wanted = [PurePosixPath(_filled(dep, params, item)) for dep in deps]
+    made = [out for entry in _loaded(lock).get("stages", {}).values() for out in entry.get("outs", [])]
+    mine = {
+        out["path"]: out["md5"]
+        for out in made
+        for dep in wanted
+        if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
+        if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
+    }
+    damaged = list(unsound(mine, Path()))
+    if damaged:
+        raise UserError(
+            "\n  ".join(["not what the pipeline wrote, by dvc.lock (a failing disk?):", *damaged])
+            + "\n`aplsmear mend`, then `dvc repro`, put it right."
+        )
+
+
+def _is_complete(path: Path, files: int) -> bool:
+    """Whether a folder holds as many files as it should: of one that was pulled in part, as by ``dvc repro
+    --pull --allow-missing``, the hash in dvc.lock says nothing."""
+    return not path.is_dir() or sum(each.is_file() for each in path.rglob("*")) >= files
+
+
+def _loaded(path: Path) -> Any:
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # ten times as fast
+
+
+def _filled(text: str, params: Any, item: str) -> str:
+    """A dependency of dvc.yaml with each ``${...}`` replaced, in a stage of one matrix variable at most."""
+
+    def value(found: re.Match[str]) -> str:
+        keys = found[1].split(".")
+        if keys[0] == "item":
+            return item
+        each = params
+        for key in keys:
+            each = each[key]
+        return str(each)
+
+    return re.sub(r"\$\{([^}]+)\}", value, text)
+
+
+def home() -> Path:
+    """The folder of what is to outlive a run beside its outs: tracking, studies, a training that was cut off.
+
+    It is the top of the repository that dvc was called in, also for an experiment of the queue or of
+    ``dvc exp run --temp``, which runs in a folder of its own that is gone afterwards.
+    """
+    here = Path()
+    top = Path(os.environ.get("DVC_ROOT", here))
+    return here if top.resolve() == here.resolve() else top
+
+
+def origin(stage: str, task: str) -> dict[str, str]:
+    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
+    found = {"stage": stage, "task": task}
+    if "DVC_EXP_NAME" in os.environ:
+        found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if git.returncode == 0:
+        found["git_commit"] = git.stdout.strip()
+    lock = Path("dvc.lock")
+    if lock.is_file():
+        stages = _loaded(lock).get("stages", {})
+        for out in stages.get("download", {}).get("outs", []):
+            found["data_version"] = out.get("md5", "")
+    return found

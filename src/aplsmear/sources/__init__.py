@@ -1,0 +1,1 @@
+"""Where data sets come from: Kaggle, boxes found in smears, drawn smears."""

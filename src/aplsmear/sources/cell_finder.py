@@ -1,0 +1,650 @@
+"""Nucleated cells of smears that nobody has boxed yet: where they are, as rows of ``labeled_cells.csv``.
+
+Classical image analysis: nothing is learned, so nothing of one laboratory's stain or camera is in it. A
+picture is scaled until a typical cell has `_TYPICAL` px; every other length is in those px. Then:
+
+1. Optical density over the empty field (Beer-Lambert), whose unevenness is a quadratic surface.
+2. What the red cells absorb is taken away: colour deconvolution (Ruifrok and Johnston, Anal Quant Cytol
+   Histol 2001;23:291) with the picture's own red, which has more blue density for its red and green than
+   anything nucleated. What is left is the basophilic signal: strong in nuclei, none in red cells.
+3. Otsu's threshold tells how strong the picture's nuclei are; a cell is where a seventh part of that is.
+4. The watershed of the distance to the cell's edge parts cells that touch (Beucher and Lantuéjoul 1979). A
+   part that is too large for one cell is parted once more where it holds several nuclei.
+5. What is too small for a cell (platelets), or holds no nucleus, is no cell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from skimage.feature import peak_local_max
+from skimage.filters import threshold_otsu
+from skimage.measure import regionprops
+from skimage.morphology import h_maxima
+from skimage.segmentation import watershed
+
+from aplsmear.compute.engine import Here
+from aplsmear.data.dataset import read_data_set
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.errors import UserError
+from aplsmear.files import whole
+from aplsmear.images.reading import read_image
+from aplsmear.progress import progress
+from aplsmear.tables import write_table
+
+TYPICAL_MICROMETRES = 14.0  # of the nucleated cells of a marrow: lymphocytes 10, promyelocytes 16 to 20
+MIN_SIZE = 10.0  # px of a typical cell; below, a nucleus is a blot
+
+MEASURES = (
+    "convexArea",
+    "eccentricity",
+    "equivalentDiameter",
+    "perimeter",
+    "meanIntensity",
+    "eulerNumber",
+    "extent",
+)
+COLUMNS = (
+    "id",
+    "segmentationSetId",
+    "wsi",
+    "cellType",
+    "segmentationQuality",
+    "specialCharacteristics",
+    "objectType",
+    "bbox",
+    *MEASURES,
+)
+BOX = ("y0", "x0", "y1", "x1")
+
+# Lengths in px of the scaled picture.
+_TYPICAL = 40  # diameter of a typical cell: a nucleus still has 15 px or more
+_FIELD = 40  # side of the squares in which the empty field is looked for: wider than a cell
+_SQUARES = 12  # of them, twice what the surface has coefficients
+_SMOOTH = 2.0  # standard deviation that turns chromatin and granules into one surface
+_OPEN = 3  # radius of the strands and specks that are brushed off
+_HOLE = 100  # px², holes up to this are vacuoles; larger ones lie between cells
+_BUMP = 2.0  # how much further from the edge two middles are than the waist between them
+_LEAST = 16.8  # diameter of the smallest cell; platelets are below half of it
+_LARGE = 1.6 * math.pi / 4 * _TYPICAL**2  # px², above it a part may be several cells
+_NUCLEUS = 32  # px² of nucleus that a cell holds
+_APART = 16  # between the middles of two nuclei of two cells; lobes of one nucleus are nearer
+_DEEP = 5.2  # from the middle of such a nucleus to its edge
+_WINDOW = 2048  # side of what is looked at at once, so that memory does not grow with the picture
+_MARGIN = 80  # around it, twice a typical cell: whoever has its middle in the window is seen whole
+
+# Optical densities (natural logarithm).
+_SEEN = 0.25  # sum of the three channels, above it there is something on the glass
+_FAINT = 0.15  # basophilic signal of something that may be part of a cell
+_STRONG = 0.5  # nuclei of the palest stain (0.65 and more on what was looked at; platelets up to 0.42)
+_BODY = 0.15  # of the signal of nuclei: cytoplasm and more
+_CORE = 0.45  # of the signal of nuclei: nucleus
+_RED = 0.29  # blue over red and green: nuclei 0.15 to 0.25, red cells 0.37 to 0.9
+_USUAL_RED = 0.4  # where a picture shows no red cell
+
+_OVERVIEW = 1024  # px of the longer side, for the first guess
+_ROUNDS = 5
+_SAMPLE = 24  # smears on which the size is estimated
+_UNLIKE = 1.6  # times as large or small as expected; smears with another share of blasts stay below
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_FEW = 5  # cells; fewer do not tell the size
+_SHOWN = 24  # smears on the contact sheet
+_ACROSS = 4  # of them in a row
+_TILE, _CAPTION, _GAP = 560, 26, 8  # px
+_GREEN = (0, 160, 0)  # of no stain
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.int32]
+
+
+class CellsError(UserError, ValueError):
+    """Cells cannot be looked for as asked."""
+
+
+# --- one picture -------------------------------------------------------------------------------------
+
+
+def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
+    """The nucleated cells of one picture, from top to bottom; none in a grey or empty one.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+        size: diameter of a typical nucleated cell in px, from `MIN_SIZE` on; better a little too large than
+            too small.
+
+    Returns:
+        One row a cell: `BOX` in px, int64, end exclusive, around nucleus and cytoplasm, cut at the edge of
+        the picture, no two the same; and `MEASURES` in px of the picture (`meanIntensity`: 0 to 1).
+
+    Raises:
+        CellsError: `size` is below `MIN_SIZE`.
+    """
+    _check_size(size)
+    rows = [[*one.box, *_measures(one)] for one in _cells(image, size)]
+    found = pd.DataFrame(rows, columns=[*BOX, *MEASURES]).astype(dict.fromkeys(BOX, np.int64))
+    return found.drop_duplicates(list(BOX)).sort_values(list(BOX)).reset_index(drop=True)
+
+
+def _check_size(size: float) -> None:
+    if not size >= MIN_SIZE:
+        raise CellsError(
+            f"cells of {size:g} px are too small to be told from platelets: at least {MIN_SIZE:g} px are "
+            "needed; photograph at a higher magnification, or correct the size"
+        )
+
+
+def estimate_size(image: npt.NDArray[np.uint8]) -> float | None:
+    """Diameter in px of the typical (median) nucleated cell of a picture.
+
+    A first guess is twice the distance from the middle of the basophilic parts to their edge; then cells are
+    found with it, measured, and found again until the two agree. The red cells are a ruler: nothing nucleated
+    is smaller than they are.
+
+    Args:
+        image: uint8 RGB, shape (height, width, 3).
+
+    Returns:
+        px, or None where fewer than a handful of cells are found, or where they are smaller than the red
+        cells beside them, as platelets are.
+    """
+    guess, least = _first_guess(image)
+    for _ in range(_ROUNDS):
+        if guess < max(least, MIN_SIZE):
+            return None
+        boxes = np.array([one.box for one in _cells(image, guess)]).reshape(-1, 4)
+        if len(boxes) < _FEW:
+            return None
+        last, guess = guess, float(np.median(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))))
+        if abs(guess - last) < 0.03 * last:
+            break
+    return guess if guess >= max(least, MIN_SIZE) else None
+
+
+def _first_guess(image: npt.NDArray[np.uint8]) -> tuple[float, float]:
+    """About the diameter of a nucleated cell, 0 where there is none, and that of a large red cell, in px."""
+    small, (scale, _) = _scaled(image, min(1.0, _OVERVIEW / max(image.shape[:2])))
+    field = _over_empty_field(small, max(max(small.shape[:2]) // 12, 8))
+    signal = cv2.GaussianBlur(_basophilic(field), (0, 0), 1.0)
+    strength = _strength(signal)
+    if strength < _STRONG:
+        return 0.0, 0.0
+    cells = signal > _BODY * strength
+    radius = np.sort(_radii(cells))
+    if not len(radius):
+        return 0.0, 0.0
+    weight = np.cumsum(radius**2)  # specks are many, and small
+    guess = float(radius[np.searchsorted(weight, weight[-1] / 2)])
+    others = ndimage.binary_fill_holes(field.sum(axis=2) > _SEEN)
+    others &= ~ndimage.binary_dilation(cells, iterations=2)
+    red = _radii(others)
+    large = float(np.quantile(red, 0.75)) if len(red) >= _FEW else 0.0
+    return 2 * guess * scale, 2 * large * scale
+
+
+def _radii(mask: Mask) -> Floats:
+    """Distance to the edge from the middle of each round part of a mask, those of 2 px and more."""
+    far = ndimage.distance_transform_edt(mask).astype(np.float32)
+    spots = peak_local_max(far, min_distance=3, threshold_abs=2.0)
+    return np.asarray(far[tuple(spots.T)], np.float32)
+
+
+def _scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
+    """The picture scaled by about `factor`, and px of the picture for each px of it, down and across."""
+    height, width = image.shape[:2]
+    new = max(round(height * factor), 1), max(round(width * factor), 1)
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    small = np.asarray(cv2.resize(image, new[::-1], interpolation=method), np.uint8)
+    return small, (height / new[0], width / new[1])
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A region of skimage in a scaled window, its box in px of the picture, and how many of these a px is."""
+
+    region: Any
+    box: tuple[int, int, int, int]
+    scale: float
+
+
+def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
+    """The cells of a picture of any size, window by window; a cell belongs to the window of its middle."""
+    factor = _TYPICAL / size
+    side, margin = math.ceil(_WINDOW / factor), math.ceil(_MARGIN / factor)
+    height, width = image.shape[:2]
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            y, x = max(top - margin, 0), max(left - margin, 0)
+            window = image[y : top + side + margin, x : left + side + margin]
+            small, (down, across) = _scaled(window, factor)
+            for region in _regions(small):
+                y0, x0, y1, x1 = region.bbox
+                box = (
+                    y + round(y0 * down),
+                    x + round(x0 * across),
+                    y + round(y1 * down),
+                    x + round(x1 * across),
+                )
+                middle = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
+                if top <= middle[0] < top + side and left <= middle[1] < left + side:
+                    yield _Cell(region, box, math.sqrt(down * across))
+
+
+def _regions(small: npt.NDArray[np.uint8]) -> list[Any]:
+    """The cells of a scaled picture."""
+    signal = _basophilic(_over_empty_field(small, _FIELD))
+    signal = cv2.GaussianBlur(signal, (0, 0), _SMOOTH)
+    strength = _strength(signal)
+    if strength < _STRONG:
+        return []
+    body = _without_holes(signal > _BODY * strength)
+    brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _OPEN + 1,) * 2)
+    opened = cv2.morphologyEx(body.view(np.uint8), cv2.MORPH_OPEN, brush, borderType=cv2.BORDER_REPLICATE)
+    parts = _parted_again(_parted(opened.view(np.bool_)), signal)
+    core = signal > _CORE * strength
+    regions = regionprops(parts, intensity_image=np.dstack([small.mean(axis=2) / 255, core]))
+    return [region for region in regions if _is_cell(region, parts.shape)]
+
+
+def _is_cell(region: Any, shape: Sequence[int]) -> bool:
+    y0, x0, y1, x1 = region.bbox
+    cut = y0 == 0 or x0 == 0 or y1 == shape[0] or x1 == shape[1]
+    least = math.pi / 4 * _LEAST**2 * (0.45 if cut else 1.0)
+    nucleus = region.image_intensity[..., 1][region.image].sum()
+    return bool(max(y1 - y0, x1 - x0) >= _LEAST and region.area >= least and nucleus >= _NUCLEUS)
+
+
+def _measures(cell: _Cell) -> list[float]:
+    """In the order of `MEASURES`; rounded, so that the last bits of the arithmetic reach no file."""
+    region, scale = cell.region, cell.scale
+    values = (
+        region.area_convex * scale**2,
+        region.eccentricity,
+        region.equivalent_diameter_area * scale,
+        region.perimeter * scale,
+        region.intensity_mean[0],
+        region.euler_number,
+        region.extent,
+    )
+    return [round(float(value), 4) for value in values]
+
+
+# --- a data set ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found in a data set.
+
+    Attributes:
+        size: diameter in px that cells were expected to have; None where no smear told.
+        cells: one row a cell: `smear`, `BOX`, `MEASURES`; in the order of the smears, then of the boxes.
+    """
+
+    size: float | None
+    cells: pd.DataFrame
+
+
+def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, workers: int = -1) -> Search:
+    """The cells of every smear, each image decoded once (twice where the size is estimated from it).
+
+    Args:
+        root: the folder that the `image` column of `smears` starts from.
+        smears: with `smear` and `image`; all at one magnification.
+        size: diameter of a typical cell in px; None: the median estimate of up to two dozen smears, evenly
+            spread.
+        workers: processes, -1: one a core; changes no result.
+
+    Raises:
+        CellsError: the size cannot be that of these pictures.
+        ImageError: an image cannot be read.
+    """
+    paths = [root / image for image in smears["image"]]
+    engine = Here(workers)
+    if size is None:
+        some = [paths[place] for place in _spread(len(paths), _SAMPLE)]
+        told = engine.map(_size_of_file, some)
+        sizes = [one for one in progress(told, "smears measured", len(some)) if one is not None]
+        size = round(float(np.median(sizes)), 1) if sizes else None
+    if size is None:
+        return Search(None, pd.DataFrame(columns=["smear", *BOX, *MEASURES]))
+    found = engine.map(partial(_cells_of_file, size=size), paths)
+    tables = [
+        table.assign(smear=smear)
+        for smear, table in zip(smears["smear"], progress(found, "smears searched", len(paths)), strict=True)
+    ]
+    return Search(size, pd.concat(tables, ignore_index=True)[["smear", *BOX, *MEASURES]])
+
+
+def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells as ``labeled_cells.csv`` holds them, `COLUMNS`; every label is empty, since nobody has looked."""
+    rows = pd.DataFrame({"id": range(1, len(cells) + 1), "segmentationSetId": 1, "wsi": cells["smear"]})
+    for column in MEASURES:
+        rows[column] = cells[column]
+    boxes = cells[list(BOX)].to_numpy(dtype=np.int64).tolist()
+    return rows.assign(bbox=[json.dumps(box) for box in boxes]).reindex(columns=list(COLUMNS), fill_value="")
+
+
+def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
+    """Diameter of a typical cell in px, by what is given of the two; None where neither is.
+
+    Raises:
+        CellsError: both are given, one is no positive number, or cells would be too small.
+    """
+    if size is not None and micrometres_per_pixel is not None:
+        raise CellsError("give the size of a cell or the micrometres per pixel, not both")
+    for given in (size, micrometres_per_pixel):
+        if given is not None and not (given > 0 and math.isfinite(given)):
+            raise CellsError(f"{given:g} is no length: expected a number above 0")
+    if micrometres_per_pixel is not None:
+        size = TYPICAL_MICROMETRES / micrometres_per_pixel
+    if size is not None:
+        _check_size(size)
+    return size
+
+
+def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
+    """The smears of a data set, labelled or not; every image is decoded once, to see that it is whole.
+
+    Where there is no ``wsi.csv``, one is written: a row for each picture of the folder ``wsi``, its label
+    empty.
+
+    Returns:
+        `smear` and `image`, and the ``wsi.csv`` that was written, if any.
+
+    Raises:
+        DataSetError: with all that is wrong with tables and images.
+        CellsError: there is neither a ``wsi.csv`` nor a picture.
+    """
+    table, written = root / SMEARS_FILE, None
+    if not table.exists() and (root / IMAGE_FOLDER).is_dir():
+        names = sorted(
+            path.name for path in (root / IMAGE_FOLDER).iterdir() if path.suffix.lower() in _SUFFIXES
+        )
+        if not names:
+            raise CellsError(
+                f"{root / IMAGE_FOLDER}: no PNG, JPEG or TIFF; put the pictures of the smears there"
+            )
+        stems = [Path(name).stem for name in names]
+        ids = stems if len(set(stems)) == len(stems) else names
+        write_table(table, pd.DataFrame({"id": ids, "imgName": names, "label": ""}))
+        written = table
+    smears = read_data_set(root, {}, min_box=1, skip_bad_images=False, labelled=False).smears
+    return smears[["smear", "image"]], written
+
+
+def kept_name(table: Path, overwrite: bool) -> Path | None:
+    """What a table that is there will be called once another takes its place; None where there is none.
+
+    Raises:
+        CellsError: there is one, and it is not to be overwritten; or it is called like a picture.
+    """
+    if table.suffix.lower() != ".csv":
+        raise CellsError(f"{table}: expected the name of a table, such as {CELLS_FILE}")
+    if not table.exists():
+        return None
+    if not overwrite:
+        raise CellsError(
+            f"{table} is there already: nothing was done. --overwrite puts a new one in its place (and keeps "
+            "the old one under another name), --out FILE writes elsewhere"
+        )
+    names = (table.with_name(f"{table.stem}.{number}{table.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFrame, found: Search) -> Path:
+    """Write boxes and contact sheet; no table where there is no cell.
+
+    Args:
+        table: CSV to write.
+        kept: what a table that is there is to be called.
+        root: as for `find_all`.
+        smears: as for `find_all`.
+        found: by `find_all`.
+
+    Returns:
+        The contact sheet, a PNG beside the table.
+    """
+    sheet = table.with_suffix(".png")
+    with whole(sheet) as part:
+        contact_sheet(root, smears, found.cells).save(part, "PNG")
+    if len(found.cells):
+        if kept:
+            shutil.copyfile(table, kept)
+        write_table(table, kaggle_rows(found.cells))
+    return sheet
+
+
+def summary(found: Search, smears: Iterable[str]) -> list[str]:
+    """What was found, in lines for people; `smears` are all that were searched."""
+    names = list(smears)
+    if found.size is None:
+        return [f"no nucleated cell in {len(names):,} smears, or too few to tell the size of a cell"]
+    sides = (found.cells["y1"] - found.cells["y0"]) * (found.cells["x1"] - found.cells["x0"])
+    by_smear = found.cells.groupby("smear", sort=False)
+    counts = by_smear.size().reindex(names, fill_value=0)
+    lines = [
+        f"{len(found.cells):,} cells in {len(names):,} smears, looked for at {found.size:g} px",
+        f"cells per smear: median {counts.median():g}, {counts.min():,} to {counts.max():,}",
+    ]
+    none = counts.index[counts == 0].tolist()
+    if none:
+        lines.append(f"smears without a cell ({len(none):,}): {', '.join(none)}")
+    typical = np.sqrt(sides).groupby(found.cells["smear"], sort=False).median()
+    other = [
+        f"{smear} ({typical[smear]:.0f} px)"
+        for smear in names
+        if counts[smear] >= _FEW and not 1 / _UNLIKE < typical[smear] / found.size < _UNLIKE
+    ]
+    if other:
+        lines.append(
+            f"cells of another size, photographed at another magnification? ({len(other):,} smears): "
+            f"{', '.join(other)}; such smears belong into a folder of their own"
+        )
+    return lines
+
+
+def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Image.Image:
+    """A page to look at: smears with their boxes and the number of their cells.
+
+    Of many smears, those with the fewest and the most cells, and others evenly spread between.
+
+    Args:
+        root: the folder that the `image` column of `smears` starts from.
+        smears: with `smear` and `image`.
+        cells: as in `Search`.
+    """
+    rows = cells.groupby("smear", sort=False).indices
+    counts = [len(rows.get(smear, ())) for smear in smears["smear"]]
+    ranked = np.argsort(counts, kind="stable")
+    shown = [int(ranked[place]) for place in _spread(len(ranked), _SHOWN)]
+    tiles = []
+    for place in shown:
+        smear = smears.iloc[place]
+        boxes = cells.iloc[rows.get(smear["smear"], [])][list(BOX)].to_numpy(dtype=np.int64)
+        many = "1 cell" if len(boxes) == 1 else f"{len(boxes):,} cells"
+        tiles.append(_tile(read_image(root / smear["image"]), boxes, f"{smear['smear']}: {many}"))
+    across = min(_ACROSS, len(tiles))
+    lines = [tiles[start : start + across] for start in range(0, len(tiles), across)]
+    heights = [max(tile.height for tile in line) for line in lines]
+    page = Image.new("RGB", (across * (_TILE + _GAP) + _GAP, sum(heights) + _GAP * (len(lines) + 1)), "white")
+    top = _GAP
+    for line, height in zip(lines, heights, strict=True):
+        for column, tile in enumerate(line):
+            page.paste(tile, (_GAP + column * (_TILE + _GAP), top))
+        top += height + _GAP
+    return page
+
+
+def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: str) -> Image.Image:
+    height, width = image.shape[:2]
+    scale = _TILE / max(height, width)
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    new = max(round(width * scale), 1), max(round(height * scale), 1)
+    tile = Image.new("RGB", (_TILE, new[1] + _CAPTION), "white")
+    tile.paste(
+        Image.fromarray(np.asarray(cv2.resize(image, new, interpolation=method), np.uint8)), (0, _CAPTION)
+    )
+    pen = ImageDraw.Draw(tile)
+    pen.text((2, 1), caption, fill="black", font=ImageFont.load_default(_CAPTION - 8))
+    for y0, x0, y1, x1 in np.rint(boxes * scale).astype(int).tolist():
+        pen.rectangle(
+            (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION), outline=_GREEN, width=2
+        )
+    return tile
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Up to `most` of `count` places, evenly spread, the first and the last among them."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
+
+
+def _size_of_file(path: Path) -> float | None:
+    cv2.setNumThreads(1)
+    return estimate_size(read_image(path))
+
+
+def _cells_of_file(path: Path, size: float) -> pd.DataFrame:
+    cv2.setNumThreads(1)
+    return find_cells(read_image(path), size)
+
+
+# --- light --------------------------------------------------------------------------------------------
+
+
+def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
+    """Optical density over that of the empty field, shape (height, width, 3).
+
+    The field is a quadratic surface through the palest tenth of each square of `side` px; squares that cells
+    fill do not count. Where there are too few squares: one value for the whole picture.
+    """
+    density = np.asarray(-np.log((np.arange(256) + 1) / 256), np.float32)[image]
+    height, width = image.shape[:2]
+    places, values = [], []
+    for y in range(0, height, side):
+        for x in range(0, width, side):
+            square = density[y : y + side, x : x + side].reshape(-1, 3)
+            first = np.argsort(square.sum(axis=1), kind="stable")[: len(square) // 10 + 1]
+            values.append(np.median(square[first], axis=0))
+            places.append(((y + side / 2) / height - 0.5, (x + side / 2) / width - 0.5))
+    value = np.array(values)
+    terms = np.stack(_quadratic_terms(*np.array(places, np.float32).T), axis=1)
+    dark = value.sum(axis=1)
+    kept = dark < np.percentile(dark, 20) + 0.35
+    for _ in range(3):
+        if kept.sum() < _SQUARES:
+            palest = np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32)
+            return np.asarray(np.maximum(density - palest, 0), np.float32)
+        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(5)  # the same on each CPU
+        kept &= (value - terms @ surface).sum(axis=1) < 0.1
+    rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]
+    columns = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :]
+    for channel, factors in enumerate(surface.T.astype(np.float32)):
+        for factor, term in zip(factors, _quadratic_terms(rows, columns), strict=True):
+            density[..., channel] -= factor * term
+    return np.maximum(density, 0, out=density)
+
+
+def _quadratic_terms(y: Floats, x: Floats) -> tuple[Floats, ...]:
+    return np.ones_like(y), y, x, y * y, x * x, x * y
+
+
+def _basophilic(density: Floats) -> Floats:
+    """What of the red and green density the red cells' own ratio to blue does not account for."""
+    warm = density[..., :2].sum(axis=2)
+    seen = warm + density[..., 2] > _SEEN
+    ratio = (density[..., 2] / np.maximum(warm, 1e-3))[seen]
+    red = ratio[ratio > _RED]
+    usual = _USUAL_RED
+    if red.size > 100:
+        parting = threshold_otsu(np.minimum(ratio, 1.5))
+        usual = float(np.median(red[red >= min(parting, np.median(red))]))
+    return np.asarray(warm - density[..., 2] / np.float32(np.clip(usual, 0.3, 1.0)), np.float32)
+
+
+def _strength(signal: Floats) -> float:
+    """The signal of the picture's nuclei; 0 where there is hardly any."""
+    some = signal[signal > _FAINT]
+    if some.size < 50:
+        return 0.0
+    return float(np.median(some[some >= threshold_otsu(some)]))
+
+
+# --- shape --------------------------------------------------------------------------------------------
+
+
+def _without_holes(mask: Mask) -> Mask:
+    holes, _ = ndimage.label(~mask)
+    small = np.bincount(holes.ravel()) < _HOLE
+    small[0] = False
+    return np.asarray(mask | small[holes], np.bool_)
+
+
+def _depth(mask: Mask) -> Floats:
+    """Distance to the edge of a mask, smoothed; a cell goes on beyond the picture."""
+    wide = np.pad(mask, _TYPICAL, mode="edge")
+    far = ndimage.distance_transform_edt(wide).astype(np.float32)[_TYPICAL:-_TYPICAL, _TYPICAL:-_TYPICAL]
+    return np.asarray(cv2.GaussianBlur(far, (0, 0), 2.4), np.float32)
+
+
+def _parted(body: Mask) -> Labels:
+    """Touching cells apart: 0 outside, a number for each."""
+    depth = _depth(body)
+    middles, _ = ndimage.label((h_maxima(depth, _BUMP) > 0) & body, np.ones((3, 3)))
+    return np.asarray(watershed(-depth, middles, mask=body), np.int32)
+
+
+def _parted_again(parts: Labels, signal: Floats) -> Labels:
+    """Parts too large for a cell, each parted between its nuclei if it has several, until nothing changes."""
+    parts, last = parts.copy(), int(parts.max())
+    waiting = [(number, place) for number, place in enumerate(ndimage.find_objects(parts), 1) if place]
+    while waiting:
+        number, place = waiting.pop()
+        mask = parts[place] == number
+        if mask.sum() < _LARGE:
+            continue
+        _, *others = _between_nuclei(mask, signal[place])
+        for piece in others:
+            last += 1
+            parts[place][piece] = last
+            waiting.append((last, place))
+        if others:
+            waiting.append((number, place))
+    return parts
+
+
+def _between_nuclei(mask: Mask, signal: Floats) -> list[Mask]:
+    """The pieces of a part, one a nucleus; the part itself where no threshold shows more than one."""
+    inside = signal[mask]
+    otsu = threshold_otsu(inside)
+    for cut in (otsu, *np.quantile(inside[inside >= otsu], (0.2, 0.4))):
+        nuclei = _without_holes((signal > cut) & mask) & mask
+        depth = np.where(mask, _depth(nuclei), 0)
+        bumps = h_maxima(depth, 0.8 * _BUMP)
+        spots = peak_local_max(
+            depth, min_distance=_APART, threshold_abs=_DEEP, labels=mask.astype(int), exclude_border=False
+        )
+        spots = [spot for spot in map(tuple, spots) if bumps[spot]]
+        if len(spots) < 2:
+            continue
+        middles = np.zeros(mask.shape, np.int32)
+        for number, spot in enumerate(spots, 1):
+            middles[spot] = number
+        pieces = watershed(-depth, middles, mask=mask)
+        if np.bincount(pieces.ravel())[1:].min() > math.pi / 4 * _LEAST**2:
+            return [pieces == number for number in range(1, len(spots) + 1)]
+    return [mask]

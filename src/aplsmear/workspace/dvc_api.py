@@ -1,0 +1,258 @@
+"""What commands ask of DVC about the repository that they are typed in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+from aplsmear.errors import UserError
+from aplsmear.workspace import remote as share
+from aplsmear.workspace.compare_page import Compared
+from aplsmear.workspace.experiments import Experiment
+
+# Parts of the names of DVC's settings whose values must not stand in a file that git shares.
+_SECRETS = (
+    "secret",
+    "password",
+    "token",
+    "account_key",
+    "connection_string",
+    "customer_key",
+    "access_key_id",
+)
+
+
+def check_remote(folder: Path, name: str | None = None) -> list[str]:
+    """Try out a remote of the repository that holds `folder`.
+
+    Args:
+        folder: anywhere in the repository.
+        name: of the remote; None: the default one.
+
+    Returns:
+        What is to be known of a remote that is fine, in lines.
+
+    Raises:
+        UserError: what is wrong with it, and the mend.
+    """
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.fs import ConfigError, RemoteMissingDepsError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(folder)) as repo:
+            return _check_remote(repo, name)
+    except NotDvcRepoError:
+        failure = f"{folder.resolve()} lies in no DVC repository: type this in a clone."
+    except RemoteMissingDepsError as error:
+        failure = f"what DVC needs for remotes of this kind is not installed: {error.missing_deps}"
+    except (ConfigError, DvcException) as error:
+        failure = (
+            f".dvc/config or .dvc/config.local cannot be used ({type(error).__name__}): see its remotes."
+        )
+    raise UserError(failure)
+
+
+def _check_remote(repo: Any, asked: str | None) -> list[str]:
+    from dvc.fs import get_cloud_fs
+
+    known: dict[str, dict[str, Any]] = repo.config["remote"]
+    name = (asked or repo.config["core"].get("remote", "")).lower()
+    if name not in known:
+        wanted = f"There is no remote {name}" if name else "There is no default remote"
+        listed = ", ".join(sorted(known)) or "none"
+        raise UserError(f"{wanted}; known: {listed}. A new one: `dvc remote add --default lab URL`.")
+    url = urlsplit(str(known[name]["url"]))
+    place = share.Place(name, url._replace(netloc=url.netloc.rpartition("@")[2]).geturl())
+    shared = repo.config.read("repo").get("remote", {}).get(name, {})
+    secrets = [key for key in shared if any(part in key for part in _SECRETS)]
+    if secrets or urlsplit(str(shared.get("url", ""))).password:
+        raise place.error(
+            f"{' and '.join(secrets) or 'a password in its url'} stands in .dvc/config, which git hands on.",
+            f"`dvc remote modify --unset {name} {secrets[0] if secrets else 'url'}`, and set it again with "
+            "--local; if it was ever committed, have the key replaced.",
+        )
+    kind, settings, path = get_cloud_fs(repo.config, name=name)
+    if kind.protocol == "local":
+        if not share.look_for_folder(place, Path(path)):
+            return [
+                f"Remote {name} ({path}): fine, and not there yet: the first `dvc push` makes it.",
+                "Until then `dvc pull` finds nothing in it: README, Share, says how to name another place.",
+            ]
+        files = kind(**settings).fs
+    else:
+        place, files = _signed_in(place, kind, settings)
+    share.try_out(place, files, path)
+    return [f"Remote {name} ({place.url}): fine.", _counted(repo, place)]
+
+
+def _signed_in(place: share.Place, kind: Any, settings: dict[str, Any]) -> tuple[share.Place, Any]:
+    """The file system of a store; for S3, once its server has answered."""
+    s3 = kind.protocol == "s3"
+    timeouts = {"connect_timeout": share.PATIENCE, "read_timeout": share.PATIENCE} if s3 else {}
+    try:
+        files = share.within(lambda: kind(**settings | timeouts).fs, 3 * share.PATIENCE)  # imports much
+    except Exception as error:
+        failure = share.explained(place, error)
+    else:
+        if s3:
+            place = share.Place(place.name, place.url, files.s3.meta.endpoint_url, _key_from(settings))
+            share.look_for_server(place, settings.get("ssl_verify", True))
+        return place, files
+    raise failure
+
+
+def _key_from(settings: dict[str, Any]) -> str:
+    """Where boto looks first of those places that have a key."""
+    if "access_key_id" in settings:
+        return ".dvc/config.local"
+    if "AWS_ACCESS_KEY_ID" in os.environ and "profile" not in settings:
+        return "the environment, AWS_ACCESS_KEY_ID"
+    return "~/.aws or this machine's own role"
+
+
+def _counted(repo: Any, place: share.Place) -> str:
+    """How many outs of this revision the remote holds."""
+    wanted = {out.hash_info.value for out in repo.index.outs if out.use_cache and out.hash_info}
+    held = repo.cloud.get_remote_odb(place.name)
+    try:
+        there = len(set(share.within(lambda: held.list_oids_exists(wanted))))
+    except TimeoutError:
+        return f"Which of the {len(wanted)} outs of this revision it holds was not found out in time."
+    verdict = f"It holds {there} of the {len(wanted)} outs of this revision"
+    if there == len(wanted):
+        return f"{verdict}: `dvc pull` brings them."
+    return f"{verdict}: the rest comes by `dvc push` from where they were made, or by `dvc repro` here."
+
+
+def compare(folder: Path, revisions: Sequence[str]) -> Compared:
+    """What DVC knows of experiments, branches, tags or commits, ready for a page.
+
+    Args:
+        folder: the top of a repository, with all that these revisions need in DVC's cache.
+        revisions: two or more names; ``workspace`` is what lies there now.
+
+    Raises:
+        UserError: a name is unknown, or the results of a revision are not in the cache.
+    """
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(folder)) as repo:
+            _check_revisions(repo, revisions)
+            # DVC would leave out a workspace that has the numbers of its branch.
+            metrics, params = (
+                _by_name(shown.show(revs=list(revisions), hide_workspace=False), revisions)
+                for shown in (repo.metrics, repo.params)
+            )
+    except NotDvcRepoError:
+        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    for place, revision in enumerate(revisions):
+        if all(values[place] is None for numbers in metrics.values() for values in numbers.values()):
+            raise UserError(
+                f"the results of {revision} are not here: `dvc exp pull REMOTE {revision}` brings those of "
+                "an experiment, `dvc fetch --all-commits` those of commits."
+            )
+    with TemporaryDirectory(prefix="aplsmear-") as temporary:
+        command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", "--out", temporary, *revisions]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"`dvc plots diff {' '.join(revisions)}` failed:\n{done.stderr}")
+        plots, pictures = _drawn(json.loads(done.stdout)["data"], folder)
+    return Compared(revisions, metrics, params, plots, pictures)
+
+
+def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
+    """The last commits of the branch, the newest first, each with its experiments behind it.
+
+    Raises:
+        UserError: there is no repository.
+    """
+    from dvc.exceptions import NotDvcRepoError
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(folder)) as repo:
+            states = repo.experiments.show(num=commits, hide_workspace=True)
+    except NotDvcRepoError:
+        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    found = []
+    for state in states:
+        found.append(_experiment(state, baseline=True))
+        for line in state.experiments or []:
+            done = "" if line.executor is None or line.executor.state == "success" else line.executor.state
+            found.append(_experiment(line.revs[0], state=done))
+    return found
+
+
+def _experiment(shown: Any, baseline: bool = False, state: str = "") -> Experiment:
+    """One of `dvc exp show`."""
+    params, metrics = (
+        {file: dict(_flat(read.get("data") or {})) for file, read in kind.items()}
+        for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
+    )
+    flat = {name: value for values in params.values() for name, value in values.items()}
+    return Experiment(shown.name or shown.rev[:7], baseline, state, flat, {} if state else metrics)
+
+
+def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
+    from dvc.scm import RevError, resolve_rev
+
+    unknown = []
+    for revision in revisions:
+        try:
+            if revision != "workspace":
+                resolve_rev(repo.scm, revision)
+        except RevError:
+            unknown.append(revision)
+    if unknown:
+        names = sorted(
+            {name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found}
+        )
+        listed = ", ".join(names) or "none yet; `dvc exp run` makes one"
+        raise UserError(
+            f"no experiment, branch, tag or commit is called {' or '.join(unknown)}.\n"
+            f"  Experiments (`dvc exp list --all-commits`): {listed}"
+        )
+
+
+def _by_name(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """What DVC shows by revision, file and nested name: file -> dotted name -> values in their order."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for place, revision in enumerate(revisions):
+        for file, read in shown.get(revision, {}).get("data", {}).items():
+            for name, value in _flat(read.get("data", {})):
+                values = found.setdefault(file, {}).setdefault(name, [None] * len(revisions))
+                values[place] = value
+    return found
+
+
+def _flat(nested: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(nested, dict):
+        yield above, nested
+        return
+    for name, value in nested.items():
+        yield from _flat(value, f"{above}.{name}" if above else str(name))
+
+
+def _drawn(
+    shown: dict[str, list[dict[str, Any]]], folder: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, bytes]]]:
+    """The plots of `dvc plots diff --json`, and the pictures by name and revision."""
+    plots: dict[str, Any] = {}
+    pictures: dict[str, dict[str, bytes]] = {}
+    for name, drawn in shown.items():
+        for each in drawn:
+            if each["type"] == "vega":
+                plots[name] = each["content"]
+            else:
+                pictures.setdefault(name, {})[each["revisions"][0]] = (folder / each["url"]).read_bytes()
+    return plots, pictures

@@ -1,0 +1,76 @@
+"""`benchmarks/shift.py`: what it says of patients shown as they are is what the pipeline says of them."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aplsmear.heads.bags import attend
+from aplsmear.heads.head import Head
+from aplsmear.images.views import cut, room
+from aplsmear.params import read_params
+
+ROOT = Path(__file__).parents[2]
+LAYER = "net/layer"
+
+
+@pytest.fixture(scope="module")
+def shift():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import shift
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    return shift
+
+
+def head(seed: int) -> Head:
+    """On bags of cells with 5 channels."""
+    random = np.random.Generator(np.random.Philox(seed))
+    kernels = tuple(random.normal(size=shape).astype(np.float32) for shape in ((5, 4), (4, 1)))
+    biases = tuple(random.normal(size=units).astype(np.float32) for units in (4, 1))
+    attention = tuple(random.normal(size=shape).astype(np.float32) for shape in ((4, 8), (8,), (4, 1)))
+    return Head(LAYER, kernels, biases, "tanh", attention)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_member_that_judges_whole_patients_sees_each_with_his_own_cells(shift, views: int) -> None:
+    random = np.random.Generator(np.random.Philox(1))
+    patient = np.array(["c", "a", "b", "a", "c", "c", "b"])
+    items = pd.DataFrame({"cell": list("tuvwxyz"), "item": list("tuvwxyz"), "patient": patient})
+    items = items.assign(diagnosis="apl", fold=items["patient"].map({"a": 0, "b": 1, "c": 2}))
+    shown = [random.normal(size=(7, 5)).astype(np.float16) for _ in range(2)]
+    heads = [head(seed) for seed in range(4)]
+    bench = shift.Bench(
+        params=read_params(ROOT / "params.yaml"),
+        items={"cell": items},
+        patients=items[["patient", "fold"]].drop_duplicates(),
+        heads={"apl_aml_patient": heads},
+        averages={"apl_aml_patient": views - 1},
+        members=["apl_aml_patient"],
+        weigher="immature",
+        verdicts=None,
+        chosen=None,
+        kept=Path(),
+    )
+    table = shift.scores_of(bench, "apl_aml_patient", {f"cell/{LAYER}": shown}, True)
+    assert table[["item", "patient", "fold"]].to_numpy().tolist() == [
+        ["a", "a", 0], ["b", "b", 1], ["c", "c", 2],
+    ]  # fmt: skip
+    for world, each in enumerate(heads):
+        expected = [
+            np.mean([attend(each, view[patient == name])[0] for view in shown[:views]]) for name in "abc"
+        ]
+        assert table[f"world_{world}"].to_numpy() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 30, 40), (100, 150, 140, 180), (170, 260, 200, 300)])
+def test_what_is_cut_out_around_a_cell_shows_all_that_its_views_need(shift, box) -> None:
+    params = read_params(ROOT / "params.yaml")
+    image = np.random.Generator(np.random.Philox(1)).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    y0, x0, y1, x1 = shift.surroundings(box, params, image.shape)
+    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * room(params.augment)
+    inside = (box[0] - y0, box[1] - x0, box[2] - y0, box[3] - x0)
+    assert (cut(image[y0:y1, x0:x1], inside, side, 64) == cut(image, box, side, 64)).all()

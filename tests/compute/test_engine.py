@@ -1,0 +1,222 @@
+"""Partitions on a real Dask cluster give what this machine would give, or an error says why not."""
+
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from distributed import Client
+from test_predict import BACKBONE, KNOBS, SEED, Run, trained  # noqa: F401
+
+from aplsmear.compute.engine import ADDRESS_VARIABLE, EngineError, Here, engine_of
+from aplsmear.data.dataset import read_data_set
+from aplsmear.data.labels import tidy
+from aplsmear.ensembles.bundle import read_bundle
+from aplsmear.features import backbones
+from aplsmear.features.backbones import features_of_file
+from aplsmear.features.store import write_features
+from aplsmear.images.reading import ImageError, read_image
+from aplsmear.images.view_store import ViewWriter, read_index
+from aplsmear.images.views import all_views
+from aplsmear.params import LEVELS
+from aplsmear.prediction import predict
+from aplsmear.prediction.predict import Judge, judge_patients
+from clones import ROOT, run
+from dask_servers import SRC, Servers, until, workers
+
+# Keras 3.15 on NumPy 2, when it saves weights.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+
+@pytest.fixture
+def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
+    """A scheduler, which this process is told of."""
+    (tmp_path / "servers").mkdir()
+    with Servers(tmp_path / "servers") as started:
+        monkeypatch.setenv(ADDRESS_VARIABLE, started.address)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        yield started
+
+
+@pytest.fixture
+def client(servers: Servers) -> Iterator[Client]:
+    """Of the test, to look at the cluster."""
+    with Client(servers.address, set_as_default=False) as looking:
+        yield looking
+
+
+def joined(client: Client, *names: str) -> bool:
+    return set(names) <= set(workers(client))
+
+
+def has_work(client: Client, name: str) -> bool:
+    """Whether partitions are lost with this worker: at work, or done and not fetched."""
+    address = workers(client)[name]
+    return bool(client.processing()[address] or client.has_what()[address])
+
+
+def test_one_worker_after_another_is_killed_others_join_and_every_byte_is_that_of_this_machine(
+    trained: Run,  # noqa: F811
+    servers: Servers,
+    client: Client,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("a", "b", "c"):
+        servers.worker(name)
+    until(lambda: joined(client, "a", "b", "c"))
+    found = read_data_set(trained.data, {}, min_box=8, skip_bad_images=False)
+    settings = KNOBS.model_copy(update={"more": {"apl": 2}})
+    root = trained.data.parent
+    views = {level: tmp_path / f"{level}.parquet" for level in LEVELS}
+
+    with engine_of(None, [trained.data]) as engine, ViewWriter(views) as writer:
+        made = all_views(
+            trained.data,
+            found.smears,
+            found.cells,
+            settings,
+            SEED,
+            engine,
+        )
+        writer.write(next(made))
+        assert has_work(client, "a")
+        servers.kill("a")
+        servers.worker("d")
+        until(lambda: joined(client, "d"))
+        for of_smear in made:
+            writer.write(of_smear)
+    for level, path in views.items():
+        assert path.read_bytes() == (root / "augmented" / f"{level}.parquet").read_bytes()
+    assert client.run(lambda dask_worker: dask_worker.state.executed_count)[workers(client)["d"]] > 0
+
+    monkeypatch.setattr(backbones, "_BATCHES", 1)
+    with engine_of(None, list(views.values()), networks=True) as engine:
+        for level, path in views.items():
+            weights = root / "backbones" / "net" / f"{level}.weights.h5"
+            features = features_of_file(path, BACKBONE, weights, level, engine)
+            first = next(features)
+            if level == "cell":
+                assert has_work(client, "b")
+                servers.kill("b")
+            write_features(tmp_path / level, read_index(path), BACKBONE.layer, chain([first], features))
+            for made_here in (root / "features" / level / "net").iterdir():
+                assert (tmp_path / level / made_here.name).read_bytes() == made_here.read_bytes()
+
+    monkeypatch.setattr(predict, "CHUNK", 20)
+    bundle = read_bundle(trained.ensemble)
+    models = Judge(bundle, bundle.world_of(None))
+    expected = list(judge_patients(models, trained.data, found.smears, found.cells, Here(1)))
+    with engine_of(None, [trained.data, bundle.folder], networks=True) as engine:
+        judging = judge_patients(models, trained.data, found.smears, found.cells, engine)
+        first = next(judging)
+        assert has_work(client, "c")
+        servers.kill("c")
+        judged = [first, *judging]
+    assert repr(judged) == repr(expected)
+    assert list(Path().iterdir()) == []
+
+
+def test_who_does_not_fit_is_named_before_the_work_and_refuses_when_it_joins_later(
+    servers: Servers, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"  # code and a library of another version
+    shutil.copytree(SRC, other)
+    (other / "aplsmear" / "changed.py").write_text("")
+    (other / "imgaug-0.3.0.dist-info").mkdir()
+    (other / "imgaug-0.3.0.dist-info" / "METADATA").write_text("Name: imgaug\nVersion: 0.3.0\n")
+    texts = [f"{n} " for n in range(30)]
+    servers.worker("fit")
+    until(lambda: joined(client, "fit"))
+    with engine_of(None) as engine:
+        tidied = engine.map(tidy, texts)
+        assert next(tidied) == "0"
+        servers.worker("other", src=str(other))
+        servers.worker("loose", "--nthreads", "2")
+        until(lambda: joined(client, "other", "loose"))
+        with pytest.raises(EngineError, match="which joined"):
+            list(tidied)
+    addresses = workers(client)
+    with pytest.raises(EngineError) as caught, engine_of(None):
+        pass
+    said = str(caught.value).splitlines()[1:]
+    assert all(addresses["fit"] not in line for line in said)
+    assert [line for line in said if addresses["other"] in line and "imgaug 0.3.0, here 0.4.0" in line]
+    assert [line for line in said if addresses["other"] in line and "aplsmear's code" in line]
+    assert [line for line in said if addresses["loose"] in line and "--nthreads 1" in line]
+    assert [line for line in said if addresses["loose"] in line and "OPENBLAS_CORETYPE" in line]
+
+    for name in ("other", "loose"):
+        servers.kill(name)
+    until(lambda: set(workers(client)) == {"fit"})
+    here = os.open(".", os.O_RDONLY)
+    monkeypatch.setattr(Path, "cwd", lambda: Path(f"/proc/self/fd/{here}"))  # which nobody else sees
+    with pytest.raises(EngineError, match=rf"{addresses['fit']}.*|must be shared"), engine_of(None):
+        pass
+    monkeypatch.undo()
+    os.close(here)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "tcp://127.0.0.1:{listening}"])
+def test_a_scheduler_that_does_not_answer_is_named_within_seconds(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = address.format(listening=server.getsockname()[1])
+        monkeypatch.setenv(ADDRESS_VARIABLE, address)
+        started = time.monotonic()
+        with pytest.raises(EngineError, match=f"no Dask scheduler answers at {address}"), engine_of(None):
+            pass
+    assert time.monotonic() - started < 15
+
+
+def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such_until_it_is_back(
+    servers: Servers, client: Client
+) -> None:
+    servers.worker("a")
+    until(lambda: joined(client, "a"))
+    Path("bad.png").write_bytes(b"no picture")
+    for each in (Here(1), None):
+        with engine_of(None) as engine, pytest.raises(ImageError, match=r"bad\.png") as caught:
+            list((each or engine).map(read_image, [Path("bad.png")]))
+        assert caught.value.mend
+    with engine_of(None) as engine:
+        tidied = engine.map(tidy, [f"{n} " for n in range(30)])
+        next(tidied)
+        servers.kill("scheduler")
+        with pytest.raises(EngineError, match="is gone"):
+            list(tidied)
+    servers.scheduler()
+    servers.worker("b")
+    with Client(servers.address, set_as_default=False) as again:
+        until(lambda: joined(again, "b"))
+    with engine_of(None) as engine:
+        assert list(engine.map(tidy, [f"{n} " for n in range(30)])) == [tidy(f"{n} ") for n in range(30)]
+
+
+def test_the_job_scripts_of_the_page_start_workers_that_fit(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown = [
+        re.sub(r"ADDRESS[^\"]*", "127.0.0.1", block).split("    cluster.adapt")[0]
+        + "    print(cluster.job_script())\n    cluster.close()\n"
+        for block in blocks
+    ]
+    (tmp_path / "cluster.py").write_text("\n".join(shown))
+    slurm, pbs = run(tmp_path, sys.executable, "cluster.py").split("#!/usr/bin/env bash")[1:]
+    assert {"#SBATCH -p gpu", "#SBATCH --gres=gpu:v100:1", "#SBATCH --cpus-per-task=4"} <= set(
+        slurm.splitlines()
+    )
+    assert {"#PBS -q cpu", "#PBS -l select=1:ncpus=16:mem=48gb"} <= set(pbs.splitlines())
+    for script in (slurm, pbs):
+        (command,) = (line for line in script.splitlines() if "dask_worker tcp://127.0.0.1" in line)
+        assert "--nthreads 1 " in command
+        assert " --preload-nanny aplsmear " in command
+    assert "--nworkers 16 " in pbs

@@ -1,0 +1,353 @@
+"""The verdict on a patient comes from models that never saw him, and from nothing else."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aplsmear.ensembles.combination import (
+    MODELS,
+    Candidate,
+    EnsembleError,
+    as_json,
+    combination_of,
+    draw_candidates,
+    importance,
+    judge,
+    measure,
+    null_check,
+    patients_of,
+    read_members,
+)
+from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
+from aplsmear.evaluation.auroc import auroc
+from aplsmear.files import write_json
+from aplsmear.params import Combine, CombineSpace
+from aplsmear.tables import write_table
+
+RIDGE = [Candidate(0, "logistic", "mean", 0.1, 0), Candidate(1, "logistic", "top", 1.0, 0)]
+NETWORK = [Candidate(0, "network", "mean", 1.0, 3)]
+AVERAGE = [Candidate(0, "average", "mean", 0.0, 0)]
+
+
+def people(n: int, folds: int) -> pd.DataFrame:
+    """`n` patients of each diagnosis, dealt in turn."""
+    rows = [
+        {"patient": f"{diagnosis}{i:03}", "diagnosis": diagnosis, "fold": i % folds}
+        for diagnosis in ("aml", "apl", "healthy")
+        for i in range(n)
+    ]
+    return pd.DataFrame(rows)
+
+
+def scores_of(patients: pd.DataFrame, seed: int, strength: float = 1.0, cells: int = 6) -> pd.DataFrame:
+    """A member's scores as `tuned/<task>/scores.parquet` holds them."""
+    random = np.random.default_rng(seed)
+    worlds = int(patients["fold"].max()) + 2
+    of = patients.loc[patients.index.repeat(cells)].reset_index(drop=True)
+    shift = strength * (of["diagnosis"] == "apl").to_numpy()
+    own = dict(zip(patients["patient"], random.normal(size=len(patients)), strict=True))
+    level = of["patient"].map(own).to_numpy() + shift
+    noise = random.normal(size=(len(of), worlds)) * 0.5
+    values = 1 / (1 + np.exp(-(level[:, None] + noise)))
+    table = of[["patient", "fold"]].assign(item=[f"cell{n}" for n in range(len(of))])
+    return table.assign(**{f"world_{w}": values[:, w].astype(np.float32) for w in range(worlds)})
+
+
+def cohort(n: int = 10, folds: int = 5, members: int = 3, strength: float = 1.0, seed: int = 0):
+    everybody = people(n, folds)
+    tables = {
+        f"m{k}": summarise_patients(scores_of(everybody, 100 * seed + k, strength)) for k in range(members)
+    }
+    return patients_of(everybody, "apl", "aml"), tables
+
+
+def combine(**knobs) -> Combine:
+    space = CombineSpace(
+        model=["logistic", "network"], summary=["mean", "top"], freedom=[1.0, 0.1], units=[2]
+    )
+    settings = {"trials": 6, "resamples": 100, "refits": 20, "shuffles": 5, "standardise": 0.0}
+    return Combine(**({"space": space} | settings | knobs))
+
+
+# --- no leak --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("candidates", "fold"),
+    [(RIDGE, 0), (RIDGE, 3), (NETWORK, 3), (AVERAGE, 0)],
+    ids=["ridge 0", "ridge 3", "network", "average"],
+)
+def test_labels_of_the_held_out_patients_do_not_reach_their_verdicts(candidates, fold) -> None:
+    patients, members = cohort()
+    there = (patients["fold"] == fold).to_numpy()
+    turned = patients.assign(label=np.where(there, 1 - patients["label"], patients["label"]))
+    columns = ["probability", "low", "high", "verdict", "sensitive"]
+    before = judge(patients, members, candidates, 5, 1).table[columns]
+    after = judge(turned, members, candidates, 5, 1).table[columns]
+    pd.testing.assert_frame_equal(before[there], after[there])
+    assert not np.allclose(
+        before["probability"][~there], after["probability"][~there]
+    )  # they do reach the others
+
+
+def test_scores_of_the_held_out_patients_do_not_reach_what_judges_them() -> None:
+    patients, members = cohort()
+    world = 2
+    moved = {
+        name: table.assign(
+            **{
+                kind: np.where(
+                    (table["fold"] == world) & (table["world"] == world), -3 * table[kind] + 1, table[kind]
+                )
+                for kind in SUMMARIES
+            }
+        )
+        for name, table in members.items()
+    }
+    before = judge(patients, members, RIDGE, 0, 1)
+    after = judge(patients, moved, RIDGE, 0, 1)
+    one, other = before.combinations[world], after.combinations[world]
+    assert before.chosen[world] == after.chosen[world]
+    np.testing.assert_array_equal(one.fitted.weights, other.fitted.weights)
+    assert (one.slope, one.offset, one.thresholds) == (other.slope, other.offset, other.thresholds)
+    there = (patients["fold"] == world).to_numpy()
+    assert not np.allclose(before.table["probability"][there], after.table["probability"][there])
+
+
+def test_a_world_reads_no_score_of_another_world() -> None:
+    patients, members = cohort()
+    spoiled = {
+        name: table.assign(**{kind: np.where(table["world"] == 1, 0.0, table[kind]) for kind in SUMMARIES})
+        for name, table in members.items()
+    }
+    before = judge(patients, members, RIDGE, 0, 1).table
+    after = judge(patients, spoiled, RIDGE, 0, 1).table
+    elsewhere = (patients["fold"] != 1).to_numpy()
+    pd.testing.assert_frame_equal(before[elsewhere], after[elsewhere])
+
+
+def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() -> None:
+    # Each of 12 members says something else of each patient, the same in every world: 40 patients can almost
+    # be told apart by rote, and a combination that had seen its patients would score near 1.
+    random = np.random.default_rng(5)
+    found = []
+    for seed in range(4):
+        patients = patients_of(people(20, 5), "apl", "aml")
+        marks = random.normal(size=(12, len(patients)))
+        members = {
+            f"m{k}": pd.concat(
+                [
+                    patients[["patient", "fold"]].assign(
+                        world=world, items=1, **dict.fromkeys(SUMMARIES, mark)
+                    )
+                    for world in range(6)
+                ]
+            )
+            for k, mark in enumerate(marks)
+        }
+        table = judge(patients, members, [Candidate(0, "logistic", "mean", 10.0, 0)], 0, seed).table
+        found.append(auroc(table["label"], table["probability"]))
+    assert 0.35 < np.mean(found) < 0.6
+
+
+def test_permuted_diagnoses_are_worth_nothing() -> None:
+    patients, members = cohort(n=12, strength=2.0)
+    table = null_check(patients, members, RIDGE, 6, 1)
+    assert table.columns.tolist() == ["repeat", "auroc", "auroc_within_folds"]
+    assert table["auroc_within_folds"].mean() == pytest.approx(0.5, abs=0.1)
+    assert measure(judge(patients, members, RIDGE, 0, 1), 100, 1)["auroc"]["value"] > 0.85
+
+
+# --- the same whatever the order ---------------------------------------------------------------------
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    patients, members = cohort()
+    mixed = {name: table.sample(frac=1, random_state=3) for name, table in members.items()}
+    everybody = people(10, 5).sample(frac=1, random_state=4)
+    again = patients_of(everybody, "apl", "aml")
+    pd.testing.assert_frame_equal(patients, again)
+    one, other = (judge(p, m, RIDGE, 20, 1) for p, m in ((patients, members), (again, mixed)))
+    assert one.table.to_csv() == other.table.to_csv()
+    for mine, others in zip(one.combinations, other.combinations, strict=True):
+        assert json.dumps(as_json(mine)) == json.dumps(as_json(others))
+
+
+# --- gaps and small cohorts ----------------------------------------------------------------------------
+
+
+def test_a_patient_without_a_cell_for_a_member_is_judged_by_the_others() -> None:
+    patients, members = cohort(strength=3.0)
+    gone = ["apl000", "aml001"]
+    members["m0"] = members["m0"][~members["m0"]["patient"].isin(gone)]
+    verdicts = judge(patients, members, RIDGE, 20, 1)
+    chances = verdicts.table.set_index("patient")["probability"]
+    assert np.isfinite(verdicts.table[["probability", "low", "high"]].to_numpy()).all()
+    assert chances["apl000"] > chances["aml001"]
+    final = verdicts.combinations[-1]
+    gap, usual = np.array([[np.nan, 1.0, 2.0]]), np.array([[final.fitted.usual[0], 1.0, 2.0]])
+    assert final.probability(gap) == final.probability(usual)
+
+
+def test_a_member_that_says_the_same_of_everybody_changes_nothing_much() -> None:
+    patients, members = cohort(strength=2.0)
+    before = judge(patients, members, RIDGE[:1], 0, 1).table["probability"]
+    constant = members["m0"].assign(**dict.fromkeys(SUMMARIES, 0.3))
+    after = judge(patients, members | {"same": constant}, RIDGE[:1], 0, 1).table["probability"]
+    np.testing.assert_allclose(before, after, atol=1e-6)
+
+
+def test_whoever_is_called_at_the_balanced_point_is_called_at_the_sensitive_one() -> None:
+    patients, members = cohort(n=12, strength=20.0)
+    rare = patients[(patients["label"] == 0) | (patients.groupby("label").cumcount() < 5)]
+    verdicts = judge(rare.reset_index(drop=True), members, RIDGE, 0, 1)
+    assert (verdicts.table["sensitive"] >= verdicts.table["verdict"]).all()
+    assert all(one.thresholds["sensitive"] <= one.thresholds["balanced"] for one in verdicts.combinations)
+
+
+def numbers(tree) -> list[float]:
+    return [n for value in tree.values() for n in (numbers(value) if isinstance(value, dict) else [value])]
+
+
+@pytest.mark.parametrize("candidates", [RIDGE, NETWORK, AVERAGE], ids=["ridge", "network", "average"])
+@pytest.mark.parametrize("strength", [0.0, 20.0], ids=["random", "separable"])
+def test_three_folds_of_two_and_two_patients_give_finite_numbers(tmp_path, candidates, strength) -> None:
+    patients, members = cohort(n=6, folds=3, strength=strength)
+    verdicts = judge(patients, members, candidates, 20, 1)
+    measured = measure(verdicts, 100, 1)
+    write_json(tmp_path / "metrics.json", measured)
+    assert all(math.isfinite(number) for number in numbers(measured))
+    for name in ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "brier"):
+        interval = measured[name]
+        assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
+    assert measured["n_patients"] == 12
+    table = verdicts.table
+    assert ((table["low"] <= table["probability"]) & (table["probability"] <= table["high"])).all()
+    assert (table["sensitive"] >= table["verdict"]).all()
+
+
+# --- choice ------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_different_and_begin_with_the_simplest_of_each_summary() -> None:
+    drawn = draw_candidates(combine(trials=100), 1)
+    assert [(one.model, one.summary, one.freedom) for one in drawn[:2]] == [
+        ("logistic", "mean", 0.1),
+        ("logistic", "top", 0.1),
+    ]
+    assert len({(one.complexity, one.summary) for one in drawn}) == len(drawn) == 2 * (2 + 2)
+    assert drawn == draw_candidates(combine(trials=100), 1)
+    assert draw_candidates(combine(trials=5), 1) == drawn[:5]
+
+
+def test_the_simplest_within_one_standard_error_is_chosen() -> None:
+    freedoms = (0.05, 0.1, 10.0)
+    candidates = [Candidate(n, "logistic", "mean", freedom, 0) for n, freedom in enumerate(freedoms)]
+    candidates += [Candidate(3, "network", "mean", 1.0, 2)]
+    patients, members = cohort(strength=2.0)
+    for order in (candidates, candidates[::-1]):
+        assert judge(patients, members, order, 0, 1).chosen[-1].number == 0
+
+
+def test_of_equally_simple_ones_the_better_is_chosen() -> None:
+    patients, members = cohort(n=20, strength=0.7)
+    random = np.random.default_rng(0)
+    blurred = {
+        name: table.assign(median=table["mean"] + 0.1 * random.normal(size=len(table)))
+        for name, table in members.items()
+    }
+    candidates = [Candidate(n, "logistic", kind, 0.1, 0) for n, kind in enumerate(("median", "mean"))]
+    assert judge(patients, blurred, candidates, 0, 1).chosen[-1].summary == "mean"
+
+
+def test_what_params_may_name_is_what_there_is() -> None:
+    fields = CombineSpace.model_fields
+    assert fields["model"].annotation.__args__[0].__args__ == MODELS
+    assert fields["summary"].annotation.__args__[0].__args__ == SUMMARIES
+
+
+# --- what is written ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("candidates", [RIDGE, NETWORK, AVERAGE], ids=["ridge", "network", "average"])
+def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidates) -> None:
+    patients, members = cohort()
+    verdicts = judge(patients, members, candidates, 0, 1)
+    said = verdicts.said
+    said[0, 1] = np.nan  # a patient without a cell for m1
+    for combination in verdicts.combinations:
+        write_json(tmp_path / "combination.json", as_json(combination), digits=12)
+        again = combination_of(json.loads((tmp_path / "combination.json").read_text()))
+        assert (again.members, again.summary) == (("m0", "m1", "m2"), combination.summary)
+        np.testing.assert_allclose(again.probability(said), combination.probability(said), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weights": [1.0]}, {"summary": "guess"}, {"thresholds": {}}, {"usual": "x"}, {"members": None}],
+    ids=str,
+)
+def test_what_is_no_combination_is_refused(wrong) -> None:
+    patients, members = cohort()
+    made = as_json(judge(patients, members, RIDGE, 0, 1).combinations[-1])
+    with pytest.raises(EnsembleError, match="no combination"):
+        combination_of(made | wrong)
+
+
+def test_importance_finds_the_member_that_matters() -> None:
+    patients, members = cohort(members=2, strength=0.0)
+    members["m0"] = cohort(members=1, strength=3.0)[1]["m0"]
+    table = importance(judge(patients, members, RIDGE, 0, 1), 20, 1)
+    drop = table.set_index("member")["auroc_drop"]
+    assert drop["m0"] > 0.3
+    assert abs(drop["m1"]) < 0.05
+    assert (table["low"] <= table["high"]).all()
+
+
+def test_a_fold_keeps_its_patients_when_diagnoses_are_permuted(monkeypatch) -> None:
+    patients, members = cohort(n=6, folds=3)
+    seen = []
+
+    def spy(permuted, *rest):
+        seen.append(permuted)
+        return judge(permuted, *rest)
+
+    monkeypatch.setattr("aplsmear.ensembles.combination.judge", spy)
+    null_check(patients, members, AVERAGE, 3, 1)
+    assert [each.groupby("fold")["label"].sum().tolist() for each in seen] == [[2, 2, 2]] * 3
+    assert any(each["label"].tolist() != patients["label"].tolist() for each in seen)
+
+
+# --- clear errors ---------------------------------------------------------------------------------------
+
+
+def test_a_diagnosis_that_nobody_has_is_named() -> None:
+    everybody = people(3, 3).query("diagnosis != 'apl'")
+    with pytest.raises(EnsembleError, match=r"of both, but there are 3 aml, 3 healthy\. Add patients .* apl"):
+        patients_of(everybody, "apl", "healthy")
+
+
+def test_a_member_that_scored_nobody_is_named() -> None:
+    patients, members = cohort()
+    members["m1"] = members["m1"].assign(patient="somebody else")
+    with pytest.raises(EnsembleError, match=r"members m1 have scored none of the 20 patients"):
+        judge(patients, members, RIDGE, 0, 1)
+
+
+def test_members_on_disk_are_those_of_params(tmp_path) -> None:
+    scores = scores_of(people(2, 2), 1, strength=1.0)
+    for name in ("blast", "old"):
+        scores.to_parquet(tmp_path / f"{name}.scores.parquet", index=False)
+    with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
+        read_members(tmp_path, {"blast": "cell", "faggot": "cell"}, {})
+    halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("world")})
+    said = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})
+    assert list(said) == ["blast", "old"]
+    for name, weights in (("blast", halved), ("old", None)):  # a cell's weight says nothing of a smear
+        whole = summarise_patients(scores, weights)
+        write_table(tmp_path / "table.csv", whole)
+        written = pd.read_csv(tmp_path / "table.csv", dtype={"patient": str}, keep_default_na=False)
+        pd.testing.assert_frame_equal(said[name], written)

@@ -1,0 +1,137 @@
+"""What a patient's cells say together."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+
+from aplsmear.ensembles.pooling import PLAIN, SUMMARIES, summarise, summarise_patients, summary_logits
+
+
+def test_summaries_of_four_cells_by_hand() -> None:
+    found = summarise(np.array([0.2, 0.9, 0.6, 0.1]), positive_above=0.5, top=2, leak=0.05)
+    assert found == pytest.approx(
+        {
+            "mean": 0.45,
+            "logits": 1 / (1 + (4 * 1 / 9 * 2 / 3 * 9) ** 0.25),  # the odds against it
+            "median": 0.4,
+            "upper": 0.9,  # which stands for all above 0.875
+            "top": 0.75,
+            "share": 2.5 / 5,
+            "noisy_or": 1 - 0.99 * 0.955 * 0.97 * 0.995,
+        }
+    )
+
+
+def test_one_rare_finding_shows_in_the_summaries_made_for_it() -> None:
+    quiet = np.full(100, 0.05)
+    found = np.append(quiet[1:], 0.99)
+    before, after = summarise(quiet), summarise(found)
+    assert after["top"] > before["top"] + 0.15
+    assert after["noisy_or"] > before["noisy_or"] + 0.01
+    assert after["median"] == before["median"]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.randoms())
+def test_summaries_are_probabilities_that_no_order_of_the_cells_changes(scores, random) -> None:
+    mixed = random.sample(scores, len(scores))
+    found = summarise(np.array(scores, dtype=np.float32))
+    assert tuple(found) == PLAIN
+    assert all(0 <= value <= 1 for value in found.values())
+    assert found == summarise(np.array(mixed, dtype=np.float32))
+
+
+def test_patients_by_hand() -> None:
+    scores = pd.DataFrame(
+        {
+            "item": ["c1", "c2", "c3"],
+            "patient": ["p2", "p1", "p2"],
+            "fold": [1, 0, 1],
+            "world_0": np.float32([0.25, 0.0, 0.75]),
+            "world_1": np.float32([0.5, 1.0, 0.5]),
+        }
+    )
+    table = summarise_patients(scores)
+    assert list(table.columns) == ["patient", "fold", "world", "items", *SUMMARIES, "most", "least"]
+    assert table[["patient", "fold", "world", "items"]].to_numpy().tolist() == [
+        ["p1", 0, 0, 1],
+        ["p1", 0, 1, 1],
+        ["p2", 1, 0, 2],
+        ["p2", 1, 1, 2],
+    ]
+    assert expit(table["mean"]).tolist() == pytest.approx([1e-4, 1 - 1e-4, 0.5, 0.5])
+    assert table["most"].tolist() == [
+        "[]",
+        "[]",
+        "[]",
+        '["c1"]',
+    ]  # in his own world alone; one cell is at no end
+    assert table["least"].tolist() == ["[]", "[]", "[]", '["c3"]']
+    assert table["top"][2] == pytest.approx(0.0)  # a logit
+    assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
+
+
+def test_a_score_of_a_patient_is_not_summarised() -> None:
+    """Where each patient is one item, every summary is the logit of its score."""
+    scores = pd.DataFrame({"item": ["p2", "p1"], "patient": ["p2", "p1"], "fold": [1, 0]})
+    scores = scores.assign(world_0=np.float32([0.25, 0.0]), world_1=np.float32([0.5, 0.9]))
+    table = summarise_patients(scores)
+    for name in SUMMARIES:
+        assert expit(table[name]).tolist() == pytest.approx([1e-4, 0.9, 0.25, 0.5])
+    assert set(table["most"]) == set(table["least"]) == {"[]"}
+
+
+def test_the_order_of_the_cells_does_not_matter() -> None:
+    random = np.random.default_rng(0)
+    scores = pd.DataFrame(
+        {"item": [f"c{n}" for n in range(60)], "patient": [f"p{n % 7}" for n in range(60)]}
+        | {"fold": [n % 7 % 3 for n in range(60)]}
+        | {f"world_{world}": random.random(60).astype(np.float32) for world in range(4)}
+    )
+    mixed = scores.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(summarise_patients(scores), summarise_patients(mixed))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1))
+def test_items_that_all_count_the_same_say_what_they_say_unweighed(scores, weight) -> None:
+    score = np.array(scores, dtype=np.float32)
+    plain, weighed = summarise(score), summarise(score, np.full(len(score), weight), top=5 * weight)
+    for name in ("mean", "logits", "median", "upper", "top"):
+        assert weighed[name] == pytest.approx(plain[name])
+    assert plain["median"] == pytest.approx(np.median(score))
+    assert plain["upper"] == pytest.approx(np.quantile(score, 0.9, method="hazen"))
+
+
+def test_a_cell_that_does_not_count_says_nothing() -> None:
+    immature, lymphocytes = np.array([0.9, 0.7]), np.array([0.1, 0.2, 0.1])
+    alone = summarise(immature)
+    among = summarise(np.append(immature, lymphocytes), np.array([1, 1, 1e-6, 1e-6, 1e-6]))
+    for name in PLAIN:
+        assert among[name] == pytest.approx(alone[name], abs=1e-4)
+
+
+def test_cells_are_weighed_in_each_world_by_what_the_other_task_says_there() -> None:
+    scores = pd.DataFrame(
+        {
+            "item": ["c1", "c2"],
+            "patient": ["p", "p"],
+            "fold": [0, 0],
+            "world_0": np.float32([0.9, 0.1]),
+            "world_1": np.float32([0.9, 0.1]),
+        }
+    )
+    weights = scores.assign(world_0=np.float32([1, 0.0001]), world_1=np.float32([0.0001, 1])).iloc[::-1]
+    table = summarise_patients(scores, weights)
+    assert expit(table["weighed_mean"]).tolist() == pytest.approx([0.9, 0.1], abs=1e-3)
+    assert expit(table["mean"]).tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_a_blend_is_the_mean_of_what_cells_say_plain_and_weighed() -> None:
+    said = summary_logits(np.array([0.9, 0.2, 0.4]), np.array([1.0, 0.1, 0.5]))
+    both = [said[name] for name in ("mean", "logits", "weighed_mean", "weighed_logits")]
+    assert len(set(both)) == 4
+    assert said["blend"] == pytest.approx(np.mean(both))

@@ -1,0 +1,112 @@
+"""Maps of what a score depends on: against networks whose answer is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aplsmear.finetune.explain import draw, grad_cam, mass_on, occlusion
+
+SHAPE = (40, 72)  # not square: a transposed map cannot pass
+BLOCK = (slice(8, 16), slice(48, 56))
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    """Grey, with one red block; the score of a smear is how red this block is."""
+    made = np.full((*SHAPE, 3), 90, np.uint8)
+    made[BLOCK] = (250, 20, 20)
+    return made
+
+
+def redness(images: np.ndarray) -> np.ndarray:
+    return images[:, *BLOCK, 0].mean(axis=(1, 2)) / 255
+
+
+def test_occlusion_peaks_on_the_one_block_that_counts(image: np.ndarray) -> None:
+    found = occlusion(redness, image, patch=8, stride=4)
+    assert found.shape == SHAPE
+    peak = np.unravel_index(found.argmax(), SHAPE)
+    assert 8 <= peak[0] < 16
+    assert 48 <= peak[1] < 56
+    assert found[:, :40].max() == 0
+    assert mass_on(found, np.pad(np.ones((8, 8), bool), ((8, 24), (48, 16)))) > 10
+
+
+def test_occlusion_is_negative_where_a_part_speaks_against(image: np.ndarray) -> None:
+    assert occlusion(lambda images: 1 - redness(images), image, patch=8, stride=4).min() < -0.3
+
+
+def test_a_score_of_nothing_gives_an_empty_map_and_reaches_every_edge(image: np.ndarray) -> None:
+    found = occlusion(lambda images: np.zeros(len(images)), image, patch=16, stride=7)
+    assert np.isfinite(found).all()
+    assert (found == 0).all()
+
+
+def test_grad_cam_peaks_on_the_channel_that_counts_and_not_on_another(image: np.ndarray) -> None:
+    import tensorflow as tf
+
+    image[24:32, 8:16] = (20, 20, 250)  # blue, which the judge does not want
+
+    def maps(images: tf.Tensor) -> tf.Tensor:
+        return tf.nn.avg_pool2d(tf.cast(images, tf.float32) / 255 - 0.35, 4, 4, "VALID")
+
+    def judge(found: tf.Tensor) -> tf.Tensor:
+        means = tf.reduce_mean(found, axis=(1, 2))
+        return means[:, :1] - means[:, 2:]
+
+    found = grad_cam(maps, judge, image)
+    assert found.shape == SHAPE
+    assert (found >= 0).all()
+    peak = np.unravel_index(found.argmax(), SHAPE)
+    assert 8 <= peak[0] < 16
+    assert 48 <= peak[1] < 56
+    assert found[24:32, 8:16].max() == 0
+
+
+def test_a_picture_has_the_same_bytes_each_time(image: np.ndarray, tmp_path: Path) -> None:
+    found = occlusion(redness, image, patch=8, stride=4)
+    for name in ("a.png", "b.png"):
+        draw(tmp_path / name, image, found, np.abs(found), "true positive: 17, held-out probability 0.812")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_on_drawn_cells_the_maps_lie_on_the_rods_more_than_chance_does() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    from aplsmear.features.backbones import build_backbone
+    from aplsmear.finetune.network import divide, set_head
+    from aplsmear.heads.head import Head, Recipe
+    from aplsmear.images.reading import resize
+    from aplsmear.params import read_params
+    from aplsmear.sources.drawn import draw_smear
+
+    name = "conv_pw_3_relu"
+    backbone = read_params(Path(__file__).parents[2] / "params.yaml").backbones["mobilenet"]
+    backbone = backbone.model_copy(update={"layer": [name]})
+    cells = []
+    for number in range(40):
+        smear = draw_smear("apl", np.random.default_rng([5, number]), (480, 640), 20)
+        for cell in smear.cells:
+            y0, x0, y1, x1 = cell.box
+            seen = resize(smear.image[y0:y1, x0:x1], 64)
+            cells.append((seen, resize(cell.rods.astype(np.uint8) * 255, 64) > 127))
+    images = np.stack([image for image, _ in cells])
+    label = np.array([mask.any() for _, mask in cells])
+    features = build_backbone(backbone, "cell", 1).predict(images, verbose=0)[name]
+    train = np.arange(len(cells)) % 2 == 0
+    mean, scale = features[train].mean(axis=0), features[train].std(axis=0) + 1e-3
+    fit = LogisticRegression(class_weight="balanced").fit((features[train] - mean) / scale, label[train])
+    kernel = (fit.coef_.T / scale[:, None]).astype(np.float32)
+    head = Head(name, (kernel,), ((fit.intercept_ - mean @ kernel).astype(np.float32),))
+    recipe = Recipe(f"mobilenet/{name}", 0, 0, 1, "relu", 0, 1e-3, "constant", 0, 0, 0, 0, 8, 1)
+    network = divide(backbone, "cell", name, recipe, features.shape[1], 1, 1)
+    set_head(network, head, mean, scale)
+
+    ratios = []
+    for place in np.flatnonzero(~train & label)[:12]:
+        occluded = occlusion(lambda x: network.whole(x).numpy()[:, 0], images[place], 10, 5)
+        cam = grad_cam(lambda x: network.maps(network.trunk(x)), network.judge, images[place])
+        ratios.append([mass_on(occluded, cells[place][1]), mass_on(cam, cells[place][1])])
+    measured = np.mean(ratios, axis=0)
+    assert (measured > 1.1).all(), measured  # occlusion 1.75, Grad-CAM 1.25

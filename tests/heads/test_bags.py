@@ -1,0 +1,445 @@
+"""Heads on bags: the one cell that tells is found; trained together as alone; nothing held out is read."""
+
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import erf, expit, logit, softmax
+
+from aplsmear.data.tasks import task_items, task_labels
+from aplsmear.evaluation.auroc import auroc
+from aplsmear.evaluation.splits import tuning_sets
+from aplsmear.features.store import Features
+from aplsmear.heads import bags
+from aplsmear.heads.bags import attend, bag_parameters, judge_bags, train_bags
+from aplsmear.heads.head import Head, Job, Recipe, TrainingItems, read_heads, write_heads
+from aplsmear.heads.search import (
+    PatientBoard,
+    Trial,
+    choose_all,
+    held_out_predictions,
+    held_out_scores,
+    make_patient_board,
+    run_study,
+    scores_table,
+)
+from aplsmear.heads.stack import Lane, Material, plan
+from aplsmear.heads.study import open_study
+from aplsmear.params import Task
+from studies import settings, told
+
+FOLDS = 4
+BASE = Recipe(
+    features="net/layer",
+    views=0,
+    depth=1,
+    width=8,
+    activation="relu",
+    dropout=0.0,
+    learning_rate=0.02,
+    schedule="constant",
+    weight_decay=0.01,
+    balance=0.0,
+    smoothing=0.0,
+    mixup=0.0,
+    batch=16,
+    epochs=6,
+)
+MIXED = [
+    BASE,
+    replace(BASE, width=3, learning_rate=0.003, weight_decay=0.3, schedule="cosine"),
+    replace(BASE, depth=2, activation="gelu", balance=1.0, smoothing=0.2),
+    replace(BASE, depth=2, activation="tanh", width=5, epochs=2),
+    replace(BASE, depth=0, learning_rate=0.1, schedule="linear"),
+    replace(BASE, views=1, batch=8),
+]
+CELLS = 30
+
+
+def made(patients: int = 60, views: int = 0, channels: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (patients x cells, views, channels), labels, and which cell of a positive patient tells.
+
+    One cell in 30 of a positive patient stands far out in two channels; in a third, all cells stray widely.
+    """
+    random = np.random.Generator(np.random.Philox(7))
+    label = (np.arange(patients) // FOLDS % 2).astype(np.int8)
+    x = random.normal(size=(patients, CELLS, views + 1, channels))
+    x[..., 2] *= 4
+    telling = random.integers(0, CELLS, patients)
+    x[label == 1, telling[label == 1], :, :2] += 5
+    return x.reshape(patients * CELLS, views + 1, channels), label, telling
+
+
+def material(views: int = 0, seed: int = 3, memory: int = 64, bag: int = 12, **of: Any) -> Material:
+    """Patients of 30 cells, but for two that have one and four."""
+    x, label, _ = made(views=views)
+    size = np.full(len(label), CELLS)
+    size[[3, 9]] = 1, 4
+    kept = np.concatenate([p * CELLS + np.arange(n) for p, n in enumerate(size)])
+    items = TrainingItems(
+        row=kept * (views + 1),
+        views=np.full(len(kept), views),
+        copies=np.ones(len(label), np.int64),
+        label=label,
+        fold=np.arange(len(label)) % FOLDS,
+        size=size,
+    )
+    values = {"net/layer": x.reshape(-1, x.shape[2]).astype(np.float16)}
+    return Material(values, replace(items, **of), seed, memory, bag)
+
+
+def jobs_of(*recipes: Recipe, epochs: int | None = None) -> list[Job]:
+    return [
+        Job(number, recipe, pair, epochs)
+        for number, recipe in enumerate(recipes)
+        for pair in tuning_sets(FOLDS)
+    ]
+
+
+def arrays(head: Head) -> tuple[np.ndarray, ...]:
+    return head.kernels + head.biases + head.attention
+
+
+def same(first: Head, second: Head, tolerance: float) -> bool:
+    return all(
+        np.allclose(a, b, rtol=tolerance, atol=tolerance)
+        for a, b in zip(arrays(first), arrays(second), strict=True)
+    )
+
+
+def patients_of(ground: Material) -> list[np.ndarray]:
+    """The features of each patient's cells."""
+    size, start = bags.sizes(ground.items)
+    values = ground.values["net/layer"]
+    return [values[ground.items.row[s : s + n]] for n, s in zip(size, start, strict=True)]
+
+
+def said(head: Head, ground: Material) -> np.ndarray:
+    return np.array([attend(head, cells)[0] for cells in patients_of(ground)])
+
+
+def test_attend_is_the_network_by_hand() -> None:
+    random = np.random.Generator(np.random.Philox(1))
+    x = random.normal(size=(7, 5)).astype(np.float16)
+    by_hand = {
+        "relu": lambda z: np.maximum(z, 0),
+        "gelu": lambda z: z * (1 + erf(z / np.sqrt(2))) / 2,
+        "tanh": np.tanh,
+    }
+    for activation, function in by_hand.items():
+        first, v, u = (random.normal(size=size).astype(np.float32) for size in [(5, 3), (3, 3), (3, 3)])
+        offset, bv, bu, w, c, d = (random.normal(size=n).astype(np.float32) for n in (3, 3, 3, 3, 3, 1))
+        head = Head(
+            "net/layer",
+            (first, c[:, None]),
+            (offset, d),
+            activation,
+            (np.concatenate([v, u], axis=1), np.concatenate([bv, bu]), w[:, None]),
+        )
+        h = function(x.astype(np.float64) @ first + offset)
+        attention = softmax((np.tanh(h @ v + bv) * expit(h @ u + bu)) @ w)
+        probability, found = attend(head, x)
+        np.testing.assert_allclose(found, attention, rtol=1e-6)
+        np.testing.assert_allclose(probability, expit(attention @ h @ c + d[0]), rtol=1e-6)
+        turned = attend(head, x[::-1])
+        np.testing.assert_allclose(turned[0], probability, rtol=1e-12)
+        np.testing.assert_allclose(turned[1][::-1], found, rtol=1e-12)
+
+
+def test_one_telling_cell_in_thirty_is_learned_and_attended_to() -> None:
+    """Held-out patients are told apart, and their telling cell has most of the attention."""
+    ground = material(bag=24)
+    _, label, telling = made()
+    recipe = replace(BASE, width=16, dropout=0.3, epochs=60, learning_rate=0.01, weight_decay=1.0)
+    heads = train_bags([Job(0, recipe, frozenset({fold})) for fold in range(FOLDS)], ground)
+    cells = patients_of(ground)
+    aurocs, first = [], []
+    for fold, head in enumerate(heads):
+        out = np.flatnonzero(ground.items.fold == fold)
+        aurocs.append(auroc(label[out], said(head, ground)[out]))
+        whole = [p for p in out if label[p] and len(cells[p]) == CELLS]
+        first += [attend(head, cells[p])[1].argmax() == telling[p] for p in whole]
+    assert np.mean(aurocs) > 0.95
+    assert np.mean(first) > 0.9
+    mean = train_bags([Job(0, replace(recipe, depth=0, epochs=1), frozenset({0}))], ground)[0]
+    assert not mean.attention
+    assert attend(mean, patients_of(ground)[0])[1] == pytest.approx(np.full(CELLS, 1 / CELLS))
+
+
+def test_training_together_gives_what_training_alone_gives() -> None:
+    ground = material(views=1)
+    jobs = jobs_of(*MIXED)
+    together = train_bags(jobs, ground)
+    for place in range(0, len(jobs), 7):
+        assert same(train_bags([jobs[place]], ground)[0], together[place], 2e-4)
+    again, other = train_bags(jobs, ground), train_bags(jobs, replace(ground, seed=4))
+    assert all(same(a, b, 0) for a, b in zip(together, again, strict=True))
+    assert not any(same(a, b, 1e-3) for a, b in zip(together, other, strict=True))
+
+
+def test_a_head_on_bags_is_what_keras_trains() -> None:
+    """All patients in each batch and all cells in each step; weights start where the head starts."""
+    import tensorflow as tf
+
+    recipe = replace(
+        BASE, depth=2, activation="tanh", schedule="constant", balance=0.7, smoothing=0.1, batch=60, epochs=16
+    )
+    x = made()[0].astype(np.float16)
+    count = len(x) // CELLS
+    row = np.arange(len(x))
+    whole = {"row": row, "views": np.zeros(len(x), np.int64), "size": np.full(count, CELLS)}
+    ground = material(bag=CELLS)
+    ground = replace(ground, values={"net/layer": x[:, 0]}, items=replace(ground.items, **whole))
+    start, end = (train_bags([Job(0, recipe, frozenset(), epochs)], ground)[0] for epochs in (0, 16))
+    cells = x.reshape(count, CELLS, -1).astype(np.float64)
+    mean, spread = cells.mean(axis=(0, 1)), cells.std(axis=(0, 1))
+    spread = spread + 0.05 * spread.mean() + 1e-6
+    label = ground.items.label.astype(np.float64)
+    heavier = np.where(label == 1, ((label == 0).sum() / label.sum()) ** 0.7, 1.0)
+
+    k0, k1, k2 = start.kernels
+    b0, b1, b2 = start.biases
+    raw = [k0 * spread[:, None], b0 + mean @ k0, k1, b1, k2, b2, *start.attention]
+    weights = [tf.Variable(each.astype(np.float64)) for each in raw]
+    optimizer = tf.keras.optimizers.AdamW(0.02, weight_decay=0.01, epsilon=1e-7)
+    optimizer.exclude_from_weight_decay(var_list=[weights[place] for place in (1, 3, 5, 7)])
+
+    def logits() -> Any:
+        h = tf.tanh(((cells - mean) / spread) @ weights[0] + weights[1])
+        h = tf.tanh(h @ weights[2] + weights[3])
+        v, u = tf.split(h @ weights[6] + weights[7], 2, axis=2)
+        attention = tf.nn.softmax(tf.linalg.matvec(tf.tanh(v) * tf.sigmoid(u), weights[8][:, 0]))
+        pooled = tf.linalg.matvec(h, attention, transpose_a=True)
+        return (pooled @ weights[4] + weights[5])[:, 0]
+
+    def step() -> None:
+        with tf.GradientTape() as tape:
+            losses = tf.nn.sigmoid_cross_entropy_with_logits(label * 0.9 + 0.05, logits())
+            loss = tf.reduce_mean(heavier / heavier.mean() * losses)
+        optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+
+    optimizer.build(weights)
+    for _ in range(16):
+        step()
+    expected = tf.sigmoid(logits()).numpy()
+    assert np.abs(said(end, ground) - said(start, ground)).max() > 0.2  # it has learned
+    np.testing.assert_allclose(said(end, ground), expected, atol=2e-3)
+
+
+def test_the_judged_scores_are_those_of_a_head_trained_for_that_long_on_whole_bags() -> None:
+    ground = material()
+    jobs = jobs_of(BASE, replace(BASE, width=3, schedule="cosine", depth=2), replace(BASE, depth=0))
+    for job, judged in list(zip(jobs, judge_bags(jobs, ground, 2), strict=True))[::4]:
+        for fold in job.held_out:
+            (head,) = train_bags([replace(job, epochs=judged.epoch[fold])], ground)
+            expected = said(head, ground)[ground.items.fold == fold]
+            np.testing.assert_allclose(expit(judged.score[fold]), expected, atol=1e-3)
+
+
+def test_a_step_sees_a_few_cells_of_each_patient_and_all_in_time() -> None:
+    ground = material(views=2)
+    lane = Lane((1,), 1, ground.items, 9)
+    size, _ = bags.sizes(ground.items)
+    owner = np.repeat(np.arange(len(size)), size)
+    position = {int(row): place for place, row in enumerate(ground.items.row)}
+    seen = set()
+    for _ in range(200):
+        rows, counts, labels = bags.draw_bags(lane, 15, 12)
+        for row, count, label in zip(rows, counts, labels, strict=True):
+            cells = [position[int(each) // 3 * 3] for each in row]
+            (patient,) = {owner[cell] for cell in cells}
+            assert ground.items.fold[patient] != 1
+            assert label == ground.items.label[patient]
+            assert count == len(set(cells[:count])) == min(size[patient], 12)
+            assert set(cells[count:]) <= {cells[0]}
+            seen |= {(cells[n], int(row[n]) % 3) for n in range(count)}
+    inside = np.flatnonzero(ground.items.fold[owner] != 1)
+    assert seen == {(cell, view) for cell in inside for view in (0, 1)}
+
+
+def test_held_out_cells_are_never_read_in_training() -> None:
+    ground = material()
+    spoilt = ground.values["net/layer"].copy()
+    owner = np.repeat(ground.items.fold, ground.items.size)
+    spoilt[ground.items.row[owner == 2]] = np.nan
+    other = replace(ground, values={"net/layer": spoilt})
+    jobs = [Job(n, recipe, frozenset({2, n % 2})) for n, recipe in enumerate(MIXED)]
+    for a, b in zip(train_bags(jobs, ground), train_bags(jobs, other), strict=True):
+        assert same(a, b, 0)
+
+
+@pytest.mark.parametrize("block", [1, 40_000])
+def test_features_that_do_not_fit_into_memory_give_the_same_heads(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aplsmear.heads import stack as stacks
+
+    jobs = jobs_of(*MIXED)[::3]
+    expected = train_bags(jobs, material(views=1))
+    real = stacks.Table.__init__
+
+    def too_large(self: Any, *arguments: Any) -> None:
+        real(self, *arguments)
+        self.x, self.block = None, block
+
+    monkeypatch.setattr(stacks.Table, "__init__", too_large)
+    found = train_bags(jobs, material(views=1))
+    assert all(same(a, b, 1e-5) for a, b in zip(expected, found, strict=True))
+
+
+def test_a_plan_counts_the_cells_of_a_step() -> None:
+    ground = material(memory=16)
+    wide = replace(ground, values={"net/layer": np.zeros((1, 500), np.float16)})
+    jobs = jobs_of(*(replace(BASE, width=width) for width in (4, 16, 32)))
+    stacked = plan(jobs, wide)
+    assert sorted(chain(*stacked)) == list(range(len(jobs)))
+    assert len(stacked) > len(plan(jobs, replace(wide, bag=1)))
+
+
+def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    jobs = [Job(0, replace(BASE, depth=depth, epochs=1), frozenset()) for depth in (0, 1, 2)]
+    heads = train_bags(jobs, material())
+    write_heads(tmp_path / "a.npz", heads)
+    write_heads(tmp_path / "b.npz", read_heads(tmp_path / "a.npz"))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    for job, head, kept in zip(jobs, heads, read_heads(tmp_path / "b.npz"), strict=True):
+        assert same(head, kept, 0)
+        assert len(kept.attention) == (3 if job.recipe.depth else 0)
+        assert bag_parameters(job.recipe, 8) == sum(each.size for each in arrays(kept))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
+    ground = material()
+    job = Job(0, replace(BASE, depth=depth, epochs=3, dropout=0.0), frozenset({1}))
+    alone = train_bags([replace(job, start=start) for start in range(3)], ground)
+    (head,) = train_bags([job], replace(ground, restarts=3))
+    cells = ground.values["net/layer"][:7]
+    said, looked = zip(*(attend(each, cells) for each in alone), strict=True)
+    assert len(set(said)) == 3
+    probability, attention = attend(head, cells)
+    assert logit(probability) == pytest.approx(np.mean(logit(said)), abs=1e-4)
+    np.testing.assert_allclose(attention, np.mean(looked, axis=0), atol=1e-5)
+
+
+# --- boards ---------------------------------------------------------------------------------------
+
+TASK = Task(level="patient", positive={"diagnosis": ["apl"]}, negative={"diagnosis": ["aml"]})
+
+
+def board(
+    order: int | None = None, spoilt: int | None = None, patients: int = 28, views: int = 1
+) -> PatientBoard:
+    """Patients of 6 cells, one of a single cell, one of none, some who are healthy; cells in any order."""
+    x, _, _ = made(patients, views, 5)
+    diagnosis = np.array(["aml", "apl", "apl", "aml", "healthy", "aml", "apl"])[np.arange(patients) % 7]
+    fold = np.arange(patients) // 7 % FOLDS
+    x = x.reshape(patients, CELLS, views + 1, 5)[:, :6]
+    x[diagnosis == "apl", 0, :, 0] += 6
+    if spoilt is not None:
+        x[fold == spoilt] = 50 - x[fold == spoilt]
+    cells = pd.DataFrame(
+        {
+            "cell": [f"c{n:03}" for n in range(patients * 6)],
+            "patient": np.repeat([f"p{n:02}" for n in range(patients)], 6),
+            "diagnosis": np.repeat(diagnosis, 6),
+        }
+    )
+    kept = np.flatnonzero(
+        (cells["patient"] != "p05") & ((cells["patient"] != "p08") | (cells.index % 6 == 0))
+    )
+    if order is not None:
+        kept = np.random.Generator(np.random.Philox(order)).permutation(kept)
+    cells = cells.iloc[kept].reset_index(drop=True)
+    values = x.reshape(-1, views + 1, 5)[kept].reshape(-1, 5).astype(np.float16)
+    index = pd.DataFrame(
+        {"item": np.repeat(cells["cell"], views + 1), "view": np.tile(np.arange(views + 1), len(cells))}
+    )
+    features = {"net/layer": Features("net/layer", index.reset_index(drop=True), values)}
+    folds = pd.DataFrame({"patient": [f"p{n:02}" for n in range(patients)], "fold": fold})
+    images = task_items(cells, "cell")
+    items = task_items(images, "patient")
+    return make_patient_board(images, items, task_labels(items, TASK), folds, features)
+
+
+SPACE = {"views": [0, 1], "depth": [0, 1], "width": [3, 6], "batch": [8], "epochs": [6], "mixup": [0.0]}
+USED = settings(SPACE, trials=6, generation=3, cells_per_step=4, average=1)
+
+
+def tuned(whole: PatientBoard, folder: Path) -> tuple[list[Any], np.ndarray, list[Head]]:
+    trials = list(run_study(whole, USED, 5, open_study("s", folder / "journal")))
+    choices = choose_all(trials, FOLDS)
+    return told(trials), *held_out_scores(whole, [choice.trial for choice in choices], USED, 5)
+
+
+@pytest.fixture(scope="module")
+def peaceful(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], np.ndarray, list[Head]]:
+    return tuned(board(), tmp_path_factory.mktemp("peaceful"))
+
+
+def test_patients_are_items_and_those_without_cells_are_none(peaceful: Any) -> None:
+    whole = board()
+    _, scores, heads = peaceful
+    table = scores_table(whole, scores)
+    assert "p05" not in set(table["patient"])  # no cell
+    assert "p08" in set(table["patient"])  # one cell
+    assert (table["item"] == table["patient"]).all()
+    assert table["patient"].is_monotonic_increasing
+    assert np.isfinite(scores).all()  # also of the healthy, who take no part
+    predictions = held_out_predictions(whole, scores)
+    assert predictions["label"].value_counts().to_dict() == {0: 11, 1: 12}
+    single = int(np.flatnonzero(table["patient"] == "p08")[0])
+    _, shares = whole.attend(heads[-1], single)
+    assert shares.to_dict("list") == {"item": ["c048"], "attention": [1.0]}
+
+
+def test_a_patient_is_explained_by_the_head_that_never_saw_him(peaceful: Any) -> None:
+    """With `average: 1` the score is the mean over two views of the cells."""
+    whole = board()
+    _, scores, heads = peaceful
+    for place, fold in enumerate(whole.table["fold"]):
+        views = [whole.attend(heads[fold], place, view) for view in (0, 1)]
+        assert scores[place, fold] == pytest.approx(np.mean([probability for probability, _ in views]))
+        shares = views[0][1]
+        assert shares["attention"].sum() == pytest.approx(1)
+        assert {whole.table["patient"][place]} == {f"p{int(c[1:]) // 6:02}" for c in shares["item"]}
+
+
+def test_the_order_of_the_cells_changes_no_bit(tmp_path: Path, peaceful: Any) -> None:
+    trials, scores, heads = tuned(board(order=3), tmp_path)
+    assert trials == peaceful[0]
+    assert scores.tobytes() == peaceful[1].tobytes()
+    assert all(same(a, b, 0) for a, b in zip(heads, peaceful[2], strict=True))
+
+
+def test_what_a_fold_holds_is_nothing_to_its_world() -> None:
+    """With other cells in fold 1, the same choices give the same scores of everybody else in world 1."""
+    whole, spoilt = board(), board(spoilt=1)
+    inner = np.full((FOLDS, FOLDS), 0.8)
+    trial = Trial(0, replace(BASE, batch=8), inner, np.full(inner.shape, 3), 1)
+    (scores, _), (others, _) = (
+        held_out_scores(each, [trial] * (FOLDS + 1), USED, 5) for each in (whole, spoilt)
+    )
+    inside = whole.table["fold"].to_numpy() != 1
+    assert scores[inside, 1].tobytes() == others[inside, 1].tobytes()
+    assert (scores[~inside, 1] != others[~inside, 1]).all()
+    assert (scores[inside, 0] != others[inside, 0]).all()
+
+
+def test_killed_a_study_goes_on_as_if_it_had_not_been(tmp_path: Path, peaceful: Any) -> None:
+    whole, calls = board(), []
+
+    def judge(jobs: Any, ground: Material, patience: int) -> Any:
+        calls.append(jobs[0].trial)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return judge_bags(jobs, ground, patience)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run_study(whole, USED, 5, open_study("s", tmp_path / "j"), judge))
+    assert told(list(run_study(whole, USED, 5, open_study("s", tmp_path / "j"), judge))) == peaceful[0]
+    assert calls == [0, 3, 3]

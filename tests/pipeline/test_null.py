@@ -1,0 +1,83 @@
+"""`aplsmear null-check`: what the ensemble finds where there is nothing to find."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_ensembles import people, scores_of
+from typer.testing import CliRunner
+
+from aplsmear.cli import app
+from aplsmear.ensembles import combination as ensembles
+from aplsmear.ensembles.pooling import summarise_patients
+from aplsmear.params import read_params
+from aplsmear.tables import write_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with members of 2 x 10 patients, and networks left out (they only take time)."""
+    everybody = people(10, 5)
+    knobs = read_params(ROOT / "params.yaml")
+    ensemble = knobs.ensembles["apl_aml"]
+    places = [tmp_path / "members" / "apl_aml" / f"{task}.scores.parquet" for task in ensemble.members]
+    for seed, place in enumerate([*places, tmp_path / "tuned" / ensemble.weigh_by / "scores.parquet"]):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scores_of(everybody, seed, strength=2.0).to_parquet(place, index=False)
+    write_table(tmp_path / "splits" / "folds.csv", everybody)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(text.replace("      - network\n", ""), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def check(*arguments: str):
+    return CliRunner().invoke(app, ["null-check", "--ensemble", "apl_aml", *arguments])
+
+
+def test_the_command_says_what_it_found(home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    result = check("--repeats", "8")
+    assert result.exit_code == 0, result.output
+    first, second = result.output.splitlines()
+    assert first.startswith("AUROC on permuted diagnoses, all pairs of patients: 0.")
+    assert second.startswith("AUROC on permuted diagnoses, pairs within a fold: 0.")
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_leak_ends_in_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaky(patients, members, candidates, repeats, seed):
+        values = np.linspace(0.6, 0.7, repeats)
+        return pd.DataFrame({"auroc": values, "auroc_within_folds": values})
+
+    monkeypatch.setattr(ensembles, "null_check", leaky)
+    result = check("--repeats", "5")
+    assert result.exit_code == 1
+    assert "something leaks" in result.output
+
+
+def test_members_that_were_not_made_yet_are_named(home: Path) -> None:
+    (home / "splits" / "folds.csv").unlink()
+    result = check()
+    assert result.exit_code == 1
+    assert "splits/folds.csv is not there: `dvc repro` makes it" in result.output
+
+
+@pytest.mark.pipeline
+def test_thirty_permutations_have_a_mean_auroc_of_a_half() -> None:
+    everybody = people(24, 3)
+    names = ("a", "b", "c", "d", "e")
+    members = {
+        name: summarise_patients(scores_of(everybody, 10 + seed, strength=1.5))
+        for seed, name in enumerate(names)
+    }
+    patients = ensembles.patients_of(everybody, "apl", "healthy")
+    knobs = read_params(ROOT / "params.yaml").combine.model_copy(update={"trials": 14})
+    candidates = ensembles.draw_candidates(knobs, 1)
+    assert {one.model for one in candidates} == {"logistic", "network"}
+    found = ensembles.null_check(patients, members, candidates, 30, 1)
+    assert found["auroc"].mean() == pytest.approx(0.5, abs=0.03)
+    assert found["auroc_within_folds"].mean() == pytest.approx(0.5, abs=0.04)

@@ -1,0 +1,492 @@
+"""New patients: what the training run said of held-out ones, whatever else lies in the folder."""
+
+import csv
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.special import logit
+from test_bundle import augment
+from typer.testing import CliRunner
+
+from aplsmear.cli import app
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.data.dataset import DataSet, read_data_set
+from aplsmear.ensembles.bundle import (
+    Member,
+    describe_usual,
+    make_model,
+    make_reference,
+    read_bundle,
+    write_bundle,
+)
+from aplsmear.ensembles.combination import Candidate, judge, patients_of
+from aplsmear.ensembles.pooling import summarise_patients
+from aplsmear.features.backbones import BackboneError, batch_of, build_backbone, features_of, write_weights
+from aplsmear.features.store import Features, read_features, write_features
+from aplsmear.heads.bags import attend
+from aplsmear.heads.head import Head, read_heads, score, write_heads
+from aplsmear.images.view_store import ViewWriter, read_index, read_views
+from aplsmear.images.views import all_views
+from aplsmear.params import LEVELS, Backbone
+from aplsmear.prediction import predict as module
+from aplsmear.prediction.predict import Judge, judge_cohort, judge_patients, keep_pictures, verdict_table
+from aplsmear.sources.drawn import draw_data_set
+from aplsmear.tables import read_table, write_table
+
+# Keras 3.15 on NumPy 2, when it saves weights.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+FOLDS, SEED = 3, 1
+BACKBONE = Backbone(
+    application="MobileNet",
+    options={"alpha": 0.25},
+    input_size={"cell": 32, "smear": 48},
+    layer=["conv_pw_1_relu", "conv_pw_2_relu"],
+    weights="none",
+    batch=16,
+)
+KNOBS = augment().model_copy(update={"margin": 0.1, "rotate": 30.0, "brightness": 0.2, "views": 2})
+TASKS = {"nuclei": ("cell", 1), "granules": ("cell", 0), "field": ("smear", 0), "gate": ("cell", 0)}
+TASKS |= {"crowd": ("patient", 1)}
+MEMBERS = ("nuclei", "granules", "field", "crowd")
+RIDGE = [Candidate(0, "logistic", "blend", 1.0, 0)]
+
+
+@dataclass
+class Run:
+    """A training run in small: its data, its bundle, its verdicts on held-out patients."""
+
+    data: Path
+    ensemble: Path
+    standardised: Path  # the same bundle, with `combine.standardise`
+    verdicts: pd.DataFrame
+
+
+def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
+    """Of every world; on standardised features, so that they say different things of different items."""
+    random = np.random.default_rng(list(task.encode()))
+    name = sorted(features)[len(task) % 2]
+    values = features[name].values.astype(np.float32)
+    mean, scale = values.mean(0), values.std(0) + 1e-3
+    heads = []
+    for _ in range(FOLDS + 1):
+        kernel = (random.normal(size=len(mean)) / scale / 3).astype(np.float32)
+        first = (kernel[:, None],), (-(mean @ kernel)[None],)
+        if TASKS[task][0] != "patient":
+            heads.append(Head(name, *first))
+        else:
+            second = (np.full((1, 1), 2, np.float32),), (np.zeros(1, np.float32),)
+            gates = (np.ones((1, 2), np.float32), np.zeros(2, np.float32), np.full((1, 1), 3, np.float32))
+            heads.append(Head(name, first[0] + second[0], first[1] + second[1], "tanh", gates))
+    return heads
+
+
+def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, fold: dict) -> pd.DataFrame:
+    """What stages/tune writes to scores.parquet."""
+    rows = of.index.reset_index(names="row").groupby("item", sort=False)["row"].agg(["min", "size"])
+    if TASKS[task][0] == "patient":
+        return bag_scores_of(task, heads, of, rows.assign(patient=patients.loc[rows.index]), fold)
+    table = pd.DataFrame({"item": rows.index, "patient": patients.loc[rows.index].to_numpy()})
+    table["fold"] = table["patient"].map(fold)
+    for world, head in enumerate(heads):
+        views = [rows["min"] + np.minimum(view, rows["size"] - 1) for view in range(TASKS[task][1] + 1)]
+        each = [score([head], of.values, np.asarray(view))[0] for view in views]
+        table[f"world_{world}"] = np.mean(each, axis=0)
+    return table
+
+
+def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame, fold: dict) -> pd.DataFrame:
+    """The same of a task whose items are patients."""
+    table = []
+    for patient, mine in rows.sort_index().groupby("patient"):
+        row = {"item": patient, "patient": patient, "fold": fold[patient]}
+        for world, head in enumerate(heads):
+            views = [mine["min"] + np.minimum(view, mine["size"] - 1) for view in range(TASKS[task][1] + 1)]
+            each = [np.float32(attend(head, of.values[np.asarray(view)])[0]) for view in views]
+            row[f"world_{world}"] = np.mean(each)
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Run:
+    """What the stages do, one after another, with heads that were not trained."""
+    start_tensorflow()
+    root = tmp_path_factory.mktemp("trained")
+    draw_data_set(root / "data", 18, 3, size=(240, 320), cells_per_smear=6)
+    found = read_data_set(root / "data", {}, min_box=8, skip_bad_images=False, check_images=False)
+    folds = found.smears.drop_duplicates("patient")[["patient", "diagnosis"]].sort_values("patient")
+    folds["fold"] = np.arange(len(folds)) // 3 % FOLDS
+    fold = dict(zip(folds["patient"], folds["fold"], strict=True))
+    views = {level: root / "augmented" / f"{level}.parquet" for level in LEVELS}
+    settings = KNOBS.model_copy(update={"more": {"apl": 2}})
+    with ViewWriter(views) as writer:
+        for of_smear in all_views(root / "data", found.smears, found.cells, settings, SEED):
+            writer.write(of_smear)
+    features = {}
+    for level in LEVELS:
+        made = features_of(read_views(views[level], batch_of(BACKBONE, level)), BACKBONE, level, SEED)
+        write_features(root / "features" / level / "net", read_index(views[level]), BACKBONE.layer, made)
+        features[level] = read_features(root / "features" / level, ["net"])
+        write_weights(root / "backbones" / "net" / f"{level}.weights.h5", BACKBONE, level, SEED)
+    owner = {
+        "cell": found.cells.set_index("cell")["patient"],
+        "smear": found.smears.set_index("smear")["patient"],
+    }
+    heads, scores = {}, {}
+    for task, (level, average) in TASKS.items():
+        heads[task] = root / f"{task}.npz"
+        images = "cell" if level == "patient" else level
+        mine = random_heads(task, features[images])
+        write_heads(heads[task], mine, average)
+        scores[task] = scores_of(task, mine, features[images][mine[0].features], owner[images], fold)
+    members = {}
+    for task in MEMBERS:
+        gate = scores["gate"] if TASKS[task][0] == "cell" else None
+        write_table(root / f"{task}.csv", summarise_patients(scores[task], gate))
+        members[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
+    patients = patients_of(folds, "apl", "aml")
+    verdicts = judge(patients, members, RIDGE, 0, SEED)
+    items = {level: getattr(found, f"{level}s").rename(columns={level: "item"}) for level in LEVELS}
+    chosen = features["cell"]["net/conv_pw_2_relu"]
+    reference = make_reference(patients, items["cell"], "cell", chosen, read_views(views["cell"], 64))
+    of_task = {
+        task: Member(task=task, level=level, one_each=level == "patient")
+        for task, (level, _) in TASKS.items()
+    }
+    model = make_model(
+        name="apl_aml",
+        positive="apl",
+        negative="aml",
+        members=[of_task[task] for task in MEMBERS],
+        weigh_by=of_task["gate"],
+        seed=SEED,
+        min_box=8,
+        augment=settings,
+        backbones={"net": BACKBONE},
+        combinations=verdicts.combinations,
+        reference_level="cell",
+        reference_features=chosen.name,
+        least=reference.least,
+        pictured_by="nuclei",
+        upwards=True,
+        inputs={},
+    )
+    write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference)
+    read = [(of_task[task].images, read_heads(path)) for task, path in heads.items()]
+    reference = replace(reference, usual=describe_usual(patients, items, features, read))
+    model = model.model_copy(update={"standardise": 1.0})
+    write_bundle(root / "standardised", model, heads, root / "backbones", reference)
+    write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
+    verdicts = read_table(root / "apl_aml" / "predictions.csv")
+    return Run(root / "data", root / "apl_aml", root / "standardised", verdicts)
+
+
+@pytest.fixture(scope="module")
+def final(trained) -> Judge:
+    bundle = read_bundle(trained.ensemble)
+    return Judge(bundle, bundle.world_of(None))
+
+
+@pytest.fixture
+def data(trained, tmp_path) -> Path:
+    """A copy of the data, to be spoilt."""
+    return Path(shutil.copytree(trained.data, tmp_path / "data"))
+
+
+def read(folder: Path) -> DataSet:
+    return read_data_set(folder, {}, min_box=8, skip_bad_images=False, check_images=False, labelled=False)
+
+
+def predicted(
+    judge: Judge, folder: Path, patients: set[str] | None = None, judging=judge_patients
+) -> pd.DataFrame:
+    found = read(folder)
+    smears, cells = found.smears, found.cells
+    if patients is not None:
+        smears, cells = (table[table["patient"].isin(patients)] for table in (smears, cells))
+    judged = list(judging(judge, folder, smears, cells))
+    return verdict_table(judged, judge.combination).set_index("patient")
+
+
+def rewrite(path: Path, change) -> None:
+    """Change the rows of a CSV file, a list of dicts."""
+    with path.open(newline="") as file:
+        rows = change(list(csv.DictReader(file)))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --- the same as in training ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_held_out_patients_get_what_the_training_run_said_to_the_last_digit(trained, fold) -> None:
+    bundle = read_bundle(trained.ensemble)
+    mine = trained.verdicts[trained.verdicts["fold"] == fold].set_index("patient")
+    found = predicted(Judge(bundle, bundle.world_of(fold)), trained.data, set(mine.index))
+    assert [f"{value:.6g}" for value in found["probability"]] == [
+        f"{value:.6g}" for value in mine["probability"].loc[found.index]
+    ]
+    for call in ("verdict", "sensitive"):
+        assert found[call].tolist() == mine[call].loc[found.index].astype(int).tolist()
+    assert len(set(mine["probability"])) > 1
+
+
+def test_neither_order_nor_labels_nor_the_company_matters(trained, final, data, monkeypatch) -> None:
+    expected = predicted(final, trained.data)
+    labels = {"label", "cellType", "specialCharacteristics", "objectType", "segmentationQuality"}
+    for name in ("wsi.csv", "labeled_cells.csv"):
+        rewrite(
+            data / name,
+            lambda rows: [{k: v for k, v in row.items() if k not in labels} for row in reversed(rows)],
+        )
+    monkeypatch.setattr(module, "CHUNK", 1)  # every smear goes through the networks alone
+    found = predicted(final, data)
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    some = set(expected.index[::4])
+    pd.testing.assert_frame_equal(predicted(final, data, some), expected.loc[sorted(some)], check_exact=True)
+
+
+def test_a_member_that_also_weighs_is_heard_where_nothing_is_weighed(trained) -> None:
+    bundle = read_bundle(trained.ensemble)
+    plain = [replace(each, summary="mean") for each in bundle.combinations]
+    changed = replace(bundle, weigher=bundle.members[0], combinations=plain)
+    judge = Judge(changed, changed.world_of(None))
+    assert [each.task for each in judge.scorers["cell"]] == ["nuclei", "granules", "crowd"]
+    assert [each.task for each in Judge(bundle, 0).scorers["cell"]] == ["nuclei", "granules", "crowd", "gate"]
+
+
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def lit(folder: Path, red: float, green: float, blue: float) -> None:
+    """Show its smears under another lamp."""
+    for path in (folder / "wsi").iterdir():
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
+        Image.fromarray((pixels * [red, green, blue]).astype(np.uint8)).save(path, quality=95)
+
+
+def test_another_stain_is_warned_of_and_the_same_is_not(final, data, tmp_path) -> None:
+    draw_data_set(tmp_path / "new", 18, 77, size=(240, 320), cells_per_smear=6)
+    same = predicted(final, tmp_path / "new")
+    assert (same["stain"] > 1).mean() < 0.3
+    lit(data, 0.75, 0.85, 1.0)
+    blue = predicted(final, data)
+    assert (blue["stain"] > 1).all()
+    assert blue["warning"].str.contains(r"unfamiliar stain or camera \(.*bluer").all()
+
+
+def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, final, data) -> None:
+    cells = read(data).cells
+    few, none = sorted(set(cells["patient"]))[:2]
+    kept = {few: cells[cells["patient"] == few]["cell"].iloc[0]}
+    gone = {row.cell for row in cells.itertuples() if row.patient in (few, none)} - set(kept.values())
+    rewrite(data / "labeled_cells.csv", lambda rows: [row for row in rows if row["id"] not in gone])
+    found = predicted(final, data)
+    assert found.loc[few, "cells"] == 1
+    assert "few cells: 1" in found.loc[few, "warning"]
+    assert found.loc[none, "cells"] == 0
+    assert "no cells: nuclei, granules, crowd cannot say anything" in found.loc[none, "warning"]
+    assert 0 < found.loc[none, "probability"] < 1
+    everybody = predicted(final, trained.data)
+    others = everybody.index.drop([few, none])
+    pd.testing.assert_frame_equal(found.loc[others], everybody.loc[others], check_exact=True)
+
+
+# --- features standardised by cohort --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving(trained) -> Judge:
+    bundle = read_bundle(trained.standardised)
+    return Judge(bundle, bundle.world_of(None))
+
+
+def test_the_cohort_of_training_is_as_usual_and_stays(trained, final, moving, monkeypatch) -> None:
+    mine = set(trained.verdicts["patient"])
+    expected = predicted(final, trained.data, mine)
+    monkeypatch.setattr(module, "CHUNK", 50)  # so that much goes to the disk and back
+    found = predicted(moving, trained.data, mine, judge_cohort)
+    assert logit(found["probability"]).to_numpy() == pytest.approx(
+        logit(expected["probability"]).to_numpy(), abs=1e-3
+    )
+    pd.testing.assert_frame_equal(
+        found.drop(columns="probability"), expected.drop(columns="probability"), check_exact=True
+    )
+    assert (predicted(moving, trained.data, mine) == expected).all(axis=None)  # to whoever does not adapt
+
+
+def test_a_cohort_in_another_light_is_put_right_and_still_warned_of(trained, final, moving, data) -> None:
+    mine = set(trained.verdicts["patient"])
+    right = predicted(final, trained.data, mine)
+    lit(data, 1.0, 0.8, 0.8)
+    before, after = predicted(final, data, mine), predicted(moving, data, mine, judge_cohort)
+    home, away, back = (logit(each["probability"]).to_numpy() for each in (right, before, after))
+    assert np.abs(back - home).mean() < np.abs(away - home).mean() / 2
+    assert np.corrcoef(back, home)[0, 1] > np.corrcoef(away, home)[0, 1]
+    columns = ["distance", "stain", "warning"]
+    pd.testing.assert_frame_equal(after[columns], before[columns], check_exact=True)
+
+
+def test_adapted_so_it_says_so_twice_the_same_and_leaves_nothing_behind(
+    trained, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "spool").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
+    for run, bundle, more in (
+        ("a", trained.standardised, ["--adapt"]),
+        ("b", trained.standardised, ["--adapt"]),
+        ("plain", trained.standardised, []),
+        ("before", trained.ensemble, []),
+    ):
+        outs = ("--out", tmp_path / f"{run}.csv", "--report", tmp_path / f"{run}.html")
+        code, said = command("--ensemble", bundle, "--data", trained.data, *outs, *more)
+        assert code == 0, said
+        assert ("features moved by 100% to mean and spread of training, logits" in said) == bool(more)
+    for kind in ("csv", "html"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+        assert (tmp_path / f"plain.{kind}").read_bytes() == (tmp_path / f"before.{kind}").read_bytes()
+    adapted, plain = (logit(pd.read_csv(tmp_path / f"{run}.csv")["probability"]) for run in ("a", "plain"))
+    assert (adapted - plain).std() > 0.01  # more than an offset
+    assert not list((tmp_path / "spool").iterdir())
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def test_only_the_highest_patients_keep_their_pictures(trained, final) -> None:
+    found = read(trained.data)
+    judged = list(judge_patients(final, trained.data, found.smears, found.cells))
+    assert all(each.pictures[0] and each.pictures[1] for each in judged)
+    assert not {name for name, _ in judged[0].pictures[0]} & {name for name, _ in judged[0].pictures[1]}
+    kept = keep_pictures(iter(judged), 3)
+    assert [each.patient for each in kept] == [each.patient for each in judged]
+    pictured = {each.patient for each in kept if each.pictures[0]}
+    assert pictured == {each.patient for each in sorted(judged, key=lambda each: -each.probability)[:3]}
+
+
+def command(*words: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["predict", *map(str, words)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.output
+    return done.exit_code, done.output
+
+
+def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp_path) -> None:
+    evil = "<script>alert(1)</script>"
+
+    def renamed(rows: list[dict]) -> list[dict]:
+        return [
+            row | {"patient": evil if row["patient"] == rows[0]["patient"] else row["patient"]}
+            for row in rows
+        ]
+
+    rewrite(data / "wsi.csv", renamed)
+    bundle = shutil.copytree(trained.ensemble / "model", tmp_path / "elsewhere")
+    for run in ("a", "b"):
+        outs = ("--out", tmp_path / f"{run}.csv", "--report", tmp_path / f"{run}.html")
+        code, said = command("--ensemble", bundle, "--data", data, *outs)
+        assert (code, "18 patients judged" in said) == (0, True), said
+    for kind in ("csv", "html"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    table, page = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert list(table.columns) == [
+        *("patient", "probability", "verdict", "sensitive", "cells", "smears", "distance", "stain", "warning")
+    ]
+    assert evil in set(table["patient"])
+    assert evil not in page
+    assert "&lt;script&gt;" in page
+    assert page.count("data:image/jpeg;base64,") > 18
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
+    assert "research only" in page.lower()
+    assert str(data) not in page
+    code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
+    assert (code, "there already" in said) == (1, True)
+    code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "c.csv", "--adapt")
+    assert (code, "Adapted to these 18 patients" in said) == (0, True), said
+    moved = logit(pd.read_csv(tmp_path / "c.csv")["probability"]) - logit(table["probability"])
+    assert moved.std() < 1e-3 < abs(moved.mean())
+
+
+# --- bad input, before the long work -----------------------------------------------------------------
+
+
+@pytest.fixture
+def no_work(monkeypatch) -> Iterator[None]:
+    """Whatever would build a network fails the test."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the long work has started")
+
+    monkeypatch.setattr(module, "features_of_views", refuse)
+    return
+
+
+@pytest.mark.usefixtures("no_work")
+def test_all_that_is_wrong_is_said_before_the_work(trained, data, tmp_path) -> None:
+    images = sorted((data / "wsi").iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:500])
+    images[1].unlink()
+    out = tmp_path / "out.csv"
+    code, said = command("--ensemble", trained.ensemble, "--data", data, "--out", out)
+    assert code == 1
+    assert images[0].name in said
+    assert images[1].name in said
+    assert "params.yaml" not in said
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_without_cells_it_says_what_finds_them(trained, data, tmp_path) -> None:
+    (data / "labeled_cells.csv").unlink()
+    code, said = command("--ensemble", trained.ensemble, "--data", data, "--out", tmp_path / "out.csv")
+    assert (code, f"aplsmear cells {data}" in said, "nuclei, granules, crowd" in said) == (1, True, True)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_fold_that_there_was_not(trained, tmp_path) -> None:
+    words = ("--ensemble", trained.ensemble, "--data", trained.data, "--out", tmp_path / "out.csv")
+    code, said = command(*words, "--fold", 3)
+    assert (code, "no fold 3" in said) == (1, True)
+
+
+# --- a stranger's bundle -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Lambda", "layers.Lambda", "custom>Lambda", "os.system"])
+def test_a_network_is_one_of_keras_applications_and_nothing_else(name) -> None:
+    with pytest.raises(BackboneError, match="has no"):
+        build_backbone(BACKBONE.model_copy(update={"application": name}), "cell", 1)
+
+
+def test_weights_that_take_data_from_another_file_are_refused(trained, tmp_path) -> None:
+    whole = trained.ensemble / "model" / "backbones" / "net" / "cell.weights.h5"
+    path = Path(shutil.copy(whole, tmp_path / "linked.weights.h5"))
+    names: list[str] = []
+    with h5py.File(path, "r+") as file:
+        file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
+        shape, kind = file[names[0]].shape, file[names[0]].dtype
+        del file[names[0]]
+        file.create_dataset(names[0], shape, kind, external=[("/etc/hostname", 0, h5py.h5f.UNLIMITED)])
+    with pytest.raises(BackboneError, match="another file"):
+        build_backbone(BACKBONE.model_copy(update={"weights": str(path)}), "cell", 1)
+
+
+def test_the_weights_of_a_bundle_are_those_of_the_network(trained) -> None:
+    bundle = read_bundle(trained.ensemble)
+    image = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    own = build_backbone(BACKBONE, "cell", SEED)(image)
+    theirs = build_backbone(bundle.backbone("net", "cell"), "cell", SEED + 1)(image)
+    for layer in BACKBONE.layer:
+        np.testing.assert_array_equal(own[layer], theirs[layer])

@@ -1,0 +1,49 @@
+"""The card that travels with an ensemble: its numbers, its limits, nobody's name."""
+
+from itertools import pairwise
+
+from test_report import findings
+
+from aplsmear import __version__
+from aplsmear.reports.model_card import model_card, write_model_card
+
+
+def test_it_says_what_the_ensemble_is_for_how_good_it_is_and_where_it_ends() -> None:
+    found = findings()
+    card = model_card(found)
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == [
+        "# apl_aml: APL or other AML?",
+        *("## Use", "## Cohort", "## How it was validated", "## Numbers", "## Operating points"),
+        *("## What it is made of", "## Limits", "## Versions"),
+    ]
+    area = found.measured["auroc"]
+    assert f"| AUROC | {area['value']:.3f} | {area['low']:.3f} to {area['high']:.3f} |" in card
+    caught = found.measured["at_sensitive"]["sensitivity"]
+    threshold = found.verdicts.combinations[-1].thresholds["sensitive"]
+    shown = f"{caught['value']:.3f} ({caught['low']:.3f} to {caught['high']:.3f})"
+    assert f"| sensitive | no APL is to be missed | {threshold:.3f} | {shown} |" in card
+    table = found.verdicts.table
+    assert (
+        f"{len(table)} patients, {table['label'].sum()} APL and {(1 - table['label']).sum()} other AML"
+        in card
+    )
+    assert "Not a medical device" in card
+    assert f"aplsmear {__version__}" in card
+    assert "| splits/folds.csv | `0123abcd` |" in card
+
+
+def test_no_patient_is_named_and_equal_findings_give_equal_bytes(tmp_path) -> None:
+    for name in ("one", "two"):
+        write_model_card(tmp_path / name, findings(patient="Meier, Hans"))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    card = (tmp_path / "one").read_text(encoding="utf-8")
+    assert [name for name in findings(patient="Meier, Hans").verdicts.table["patient"] if name in card] == []
+
+
+def test_every_row_of_a_table_has_as_many_cells_as_its_header() -> None:
+    found = findings()
+    lines = model_card(found).splitlines()
+    for above, line in pairwise(lines):
+        if above.startswith("|") and line.startswith("|"):
+            assert above.replace(r"\|", "").count("|") == line.replace(r"\|", "").count("|")

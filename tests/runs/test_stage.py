@@ -1,0 +1,260 @@
+"""How stages start and end: light imports, pinned before NumPy, errors that people can act on."""
+
+import ast
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ruamel.yaml import YAML
+
+from aplsmear.errors import UserError
+from aplsmear.params import ParamsError
+from aplsmear.runs.stage import check_inputs, home, run
+from flips import flip
+
+ROOT = Path(__file__).parents[2]
+STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+WORDS = {
+    "bottleneck": ["mobilenet"],
+    "tune": ["blast"],
+    "ensemble": ["apl_aml"],
+    "member": ["apl_aml", "blast"],
+}
+
+
+def python(*words: str, cwd: Path, first: Path = ROOT / "src") -> subprocess.CompletedProcess[str]:
+    """Run it; libraries are looked for in `first`, before all others."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first), str(ROOT / "src")])}
+    return subprocess.run(
+        [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_what_main_returns_is_the_exit_code():
+    for returned, code in ((None, None), (0, 0), (3, 3)):
+        with pytest.raises(SystemExit) as ended:
+            run(lambda returned=returned: returned, [])
+        assert ended.value.code == code
+
+
+def test_words_become_arguments_and_wrong_ones_bring_the_usage(capsys):
+    heard = []
+
+    def main(name: str) -> None:
+        heard.append(name)
+
+    with pytest.raises(SystemExit):
+        run(main, ["blast"])
+    assert heard == ["blast"]
+    with pytest.raises(SystemExit) as ended:
+        run(main, [])
+    assert ended.value.code == 2
+    assert "How stages start and end" in capsys.readouterr().err
+
+
+def test_an_error_of_the_user_is_a_message_and_another_a_traceback(capsys):
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail, [ParamsError("mend this")])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "mend this\n"
+    with pytest.raises(ZeroDivisionError):
+        run(fail, [ZeroDivisionError()])
+
+
+def test_what_outlives_a_run_lies_where_dvc_was_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    assert home() == Path()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert home() == Path()  # so that messages name short paths
+    aside = tmp_path / ".dvc" / "tmp" / "exps" / "aside"
+    aside.mkdir(parents=True)
+    monkeypatch.chdir(aside)
+    assert home() == tmp_path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bad_parameters_end_every_stage_before_any_work_with_all_that_is_wrong(stage, tmp_path):
+    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params |= {"seed": "one", "sed": 1, "task": "auer_rods"}
+    params["augment"]["hue"] = 999
+    params["backbones"]["mobilenet"]["layer"] = ["conv_pw_3_rel"]
+    params["ensembles"]["apl_aml"]["members"] += ["blasts"]
+    params["tune"]["pick"] = {"blasts": 1}
+    here = tmp_path / "here"
+    here.mkdir()
+    YAML(typ="safe").dump(params, here / "params.yaml")
+    for network in ("tensorflow", "keras"):  # would cost seconds
+        (tmp_path / f"{network}.py").write_text("raise RuntimeError('imported')")
+    words = WORDS.get(stage.removesuffix(".py"), [])
+    ended = python(str(ROOT / "stages" / stage), *words, cwd=here, first=tmp_path)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    head, *lines = ended.stderr.splitlines()
+    assert head == "params.yaml does not fit:"
+    starts = ["seed: Input", "sed: unknown key (did you mean 'seed'?)", "augment.hue: Input"]
+    starts += ["task: 'auer_rods' is no task", "ensembles.apl_aml.members: 'blasts' is no task"]
+    starts += ["backbones.mobilenet.layer: MobileNet has no layer 'conv_pw_3_rel'"]
+    starts += [
+        "backbones.mobilenet.layer: MobileNet has: input_layer, conv1,",
+        "tune.pick: 'blasts' is no task",
+    ]
+    assert all(any(line.strip().startswith(start) for line in lines) for start in starts), ended.stderr
+    assert [path.name for path in here.iterdir()] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("stage", ["tune", "ensemble"])
+def test_a_word_that_names_nothing_is_a_message(stage, tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    words = [word.replace("blast", "blasts").replace("aml", "amml") for word in WORDS[stage]]
+    ended = python(str(ROOT / "stages" / f"{stage}.py"), *words, cwd=tmp_path)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "did you mean" in ended.stderr
+
+
+def test_an_unknown_backbone_ends_with_the_nearest_name(tmp_path):
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    ended = python(str(ROOT / "stages" / "bottleneck.py"), "mobilnet", cwd=tmp_path)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "did you mean 'mobilenet'" in ended.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nothing_comes_before_the_pins(stage):
+    """A stage imports the standard library, yaml, and aplsmear, which pins the CPU before NumPy comes."""
+    tree = ast.parse((ROOT / "stages" / stage).read_text(encoding="utf-8"))
+    roots = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add(str(node.module).split(".")[0])
+    assert roots - sys.stdlib_module_names <= {"aplsmear", "yaml"}
+    assert "run(main)" in ast.unparse(tree.body[-1])
+
+
+def test_stages_that_run_no_network_load_none_and_stages_are_light_to_import(tmp_path):
+    """Importing a stage (all but its `main`) loads neither TensorFlow nor MLflow nor Optuna."""
+    code = """
+import importlib.util, sys
+for path in sys.argv[1:]:
+    spec = importlib.util.spec_from_file_location("a_stage", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+print(*sorted({"tensorflow", "keras", "mlflow", "optuna", "imgaug", "matplotlib"} & set(sys.modules)))
+"""
+    ended = python("-c", code, *(str(ROOT / "stages" / name) for name in STAGES), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == ""
+
+
+def test_errors_that_people_can_mend_have_one_base():
+    from aplsmear.data.problems import DataSetError
+    from aplsmear.evaluation.splits import SplitError
+    from aplsmear.features.backbones import BackboneError
+    from aplsmear.features.store import FeaturesError
+    from aplsmear.heads.search import TuneError
+    from aplsmear.images.reading import ImageError
+    from aplsmear.images.views import ViewError
+    from aplsmear.sources.kaggle import KaggleError
+
+    for error in (
+        BackboneError, DataSetError, FeaturesError, ImageError, KaggleError, ParamsError, SplitError,
+        TuneError, ViewError,
+    ):  # fmt: skip
+        assert issubclass(error, UserError)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "features/x.npy"),
+            "features/x.npy: the disk is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "tuned"), "tuned: you may not write"),
+        (MemoryError(), "too little memory"),
+        (OSError(errno.EIO, "no answer from s3://lab:hunter22@host"), "no answer from s3://***@host"),
+    ],
+)
+def test_a_full_disk_a_locked_folder_and_no_memory_are_said_in_one_line(error, told, capsys):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(fail, [])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert told in said
+    assert "then the same command again" in said
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """What `tune@blast` reads, as other stages wrote it and dvc.lock has it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    files = [
+        "features/cell/net/a.npy",
+        "features/cell/net/index.csv",
+        "dataset/cells.csv",
+        "tuned/blast/best.yaml",
+    ]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    outs = {
+        "bottleneck@net": "features/cell/net",
+        "download": "dataset",
+        "tune@blast": "tuned/blast/best.yaml",
+    }
+    stages = {
+        stage: {"outs": [{"path": out, "hash": "md5", "md5": hashed(tmp_path / out)}]}
+        for stage, out in outs.items()
+    }
+    stages["bottleneck@net"]["outs"][0]["nfiles"] = 2
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    return tmp_path
+
+
+def hashed(path: Path) -> str:
+    """As DVC itself does it."""
+    from dvc_data.hashfile.build import build
+    from dvc_data.hashfile.db import HashFileDB
+    from dvc_objects.fs.local import LocalFileSystem
+    from dvc_objects.fs.memory import MemoryFileSystem
+
+    _, _, found = build(HashFileDB(MemoryFileSystem(), "/nowhere"), str(path), LocalFileSystem(), "md5")
+    return found.hash_info.value
+
+
+def test_a_folder_that_was_pulled_in_part_is_not_taken_for_a_damaged_one(made):
+    (made / "features/cell/net/a.npy").unlink()  # `dvc repro --pull --allow-missing` leaves out what it can
+    check_inputs("tune@blast")
+
+
+def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
+    check_inputs("tune@blast")
+    check_inputs("")
+    for name in ("features/cell/net/a.npy", "dataset/cells.csv", "tuned/blast/best.yaml"):
+        flip(made / name)
+    with pytest.raises(UserError) as told:
+        check_inputs("tune@blast")
+    assert str(told.value).splitlines()[1:-1] == [
+        "  features/cell/net",
+        "  dataset",
+    ]  # its own outs are no input
+    assert "aplsmear mend" in str(told.value)
+    (made / "params.yaml").write_text(
+        (made / "params.yaml").read_text().replace("task: auer_rod #", "task: blast #")
+    )
+    with pytest.raises(UserError, match=r"tuned/blast/best\.yaml"):
+        check_inputs("finetune")

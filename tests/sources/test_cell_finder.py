@@ -1,0 +1,264 @@
+"""Nucleated cells are found whatever the stain, the magnification and the number of workers."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.optimize import linear_sum_assignment
+from typer.testing import CliRunner
+
+from aplsmear.cli import app
+from aplsmear.data.dataset import read_data_set
+from aplsmear.sources.cell_finder import (
+    BOX,
+    COLUMNS,
+    MIN_SIZE,
+    CellsError,
+    contact_sheet,
+    estimate_size,
+    expected_size,
+    find_all,
+    find_cells,
+    kaggle_rows,
+)
+from aplsmear.sources.drawn import Smear, draw_smear, generator, patient_smears
+
+TYPICAL = 60.0  # px, of the demo's cells
+SEED = 4
+
+
+@cache
+def smear_of(patient: int) -> Smear:
+    """A smear of the demo, each patient's with a stain and a camera of its own."""
+    return next(smear for _, smear in patient_smears(patient, SEED))
+
+
+@cache
+def field_without_cells() -> np.ndarray:
+    return draw_smear("healthy", generator(SEED, 0), n_cells=0).image
+
+
+def drawn(smear: Smear) -> np.ndarray:
+    return np.array([cell.box for cell in smear.cells])
+
+
+def right(there: np.ndarray, here: np.ndarray) -> int:
+    """How many of the boxes agree, one to one, at an IoU of 0.5."""
+    start = np.maximum(there[:, None, :2], here[None, :, :2])
+    common = np.prod(np.clip(np.minimum(there[:, None, 2:], here[None, :, 2:]) - start, 0, None), axis=2)
+    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (there, here)]
+    overlap = common / (areas[0][:, None] + areas[1][None] - common)
+    one, other = linear_sum_assignment(-overlap)
+    return int((overlap[one, other] >= 0.5).sum())
+
+
+def boxes_of(image: np.ndarray, size: float) -> np.ndarray:
+    return find_cells(image, size)[list(BOX)].to_numpy()
+
+
+def rescaled(image: np.ndarray, factor: float) -> np.ndarray:
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=method)
+
+
+def test_the_drawn_cells_are_found_and_nothing_else() -> None:
+    there = [drawn(smear_of(patient)) for patient in range(1, 11)]
+    here = [boxes_of(smear_of(patient).image, TYPICAL) for patient in range(1, 11)]
+    hits = sum(map(right, there, here))
+    assert hits / sum(map(len, there)) >= 0.95
+    assert hits / sum(map(len, here)) >= 0.95
+
+
+def test_a_box_holds_the_cytoplasm_too() -> None:
+    smear = next(s for s in map(smear_of, range(1, 11)) if any(c.plan.kind == "plasma cell" for c in s.cells))
+    wide = np.array([cell.box for cell in smear.cells if cell.plan.kind == "plasma cell"])
+    assert right(wide, boxes_of(smear.image, TYPICAL)) == len(wide)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_size_is_estimated_at_any_magnification(factor: float) -> None:
+    smear = smear_of(2)
+    image = rescaled(smear.image, factor)
+    size = estimate_size(image)
+    typical = np.median(np.sqrt(np.prod(drawn(smear)[:, 2:] - drawn(smear)[:, :2], axis=1)))
+    assert size == pytest.approx(typical * factor, rel=0.25)
+    found = boxes_of(image, size) / factor
+    hits = right(drawn(smear), found)
+    assert hits >= 0.95 * len(drawn(smear))
+    assert hits >= 0.95 * len(found)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    size=st.floats(20, 150),
+    top=st.integers(0, 200),
+    left=st.integers(0, 200),
+    height=st.integers(1, 280),
+    width=st.integers(1, 440),
+)
+def test_boxes_lie_inside_the_picture_and_no_two_are_the_same(
+    size: float, top: int, left: int, height: int, width: int
+) -> None:
+    image = smear_of(3).image[top : top + height, left : left + width]
+    boxes = boxes_of(image, size)
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] <= image.shape[:2]).all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert len(np.unique(boxes, axis=0)) == len(boxes)
+
+
+PICTURES = {
+    "red cells and platelets": field_without_cells,
+    "white": lambda: np.full((200, 300, 3), 255, np.uint8),
+    "black": lambda: np.zeros((200, 300, 3), np.uint8),
+    "a few pixels": lambda: np.full((3, 5, 3), 90, np.uint8),
+    "grey": lambda: np.repeat(smear_of(1).image[..., 1:2], 3, axis=2),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_where_there_is_no_stained_nucleus_there_is_no_cell(name: str) -> None:
+    image = PICTURES[name]()
+    assert estimate_size(image) is None
+    assert find_cells(image, TYPICAL).empty
+
+
+def test_measures_are_those_that_the_demo_knows() -> None:
+    smear = smear_of(2)
+    found = find_cells(smear.image, TYPICAL)
+    drawn_sizes = np.sqrt(4 / np.pi * np.array([cell.mask.sum() for cell in smear.cells]))
+    assert found["equivalentDiameter"].median() == pytest.approx(np.median(drawn_sizes), rel=0.1)
+    assert (found["convexArea"] >= np.pi / 4 * found["equivalentDiameter"] ** 2 * 0.99).all()
+    assert found["meanIntensity"].between(0.1, 0.9).all()
+    larger = find_cells(rescaled(smear.image, 2), 2 * TYPICAL)
+    assert larger["perimeter"].median() == pytest.approx(2 * found["perimeter"].median(), rel=0.1)
+
+
+def test_the_expected_size_may_be_given_in_micrometres() -> None:
+    assert expected_size(None, 0.1) == pytest.approx(140)
+    assert expected_size(80, None) == 80
+    assert expected_size(None, None) is None
+    for size, micrometres in ((80, 0.1), (-1, None), (None, 0), (None, 9), (MIN_SIZE / 2, None)):
+        with pytest.raises(CellsError):
+            expected_size(size, micrometres)
+
+
+def test_a_large_picture_is_searched_in_windows_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = smear_of(2).image
+    whole = boxes_of(image, TYPICAL)
+    monkeypatch.setattr("aplsmear.sources.cell_finder._WINDOW", 150)
+    parts = boxes_of(image, TYPICAL)
+    assert right(whole, parts) >= 0.95 * max(len(whole), len(parts))
+
+
+# --- a folder ------------------------------------------------------------------------------------------
+
+
+def folder_of(path: Path, pictures: dict[str, np.ndarray], *, table: bool = True) -> Path:
+    """A data set without boxes."""
+    (path / "wsi").mkdir(parents=True)
+    for name, image in pictures.items():
+        Image.fromarray(image).save(path / "wsi" / f"{name}.png")
+    if table:
+        rows = [f"{name},{name}.png,{{'healthy'}}" for name in pictures]
+        (path / "wsi.csv").write_text("\n".join(["id,imgName,label", *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["cells", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_the_command_writes_a_data_set_that_check_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no params.yaml, whose tasks would ask for labels
+    root = folder_of(tmp_path / "set", {"a": smear_of(1).image, "empty": field_without_cells()})
+    code, output = run(root)
+    assert code == 0
+    assert "smears without a cell (1): empty" in output
+    table = pd.read_csv(root / "labeled_cells.csv", dtype=str, keep_default_na=False)
+    assert tuple(table.columns) == COLUMNS
+    boxes = np.array([json.loads(box) for box in table["bbox"]])
+    assert right(drawn(smear_of(1)), boxes) >= 0.9 * len(boxes)
+    data = read_data_set(root, {}, min_box=8, skip_bad_images=False)
+    assert len(data.cells) == len(table)
+    assert CliRunner().invoke(app, ["check", str(root)]).exit_code == 0
+    with Image.open(root / "labeled_cells.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.info == {}
+
+
+def test_a_table_that_is_there_is_never_lost(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": smear_of(1).image})
+    old = 'id,wsi,bbox\n1,a,"[1, 2, 30, 40]"\n'
+    (root / "labeled_cells.csv").write_text(old, encoding="utf-8")
+    code, output = run(root, "--size", TYPICAL)
+    assert code == 1
+    assert "--overwrite" in output
+    assert (root / "labeled_cells.csv").read_text(encoding="utf-8") == old
+    code, output = run(root, "--size", TYPICAL, "--overwrite")
+    assert code == 0
+    assert "labeled_cells.1.csv" in output
+    assert (root / "labeled_cells.1.csv").read_text(encoding="utf-8") == old
+    assert len(pd.read_csv(root / "labeled_cells.csv")) > 10
+
+
+def test_without_wsi_csv_the_images_are_listed_for_labels_to_be_filled_in(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"b": smear_of(1).image, "a": smear_of(2).image}, table=False)
+    code, output = run(root, "--size", TYPICAL, "--out", tmp_path / "boxes.csv")
+    assert code == 0
+    assert "fill in the labels" in output
+    assert (root / "wsi.csv").read_text(encoding="utf-8") == "id,imgName,label\na,a.png,\nb,b.png,\n"
+    assert not (root / "labeled_cells.csv").exists()
+    assert set(pd.read_csv(tmp_path / "boxes.csv")["wsi"]) == {"a", "b"}
+
+
+@pytest.mark.parametrize("given", [(), ("--size", TYPICAL)])
+def test_no_cell_at_all_is_said_and_no_table_written(tmp_path: Path, given: tuple[object, ...]) -> None:
+    root = folder_of(tmp_path / "set", {"empty": field_without_cells()})
+    code, output = run(root, *given)
+    assert code == 1
+    assert "No table was written" in output
+    assert sorted(path.name for path in root.iterdir()) == ["labeled_cells.png", "wsi", "wsi.csv"]
+
+
+def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": smear_of(1).image})
+    (root / "wsi" / "a.png").write_bytes(b"\x89PNG\r\n")
+    code, output = run(root)
+    assert code == 1
+    assert "a.png" in output
+    assert run(root, "--out", tmp_path / "boxes.png")[0] == 1
+    assert run(tmp_path / "nowhere")[0] == 1
+    (tmp_path / "bare" / "wsi").mkdir(parents=True)
+    assert "put the pictures" in run(tmp_path / "bare")[1]
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+    pictures = {str(patient): smear_of(patient).image for patient in (1, 2)}
+    root = folder_of(tmp_path / "set", pictures)
+    smears = pd.DataFrame({"smear": list(pictures), "image": [f"wsi/{name}.png" for name in pictures]})
+    one, two = (find_all(root, smears, workers=workers) for workers in (1, 2))
+    assert one.size == two.size
+    pd.testing.assert_frame_equal(kaggle_rows(one.cells), kaggle_rows(two.cells))
+    sheets = [contact_sheet(root, smears, search.cells).tobytes() for search in (one, two)]
+    assert sheets[0] == sheets[1]
+
+
+def test_the_contact_sheet_of_many_smears_shows_some(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "set", {"a": smear_of(1).image[:40, :60]})
+    many = pd.DataFrame({"smear": [str(number) for number in range(500)], "image": "wsi/a.png"})
+    cells = pd.DataFrame({"smear": ["7"], "y0": [1], "x0": [2], "y1": [30], "x1": [40]})
+    page = contact_sheet(root, many, cells)
+    assert page.width * page.height < 10_000_000
+    assert page.tobytes() != contact_sheet(root, many, cells[:0]).tobytes()  # the one with most is shown

@@ -1,0 +1,106 @@
+"""Experiments in a terminal: what was changed, which is better, nothing else."""
+
+from io import StringIO
+
+from rich.console import Console
+
+from aplsmear.workspace.experiments import Experiment, changed, table
+
+PARAMS = {"seed": 1, "task": "blast", "tune.space.width": [16, 32], "dataset.root": "data"}
+
+
+def auroc(value: float, **others: float | str) -> dict[str, float | str]:
+    return {"auroc.value": value, "auroc.low": value - 0.1, "auroc.high": value + 0.05} | others
+
+
+def gain(value: float) -> dict[str, float]:
+    return {"difference.value": value, "difference.low": value - 0.01, "difference.high": value + 0.01}
+
+
+def drawn(experiments: list[Experiment], width: int = 80, tasks: bool = False) -> str:
+    console = Console(file=StringIO(), width=width)
+    console.print(table(experiments, tasks))
+    return console.file.getvalue()
+
+
+MAIN = Experiment(
+    "main",
+    True,
+    params=PARAMS,
+    metrics={
+        "ensembles/apl_aml/metrics.json": auroc(0.9),
+        "ensembles/apl_healthy/metrics.json": auroc(0.8),
+        "finetuned/metrics.json": auroc(0.7, task="blast") | gain(0.0),
+        "tuned/blast/metrics.json": auroc(0.6),
+    },
+)
+FAGGOT = Experiment(
+    "faggot",
+    False,
+    params=PARAMS | {"task": "faggot"},
+    metrics=dict(MAIN.metrics) | {"finetuned/metrics.json": auroc(0.75, task="faggot") | gain(0.02)},
+)
+WAITING = Experiment("waiting", False, "queued", params=PARAMS | {"tune.space.width": [64]})
+
+
+def test_only_what_differs_is_shown() -> None:
+    shown = drawn([MAIN, FAGGOT])
+    head = " ".join(shown.splitlines()[:2]).split()
+    assert sorted(head) == ["AUROC", "changed", "experiment", "finetuned", "frozen", "gain", "over"]
+    assert "apl_aml" not in shown
+    assert "task=faggot" in shown
+    assert "+0.020" in shown
+    assert "+0.010 to +0.030" in shown
+    assert "0.650 to 0.800" in shown
+    assert "dataset.root" not in shown
+
+
+def test_a_commit_alone_shows_what_there_is() -> None:
+    shown = drawn([MAIN], 120)
+    assert all(name in shown for name in ("finetuned", "apl_aml", "apl_healthy", "0.900", "0.800"))
+    assert "tuned blast" not in shown
+
+
+def test_what_has_no_numbers_yet_says_so_and_stands_there_without() -> None:
+    lines = drawn([MAIN, FAGGOT, WAITING], 100).splitlines()
+    (line,) = [line for line in lines if "waiting" in line]
+    assert line.split() == ["waiting", "(queued)", "tune.space.width=[64]", "-", "-"]
+
+
+def test_parameters_are_held_against_the_commit_that_an_experiment_started_from() -> None:
+    older = Experiment("older", True, params=PARAMS | {"seed": 2})
+    then = Experiment("then", False, params=PARAMS | {"seed": 2, "task": "faggot"})
+    found = changed([MAIN, FAGGOT, older, then])
+    assert found == [{}, {"task": "faggot"}, {}, {"task": "faggot"}]
+
+
+def test_tuned_heads_that_differ_are_named_and_shown_when_asked_for() -> None:
+    better = Experiment(
+        "better", False, params=PARAMS, metrics=dict(MAIN.metrics) | {"tuned/blast/metrics.json": auroc(0.65)}
+    )
+    shown = drawn([MAIN, better], 100)
+    assert "(--tasks): blast" in shown
+    assert "0.650" not in shown
+    asked = drawn([MAIN, better], 100, tasks=True)
+    assert "tuned blast" in asked
+    assert "0.650" in asked
+
+
+def test_it_fits_eighty_columns_whatever_the_names() -> None:
+    many = [
+        MAIN,
+        *(
+            Experiment(
+                f"a-rather-long-name-{n}",
+                False,
+                params=PARAMS | {"tune.space.width": [1, 2, 3], "backbones.mobilenet.options.alpha": n},
+                metrics={name: auroc(0.5 + n / 10, task="apl_healthy_smear") for name in MAIN.metrics},
+            )
+            for n in range(3)
+        ),
+    ]
+    shown = drawn(many)
+    assert max(map(len, shown.splitlines())) <= 80
+    for n in range(3):
+        assert f"-{n}" in shown.replace("\n", "")
+        assert f"{0.5 + n / 10:.3f}" in shown

@@ -1,0 +1,433 @@
+"""Outs are shared through a folder or an S3 store: what is wrong is told, what is right gets there whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import yaml
+
+from aplsmear.errors import UserError
+from aplsmear.workspace import remote as share
+from aplsmear.workspace.dvc_api import check_remote
+from clones import commit, run, stages_run
+from s3_server import BUCKET, ID, SECRET, S3Server
+
+ROOT = Path(__file__).parents[2]
+MOST_OBJECTS = 150  # of the whole demo
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": ID, "AWS_SECRET_ACCESS_KEY": SECRET}
+NOWHERE = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_CONFIG_FILE": "/nonexistent",
+    "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+    "NO_PROXY": "127.0.0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with S3Server(tmp_path_factory.mktemp("s3") / "buckets") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DVC repository without anything in it."""
+    folder = tmp_path_factory.mktemp("empty") / "a clone"
+    folder.mkdir()
+    run(folder, "git", "init", "--quiet")
+    run(folder, "dvc", "init", "--quiet")
+    return folder
+
+
+@pytest.fixture
+def check(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What `share-check` says of a remote: the error, or what is to be known."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**NOWHERE, **KEYS}.items():
+        monkeypatch.setenv(name, value)
+
+    def say(url: str | Path, endpoint: str = "") -> str:
+        lines = ["['remote \"lab\"']", f"    url = {url}"] + [f"    endpointurl = {endpoint}"] * bool(
+            endpoint
+        )
+        (empty / ".dvc" / "config.local").write_text("\n".join(lines), encoding="utf-8")
+        try:
+            said = "\n".join(check_remote(empty, "lab"))
+        except UserError as error:
+            said = str(error)
+        assert SECRET not in said
+        assert ID not in said
+        return said
+
+    return say
+
+
+def share_check(folder: Path, *words: str, keys: dict[str, str] | None = None) -> tuple[int, str]:
+    """The exit code of `aplsmear share-check` and what it says."""
+    command = [sys.executable, "-m", "aplsmear.cli", "share-check", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | (keys or {})
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+# --- what is wrong with a remote --------------------------------------------------------------------
+
+
+def test_a_remote_that_works_is_fine_and_left_as_it_was(
+    check: Callable[..., str], server: S3Server, tmp_path: Path
+) -> None:
+    assert re.search(r"^Remote lab .*: fine\.", check(f"s3://{BUCKET}/some/where", server.endpoint))
+    assert server.objects == []
+    folder = tmp_path / "shared disk"
+    folder.mkdir()
+    assert re.search(r"^Remote lab .*: fine\.", check(folder))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_wrong_key_is_told_from_an_unknown_one_and_from_none(
+    check: Callable[..., str], server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/apl"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    assert re.search(r"wrong key: the secret .*environment, AWS_ACCESS_KEY_ID", check(url, server.endpoint))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    assert re.search(r"wrong key: the store does not know this access key id", check(url, server.endpoint))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert re.search(
+        r"no key: .*\n  What to do: .*config|--local lab access_key_id", check(url, server.endpoint)
+    )
+
+
+def test_a_missing_bucket_is_told(check: Callable[..., str], server: S3Server) -> None:
+    assert "no such bucket: none-such" in check("s3://none-such/apl", server.endpoint)
+
+
+def test_an_unreachable_server_is_told_within_seconds(check: Callable[..., str]) -> None:
+    url = f"s3://{BUCKET}/apl"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert "unreachable: the server does not answer within 4 s" in check(url, address)
+    assert "unreachable: no server answers there" in check(url, address)
+
+
+def test_a_read_only_store_is_told(check: Callable[..., str], tmp_path: Path) -> None:
+    """This one does not answer at all to a write; another would say AccessDenied."""
+    with S3Server(tmp_path / "buckets", ("--read-only",)) as server:
+        assert "read-only: it can be read, not written" in check(f"s3://{BUCKET}/apl", server.endpoint)
+
+
+@pytest.mark.parametrize("minutes", [-40, 40])
+def test_clock_skew_is_told(check: Callable[..., str], minutes: int) -> None:
+    class Late(BaseHTTPRequestHandler):
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return formatdate((timestamp or time.time()) + 60 * minutes, usegmt=True)
+
+        def do_HEAD(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on the terminal."""
+
+    with HTTPServer(("127.0.0.1", 0), Late) as late:
+        thread = threading.Thread(target=late.handle_request)
+        thread.start()
+        said = check(f"s3://{BUCKET}/apl", f"http://127.0.0.1:{late.server_port}")
+        thread.join()
+    assert (
+        f"clock skew: the clock of this machine is 40 minutes {'behind' if minutes > 0 else 'ahead of'}"
+        in said
+    )
+
+
+def test_folders_that_cannot_be_used_are_told(check: Callable[..., str], tmp_path: Path) -> None:
+    said = check(tmp_path / "new")
+    assert "fine, and not there yet: the first `dvc push` makes it" in said
+    assert not (tmp_path / "new").exists()
+    assert f"neither this folder nor {tmp_path / 'unmounted'} exists" in check(tmp_path / "unmounted" / "apl")
+    (tmp_path / "file").touch()
+    assert "this is a file" in check(tmp_path / "file")
+
+
+def broken(error: Exception | None, *, readable: bool = True) -> Mock:
+    """A file system that fails to write, or gives back other bytes."""
+    files = Mock()
+    files.pipe_file.side_effect = error
+    files.cat_file.return_value = b"other"
+    files.ls.side_effect = None if readable else PermissionError
+    return files
+
+
+def answered(code: str) -> Exception:
+    """What s3fs raises when S3 gives an error code: botocore's exception as the cause of its own."""
+    cause = Exception(SECRET)
+    cause.response = {"Error": {"Code": code, "Message": SECRET}}  # type: ignore[attr-defined]
+    error = OSError(SECRET)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (broken(OSError(errno.EROFS, "")), "read-only"),
+        (broken(PermissionError(errno.EACCES, "")), "read-only"),
+        (broken(PermissionError(errno.EACCES, ""), readable=False), "no rights"),
+        (broken(OSError(errno.ENOSPC, "")), "it is full"),
+        (broken(answered("AccessDenied")), "read-only"),
+        (broken(answered("AccessDenied"), readable=False), "no rights"),
+        (broken(answered("ExpiredToken"), readable=False), "its session has ended"),
+        (broken(answered("RequestTimeTooSkewed"), readable=False), "clock skew"),
+        (broken(answered("PermanentRedirect"), readable=False), "another region"),
+        (broken(answered("Unheard")), "it fails with Unheard"),
+        (broken(None), "came back other than it was written"),
+    ],
+)
+def test_every_failure_has_its_words_and_no_key_is_in_them(files: Mock, told: str) -> None:
+    place = share.Place("lab", f"s3://{BUCKET}/apl", "https://s3.example.org", "~/.aws")
+    with pytest.raises(share.ShareError, match=told) as caught:
+        share.try_out(place, files, f"{BUCKET}/apl")
+    assert "What to do: " in str(caught.value)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_key_in_the_file_that_git_shares_is_told(check: Callable[..., str], empty: Path) -> None:
+    shared = empty / ".dvc" / "config"
+    before = shared.read_text(encoding="utf-8")
+    shared.write_text(
+        f"['remote \"lab\"']\n    url = s3://{BUCKET}\n    secret_access_key = {SECRET}\n", encoding="utf-8"
+    )
+    said = check(f"s3://{BUCKET}")
+    shared.write_text(before, encoding="utf-8")
+    assert "secret_access_key stands in .dvc/config" in said
+    assert "--local" in said
+
+
+def test_the_command_ends_with_1_where_something_is_wrong(empty: Path, tmp_path: Path) -> None:
+    (empty / ".dvc" / "config.local").write_text(
+        "['remote \"lab\"']\n    url = /dev/null\n", encoding="utf-8"
+    )
+    for folder, name, told in (
+        (empty, "other", "There is no remote other; known: lab"),
+        (tmp_path, "", "lies in no DVC repository"),
+    ):
+        code, said = share_check(folder, *([name] if name else []))
+        assert code == 1
+        assert told in said
+
+
+# --- push here, pull there --------------------------------------------------------------------------
+
+
+@dataclass
+class Lab:
+    """Two people: A has all results, B has a clone; between them a git repository and the store."""
+
+    server: S3Server
+    store: Path  # where the objects of the remote lie on the server's disk
+    a: Path
+    b: Path
+    keys: dict[str, str]
+
+    def dvc(self, folder: Path, *words: str, key: str = SECRET, ok: bool = True) -> str:
+        """What `dvc` says, with the keys in its environment."""
+        return run(folder, "dvc", *words, env=self.keys | {"AWS_SECRET_ACCESS_KEY": key}, ok=ok)
+
+    def start(self, folder: Path, *words: str) -> subprocess.Popen[str]:
+        """The same in the background."""
+        return subprocess.Popen(
+            [Path(sys.executable).with_name("dvc"), *words],
+            cwd=folder,
+            env=os.environ | self.keys,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def objects(self) -> int:
+        """How many objects the remote holds; each has the bytes that its name says."""
+        return sound(self.store / "files" / "md5")
+
+
+def sound(folder: Path) -> int:
+    """The number of objects in a cache or remote, once each is known to be as its name says."""
+    objects = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    for path in objects:
+        if path.suffix != ".part" and len(path.name.removesuffix(".dir")) == 30:  # not what is being written
+            digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+            assert digest == (path.parent.name + path.name).removesuffix(".dir"), path
+    return len(objects)
+
+
+def outs_of(folder: Path) -> list[dict[str, Any]]:
+    """All outs that dvc.lock has. What Kaggle gave is in no cache."""
+    lock = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    return [out for name, stage in lock.items() for out in stage.get("outs", []) if name != "kaggle"]
+
+
+def objects_of(folder: Path) -> int:
+    """How many objects dvc.lock stands for, at most: each out, and each file in it, the same bytes once.
+
+    Heads and backbones in a `model` are copies of other outs: manifest, model and reference are its own. The
+    index of the views of a level is the same for all backbones.
+    """
+    levels = [out["path"].split("/")[1] for out in outs_of(folder) if out["path"].startswith("features/")]
+    files = {
+        out["md5"]: 3 if out["path"].endswith("/model") else out.get("nfiles", 0) for out in outs_of(folder)
+    }
+    return len(files) + sum(files.values()) - (len(levels) - len(set(levels)))
+
+
+@pytest.fixture
+def lab(small: Path, tmp_path: Path, server: S3Server) -> Lab:
+    made = Lab(
+        server,
+        server.root / BUCKET / tmp_path.name,
+        tmp_path / "A",
+        tmp_path / "B, with a blank",
+        {**NOWHERE, **KEYS},
+    )
+    run(tmp_path, "git", "clone", "--quiet", str(small), made.a.name)
+    shutil.copytree(small / ".dvc" / "cache", made.a / ".dvc" / "cache")
+    run(made.a, "dvc", "remote", "add", "--quiet", "--default", "lab", f"s3://{BUCKET}/{tmp_path.name}")
+    run(made.a, "dvc", "remote", "modify", "lab", "endpointurl", server.endpoint)
+    commit(made.a)
+    run(tmp_path, "git", "clone", "--quiet", "--bare", made.a.name, "origin")
+    run(made.a, "git", "remote", "set-url", "origin", str(tmp_path / "origin"))
+    run(tmp_path, "git", "clone", "--quiet", "origin", made.b.name)
+    return made
+
+
+@pytest.mark.pipeline
+def test_what_one_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
+    lab.dvc(lab.a, "push")
+    assert 0 < lab.objects() <= objects_of(lab.a)
+    lab.dvc(lab.b, "pull")
+    code, said = share_check(lab.b, keys=lab.keys)
+    assert code == 0, said
+    assert "`dvc pull` brings them" in said
+    for ensemble in ("ensemble_apl_healthy", "ensemble_apl_aml"):
+        said = lab.dvc(lab.b, "repro", ensemble)
+        assert stages_run(said) == []
+        assert "is cached" not in said
+    assert run(lab.b, "git", "status", "--porcelain") == ""
+    for folder in (lab.a, lab.b, lab.store):
+        for path in folder.rglob("*"):
+            assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.pipeline
+def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_an_experiment(
+    lab: Lab,
+) -> None:
+    lab.dvc(lab.a, "push")
+    changed = ("-S", "overrides.apl_aml_smear.trials=1", "ensemble_apl_aml")
+    needed = ("--pull", "--allow-missing", "--name", "fewer", *changed)
+    # What belongs into a folder that many stages fill, DVC does not find by itself (README, Share).
+    lab.dvc(lab.b, "pull", "bottleneck", "member_apl_aml")
+    said = lab.dvc(lab.b, "exp", "run", *needed)
+    assert set(stages_run(said)) == {"tune@apl_aml_smear", "member_apl_aml@apl_aml_smear", "ensemble_apl_aml"}
+    assert not (lab.b / "ensembles" / "apl_healthy" / "report.html").exists()
+    assert sorted(path.name for path in (lab.b / "tuned").iterdir() if path.is_dir()) == [
+        "apl_aml_smear",
+        "blast",  # weighs cells
+    ]
+    assert not (lab.b / "tuned" / "blast" / "predictions.csv").exists()
+
+    lab.dvc(lab.b, "exp", "push", "origin", "fewer", "--run-cache")
+    lab.dvc(lab.a, "exp", "pull", "origin", "fewer", "--run-cache")
+    said = lab.dvc(lab.a, "exp", "run", *changed)
+    assert stages_run(said) == []
+    # Without --allow-missing all that lies upstream is fetched, and nothing has to be known.
+    run(lab.b.parent, "git", "clone", "--quiet", "origin", "C")
+    said = lab.dvc(lab.b.parent / "C", "repro", "--pull", "ensemble_apl_aml")
+    assert stages_run(said) == []
+    assert not (lab.b.parent / "C" / "tuned" / "apl_healthy_cell").exists()
+    table = (lab.b / "ensembles" / "apl_aml" / "predictions.csv").read_bytes()
+    assert (lab.a / "ensembles" / "apl_aml" / "predictions.csv").read_bytes() == table
+
+
+@pytest.mark.pipeline
+def test_a_server_that_dies_in_the_middle_costs_nothing_but_the_next_try(lab: Lab) -> None:
+    whole = sound(lab.a / ".dvc" / "cache" / "files" / "md5")
+    for folder, word, arrives in (
+        (lab.a, "push", lab.store / "files"),
+        (lab.b, "pull", lab.b / ".dvc" / "cache" / "files"),
+    ):
+        working = lab.start(folder, word)
+        while working.poll() is None and not any(path.is_file() for path in arrives.rglob("[0-9a-f]*")):
+            time.sleep(0.002)
+        lab.server.kill()
+        said, _ = working.communicate(timeout=300)
+        assert working.returncode != 0
+        assert "Could not connect to the endpoint URL" in said
+        assert "unreachable" in share_check(folder, keys=lab.keys)[1]
+        assert sound(arrives / "md5") < whole
+        lab.server.start()
+        lab.dvc(folder, word)
+    assert lab.objects() == sound(lab.b / ".dvc" / "cache" / "files" / "md5")
+
+
+@pytest.mark.pipeline
+def test_what_dvc_says_of_wrong_keys_and_buckets_names_the_store(lab: Lab) -> None:
+    for word in ("push", "pull"):
+        said = lab.dvc(lab.a if word == "push" else lab.b, word, key="another", ok=False)
+        assert "Forbidden" in said
+        assert SECRET not in said
+    run(lab.a, "dvc", "remote", "modify", "lab", "url", "s3://none-such/apl")
+    assert "bucket does not exist" in lab.dvc(lab.a, "push", ok=False)
+
+
+@pytest.mark.pipeline
+def test_the_folder_beside_the_repository_serves_a_clone_beside_it(small: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a first", tmp_path / "a second"
+    run(tmp_path, "git", "clone", "--quiet", str(small), first.name)
+    run(first, "dvc", "config", "--local", "cache.dir", str(small / ".dvc" / "cache"))
+    assert "not there yet" in share_check(first)[1]
+    run(first, "dvc", "push")
+    assert sound(tmp_path / "aplsmear-shared" / "files" / "md5") <= MOST_OBJECTS
+    run(tmp_path, "git", "clone", "--quiet", str(small), second.name)
+    run(second, "dvc", "pull")
+    assert (second / "ensembles" / "apl_healthy" / "report.html").exists()
+
+
+@pytest.mark.pipeline
+def test_more_patients_make_no_more_files(small: Path) -> None:
+    """18 patients here, 60 in the demo, a thousand elsewhere: what grows with them are tables and arrays."""
+    few, many = (
+        {
+            out["path"]: out["nfiles"]
+            for out in outs_of(folder)
+            if out["path"].startswith(("dataset", "features"))
+        }
+        for folder in (small, ROOT)
+    )
+    assert few
+    assert few == {path: many[path] for path in few}
+
+
+def test_the_whole_demo_is_few_objects() -> None:
+    assert 0 < objects_of(ROOT) <= MOST_OBJECTS
+    (data,) = yaml.safe_load((ROOT / "data.dvc").read_text(encoding="utf-8"))["outs"]
+    assert data["cache"] is False
