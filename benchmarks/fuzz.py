@@ -167,33 +167,31 @@ NASTY = [
 ]  # fmt: skip
 
 
-def mutated_table(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def mutated_table(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """One to eight changes of bytes, of fields, of rows or of the whole."""
-    for _ in range(2 ** dice.randrange(4)):
-        data = dice.choice((_bytes, _bytes, _field, _field, _field, _rows, _whole))(dice, data, other)[
-            :LARGEST
-        ]
+    for _ in range(2 ** rng.randrange(4)):
+        data = rng.choice((_bytes, _bytes, _field, _field, _field, _rows, _whole))(rng, data, other)[:LARGEST]
     return data
 
 
-def _bytes(dice: random.Random, data: bytes, other: bytes) -> bytes:
-    start = dice.randrange(len(data) + 1)
-    end = min(len(data), start + int(dice.expovariate(0.1)))
-    kind = dice.randrange(5)
+def _bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    start = rng.randrange(len(data) + 1)
+    end = min(len(data), start + int(rng.expovariate(0.1)))
+    kind = rng.randrange(5)
     if kind == 0 and data:
         start = min(start, len(data) - 1)
-        return data[:start] + bytes([data[start] ^ 1 << dice.randrange(8)]) + data[start + 1 :]
+        return data[:start] + bytes([data[start] ^ 1 << rng.randrange(8)]) + data[start + 1 :]
     if kind == 1:
-        return data[:start] + dice.choice(NASTY) + data[end:]
+        return data[:start] + rng.choice(NASTY) + data[end:]
     if kind == 2:
-        return data[:start] + data[start:end] * dice.choice((0, 2, 3, 200)) + data[end:]
+        return data[:start] + data[start:end] * rng.choice((0, 2, 3, 200)) + data[end:]
     if kind == 3:
-        cut = dice.randrange(len(other) + 1)
-        return data[:start] + other[cut : cut + int(dice.expovariate(0.02))] + data[end:]
-    return data[:start] + dice.randbytes(dice.randrange(8)) + data[end:]
+        cut = rng.randrange(len(other) + 1)
+        return data[:start] + other[cut : cut + int(rng.expovariate(0.02))] + data[end:]
+    return data[:start] + rng.randbytes(rng.randrange(8)) + data[end:]
 
 
-def _field(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def _field(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """A field of the table becomes another one: of a list, of the table, or a long one."""
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8", "replace").replace("\0", ""), newline="")))
@@ -202,38 +200,38 @@ def _field(dice: random.Random, data: bytes, other: bytes) -> bytes:
     rows = [row for row in rows if row]
     if not rows:
         return data
-    row = dice.choice(rows)
-    new = dice.choice([*NASTY, *(dice.choice(dice.choice(rows)).encode() for _ in range(20))])
-    if dice.randrange(20) == 0:
-        new *= dice.choice((50, 1000, 100_000 // max(1, len(new))))
-    row[dice.randrange(len(row))] = new.decode("utf-8", "replace")
+    row = rng.choice(rows)
+    new = rng.choice([*NASTY, *(rng.choice(rng.choice(rows)).encode() for _ in range(20))])
+    if rng.randrange(20) == 0:
+        new *= rng.choice((50, 1000, 100_000 // max(1, len(new))))
+    row[rng.randrange(len(row))] = new.decode("utf-8", "replace")
     text = io.StringIO(newline="")
-    csv.writer(text, delimiter=dice.choice(",,,,;\t"), lineterminator=dice.choice(("\n", "\r\n"))).writerows(
+    csv.writer(text, delimiter=rng.choice(",,,,;\t"), lineterminator=rng.choice(("\n", "\r\n"))).writerows(
         rows
     )
     return text.getvalue().encode("utf-8", "replace")
 
 
-def _rows(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def _rows(rng: random.Random, data: bytes, other: bytes) -> bytes:
     lines = data.splitlines(keepends=True)
     head, rest = lines[:1], lines[1:]
-    kind = dice.randrange(4)
+    kind = rng.randrange(4)
     if kind == 0:
-        dice.shuffle(rest)
+        rng.shuffle(rest)
     elif kind == 1 and rest:
-        rest += [dice.choice(rest)] * dice.choice((1, 2, 300))
+        rest += [rng.choice(rest)] * rng.choice((1, 2, 300))
     elif kind == 2 and rest:
-        rest.pop(dice.randrange(len(rest)))
+        rest.pop(rng.randrange(len(rest)))
     else:
         head = []
     return b"".join(head + rest)
 
 
-def _whole(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def _whole(rng: random.Random, data: bytes, other: bytes) -> bytes:
     text = data.decode("utf-8", "replace")
-    return dice.choice(
+    return rng.choice(
         (
-            lambda: data[: dice.randrange(len(data) + 1)],
+            lambda: data[: rng.randrange(len(data) + 1)],
             lambda: b"",
             lambda: b"\xef\xbb\xbf" + data,
             lambda: text.encode("utf-16"),
@@ -294,26 +292,26 @@ def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def mutated_picture(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def mutated_picture(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """One to eight changes of bytes or numbers; of a PNG, mostly with check sums that are right again."""
-    for _ in range(2 ** dice.randrange(4)):
-        data = dice.choice((_bytes, _number, _number, _number, _cut))(dice, data, other)[:LARGEST]
-    return _with_sums(data) if dice.randrange(4) else data
+    for _ in range(2 ** rng.randrange(4)):
+        data = rng.choice((_bytes, _number, _number, _number, _cut))(rng, data, other)[:LARGEST]
+    return _with_sums(data) if rng.randrange(4) else data
 
 
-def _number(dice: random.Random, data: bytes, other: bytes) -> bytes:
+def _number(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """A number of 2 or 4 bytes, mostly in the head or at the end, becomes one at the edge of some range."""
-    size = dice.choice((2, 4))
-    reach = dice.choice((64, 400, len(data)))
-    start = dice.randrange(max(1, min(reach, len(data))))
-    if dice.randrange(3) == 0:
+    size = rng.choice((2, 4))
+    reach = rng.choice((64, 400, len(data)))
+    start = rng.randrange(max(1, min(reach, len(data))))
+    if rng.randrange(3) == 0:
         start = max(0, len(data) - 1 - start)
-    value = dice.choice(EDGES) & (256**size - 1)
-    return data[:start] + value.to_bytes(size, dice.choice(("big", "little"))) + data[start + size :]
+    value = rng.choice(EDGES) & (256**size - 1)
+    return data[:start] + value.to_bytes(size, rng.choice(("big", "little"))) + data[start + size :]
 
 
-def _cut(dice: random.Random, data: bytes, other: bytes) -> bytes:
-    return data[: dice.randrange(len(data) + 1)] if dice.randrange(3) == 0 else data
+def _cut(rng: random.Random, data: bytes, other: bytes) -> bytes:
+    return data[: rng.randrange(len(data) + 1)] if rng.randrange(3) == 0 else data
 
 
 def _with_sums(data: bytes) -> bytes:
@@ -546,13 +544,13 @@ def judged(folder: Path, number: int) -> Outcome:
 
 def damaged(kind: str, seed: int, number: int, corpus: Sequence[bytes]) -> dict[str, bytes]:
     """The files of one data set that are mutated: one table or both, or all pictures."""
-    dice = random.Random(f"{seed}/{kind}/{number}")
+    rng = random.Random(f"{seed}/{kind}/{number}")
     if kind == "images":
-        return {place: mutated_picture(dice, dice.choice(corpus), dice.choice(corpus)) for place in PICTURES}
+        return {place: mutated_picture(rng, rng.choice(corpus), rng.choice(corpus)) for place in PICTURES}
     files = {}
-    for place in dice.choice([[one] for one in TABLES] + [[*TABLES]] * 2):
-        before = TABLES[place] if dice.randrange(2) else dice.choice(corpus)
-        files[place] = mutated_table(dice, before, dice.choice(corpus))
+    for place in rng.choice([[one] for one in TABLES] + [[*TABLES]] * 2):
+        before = TABLES[place] if rng.randrange(2) else rng.choice(corpus)
+        files[place] = mutated_table(rng, before, rng.choice(corpus))
     return files
 
 

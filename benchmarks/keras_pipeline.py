@@ -106,8 +106,10 @@ def make_heads(trials: pd.DataFrame, features: list[np.ndarray], cells: pd.DataF
             held_out = np.isin(fold, pair)
             fit_head(trial, x, label, few & ~held_out, few & held_out)
     chosen = next(trials.itertuples())
-    worlds = [*pairs, *((each,) for each in np.unique(fold)), ()]
-    heads = [fit_head(chosen, features[0], label, few & ~np.isin(fold, each), few & False) for each in worlds]
+    outer_folds = [*pairs, *((each,) for each in np.unique(fold)), ()]
+    heads = [
+        fit_head(chosen, features[0], label, few & ~np.isin(fold, each), few & False) for each in outer_folds
+    ]
     return np.stack([head.predict(features[0], batch_size=2048, verbose=0)[:, 0] for head in heads])
 
 

@@ -99,7 +99,7 @@ class Bench:
     params: Params
     items: Mapping[Level, pd.DataFrame]  # that are measured, with `item`, `patient`, `fold`
     patients: pd.DataFrame
-    heads: Mapping[str, list[Head]]  # of each world, by task
+    heads: Mapping[str, list[Head]]  # of each outer fold, by task
     averages: Mapping[str, int]  # augmented views that are averaged with the plain one, by task
     members: Sequence[str]
     weigher: str
@@ -261,12 +261,12 @@ def measured(
     summaries = {task: summary_of(said, task, bench.weigher, bench.params) for task in bench.members}
     fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
     probability, call = np.zeros(len(fold)), np.zeros(len(fold))
-    for world in np.unique(fold):
-        here = np.flatnonzero(fold == world)
-        combination = (verdicts or bench.verdicts).combinations[world]
+    for outer_fold in np.unique(fold):
+        here = np.flatnonzero(fold == outer_fold)
+        combination = (verdicts or bench.verdicts).combinations[outer_fold]
         logits = np.stack(
             [
-                table[table["world"] == world].set_index("patient")[combination.summary]
+                table[table["outer_fold"] == outer_fold].set_index("patient")[combination.summary]
                 .reindex(bench.patients["patient"].iloc[here]).to_numpy(dtype=np.float64)
                 for table in summaries.values()
             ],
@@ -288,8 +288,8 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
     seen = bench.items[images]
     table = task_items(seen, level)[["item", "patient"]]
     of_patient = seen.groupby("patient").indices
-    worlds = {}
-    for world, head in enumerate(bench.heads[task]):
+    outer_folds = {}
+    for outer_fold, head in enumerate(bench.heads[task]):
         shown = features[f"{images}/{head.features}"][: bench.averages[task] + 1 if average else 1]
         each = [
             [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
@@ -297,9 +297,9 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
             else score([head], values, np.arange(len(table)))[0]
             for values in shown
         ]
-        worlds[f"world_{world}"] = np.mean(each, axis=0)
+        outer_folds[f"outer_{outer_fold}"] = np.mean(each, axis=0)
     fold = table["patient"].map(bench.patients.set_index("patient")["fold"])
-    return table.assign(fold=fold, **worlds)
+    return table.assign(fold=fold, **outer_folds)
 
 
 def restandardised(bench: Bench, features: Features, home: Features, share: float) -> Features:
@@ -309,8 +309,8 @@ def restandardised(bench: Bench, features: Features, home: Features, share: floa
         fold = bench.items["cell" if name.startswith("cell/") else "smear"]["fold"].to_numpy()
         usual = home[name][0].astype(np.float32)
         out[name] = [values.astype(np.float32) for values in shown]
-        for world in np.unique(fold):
-            here, there = fold == world, fold != world
+        for outer_fold in np.unique(fold):
+            here, there = fold == outer_fold, fold != outer_fold
             plain = describe_rows(
                 out[name][0][here]
             )  # its mean and spread hold for all views, as in `predict`

@@ -35,7 +35,7 @@ from aplsmear.features.backbones import build_backbone
 from aplsmear.features.store import read_features
 from aplsmear.files import write_json
 from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, score
-from aplsmear.heads.search import Board, draw_candidates, make_board
+from aplsmear.heads.search import TaskData, draw_candidates, make_task_data
 from aplsmear.heads.stack import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
 from aplsmear.images.reading import decode
 from aplsmear.images.view_store import read_views
@@ -75,14 +75,14 @@ def main() -> None:
     task = asked.task or ("blast" if asked.data else "apl_aml_cell")
     params = read_params(Path("params.yaml"))
     tf = start_tensorflow(params.compute.threads)
-    board = board_of(task, params)
+    task_data = task_data_of(task, params)
     tune = params.tune_of(task)
     space = tune.space.model_dump() | SPACE
     tune = Tune.model_validate(
         tune.model_dump()
         | {"trials": asked.trials, "generation": asked.trials, "patience": 0, "space": space}
     )
-    found = measure(board, tune, params, asked.fits, tf)
+    found = measure(task_data, tune, params, asked.fits, tf)
     found |= {
         "data": "real cells" if asked.data else "demo",
         "task": task,
@@ -128,10 +128,10 @@ def prepare(work: Path, data: Path, weights: Path) -> None:
             subprocess.run(script, cwd=work, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
 
 
-def board_of(task: str, params: Params) -> Board:
+def task_data_of(task: str, params: Params) -> TaskData:
     level = params.tasks[task].level
     items = read_table(Path(f"dataset/{level}s.csv")).assign(item=lambda table: table[level])
-    return make_board(
+    return make_task_data(
         items,
         task_labels(items, params.tasks[task]),
         read_table(Path("splits/folds.csv")),
@@ -139,17 +139,17 @@ def board_of(task: str, params: Params) -> Board:
     )
 
 
-def measure(board: Board, tune: Tune, params: Params, fits: int, tf: Any) -> dict[str, Any]:
+def measure(task_data: TaskData, tune: Tune, params: Params, fits: int, tf: Any) -> dict[str, Any]:
     """Everything about one data set."""
-    recipes, _ = draw_candidates(tune, sorted(board.features), params.seed)
-    material = board.material(tune, params.seed)
+    recipes, _ = draw_candidates(tune, sorted(task_data.features), params.seed)
+    material = task_data.material(tune, params.seed)
     jobs = [
         Job(number, recipe, pair)
         for number, recipe in enumerate(recipes)
-        for pair in tuning_sets(board.folds)
+        for pair in tuning_sets(task_data.folds)
     ]
     load = os.getloadavg()[0]
-    stacked, _ = timed(lambda: search(jobs, material, tune.generation * len(tuning_sets(board.folds))))
+    stacked, _ = timed(lambda: search(jobs, material, tune.generation * len(tuning_sets(task_data.folds))))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     random = np.random.Generator(np.random.Philox(params.seed))
     sample = [jobs[i] for i in sorted(random.choice(len(jobs), min(fits, len(jobs)), replace=False))]
@@ -157,7 +157,7 @@ def measure(board: Board, tune: Tune, params: Params, fits: int, tf: Any) -> dic
     share = sum(steps_of(job, material) for job in sample) / sum(steps_of(job, material) for job in jobs)
     mine = own_aurocs(sample, material)
     bare = bare_arithmetic(jobs, material, tf)
-    image_seconds = end_to_end(params, board, tf.keras)
+    image_seconds = end_to_end(params, task_data, tf.keras)
     images = sum(images_of(job, material) for job in jobs)
     found = {
         "trials": len(recipes),
@@ -181,7 +181,7 @@ def measure(board: Board, tune: Tune, params: Params, fits: int, tf: Any) -> dic
         "auroc_difference": float(np.mean(mine) - np.mean(keras_aurocs)),
         "load_before": load,
     }
-    return found | {"growth": growth(board, tune, params)}
+    return found | {"growth": growth(task_data, tune, params)}
 
 
 def timed(action: Any) -> tuple[float, Any]:
@@ -310,9 +310,9 @@ def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
     return seconds
 
 
-def end_to_end(params: Params, board: Board, keras: Any, count: int = 512) -> float:
+def end_to_end(params: Params, task_data: TaskData, keras: Any, count: int = 512) -> float:
     """Seconds an image takes in Keras's transfer-learning loop: frozen backbone, a head on top, `fit`."""
-    name, layer = sorted(board.features)[0].split("/")
+    name, layer = sorted(task_data.features)[0].split("/")
     settings = params.backbones[name]
     level = "cell"
     keras.utils.set_random_seed(1)
@@ -331,19 +331,21 @@ def end_to_end(params: Params, board: Board, keras: Any, count: int = 512) -> fl
     return took / len(pixels)
 
 
-def growth(board: Board, tune: Tune, params: Params) -> dict[str, float]:
+def growth(task_data: TaskData, tune: Tune, params: Params) -> dict[str, float]:
     """How many times as long a search takes when one thing doubles (folds: five instead of three)."""
-    recipe = draw_candidates(tune, sorted(board.features), params.seed)[0][0]
+    recipe = draw_candidates(tune, sorted(task_data.features), params.seed)[0][0]
     recipe = replace(recipe, depth=1, width=64, batch=64, epochs=6, learning_rate=0.001, dropout=0.2)
 
     def seconds(
-        trials: int = 3, folds: int = board.folds, recipe: Recipe = recipe, patients: int = 2
+        trials: int = 3, folds: int = task_data.folds, recipe: Recipe = recipe, patients: int = 2
     ) -> float:
-        here = replace(board, table=board.table.assign(fold=board.table["fold"] % folds), folds=folds)
+        here = replace(
+            task_data, table=task_data.table.assign(fold=task_data.table["fold"] % folds), folds=folds
+        )
         material = here.material(tune, params.seed)
         items = material.items
-        who = board.table["patient"].astype("category").cat.codes.to_numpy()
-        patient = who[np.searchsorted(board.row, items.row)]
+        who = task_data.table["patient"].astype("category").cat.codes.to_numpy()
+        patient = who[np.searchsorted(task_data.row, items.row)]
         kept = patient % 2 < patients
         fewer = TrainingItems(
             *(each[kept] for each in (items.row, items.views, items.copies, items.label, items.fold))

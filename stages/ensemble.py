@@ -6,7 +6,7 @@ Usage: python stages/ensemble.py ENSEMBLE   (a name of `ensembles` in params.yam
 from dataclasses import replace
 from pathlib import Path
 
-from aplsmear.ensembles.baselines import compare, pooled_features, pooled_rival, rivals_of
+from aplsmear.ensembles.baselines import baselines_of, compare, pooled_baseline, pooled_features
 from aplsmear.ensembles.bundle import (
     Member,
     describe_usual,
@@ -56,14 +56,14 @@ def main(name: str) -> None:
     candidates = draw_candidates(combine, params.seed)
     verdicts = judge(patients, members, candidates, combine.refits, params.seed)
 
-    rivals = rivals_of(patients, members, combine.shares, params.seed)
+    baselines = baselines_of(patients, members, combine.shares, params.seed)
     features = {level: read_features(Path(f"features/{level}"), params.backbones) for level in LEVELS}
     items = {
         "cell": read_table(cells).rename(columns={"cell": "item"}),
         "smear": read_table(Path("dataset/smears.csv")).rename(columns={"smear": "item"}),
     }
     if pooled := pooled_features(features["cell"].values(), items["cell"], patients):
-        rivals["mean-pooled features"] = pooled_rival(patients, pooled)
+        baselines["mean-pooled features"] = pooled_baseline(patients, pooled)
 
     important = importance(verdicts, combine.shuffles, params.seed)
     of_cells = important[[levels[task] == "cell" for task in important["member"]]]
@@ -79,7 +79,7 @@ def main(name: str) -> None:
         verdicts=verdicts,
         members=members,
         measured=measure(verdicts, combine.resamples, params.seed),
-        comparison=compare(patients, probability.to_numpy(), rivals),
+        comparison=compare(patients, probability.to_numpy(), baselines),
         importance=important,
         roc=roc_curve_table(label, probability),
         band=roc_band_table(label, probability, combine.resamples, params.seed),

@@ -18,7 +18,7 @@ from aplsmear.features.store import read_features
 from aplsmear.files import hold, whole, write_json
 from aplsmear.finetune.finetuning import (
     Deepened,
-    Workshop,
+    FinetuneContext,
     compare,
     courses_table,
     deepen,
@@ -32,7 +32,7 @@ from aplsmear.finetune.finetuning import (
 )
 from aplsmear.finetune.training import Course, Run, check_precision
 from aplsmear.heads.head import read_heads
-from aplsmear.heads.search import make_board
+from aplsmear.heads.search import make_task_data
 from aplsmear.images.view_store import plain_views
 from aplsmear.params import read_params
 from aplsmear.progress import progress
@@ -48,7 +48,7 @@ def main() -> None:
     start_tensorflow(params.compute.threads)
     check_precision(settings.precision)
     items = read_table(Path(f"dataset/{task.level}s.csv")).assign(item=lambda table: table[task.level])
-    board = make_board(
+    task_data = make_task_data(
         items,
         task_labels(items, task),
         read_table(Path("splits/folds.csv")),
@@ -57,8 +57,8 @@ def main() -> None:
     best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
     found = starts(best, read_table(tuned / "trials.csv"), read_heads(tuned / "heads.npz"), settings.trial)
     views = Path(f"augmented/{task.level}/views.parquet")
-    shop = Workshop(
-        board,
+    context = FinetuneContext(
+        task_data,
         settings,
         params.tune_of(name),
         params.backbones,
@@ -68,28 +68,28 @@ def main() -> None:
         seed,
         items[settings.head.kinds].to_numpy() if settings.head.kinds else None,
     )
-    key = f"{name}-{finetune_key(shop, found, params.compute.threads)}"
-    shop.folder = home() / ".finetuning" / key
+    key = f"{name}-{finetune_key(context, found, params.compute.threads)}"
+    context.folder = home() / ".finetuning" / key
     # Two experiments at once may need the same training: the second waits.
-    lock = hold(shop.folder.with_suffix(".lock"))
+    lock = hold(context.folder.with_suffix(".lock"))
     knobs = {"seed": seed} | settings.model_dump()
     tracker = Tracker(home(), f"finetune {name}", key, origin("finetune", name), knobs)
 
     done: list[Deepened] = []
     courses: dict[Run, Course] = {}
-    for trained, course in progress(deepen(shop, found, done), "epochs", note=how_it_goes):
+    for trained, course in progress(deepen(context, found, done), "epochs", note=how_it_goes):
         courses[trained] = course
     log_courses(tracker, courses)
-    *worlds, final = done
-    predictions = predict_held_out(shop, done)
+    *outer_folds, final = done
+    predictions = predict_held_out(context, done)
     metrics = compare(predictions, read_table(tuned / "predictions.csv"), params.combine.resamples, seed) | {
         "task": name,
         "epochs": final.epochs,
-        "folds": len(worlds),
-        "folds_left_frozen": sum(not world.epochs for world in worlds),
+        "folds": len(outer_folds),
+        "folds_left_frozen": sum(not outer_fold.epochs for outer_fold in outer_folds),
     }
     history = courses_table(done)
-    model = final_model(shop, final)
+    model = final_model(context, final)
 
     out = Path("finetuned")
     write_table(out / "predictions.csv", predictions)
@@ -99,11 +99,11 @@ def main() -> None:
     write_json(out / "metrics.json", metrics, digits=4)
     with whole(out / "architecture.json") as part:
         part.write_text(model.to_json() + "\n", encoding="utf-8")
-    model.save_weights(shop.folder / "model.weights.h5")
-    (shop.folder / "model.weights.h5").replace(out / "model.weights.h5")
+    model.save_weights(context.folder / "model.weights.h5")
+    (context.folder / "model.weights.h5").replace(out / "model.weights.h5")
     chosen = examples(predictions, settings.pictures)
     pictures = plain_views(views, set(chosen["item"]))
-    write_explanations(shop, done, chosen, pictures, out / "explanations")
+    write_explanations(context, done, chosen, pictures, out / "explanations")
 
     if settings.log_model:
         tracker.log_model(model)
@@ -111,7 +111,7 @@ def main() -> None:
         tracker.log_pictures(out / "explanations")
     difference = metrics["difference"]
     tracker.close({}, {"auroc": metrics["auroc"]["value"], "difference": difference["value"]})
-    shutil.rmtree(shop.folder)
+    shutil.rmtree(context.folder)
     lock.close()
     print(
         f"{name}: AUROC {metrics['auroc']['value']:.3f}, frozen {metrics['frozen']['auroc']:.3f}; difference "
@@ -121,7 +121,7 @@ def main() -> None:
     )
     if metrics["folds_left_frozen"]:
         print(
-            f"{metrics['folds_left_frozen']} of {len(worlds)} folds stay with the frozen model: "
+            f"{metrics['folds_left_frozen']} of {len(outer_folds)} folds stay with the frozen model: "
             "their inner folds gained nothing",
             file=sys.stderr,
         )

@@ -22,15 +22,15 @@ from aplsmear.features.store import read_features
 from aplsmear.files import whole, write_json
 from aplsmear.heads.head import write_heads
 from aplsmear.heads.search import (
-    Board,
+    TaskData,
     Trial,
     choose_all,
     explain_choice,
     held_out_predictions,
     held_out_scores,
     importances,
-    make_board,
-    make_patient_board,
+    make_patient_task_data,
+    make_task_data,
     measure,
     run_study,
     scores_table,
@@ -54,14 +54,14 @@ def main(name: str, role: str = "") -> None:
     threads = params.compute.threads
     start_tensorflow(threads)
 
-    board = board_of(task, params)
-    key = f"{name}-{study_key(board, settings, params.seed, threads)}"
+    task_data = task_data_of(task, params)
+    key = f"{name}-{study_key(task_data, settings, params.seed, threads)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
     journal = home() / f".studies/{key}.journal"
     study = open_study(key, journal, url)
     print(f"study {key}", file=sys.stderr)
-    running = run_study(board, settings, params.seed, study)
-    found = progress(running, "trials", settings.trials, best_so_far(board.folds))
+    running = run_study(task_data, settings, params.seed, study)
+    found = progress(running, "trials", settings.trials, best_so_far(task_data.folds))
     if role:
         for _ in found:
             pass
@@ -72,10 +72,10 @@ def main(name: str, role: str = "") -> None:
     tracker = Tracker(
         home(), f"tune {name}", key, described, {"seed": params.seed, "trials": settings.trials}
     )
-    trials = list(logged(found, tracker, board.folds))
-    choices = choose_all(trials, board.folds, settings.pick.get(name))
-    scores, heads = held_out_scores(board, [choice.trial for choice in choices], settings, params.seed)
-    predictions = held_out_predictions(board, scores)
+    trials = list(logged(found, tracker, task_data.folds))
+    choices = choose_all(trials, task_data.folds, settings.pick.get(name))
+    scores, heads = held_out_scores(task_data, [choice.trial for choice in choices], settings, params.seed)
+    predictions = held_out_predictions(task_data, scores)
     metrics = measure(predictions, params.combine.resamples, params.seed)
     important = importances(study.trials(), params.seed)
     explained = {"study": key} | explain_choice(trials, choices, important)
@@ -85,7 +85,7 @@ def main(name: str, role: str = "") -> None:
     write_table(out / "predictions.csv", predictions)
     write_table(out / "roc.csv", roc_curve_table(predictions["label"], predictions["probability"]))
     with whole(out / "scores.parquet") as part:
-        scores_table(board, scores).to_parquet(part, index=False)
+        scores_table(task_data, scores).to_parquet(part, index=False)
     write_heads(out / "heads.npz", heads, settings.average)
     write_json(out / "metrics.json", headline(metrics), digits=4)
     with whole(out / "best.yaml") as part:
@@ -95,7 +95,7 @@ def main(name: str, role: str = "") -> None:
     )
 
 
-def board_of(task: Task, params: Params) -> Board:
+def task_data_of(task: Task, params: Params) -> TaskData:
     """All that the study of a task works on; the tables that it is made from are not kept."""
     images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
     items = task_items(images, task.level)
@@ -103,17 +103,17 @@ def board_of(task: Task, params: Params) -> Board:
     folds = read_table(Path("splits/folds.csv"))
     features = read_features(Path(f"features/{task.images}"), params.backbones)
     if task.level == "patient":
-        return make_patient_board(images, items, label, folds, features)
-    return make_board(items, label, folds, features)
+        return make_patient_task_data(images, items, label, folds, features)
+    return make_task_data(items, label, folds, features)
 
 
-def best_so_far(world: int) -> Callable[[Trial], str]:
+def best_so_far(outer_fold: int) -> Callable[[Trial], str]:
     """The remark beside the progress bar."""
     best = 0.0
 
     def note(trial: Trial) -> str:
         nonlocal best
-        best = best if trial.failure else max(best, trial.auroc(world))
+        best = best if trial.failure else max(best, trial.auroc(outer_fold))
         return f"best AUROC {best:.3f}"
 
     return note

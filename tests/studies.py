@@ -13,7 +13,7 @@ import pandas as pd
 
 from aplsmear.features.store import Features
 from aplsmear.heads.head import Job
-from aplsmear.heads.search import Board, Trial, make_board, run_study
+from aplsmear.heads.search import TaskData, Trial, make_task_data, run_study
 from aplsmear.heads.stack import Judged, Material
 from aplsmear.heads.study import open_study
 from aplsmear.params import Tune, read_params
@@ -34,9 +34,9 @@ def settings(space: Mapping[str, Any] | None = None, **changed: Any) -> Tune:
     return Tune.model_validate(SETTINGS.model_dump() | small | {"space": merged})
 
 
-def board(
+def task_data(
     patients: int = 16, per_patient: int = 5, channels: int = 6, seed: int = 1, **changed: Any
-) -> Board:
+) -> TaskData:
     """Patients p00, p01, ... with cells of both classes; two kinds of features, one tells the class."""
     random = np.random.Generator(np.random.Philox(seed))
     items = pd.DataFrame(
@@ -53,7 +53,7 @@ def board(
     folds = pd.DataFrame(
         {"patient": [f"p{p:02}" for p in range(patients)], "fold": np.arange(patients) % FOLDS}
     )
-    return replace(make_board(items, label, folds, features), **changed)
+    return replace(make_task_data(items, label, folds, features), **changed)
 
 
 def quick_judge(jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
@@ -87,6 +87,6 @@ def told(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
 def work(folder: str, url: str = "", trials: int = 9) -> list[Trial]:
     """One worker, from start to end; what it ends with is written to a file of its own."""
     study = open_study("study", Path(folder) / "study.journal", url)
-    found = list(run_study(board(), settings(trials=trials), 5, study, quick_judge))
+    found = list(run_study(task_data(), settings(trials=trials), 5, study, quick_judge))
     Path(folder, f"told-{os.getpid()}").write_text(repr(told(found)))
     return found

@@ -124,9 +124,9 @@ def test_a_parquet_file_with_a_pickled_type_is_harmless(untouched):
         "ARROW:extension:name": "arrow.py_extension_type",
         "ARROW:extension:metadata": pickle.dumps(Trap()),
     }
-    column = pa.field("world_0", pa.float32(), metadata=trap)
+    column = pa.field("outer_0", pa.float32(), metadata=trap)
     pq.write_table(pa.table([pa.array([0.5], pa.float32())], schema=pa.schema([column])), "scores.parquet")
-    assert read_scores(untouched / "scores.parquet")["world_0"].tolist() == [0.5]
+    assert read_scores(untouched / "scores.parquet")["outer_0"].tolist() == [0.5]
 
 
 START = {"op_code": 0, "worker_id": "x", "study_name": "s", "directions": [2]}

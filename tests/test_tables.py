@@ -76,6 +76,6 @@ def test_an_empty_table_keeps_its_columns(tmp_path):
 
 
 def test_scores_keep_every_bit(tmp_path):
-    scores = pd.DataFrame({"item": ["1"], "world_0": np.array([1 / 3], dtype=np.float32)})
+    scores = pd.DataFrame({"item": ["1"], "outer_0": np.array([1 / 3], dtype=np.float32)})
     scores.to_parquet(tmp_path / "scores.parquet", index=False)
     pd.testing.assert_frame_equal(read_scores(tmp_path / "scores.parquet"), scores)

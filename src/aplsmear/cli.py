@@ -293,8 +293,8 @@ def predict(
     _check_outs([path for path in (out, report) if path is not None], overwrite)
     try:
         bundle = read_bundle(ensemble)
-        world = bundle.world_of(fold)
-        judge = Judge(bundle, world)
+        outer_fold = bundle.world_of(fold)
+        judge = Judge(bundle, outer_fold)
         with engine_of(_knobs(None), [data, bundle.folder], networks=True) as engine:
             found = read_data_set(
                 data,

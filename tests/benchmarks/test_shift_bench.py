@@ -59,11 +59,11 @@ def test_a_member_that_judges_whole_patients_sees_each_with_his_own_cells(shift,
     assert table[["item", "patient", "fold"]].to_numpy().tolist() == [
         ["a", "a", 0], ["b", "b", 1], ["c", "c", 2],
     ]  # fmt: skip
-    for world, each in enumerate(heads):
+    for outer_fold, each in enumerate(heads):
         expected = [
             np.mean([attend(each, view[patient == name])[0] for view in shown[:views]]) for name in "abc"
         ]
-        assert table[f"world_{world}"].to_numpy() == pytest.approx(expected)
+        assert table[f"outer_{outer_fold}"].to_numpy() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 30, 40), (100, 150, 140, 180), (170, 260, 200, 300)])

@@ -209,7 +209,7 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
     [
         ({"surprise": 1}, "surprise"),
         ({"seed": "1"}, "seed"),
-        ({"combinations": []}, "heads for 0 worlds"),
+        ({"combinations": []}, "heads for 0 outer folds"),
         ({"reference_features": "net/c"}, "no backbone that gives net/c"),
         ({"members": [{"task": "../m0", "level": "cell"}]}, "not in its manifest"),
         ({"backbones": {}}, "no backbone that gives net/a"),

@@ -45,15 +45,15 @@ def people(n: int, folds: int) -> pd.DataFrame:
 def scores_of(patients: pd.DataFrame, seed: int, strength: float = 1.0, cells: int = 6) -> pd.DataFrame:
     """A member's scores as `tuned/<task>/scores.parquet` holds them."""
     random = np.random.default_rng(seed)
-    worlds = int(patients["fold"].max()) + 2
+    outer_folds = int(patients["fold"].max()) + 2
     of = patients.loc[patients.index.repeat(cells)].reset_index(drop=True)
     shift = strength * (of["diagnosis"] == "apl").to_numpy()
     own = dict(zip(patients["patient"], random.normal(size=len(patients)), strict=True))
     level = of["patient"].map(own).to_numpy() + shift
-    noise = random.normal(size=(len(of), worlds)) * 0.5
+    noise = random.normal(size=(len(of), outer_folds)) * 0.5
     values = 1 / (1 + np.exp(-(level[:, None] + noise)))
     table = of[["patient", "fold"]].assign(item=[f"cell{n}" for n in range(len(of))])
-    return table.assign(**{f"world_{w}": values[:, w].astype(np.float32) for w in range(worlds)})
+    return table.assign(**{f"outer_{w}": values[:, w].astype(np.float32) for w in range(outer_folds)})
 
 
 def cohort(n: int = 10, folds: int = 5, members: int = 3, strength: float = 1.0, seed: int = 0):
@@ -95,12 +95,14 @@ def test_labels_of_the_held_out_patients_do_not_reach_their_verdicts(candidates,
 
 def test_scores_of_the_held_out_patients_do_not_reach_what_judges_them() -> None:
     patients, members = cohort()
-    world = 2
+    outer_fold = 2
     moved = {
         name: table.assign(
             **{
                 kind: np.where(
-                    (table["fold"] == world) & (table["world"] == world), -3 * table[kind] + 1, table[kind]
+                    (table["fold"] == outer_fold) & (table["outer_fold"] == outer_fold),
+                    -3 * table[kind] + 1,
+                    table[kind],
                 )
                 for kind in SUMMARIES
             }
@@ -109,18 +111,20 @@ def test_scores_of_the_held_out_patients_do_not_reach_what_judges_them() -> None
     }
     before = judge(patients, members, RIDGE, 0, 1)
     after = judge(patients, moved, RIDGE, 0, 1)
-    one, other = before.combinations[world], after.combinations[world]
-    assert before.chosen[world] == after.chosen[world]
+    one, other = before.combinations[outer_fold], after.combinations[outer_fold]
+    assert before.chosen[outer_fold] == after.chosen[outer_fold]
     np.testing.assert_array_equal(one.fitted.weights, other.fitted.weights)
     assert (one.slope, one.offset, one.thresholds) == (other.slope, other.offset, other.thresholds)
-    there = (patients["fold"] == world).to_numpy()
+    there = (patients["fold"] == outer_fold).to_numpy()
     assert not np.allclose(before.table["probability"][there], after.table["probability"][there])
 
 
-def test_a_world_reads_no_score_of_another_world() -> None:
+def test_an_outer_fold_reads_no_score_of_another() -> None:
     patients, members = cohort()
     spoiled = {
-        name: table.assign(**{kind: np.where(table["world"] == 1, 0.0, table[kind]) for kind in SUMMARIES})
+        name: table.assign(
+            **{kind: np.where(table["outer_fold"] == 1, 0.0, table[kind]) for kind in SUMMARIES}
+        )
         for name, table in members.items()
     }
     before = judge(patients, members, RIDGE, 0, 1).table
@@ -141,9 +145,9 @@ def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() 
             f"m{k}": pd.concat(
                 [
                     patients[["patient", "fold"]].assign(
-                        world=world, items=1, **dict.fromkeys(SUMMARIES, mark)
+                        outer_fold=outer_fold, items=1, **dict.fromkeys(SUMMARIES, mark)
                     )
-                    for world in range(6)
+                    for outer_fold in range(6)
                 ]
             )
             for k, mark in enumerate(marks)
@@ -343,7 +347,7 @@ def test_members_on_disk_are_those_of_params(tmp_path) -> None:
         scores.to_parquet(tmp_path / f"{name}.scores.parquet", index=False)
     with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
         read_members(tmp_path, {"blast": "cell", "faggot": "cell"}, {})
-    halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("world")})
+    halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("outer_fold")})
     said = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})
     assert list(said) == ["blast", "old"]
     for name, weights in (("blast", halved), ("old", None)):  # a cell's weight says nothing of a smear

@@ -51,13 +51,13 @@ def test_patients_by_hand() -> None:
             "item": ["c1", "c2", "c3"],
             "patient": ["p2", "p1", "p2"],
             "fold": [1, 0, 1],
-            "world_0": np.float32([0.25, 0.0, 0.75]),
-            "world_1": np.float32([0.5, 1.0, 0.5]),
+            "outer_0": np.float32([0.25, 0.0, 0.75]),
+            "outer_1": np.float32([0.5, 1.0, 0.5]),
         }
     )
     table = summarise_patients(scores)
-    assert list(table.columns) == ["patient", "fold", "world", "items", *SUMMARIES, "most", "least"]
-    assert table[["patient", "fold", "world", "items"]].to_numpy().tolist() == [
+    assert list(table.columns) == ["patient", "fold", "outer_fold", "items", *SUMMARIES, "most", "least"]
+    assert table[["patient", "fold", "outer_fold", "items"]].to_numpy().tolist() == [
         ["p1", 0, 0, 1],
         ["p1", 0, 1, 1],
         ["p2", 1, 0, 2],
@@ -69,7 +69,7 @@ def test_patients_by_hand() -> None:
         "[]",
         "[]",
         '["c1"]',
-    ]  # in his own world alone; one cell is at no end
+    ]  # in his own outer fold alone; one cell is at no end
     assert table["least"].tolist() == ["[]", "[]", "[]", '["c3"]']
     assert table["top"][2] == pytest.approx(0.0)  # a logit
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
@@ -90,7 +90,7 @@ def test_the_order_of_the_cells_does_not_matter() -> None:
     scores = pd.DataFrame(
         {"item": [f"c{n}" for n in range(60)], "patient": [f"p{n % 7}" for n in range(60)]}
         | {"fold": [n % 7 % 3 for n in range(60)]}
-        | {f"world_{world}": random.random(60).astype(np.float32) for world in range(4)}
+        | {f"outer_{outer_fold}": random.random(60).astype(np.float32) for outer_fold in range(4)}
     )
     mixed = scores.sample(frac=1, random_state=1)
     pd.testing.assert_frame_equal(summarise_patients(scores), summarise_patients(mixed))
@@ -120,8 +120,8 @@ def test_cells_are_weighed_in_each_world_by_what_the_other_task_says_there() -> 
             "item": ["c1", "c2"],
             "patient": ["p", "p"],
             "fold": [0, 0],
-            "world_0": np.float32([0.9, 0.1]),
-            "world_1": np.float32([0.9, 0.1]),
+            "outer_0": np.float32([0.9, 0.1]),
+            "outer_1": np.float32([0.9, 0.1]),
         }
     )
     weights = scores.assign(world_0=np.float32([1, 0.0001]), world_1=np.float32([0.0001, 1])).iloc[::-1]

@@ -62,25 +62,25 @@ def test_no_patient_is_on_both_sides_of_any_split_outer_or_inner(found, seed):
     def trained_on(held_out: frozenset[int]) -> set[str]:
         return set(fold_of.index[~fold_of.isin(held_out)])
 
-    for world in range(folds + 1):
-        own = set(fold_of.index[fold_of == world])  # nobody in the last world
+    for outer_fold in range(folds + 1):
+        own = set(fold_of.index[fold_of == outer_fold])  # nobody in the last outer fold
         scored = Counter()
-        for inner, held_out in inner_sets(world, folds).items():
+        for inner, held_out in inner_sets(outer_fold, folds).items():
             theirs = set(fold_of.index[fold_of == inner])
             scored.update(theirs)
             assert not theirs & trained_on(held_out)
             assert not own & (trained_on(held_out) | theirs)  # what is chosen here has not seen the held-out
             assert trained_on(held_out) | theirs | own == set(fold_of.index)  # and nobody else is left out
         assert scored == Counter(set(fold_of.index) - own)  # every other patient, once
-        assert trained_on(outer_set(world, folds)) == set(fold_of.index) - own
+        assert trained_on(outer_set(outer_fold, folds)) == set(fold_of.index) - own
 
 
 @pytest.mark.parametrize("folds", range(3, 8))
 def test_the_networks_of_a_trial_serve_every_world(folds):
     sets = tuning_sets(folds)
     assert len(sets) == len(set(sets)) == folds * (folds - 1) // 2
-    for world in range(folds):
-        assert set(inner_sets(world, folds).values()) == {pair for pair in sets if world in pair}
+    for outer_fold in range(folds):
+        assert set(inner_sets(outer_fold, folds).values()) == {pair for pair in sets if outer_fold in pair}
     assert set(inner_sets(folds, folds).values()) == {frozenset({fold}) for fold in range(folds)}
     assert outer_set(folds, folds) == frozenset()
 

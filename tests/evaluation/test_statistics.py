@@ -117,15 +117,15 @@ def u_covariance(label, unit, a, b):
 def test_delong_and_obuchowski_agree_with_all_pairs(grouped):
     label, score, patient = clustered(1, n_patients=12, cells=5)
     score = np.round(score, 1)  # ties
-    rival = np.round(score + np.random.default_rng(2).normal(size=len(score)), 1)
+    baseline = np.round(score + np.random.default_rng(2).normal(size=len(score)), 1)
     unit = patient if grouped else np.arange(len(label))
     groups = patient if grouped else None
-    a, b = u_statistic(label, score, unit), u_statistic(label, rival, unit)
+    a, b = u_statistic(label, score, unit), u_statistic(label, baseline, unit)
     variance = u_covariance(label, unit, a, a)
     assert auroc_standard_error(label, score, groups=groups) == pytest.approx(math.sqrt(variance))
 
     of_difference = variance + u_covariance(label, unit, b, b) - 2 * u_covariance(label, unit, a, b)
-    found = delong_test(label, score, rival, groups=groups)
+    found = delong_test(label, score, baseline, groups=groups)
     assert found.difference == pytest.approx(a[0] - b[0])
     assert found.p == pytest.approx(2 * stats.norm.sf(abs(a[0] - b[0]) / math.sqrt(of_difference)))
     assert found.interval.high - found.interval.low == pytest.approx(2 * 1.959964 * math.sqrt(of_difference))

@@ -73,7 +73,7 @@ def features() -> np.ndarray:
 def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: object) -> dict[str, object]:
     """Train a small network; `cuts`: after so many epochs by another process, which was killed."""
     from aplsmear.finetune.network import divide
-    from aplsmear.finetune.training import Kinds, Run, Tuner, make_store, middles_of
+    from aplsmear.finetune.training import Kinds, Run, Trainer, make_store, middles_of
     from aplsmear.images.reading import encode_jpeg
     from aplsmear.images.view_store import View
 
@@ -93,13 +93,13 @@ def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: ob
     views = [View(str(number // 2), number % 2, encode_jpeg(image)) for number, image in enumerate(images())]
     found: dict[str, object] = {}
     for last in (cuts, 99) if cuts else (99,):
-        tuner = Tuner(network, settings, 0.1, strategy)
-        store = make_store(folder, iter([views]), np.ones(48, bool), tuner.network, 32, settings.online)
-        seen = middles_of(folder / "middles.npy", store, tuner.network) if middle < 1 else features()
+        trainer = Trainer(network, settings, 0.1, strategy)
+        store = make_store(folder, iter([views]), np.ones(48, bool), trainer.network, 32, settings.online)
+        seen = middles_of(folder / "middles.npy", store, trainer.network) if middle < 1 else features()
         store = replace(store, features=seen.__getitem__)
-        tuner.start(head(), np.zeros(read, np.float32), np.ones(read, np.float32))
-        for course in tuner.train(run, items(), kinds, store, 7, folder / "run.npz"):
-            found = {"loss": course.loss, "auroc": course.auroc, "weights": tuner.weights()}
+        trainer.start(head(), np.zeros(read, np.float32), np.ones(read, np.float32))
+        for course in trainer.train(run, items(), kinds, store, 7, folder / "run.npz"):
+            found = {"loss": course.loss, "auroc": course.auroc, "weights": trainer.weights()}
             if len(course.loss) == last:
                 break
     return found

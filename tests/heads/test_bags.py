@@ -23,7 +23,7 @@ from aplsmear.heads.search import (
     choose_all,
     held_out_predictions,
     held_out_scores,
-    make_patient_board,
+    make_patient_task_data,
     run_study,
     scores_table,
 )
@@ -331,7 +331,7 @@ def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
 TASK = Task(level="patient", positive={"diagnosis": ["apl"]}, negative={"diagnosis": ["aml"]})
 
 
-def board(
+def task_data(
     order: int | None = None, spoilt: int | None = None, patients: int = 28, views: int = 1
 ) -> PatientBoard:
     """Patients of 6 cells, one of a single cell, one of none, some who are healthy; cells in any order."""
@@ -363,7 +363,7 @@ def board(
     folds = pd.DataFrame({"patient": [f"p{n:02}" for n in range(patients)], "fold": fold})
     images = task_items(cells, "cell")
     items = task_items(images, "patient")
-    return make_patient_board(images, items, task_labels(items, TASK), folds, features)
+    return make_patient_task_data(images, items, task_labels(items, TASK), folds, features)
 
 
 SPACE = {"views": [0, 1], "depth": [0, 1], "width": [3, 6], "batch": [8], "epochs": [6], "mixup": [0.0]}
@@ -378,11 +378,11 @@ def tuned(whole: PatientBoard, folder: Path) -> tuple[list[Any], np.ndarray, lis
 
 @pytest.fixture(scope="module")
 def peaceful(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], np.ndarray, list[Head]]:
-    return tuned(board(), tmp_path_factory.mktemp("peaceful"))
+    return tuned(task_data(), tmp_path_factory.mktemp("peaceful"))
 
 
 def test_patients_are_items_and_those_without_cells_are_none(peaceful: Any) -> None:
-    whole = board()
+    whole = task_data()
     _, scores, heads = peaceful
     table = scores_table(whole, scores)
     assert "p05" not in set(table["patient"])  # no cell
@@ -399,7 +399,7 @@ def test_patients_are_items_and_those_without_cells_are_none(peaceful: Any) -> N
 
 def test_a_patient_is_explained_by_the_head_that_never_saw_him(peaceful: Any) -> None:
     """With `average: 1` the score is the mean over two views of the cells."""
-    whole = board()
+    whole = task_data()
     _, scores, heads = peaceful
     for place, fold in enumerate(whole.table["fold"]):
         views = [whole.attend(heads[fold], place, view) for view in (0, 1)]
@@ -410,15 +410,15 @@ def test_a_patient_is_explained_by_the_head_that_never_saw_him(peaceful: Any) ->
 
 
 def test_the_order_of_the_cells_changes_no_bit(tmp_path: Path, peaceful: Any) -> None:
-    trials, scores, heads = tuned(board(order=3), tmp_path)
+    trials, scores, heads = tuned(task_data(order=3), tmp_path)
     assert trials == peaceful[0]
     assert scores.tobytes() == peaceful[1].tobytes()
     assert all(same(a, b, 0) for a, b in zip(heads, peaceful[2], strict=True))
 
 
 def test_what_a_fold_holds_is_nothing_to_its_world() -> None:
-    """With other cells in fold 1, the same choices give the same scores of everybody else in world 1."""
-    whole, spoilt = board(), board(spoilt=1)
+    """With other cells in fold 1, the same choices give the same scores of everybody else in outer fold 1."""
+    whole, spoilt = task_data(), task_data(spoilt=1)
     inner = np.full((FOLDS, FOLDS), 0.8)
     trial = Trial(0, replace(BASE, batch=8), inner, np.full(inner.shape, 3), 1)
     (scores, _), (others, _) = (
@@ -431,7 +431,7 @@ def test_what_a_fold_holds_is_nothing_to_its_world() -> None:
 
 
 def test_killed_a_study_goes_on_as_if_it_had_not_been(tmp_path: Path, peaceful: Any) -> None:
-    whole, calls = board(), []
+    whole, calls = task_data(), []
 
     def judge(jobs: Any, ground: Material, patience: int) -> Any:
         calls.append(jobs[0].trial)

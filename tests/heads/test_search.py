@@ -22,7 +22,7 @@ from aplsmear.heads.search import (
     held_out_predictions,
     held_out_scores,
     importances,
-    make_board,
+    make_task_data,
     run_study,
     scores_table,
     study_key,
@@ -30,7 +30,7 @@ from aplsmear.heads.search import (
 )
 from aplsmear.heads.stack import Material, train_heads
 from aplsmear.heads.study import open_study
-from studies import FOLDS, board, quick_judge, settings, told
+from studies import FOLDS, quick_judge, settings, task_data, told
 
 RECIPE = draw_candidates(settings(), ["net/good", "net/poor"], 1)[0][0]
 
@@ -61,15 +61,15 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
     inside, outside = 0.9 - error + 1e-6, 0.9 - error - 1e-6
     assert choose([best, trial(1, level(inside), 5), trial(2, level(outside), 1)], FOLDS).trial.number == 1
     for simpler, other in (({"depth": 1}, {"depth": 2}), ({"views": 1}, {"views": 2}), ({}, {})):
-        rivals = [best, trial(2, level(inside), 5, **other), trial(1, level(inside), 5, **simpler)]
-        assert choose(rivals, FOLDS).trial.number == 1
+        baselines = [best, trial(2, level(inside), 5, **other), trial(1, level(inside), 5, **simpler)]
+        assert choose(baselines, FOLDS).trial.number == 1
     assert "trial 0 with inner AUROC 0.9000" in choose([best], FOLDS).why
 
 
-def test_a_world_chooses_by_its_own_row_alone() -> None:
-    """What a trial does in other worlds, and on the held-out fold of world 2, is nothing to world 2."""
+def test_an_outer_fold_chooses_by_its_own_row_alone() -> None:
+    """Scores of other outer folds, and on the held-out fold, change no choice."""
     good, poor = level(0.8), level(0.7)
-    good[2], poor[2] = 0.6, 0.75  # only world 2 prefers the poor one
+    good[2], poor[2] = 0.6, 0.75  # only outer fold 2 prefers the poor one
     for inner in (good, poor):
         inner[2, 2] = np.nan
     trials = [trial(0, good), trial(1, poor)]
@@ -93,7 +93,7 @@ def test_a_fold_of_one_class_and_a_failed_trial_are_left_out() -> None:
 def test_epochs_are_the_mean_of_a_worlds_best_ones() -> None:
     epochs = np.array([[0, 2, 3, 6], [9, 0, 9, 9], [1, 1, 0, 1], [4, 4, 5, 0]])
     tried = replace(trial(0, level(0.8)), best_epoch=epochs)
-    assert [tried.epochs(world) for world in range(FOLDS + 1)] == [4, 9, 1, 4, 5]
+    assert [tried.epochs(outer_fold) for outer_fold in range(FOLDS + 1)] == [4, 9, 1, 4, 5]
 
 
 def test_a_pick_by_hand_is_for_the_final_models_alone() -> None:
@@ -116,7 +116,7 @@ def test_candidates_come_from_seed_and_number_alone() -> None:
 
 
 def test_items_of_a_patient_are_limited_by_class_and_chosen_by_name() -> None:
-    whole = board(per_patient=9)
+    whole = task_data(per_patient=9)
     few = whole.training_items(2, 1)
     patients = whole.table["patient"].to_numpy()[few.row]
     most = pd.Series(few.label).groupby([patients, few.label]).size()
@@ -129,26 +129,26 @@ def test_items_of_a_patient_are_limited_by_class_and_chosen_by_name() -> None:
 
 
 def test_a_task_with_too_few_labels_is_refused_with_their_counts() -> None:
-    whole = board()
+    whole = task_data()
     label = np.where(whole.table["fold"] > 1, 0, whole.label).astype(np.int8)
     folds = whole.table[["patient", "fold"]].drop_duplicates()
     with pytest.raises(
         TuneError, match=r"three folds must have positive items.*fold 2: 0, fold 3: 0; negative"
     ):
-        make_board(whole.table[["item", "patient"]], label, folds, whole.features)
+        make_task_data(whole.table[["item", "patient"]], label, folds, whole.features)
 
 
 def test_features_of_other_items_are_refused() -> None:
-    whole = board()
+    whole = task_data()
     folds = whole.table[["patient", "fold"]].drop_duplicates()
     items = whole.table[["item", "patient"]]
     with pytest.raises(TuneError, match="no features"):
-        make_board(items, whole.label, folds, {})
+        make_task_data(items, whole.label, folds, {})
     with pytest.raises(TuneError, match="not those of this data set"):
-        make_board(items.assign(item=items["item"] + "x"), whole.label, folds, whole.features)
+        make_task_data(items.assign(item=items["item"] + "x"), whole.label, folds, whole.features)
     one, two = whole.features.values()
     with pytest.raises(TuneError, match="other views"):
-        make_board(items, whole.label, folds, {"a": one, "b": replace(two, index=two.index[::-1])})
+        make_task_data(items, whole.label, folds, {"a": one, "b": replace(two, index=two.index[::-1])})
 
 
 def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
             given.update({(job.trial, job.held_out, fold): s for fold, s in judged.score.items()})
         return found
 
-    whole = board()
+    whole = task_data()
     trials = list(run_study(whole, settings(), 5, open_study("s", tmp_path / "j"), judge))
     items = whole.training_items(200, 5)
     for each in trials:
@@ -179,7 +179,7 @@ def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
 
 
 def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -> None:
-    whole = board()
+    whole = task_data()
     expected = told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "a"), quick_judge)))
     calls: list[int] = []
 
@@ -205,16 +205,16 @@ def test_all_trials_failing_is_an_error_that_says_why(tmp_path: Path) -> None:
         ]
 
     with pytest.raises(TuneError, match=r"all trials failed:\n  trial 0: no luck\n  trial 1: no luck"):
-        list(run_study(board(), settings(), 5, open_study("s", tmp_path / "j"), judge))
+        list(run_study(task_data(), settings(), 5, open_study("s", tmp_path / "j"), judge))
 
 
 def test_a_study_is_named_after_all_that_it_depends_on() -> None:
-    whole, used = board(), settings()
+    whole, used = task_data(), settings()
     key = study_key(whole, used, 1, 2)
-    assert key == study_key(board(), settings(), 1, 2)
+    assert key == study_key(task_data(), settings(), 1, 2)
     assert key == study_key(whole, settings(pick={"a": 1}, storage="postgresql+psycopg://host/db"), 1, 2)
     others = [
-        study_key(board(seed=2), used, 1, 2),
+        study_key(task_data(seed=2), used, 1, 2),
         study_key(replace(whole, label=1 - whole.label), used, 1, 2),
         study_key(replace(whole, table=whole.table.assign(fold=0)), used, 1, 2),
         study_key(whole, settings(trials=10), 1, 2),
@@ -227,8 +227,8 @@ def test_a_study_is_named_after_all_that_it_depends_on() -> None:
 
 
 def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In world w, also by none that saw a patient of fold w; seen through the rows that each head reads."""
-    whole = board()
+    """In outer fold w, also by none that saw a patient of fold w (from the rows that a head reads)."""
+    whole = task_data()
     used = settings()
     recipes, _ = draw_candidates(used, sorted(whole.features), 5)
     recipes = [
@@ -262,8 +262,8 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
     assert scores.shape == (len(whole.table), FOLDS + 1)
     assert not np.isnan(scores).any()
     expected = [
-        (each.number, {world, fold} - {FOLDS}, {fold}, each.number + 1)
-        for world, each in enumerate(chosen)
+        (each.number, {outer_fold, fold} - {FOLDS}, {fold}, each.number + 1)
+        for outer_fold, each in enumerate(chosen)
         for fold in range(FOLDS)
     ]
     found = [(job.trial, set(job.held_out), folds, job.epochs) for job, folds in scored]
@@ -274,12 +274,16 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
 
     predictions = held_out_predictions(whole, scores)
     fold = whole.table["fold"].to_numpy()
-    for world in range(FOLDS):
-        rows = whole.row[fold == world]
-        by_outer = score([outer[world]], whole.features[chosen[world].recipe.features].values, rows)[0]
-        assert (predictions["probability"].to_numpy()[fold == world].astype(np.float32) == by_outer).all()
+    for outer_fold in range(FOLDS):
+        rows = whole.row[fold == outer_fold]
+        by_outer = score(
+            [outer[outer_fold]], whole.features[chosen[outer_fold].recipe.features].values, rows
+        )[0]
+        assert (
+            predictions["probability"].to_numpy()[fold == outer_fold].astype(np.float32) == by_outer
+        ).all()
     table = scores_table(whole, scores)
-    assert list(table.columns) == ["item", "patient", "fold", *(f"world_{w}" for w in range(FOLDS + 1))]
+    assert list(table.columns) == ["item", "patient", "fold", *(f"outer_{w}" for w in range(FOLDS + 1))]
 
 
 def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> None:
@@ -291,7 +295,7 @@ def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> 
     patients, cells = 48, 6
     lots = random.permutation(np.repeat([0, 1], patients // 2))
     marks = random.normal(size=(patients, 64)) * 3
-    whole = board(patients, cells, 64)
+    whole = task_data(patients, cells, 64)
     who = np.repeat(np.arange(patients), cells)
     x = (marks[who] + random.normal(size=(len(who), 64)) * 0.3).astype(np.float16)
     features = {name: replace(each, values=x) for name, each in whole.features.items()}
@@ -313,7 +317,7 @@ def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> 
 
 def test_tables_for_plots(tmp_path: Path) -> None:
     study = open_study("s", tmp_path / "j")
-    trials = list(run_study(board(), settings(), 5, study, quick_judge))
+    trials = list(run_study(task_data(), settings(), 5, study, quick_judge))
     choices = choose_all(trials, FOLDS)
     table = trials_table(trials, choices)
     assert table["trial"].tolist() == list(range(9))
@@ -336,7 +340,7 @@ def test_tables_for_plots(tmp_path: Path) -> None:
 
 def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `average: 1`, an item's score is the mean of its plain and its first augmented view."""
-    whole = board()
+    whole = task_data()
     index = pd.DataFrame({"item": np.repeat(whole.table["item"], 2), "view": [0, 1] * len(whole.table)})
     doubled = {
         name: replace(each, index=index.reset_index(drop=True), values=np.repeat(each.values, 2, axis=0))

@@ -17,7 +17,7 @@ import pytest
 
 from aplsmear.heads.search import run_study
 from aplsmear.heads.study import StudyError, open_study
-from studies import board, quick_judge, settings, told, work
+from studies import quick_judge, settings, task_data, told, work
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_results_stored_but_not_told_are_told_by_the_next(folder: Path, peaceful
 
 def test_trials_carry_what_the_dashboard_shows(tmp_path: Path) -> None:
     study = open_study("s", tmp_path / "j")
-    list(run_study(board(), settings(), 5, study, quick_judge))
+    list(run_study(task_data(), settings(), 5, study, quick_judge))
     trials = study.trials()
     assert [trial.number for trial in trials] == list(range(9))
     assert [trial.state.name for trial in trials].count("FAIL") == 1

@@ -13,7 +13,7 @@ import yaml
 
 from aplsmear.features.store import write_features
 from aplsmear.tables import write_table
-from studies import FOLDS, ROOT, board
+from studies import FOLDS, ROOT, task_data
 
 pytestmark = pytest.mark.pipeline  # each start of TensorFlow takes seconds
 LAYERS = ["conv_pw_1_relu", "conv_pw_2_relu"]  # in whose place features stand that are made up
@@ -22,7 +22,7 @@ LAYERS = ["conv_pw_1_relu", "conv_pw_2_relu"]  # in whose place features stand t
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A data set of one task, small enough to be made up."""
-    made = board(patients=16, per_patient=6)
+    made = task_data(patients=16, per_patient=6)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["tasks"] = {"blast": params["tasks"]["blast"]}
     params["overrides"] = {"blast": {}}

@@ -14,7 +14,7 @@ from aplsmear.evaluation.splits import make_folds
 from aplsmear.features.backbones import features_of
 from aplsmear.features.store import Features
 from aplsmear.heads.head import Recipe
-from aplsmear.heads.search import Trial, held_out_scores, make_board, scores_table
+from aplsmear.heads.search import Trial, held_out_scores, make_task_data, scores_table
 from aplsmear.images.reading import encode_jpeg
 from aplsmear.images.view_store import View
 from aplsmear.params import Backbone, read_params
@@ -56,11 +56,11 @@ def held_out_aurocs(
     cells = pd.DataFrame({"item": features.index["item"], "patient": patient, "diagnosis": diagnosis})
     folds = make_folds(cells, FOLDS, 1)
     label = (cells["diagnosis"] == "apl").to_numpy().astype(np.int8)
-    board = make_board(cells, label, folds, {features.name: features})
+    task_data = make_task_data(cells, label, folds, {features.name: features})
     full = np.full((FOLDS, FOLDS), RECIPE.epochs)
     trial = Trial(0, RECIPE, np.zeros((FOLDS, FOLDS)), full, 1)
-    scores, _ = held_out_scores(board, [trial] * (FOLDS + 1), knobs.tune, 1)
-    members = {"cell": summarise_patients(scores_table(board, scores))}
+    scores, _ = held_out_scores(task_data, [trial] * (FOLDS + 1), knobs.tune, 1)
+    members = {"cell": summarise_patients(scores_table(task_data, scores))}
     asked = [ensembles.Candidate(0, "logistic", "mean", 0.1, 0)]
     table = ensembles.judge(ensembles.patients_of(folds, "apl", "aml"), members, asked, 0, 1).table
     said = table["label"], table["probability"]

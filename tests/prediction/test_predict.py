@@ -72,7 +72,7 @@ class Run:
 
 
 def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
-    """Of every world; on standardised features, so that they say different things of different items."""
+    """Of every outer fold; on standardised features, so that they say different things of different items."""
     random = np.random.default_rng(list(task.encode()))
     name = sorted(features)[len(task) % 2]
     values = features[name].values.astype(np.float32)
@@ -97,10 +97,10 @@ def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, f
         return bag_scores_of(task, heads, of, rows.assign(patient=patients.loc[rows.index]), fold)
     table = pd.DataFrame({"item": rows.index, "patient": patients.loc[rows.index].to_numpy()})
     table["fold"] = table["patient"].map(fold)
-    for world, head in enumerate(heads):
+    for outer_fold, head in enumerate(heads):
         views = [rows["min"] + np.minimum(view, rows["size"] - 1) for view in range(TASKS[task][1] + 1)]
         each = [score([head], of.values, np.asarray(view))[0] for view in views]
-        table[f"world_{world}"] = np.mean(each, axis=0)
+        table[f"outer_{outer_fold}"] = np.mean(each, axis=0)
     return table
 
 
@@ -109,10 +109,10 @@ def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame
     table = []
     for patient, mine in rows.sort_index().groupby("patient"):
         row = {"item": patient, "patient": patient, "fold": fold[patient]}
-        for world, head in enumerate(heads):
+        for outer_fold, head in enumerate(heads):
             views = [mine["min"] + np.minimum(view, mine["size"] - 1) for view in range(TASKS[task][1] + 1)]
             each = [np.float32(attend(head, of.values[np.asarray(view)])[0]) for view in views]
-            row[f"world_{world}"] = np.mean(each)
+            row[f"outer_{outer_fold}"] = np.mean(each)
         table.append(row)
     return pd.DataFrame(table)
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from test_ensembles import NETWORK, RIDGE, cohort
 
-from aplsmear.ensembles.baselines import compare, pooled_features, pooled_rival, rivals_of
+from aplsmear.ensembles.baselines import baselines_of, compare, pooled_baseline, pooled_features
 from aplsmear.ensembles.combination import importance, judge, measure
 from aplsmear.evaluation import curves
 from aplsmear.features.store import Features
@@ -32,14 +32,14 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     members = {task: table.replace({"patient": name}) for task, table in members.items()}
     verdicts = judge(patients, members, candidates, 20, 1)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
-    rivals = {"m0 alone": verdicts.said[:, 0], EVIL: verdicts.said[:, 1]}
+    baselines = {"m0 alone": verdicts.said[:, 0], EVIL: verdicts.said[:, 1]}
     return Findings(
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
         verdicts=verdicts,
         members=members,
         measured=measure(verdicts, 100, 1),
-        comparison=compare(patients, probability.to_numpy(), rivals),
+        comparison=compare(patients, probability.to_numpy(), baselines),
         importance=importance(verdicts, 5, 1),
         roc=curves.roc_curve_table(label, probability),
         band=curves.roc_band_table(label, probability, 100, 1),
@@ -180,10 +180,12 @@ def test_fingerprints_are_those_of_dvc(tmp_path) -> None:
 
 def test_the_ensemble_is_compared_with_members_and_plain_baselines() -> None:
     patients, members = cohort(n=12, folds=3, strength=1.5)
-    rivals = rivals_of(patients, members, ["m1", "not a member"], 1)
-    assert list(rivals) == ["m0 alone", "m1 alone", "m2 alone", "share of m1 cells", "plain average"]
-    table = compare(patients, judge(patients, members, RIDGE, 0, 1).table["probability"].to_numpy(), rivals)
-    assert table["against"].tolist() == ["the ensemble", *rivals]
+    baselines = baselines_of(patients, members, ["m1", "not a member"], 1)
+    assert list(baselines) == ["m0 alone", "m1 alone", "m2 alone", "share of m1 cells", "plain average"]
+    table = compare(
+        patients, judge(patients, members, RIDGE, 0, 1).table["probability"].to_numpy(), baselines
+    )
+    assert table["against"].tolist() == ["the ensemble", *baselines]
     assert table.loc[0, ["difference", "p", "p_holm"]].tolist() == [0, 1, 1]
     assert np.isfinite(table.drop(columns="against").to_numpy(dtype=float)).all()
     assert (table["p_holm"] >= table["p"]).all()
@@ -213,11 +215,11 @@ def test_the_rival_on_pooled_features_finds_a_signal_and_no_more() -> None:
     noise = random.normal(size=(len(patients), 40))
     signal = noise + 3 * patients["label"].to_numpy()[:, None] * (np.arange(40) < 3)
     signal[0] = np.nan  # a patient without cells
-    found = pooled_rival(patients, {"a": noise, "b": signal})
+    found = pooled_baseline(patients, {"a": noise, "b": signal})
     assert compare(patients, found, {})["auroc"][0] > 0.9
     turned = patients.assign(label=np.where(patients["fold"] == 1, 1 - patients["label"], patients["label"]))
     there = (patients["fold"] == 1).to_numpy()
-    np.testing.assert_array_equal(pooled_rival(turned, {"a": noise, "b": signal})[there], found[there])
+    np.testing.assert_array_equal(pooled_baseline(turned, {"a": noise, "b": signal})[there], found[there])
 
 
 # --- in a browser -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Is the ensemble worth its members? Paired comparisons with each of them and with plain baselines.
 
-Every rival is judged on the same held-out patients by the same nested scheme
+Every baseline is judged on the same held-out patients by the same nested scheme
 (`aplsmear.ensembles.combination`): whatever it chooses or fits comes from the other folds.
 """
 
@@ -23,7 +23,7 @@ _FREEDOMS = (0.0001, 0.001, 0.01, 0.1)  # of a regression on hundreds of feature
 _ROWS = 8192  # of features read at once
 
 
-def rivals_of(
+def baselines_of(
     patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
     """Held-out probabilities of what could stand in for the ensemble, each float64 (patients,).
@@ -78,7 +78,7 @@ def pooled_features(
     return pooled
 
 
-def pooled_rival(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np.ndarray:
+def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np.ndarray:
     """Held-out probabilities by a ridge regression on mean-pooled features, float64 (patients,).
 
     The layer and the strength of the penalty are those with the best AUROC on the inner folds. A patient
@@ -86,8 +86,8 @@ def pooled_rival(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np
     """
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     out = np.zeros(len(patients))
-    for world in np.unique(fold):
-        inside, outside = np.flatnonzero(fold != world), np.flatnonzero(fold == world)
+    for outer_fold in np.unique(fold):
+        inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
         best = (-1.0, "", 0.0)
         for name, values in pooled.items():
             for freedom in _FREEDOMS:
@@ -104,23 +104,25 @@ def pooled_rival(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np
     return out
 
 
-def compare(patients: pd.DataFrame, ensemble: np.ndarray, rivals: Mapping[str, np.ndarray]) -> pd.DataFrame:
-    """The ensemble against each rival on the same held-out patients (DeLong et al. 1988).
+def compare(
+    patients: pd.DataFrame, ensemble: np.ndarray, baselines: Mapping[str, np.ndarray]
+) -> pd.DataFrame:
+    """The ensemble against each baseline on the same held-out patients (DeLong et al. 1988).
 
     Args:
         patients: ``label`` of each.
         ensemble: float64 (patients,), its held-out probabilities.
-        rivals: theirs.
+        baselines: theirs.
 
     Returns:
         ``against, auroc, low, high, difference, difference_low, difference_high, p, p_holm``: first the
-        ensemble itself (difference 0), then the rivals as they come. AUROC of the row with its 95 %
-        interval; ensemble minus rival with its own; the two-sided p value, and the same allowing for all
+        ensemble itself (difference 0), then the baselines as they come. AUROC of the row with its 95 %
+        interval; ensemble minus baseline with its own; the two-sided p value, and the same allowing for all
         comparisons (Holm, Scand J Stat 1979;6:65).
     """
     label = patients["label"].to_numpy()
     rows = []
-    for name, scores in {"the ensemble": ensemble, **rivals}.items():
+    for name, scores in {"the ensemble": ensemble, **baselines}.items():
         interval = delong_interval(label, scores)
         test = delong_test(label, ensemble, scores)
         rows.append(

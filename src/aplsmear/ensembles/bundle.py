@@ -3,8 +3,8 @@
 ::
 
     manifest.json                             format, its version, SHA-256 of every file; checked before use
-    model.json                                members, views, backbones, a combination for every world
-    heads/<task>.npz                          heads of every world
+    model.json                                members, views, backbones, a combination for every outer fold
+    heads/<task>.npz                          heads of every outer fold
     backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
     reference.npz                             where training patients lie, as a whole; with `standardise`,
                                               how their features are spread, too
@@ -86,7 +86,7 @@ class Model(_Strict):
         min_box: px; smaller boxes are left out.
         augment: how views are cut.
         backbones: as in params.yaml, without `weights` and their `sha256`.
-        combinations: of every world, see `aplsmear.ensembles.combination.as_json`; the last is for new
+        combinations: of every outer fold, see `aplsmear.ensembles.combination.as_json`; the last is for new
         patients.
         reference_level: whose items `reference_features` describe.
         reference_features: backbone/layer of the cloud of familiar patients.
@@ -131,7 +131,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Scorer:
-    """The heads of one task, one a world."""
+    """The heads of one task, one an outer fold."""
 
     member: Member
     heads: list[Head]
@@ -151,11 +151,11 @@ class Bundle:
     model: Model
     members: list[Scorer]
     weigher: Scorer
-    combinations: list[Combination]  # of every world
+    combinations: list[Combination]  # of every outer fold
     reference: Reference
 
     def world_of(self, fold: int | None) -> int:
-        """The world whose models never saw this outer fold; None: that for new patients, the last one.
+        """The outer fold whose models never saw this outer fold; None: that for new patients, the last one.
 
         Raises:
             BundleError: there is no such fold.
@@ -210,32 +210,34 @@ def describe_usual(
     features: Mapping[Level, Mapping[str, Features]],
     heads: Iterable[tuple[Level, Sequence[Head]]],
 ) -> dict[str, np.ndarray]:
-    """Mean and spread of all features that heads read, among the training patients of their world.
+    """Mean and spread of all features that heads read, among the training patients of their outer fold.
 
     Args:
         patients: ``patient, fold`` of those that the ensemble is trained on.
         items: ``item, patient`` of each level, of these and others.
         features: of each level, by backbone/layer.
-        heads: of each task those of every world, with the level that they look at.
+        heads: of each task those of every outer fold, with the level that they look at.
 
     Returns:
         By `usual_key`: float32 (2 channels,), what `aplsmear.ensembles.familiarity.Moments.describe` says of
         the plain views of all patients who are not held out.
     """
     fold = patients.set_index("patient")["fold"]
-    read = {(world, level, head.features) for level, each in heads for world, head in enumerate(each)}
+    read = {
+        (outer_fold, level, head.features) for level, each in heads for outer_fold, head in enumerate(each)
+    }
     found = {}
-    for world, level, name in sorted(read):
+    for outer_fold, level, name in sorted(read):
         of_item = items[level]["patient"].map(fold)
-        training = items[level]["item"][of_item.notna() & (of_item != world)]
+        training = items[level]["item"][of_item.notna() & (of_item != outer_fold)]
         (described,) = describe_features(features[level][name], dict.fromkeys(training, "all")).values()
-        found[usual_key(world, level, name)] = described.astype(np.float32)
+        found[usual_key(outer_fold, level, name)] = described.astype(np.float32)
     return found
 
 
-def usual_key(world: int, level: Level, features: str) -> str:
-    """The name of what `describe_usual` says of the features (backbone/layer) of a level in a world."""
-    return f"{world}/{level}/{features}"
+def usual_key(outer_fold: int, level: Level, features: str) -> str:
+    """The name of what `describe_usual` says of the features (backbone/layer) of a level in an outer fold."""
+    return f"{outer_fold}/{level}/{features}"
 
 
 def write_bundle(
@@ -366,14 +368,14 @@ def _checked(folder: Path) -> set[str]:
 
 
 def _check_fit(bundle: Bundle, listed: set[str]) -> None:
-    """Heads for every world; for every head a backbone, its weights and, to standardise, the usual spread."""
-    model, worlds = bundle.model, len(bundle.combinations)
+    """Check that every outer fold has its heads, and every head its backbone, weights and usual spread."""
+    model, outer_folds = bundle.model, len(bundle.combinations)
     scorers = [*bundle.members, bundle.weigher]
     names = tuple(each.task for each in bundle.members)
     problems = [
-        f"{each.task} has {len(each.heads)} heads for {worlds} worlds"
+        f"{each.task} has {len(each.heads)} heads for {outer_folds} outer folds"
         for each in scorers
-        if len(each.heads) != worlds
+        if len(each.heads) != outer_folds
     ]
     problems += ["a combination is of other members" for each in bundle.combinations if each.members != names]
     used = {(head.features, each.member.images) for each in scorers for head in each.heads}
@@ -388,15 +390,15 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
             bundle.backbone(name, level)
     if model.standardise:
         read = {
-            (usual_key(world, each.member.images, head.features), len(head.kernels[0]))
+            (usual_key(outer_fold, each.member.images, head.features), len(head.kernels[0]))
             for each in scorers
-            for world, head in enumerate(each.heads)
+            for outer_fold, head in enumerate(each.heads)
         }
         for key, channels in sorted(read):
             usual = bundle.reference.usual.get(key, np.empty(0))
             if usual.shape != (2 * channels,) or not np.isfinite(usual).all():
                 problems.append(f"it does not say how {key} is spread")
-    if worlds < 2 or problems:
+    if outer_folds < 2 or problems:
         raise ValueError("; ".join(problems) or "no combination")
 
 

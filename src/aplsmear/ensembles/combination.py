@@ -1,6 +1,6 @@
 """A verdict per patient: members' summaries, combined, calibrated and called, without a leak.
 
-The scheme, for the world in which fold 0 of five is held out (see `aplsmear.evaluation.splits`)::
+The scheme, for the outer fold in which fold 0 of five is held out (see `aplsmear.evaluation.splits`)::
 
     fold           0        1      2      3      4
                 [held out]  <----- inner folds ----->
@@ -15,7 +15,7 @@ The scheme, for the world in which fold 0 of five is held out (see `aplsmear.eva
     verdict     [fold 0] <- combination, calibration and call are applied to it, once
 
 Hyper-parameters and heads of the members come from the inner folds alone too (`aplsmear.heads.search`). The
-last world holds out nobody and gives the model that `predict` uses on new patients.
+last outer fold holds out nobody and gives the model that `predict` uses on new patients.
 
 Patients are few, so the candidates (Optuna's, drawn before any score is known) begin with strong ridge
 penalties, go on to freer ones and end with networks of a few units, and the simplest within one standard
@@ -122,12 +122,13 @@ class Verdicts:
 
     table: pd.DataFrame
     said: np.ndarray  # float64 (patients, members): the logits that the verdict on a patient was made of
-    combinations: list[Combination]  # of each world; the last one is for new patients
-    chosen: list[Candidate]  # of each world
+    combinations: list[Combination]  # of each outer fold; the last one is for new patients
+    chosen: list[Candidate]  # of each outer fold
 
 
 def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
-    """Optuna's candidates, drawn before any score is known, so that they serve every world without a leak.
+    """Optuna's candidates, drawn before any score is known, so that they serve every outer fold without a
+    leak.
 
     The simplest of each summary comes first; different others from `combine.space` follow by random search,
     until there are `combine.trials` or the space has no more.
@@ -210,10 +211,10 @@ def judge(
     table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0)
     said = np.full((len(patients), len(members)), np.nan)
     combinations, chosen = [], []
-    for world in range(folds + 1):
-        inside, outside = np.flatnonzero(fold != world), np.flatnonzero(fold == world)
+    for outer_fold in range(folds + 1):
+        inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
         kinds = {candidate.summary for candidate in candidates}
-        logits = {kind: _logits(patients, members, world, kind) for kind in sorted(kinds)}
+        logits = {kind: _logits(patients, members, outer_fold, kind) for kind in sorted(kinds)}
         inner_logits = {kind: each[inside] for kind, each in logits.items()}
         candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
         mine = logits[candidate.summary]
@@ -231,7 +232,7 @@ def judge(
             probability = combination.probability(mine[outside])
             drawn = [
                 expit(combination.slope * refitted.logit(mine[outside]) + combination.offset)
-                for refitted in _refitted(candidate, mine[inside], label[inside], refits, [seed, world])
+                for refitted in _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
             ]
             low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
             table.loc[outside, "probability"] = probability
@@ -419,11 +420,13 @@ def _check_members(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame]) 
         )
 
 
-def _logits(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], world: int, kind: str) -> np.ndarray:
-    """float64 (patients, members): what each member says in a world, NaN where a patient has no item."""
+def _logits(
+    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], outer_fold: int, kind: str
+) -> np.ndarray:
+    """float64 (patients, members): scores of the members in an outer fold, NaN without items."""
     columns = []
     for table in members.values():
-        mine = table[table["world"] == world].set_index("patient")[kind]
+        mine = table[table["outer_fold"] == outer_fold].set_index("patient")[kind]
         columns.append(mine.reindex(patients["patient"]).to_numpy(dtype=np.float64))
     return np.stack(columns, axis=1)
 
@@ -543,7 +546,7 @@ def _permuted_within(fold: np.ndarray, random: np.random.Generator) -> np.ndarra
 def _probabilities(combinations: Sequence[Combination], said: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """Everybody's probability by the combination that never saw his fold: float64 (patients,)."""
     out = np.zeros(len(fold))
-    for world in np.unique(fold):
-        here = fold == world
-        out[here] = combinations[world].probability(said[here])
+    for outer_fold in np.unique(fold):
+        here = fold == outer_fold
+        out[here] = combinations[outer_fold].probability(said[here])
     return out

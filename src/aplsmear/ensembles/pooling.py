@@ -57,32 +57,33 @@ def summarise(
 
 
 def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Summaries of every patient in every world.
+    """Summaries of every patient in every outer fold.
 
     Args:
-        scores: ``item, patient, fold, world_0 ... world_K`` (of `aplsmear.heads.search.scores_table`).
-        weights: a table like it, of the task that says how much an item counts in each world (an immature
-            cell says more of a leukaemia than a lymphocyte). None: all items count whole.
+        scores: ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.search.scores_table`).
+        weights: a table like it, of the task that says how much an item counts in each outer fold (an
+            immature cell tells more about a leukaemia than a lymphocyte). None: all items have weight 1.
 
     Returns:
-        ``patient, fold, world, items``, `SUMMARIES`, ``most`` and ``least``, one row a patient and world,
-        sorted by both; the summaries as logits, clipped to probabilities of 0.0001 to 0.9999. ``most`` and
-        ``least`` are JSON lists of the items with the highest and the lowest scores by the heads that never
-        saw the patient's fold, the furthest first; empty in the other worlds. Where no patient has more than
-        one item, there is nothing to summarise: all summaries are its score.
+        ``patient, fold, outer_fold, items``, `SUMMARIES`, ``most`` and ``least``, one row a patient and outer
+        fold, sorted by both; the summaries as logits, clipped to probabilities of 0.0001 to 0.9999. ``most``
+        and ``least`` are JSON lists of the items with the highest and the lowest scores by the heads that
+        never saw the patient's fold, the furthest first; empty in the other outer folds. Where no patient has
+        more than one
+        item, there is nothing to summarise: all summaries are its score.
     """
-    worlds = [column for column in scores.columns if column.startswith("world_")]
-    weighing = None if weights is None else weights.set_index("item").loc[scores["item"], worlds]
+    outer_folds = [column for column in scores.columns if column.startswith("outer_")]
+    weighing = None if weights is None else weights.set_index("item").loc[scores["item"], outer_folds]
     one_each = scores["patient"].is_unique
     rows = []
     for patient, mine in scores.groupby("patient"):
         fold = int(mine["fold"].iloc[0])
-        for world, column in enumerate(worlds):
+        for outer_fold, column in enumerate(outer_folds):
             score = mine[column].to_numpy()
             weight = None if weighing is None else weighing[column].loc[mine["item"]].to_numpy()
-            row = {"patient": patient, "fold": fold, "world": world, "items": len(mine)}
+            row = {"patient": patient, "fold": fold, "outer_fold": outer_fold, "items": len(mine)}
             row |= same_logits(score[0]) if one_each else summary_logits(score, weight)
-            ends = ends_of(mine["item"], score) if world == fold else ([], [])
+            ends = ends_of(mine["item"], score) if outer_fold == fold else ([], [])
             rows.append(row | dict(zip(("most", "least"), map(json.dumps, ends), strict=True)))
     return pd.DataFrame(rows)
 

@@ -1,18 +1,21 @@
-"""Folds by patient or by site, and the nest of held-out sets that follows from them.
+"""Folds by patient or by site, and the nested cross-validation that follows from them.
 
-The patient is the unit of every split, or the site with all its patients. With K outer folds there are
-K + 1 *worlds*::
+The patient is the unit of every split, or the site with all its patients. K folds give K outer folds, and the
+final model::
 
-    fold          0   1   2   3   4
-    world 0     [out] in  in  in  in      fold 0 is held out; everything fitted or chosen in this world
-    world 1       in [out] in  in  in     comes from its inner folds 1..4
+    fold           0   1   2   3   4
+    outer fold 0 [out] in  in  in  in     fold 0 is held out: what is fitted or chosen for its patients comes
+    outer fold 1   in [out] in  in  in    from the inner folds 1 to 4
       ...
-    world 4       in  in  in  in [out]
-    world 5       in  in  in  in  in      the final models: nobody is held out, inner folds are all five
+    outer fold 4   in  in  in  in [out]
+    final model    in  in  in  in  in     nobody is held out, all five folds are inner folds
 
-Inside world w, each inner fold j is scored by a network that saw neither w nor j. So a network is known by
-the set of folds it has *not* seen: the pair {w, j} for inner scores, {w} for the held-out patients of world
-w, {} for the final model. The network without {w, j} serves world w (scoring j) and world j (scoring w).
+In code, an outer fold is its number, 0 to K - 1, and the final model is number K.
+
+In outer fold w, each inner fold j is scored by a network that saw neither w nor j. So a network is described
+by the set of folds that it has *not* seen: {w, j} for inner scores, {w} for the held-out patients of outer
+fold w, {} for the final model. The network without {w, j} serves outer fold w (it scores j) and outer fold j
+(it scores w).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from aplsmear.errors import UserError
 HeldOut = frozenset[int]
 Unit = Literal["patient", "site"]
 
-FEWEST = 3  # folds: inside a world, one trains and one is scored
+FEWEST = 3  # folds: one is held out, one trains, one is scored
 
 
 class SplitError(UserError, ValueError):
@@ -69,18 +72,18 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patien
     return unique.assign(fold=fold)
 
 
-def inner_sets(world: int, folds: int) -> dict[int, HeldOut]:
-    """For each inner fold of a world, the folds unseen by the network that scores it."""
-    return {fold: frozenset({world, fold} - {folds}) for fold in range(folds) if fold != world}
+def inner_sets(outer_fold: int, folds: int) -> dict[int, HeldOut]:
+    """For each inner fold of an outer fold, the folds unseen by the network that scores it."""
+    return {fold: frozenset({outer_fold, fold} - {folds}) for fold in range(folds) if fold != outer_fold}
 
 
-def outer_set(world: int, folds: int) -> HeldOut:
-    """The folds unseen by the network that scores the held-out patients of a world (none in the last)."""
-    return frozenset({world} - {folds})
+def outer_set(outer_fold: int, folds: int) -> HeldOut:
+    """The folds unseen by the network that scores an outer fold (none for the final model)."""
+    return frozenset({outer_fold} - {folds})
 
 
 def tuning_sets(folds: int) -> list[HeldOut]:
-    """The distinct held-out pairs: trained for every trial, they are every world's inner folds at once."""
+    """The distinct held-out pairs, which every trial trains: all inner folds of all outer folds."""
     return [frozenset({first, second}) for first in range(folds) for second in range(first)]
 
 

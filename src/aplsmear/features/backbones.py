@@ -135,7 +135,7 @@ def write_weights(path: Path, settings: Backbone, level: Level, seed: int) -> No
     part.replace(path)
 
 
-class Pass(NamedTuple):
+class FeatureRequest(NamedTuple):
     """A forward pass that items of one level take: a backbone, and the layers that are wanted of it."""
 
     backbone: str  # its name
@@ -180,7 +180,9 @@ def _features_of_rows(rows: range, path: Path, settings: Backbone, level: Level)
     return [np.concatenate(layer) for layer in zip(*found, strict=True)]
 
 
-def features_of_views(views: Mapping[Level, Sequence[View]], passes: Sequence[Pass]) -> dict[str, np.ndarray]:
+def features_of_views(
+    views: Mapping[Level, Sequence[View]], passes: Sequence[FeatureRequest]
+) -> dict[str, np.ndarray]:
     """What the passes give for all views of their levels: float16 (views, channels), by level/backbone/layer.
 
     Of a level without views there is nothing.

@@ -84,7 +84,7 @@ class Store:
         return tuple(each if each.dtype == np.uint8 else each.astype(np.float32) for each in found)
 
 
-class Tuner:
+class Trainer:
     """A network that trains: one run after another, each from a fresh start or from its own last epoch."""
 
     def __init__(
@@ -244,12 +244,12 @@ class Tuner:
 
         def batches() -> Iterator[Any]:
             # Made here: with several devices, TensorFlow starts this more than once.
-            dice = np.random.Generator(np.random.Philox([1, *_entropy(run, seed, epoch)]))
+            rng = np.random.Generator(np.random.Philox([1, *_entropy(run, seed, epoch)]))
             for step in range(steps):
                 here = slice(step * batch, (step + 1) * batch)
                 given = store.read(view[here])
                 if self.settings.online:
-                    given = (shown_anew(given[0], self.light, dice),)
+                    given = (shown_anew(given[0], self.light, rng),)
                 yield _bare(given), target[here], weight[here]
 
         types = [np.uint8 if each.dtype == np.uint8 else np.float32 for each in store.arrays]
@@ -324,17 +324,17 @@ def epoch_items(
     return view, target.astype(np.float32), (weight / weight.mean()).astype(np.float32)
 
 
-def shown_anew(images: np.ndarray, light: float, dice: np.random.Generator) -> np.ndarray:
+def shown_anew(images: np.ndarray, light: float, rng: np.random.Generator) -> np.ndarray:
     """Each image in one of its eight positions and in another light: online augmentation.
 
     Args:
         images: uint8 (batch, size, size, 3).
         light: relative, either way.
-        dice: what chance is drawn from.
+        rng: what chance is drawn from.
     """
-    turns = dice.integers(0, 4, len(images))
-    mirrored = dice.integers(0, 2, len(images))
-    factor = dice.uniform(1 - light, 1 + light, len(images)).astype(np.float32)
+    turns = rng.integers(0, 4, len(images))
+    mirrored = rng.integers(0, 2, len(images))
+    factor = rng.uniform(1 - light, 1 + light, len(images)).astype(np.float32)
     out = np.empty_like(images)
     for number, image in enumerate(images):
         turned = np.rot90(image, turns[number])

@@ -103,7 +103,7 @@ class BagStack(Stack):
         share = self._shares()
         train = train_bags_graph(self.recipe.depth)
         for steps, bags in self._blocks(rows, size, target, batch):
-            train(self.state, bags, share[steps], self.knobs, np.array([self.dice, self.taken], np.int32))
+            train(self.state, bags, share[steps], self.knobs, np.array([self.rng, self.taken], np.int32))
             self.taken += len(bags.size)
 
     def _judge(self) -> tuple[np.ndarray, np.ndarray]:

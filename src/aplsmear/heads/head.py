@@ -166,7 +166,7 @@ def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
 
     Args:
         path: of the file.
-        heads: of each world.
+        heads: of each outer fold.
         average: augmented views whose scores are averaged with that of the plain one.
     """
     arrays: dict[str, np.ndarray] = {

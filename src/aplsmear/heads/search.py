@@ -1,10 +1,10 @@
-"""The search over heads: which trial each world chooses, and the held-out scores that follow.
+"""The search over heads: which trial each outer fold chooses, and the held-out scores that follow.
 
-Candidates are drawn before any score is known (random search), so that one study serves every world of
-`aplsmear.evaluation.splits` without a leak: what steers the search for a world never saw its held-out
-patients. (A sampler that learns from scores would need a study of its own for every world.) Every trial is
-trained once for each pair of folds {w, j}: judged on j it serves world w, judged on w it serves world j.
-World w then compares the trials, and finds out how long to train, by its own inner folds.
+Candidates are drawn before any score is known (random search), so that one study serves every outer fold of
+`aplsmear.evaluation.splits` without a leak: what steers the search for an outer fold never saw its held-out
+patients. (A sampler that learns from scores would need a study of its own for every outer fold.) Every trial
+is trained once for each pair of folds {w, j}: judged on j it serves outer fold w, judged on w it serves outer
+fold j. World w then compares the trials, and finds out how long to train, by its own inner folds.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class TuneError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how it did on each inner fold (columns) of each world (rows).
+    """A candidate and how it did on each inner fold (columns) of each outer fold (rows).
 
     At [w, j] stands what the head that saw neither w nor j did on j; NaN (and 0 epochs) on the diagonal, and
-    everywhere if the trial failed; NaN where j lacks a class. The last world uses every entry.
+    everywhere if the trial failed; NaN where j lacks a class. The last outer fold uses every entry.
     """
 
     number: int
@@ -64,13 +64,13 @@ class Trial:
     started: float = 0.0  # seconds since 1970
     ended: float = 0.0
 
-    def auroc(self, world: int) -> float:
-        """Mean inner AUROC in a world."""
-        return float(np.nanmean(self._seen(self.inner, world))) if not self.failure else np.nan
+    def auroc(self, outer_fold: int) -> float:
+        """Mean inner AUROC in an outer fold."""
+        return float(np.nanmean(self._seen(self.inner, outer_fold))) if not self.failure else np.nan
 
-    def standard_error(self, world: int) -> float:
-        """Standard error of that mean over the world's inner folds (0 with a single one)."""
-        seen = self._seen(self.inner, world)
+    def standard_error(self, outer_fold: int) -> float:
+        """Standard error of that mean over the outer fold's inner folds (0 with a single one)."""
+        seen = self._seen(self.inner, outer_fold)
         seen = seen[~np.isnan(seen)]
         return float(seen.std(ddof=1) / np.sqrt(len(seen))) if len(seen) > 1 else 0.0
 
@@ -78,23 +78,23 @@ class Trial:
         """AUROC on each fold: the mean over the heads that judged it."""
         return [float(value) for value in self._seen(self.inner, len(self.inner))]
 
-    def epochs(self, world: int) -> int:
-        """How long the heads of a world train: the mean of the best epochs on its inner folds."""
+    def epochs(self, outer_fold: int) -> int:
+        """How long the heads of an outer fold train: the mean of the best epochs on its inner folds."""
         known = np.where(self.best_epoch > 0, self.best_epoch, np.nan)
-        return max(int(np.floor(np.nanmean(self._seen(known, world)) + 0.5)), 1)
+        return max(int(np.floor(np.nanmean(self._seen(known, outer_fold)) + 0.5)), 1)
 
-    def _seen(self, values: np.ndarray, world: int) -> np.ndarray:
-        """One value an inner fold of the world; in the last world, a fold's mean over the heads that judged
-        it."""
+    def _seen(self, values: np.ndarray, outer_fold: int) -> np.ndarray:
+        """One value an inner fold of the outer fold; in the last outer fold, a fold's mean over the heads
+        that judged it."""
         folds = len(values)
-        if world < folds:
-            return np.delete(values[world], world)
+        if outer_fold < folds:
+            return np.delete(values[outer_fold], outer_fold)
         columns = [np.delete(values[:, j], j) for j in range(folds)]
         return np.array([np.nan if np.isnan(column).all() else np.nanmean(column) for column in columns])
 
 
 @dataclass(frozen=True)
-class Board:
+class TaskData:
     """All that the study of one task works on. An item is a cell or a smear, one image."""
 
     table: (
@@ -151,7 +151,7 @@ class Board:
 
 
 @dataclass(frozen=True)
-class PatientBoard(Board):
+class PatientBoard(TaskData):
     """A board whose items are patients: bags of cells, which are its images.
 
     The cells of a patient stand together, sorted by name, so that the order of the tables does not matter.
@@ -215,15 +215,15 @@ class PatientBoard(Board):
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial of a world, and why."""
+    """The trial of an outer fold, and why."""
 
     trial: Trial
     why: str
 
 
-def make_board(
+def make_task_data(
     items: pd.DataFrame, label: np.ndarray, folds: pd.DataFrame, features: Mapping[str, Features]
-) -> Board:
+) -> TaskData:
     """Bring together the cells or smears, their labels, folds and features.
 
     Args:
@@ -236,7 +236,7 @@ def make_board(
         TuneError: features are missing, or are not those of these items; or too few folds have both classes.
     """
     rows = _rows(items, features)
-    board = Board(
+    task_data = TaskData(
         table=_with_folds(items, folds),
         label=label,
         row=rows["min"].to_numpy(),
@@ -244,11 +244,11 @@ def make_board(
         features=features,
         folds=int(folds["fold"].max()) + 1,
     )
-    _check_classes(board)
-    return board
+    _check_classes(task_data)
+    return task_data
 
 
-def make_patient_board(
+def make_patient_task_data(
     cells: pd.DataFrame,
     patients: pd.DataFrame,
     label: np.ndarray,
@@ -265,13 +265,13 @@ def make_patient_board(
         features: of cells, of `aplsmear.features.store.read_features`.
 
     Raises:
-        TuneError: as by `make_board`.
+        TuneError: as by `make_task_data`.
     """
     rows = _rows(cells, features).reset_index(drop=True)
     rows = rows.assign(item=cells["item"].astype(str).to_numpy(), patient=cells["patient"].to_numpy())
     order = np.argsort(patients["patient"].to_numpy(), kind="stable")
     rows = rows.sort_values(["patient", "item"], ignore_index=True)
-    board = PatientBoard(
+    task_data = PatientBoard(
         table=_with_folds(patients.iloc[order], folds),
         label=label[order],
         row=rows["min"].to_numpy(),
@@ -281,8 +281,8 @@ def make_patient_board(
         cell=rows["item"].to_numpy(),
         size=rows.groupby("patient").size().to_numpy(),
     )
-    _check_classes(board)
-    return board
+    _check_classes(task_data)
+    return task_data
 
 
 def _rows(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame:
@@ -350,12 +350,12 @@ def draw_candidates(
 
 
 def run_study(
-    board: Board, settings: Tune, seed: int, study: Study, judge: Judge | None = None
+    task_data: TaskData, settings: Tune, seed: int, study: Study, judge: Judge | None = None
 ) -> Iterator[Trial]:
     """Train every candidate on every pair of folds, a generation at a time, together with whoever else does.
 
     Args:
-        board: items and features.
+        task_data: items and features.
         settings: the space and the budget.
         seed: of candidates and heads.
         study: keeps finished trials; other workers may be filling it too.
@@ -368,16 +368,18 @@ def run_study(
     Raises:
         TuneError: all trials failed.
     """
-    recipes, space = draw_candidates(settings, sorted(board.features), seed)
-    material = board.material(settings, seed)
-    pairs = tuning_sets(board.folds)
+    recipes, space = draw_candidates(settings, sorted(task_data.features), seed)
+    material = task_data.material(settings, seed)
+    pairs = tuning_sets(task_data.folds)
 
     def train(generation: Mapping[int, Recipe]) -> list[Record]:
         started = time.time()
         jobs = [Job(number, recipe, pair) for number, recipe in generation.items() for pair in pairs]
-        judged = (judge or board.judge)(jobs, material, settings.patience)
+        judged = (judge or task_data.judge)(jobs, material, settings.patience)
         return [
-            _record(recipe, judged[place * len(pairs) : (place + 1) * len(pairs)], board, material, started)
+            _record(
+                recipe, judged[place * len(pairs) : (place + 1) * len(pairs)], task_data, material, started
+            )
             for place, recipe in enumerate(generation.values())
         ]
 
@@ -389,7 +391,7 @@ def run_study(
     passed = 0
     while True:
         for kept in study.trials()[passed:]:
-            trial = _trial_of(kept, board)
+            trial = _trial_of(kept, task_data)
             failures += [f"trial {trial.number}: {trial.failure}"] if trial.failure else []
             passed += 1
             yield trial
@@ -402,7 +404,7 @@ def run_study(
         raise TuneError("all trials failed:\n  " + "\n  ".join(failures))
 
 
-def choose(trials: Sequence[Trial], world: int) -> Choice:
+def choose(trials: Sequence[Trial], outer_fold: int) -> Choice:
     """The simplest trial whose inner AUROC is within one standard error of the best (Breiman et al. 1984),
     and why.
 
@@ -410,24 +412,24 @@ def choose(trials: Sequence[Trial], world: int) -> Choice:
     lower number. Trials that failed take no part.
     """
     sound = [trial for trial in trials if not trial.failure]
-    best = max(sound, key=lambda trial: (trial.auroc(world), -trial.number))
-    bar = best.auroc(world) - best.standard_error(world)
+    best = max(sound, key=lambda trial: (trial.auroc(outer_fold), -trial.number))
+    bar = best.auroc(outer_fold) - best.standard_error(outer_fold)
     simplest = min(
-        (trial for trial in sound if trial.auroc(world) >= bar),
+        (trial for trial in sound if trial.auroc(outer_fold) >= bar),
         key=lambda trial: (
-            trial.parameters, trial.recipe.depth, trial.recipe.views, -trial.auroc(world), trial.number
+            trial.parameters, trial.recipe.depth, trial.recipe.views, -trial.auroc(outer_fold), trial.number
         ),
     )  # fmt: skip
     why = (
-        f"best: trial {best.number} with inner AUROC {best.auroc(world):.4f}, standard error "
-        f"{best.standard_error(world):.4f}; chosen: the simplest within one standard error, "
-        f"with {simplest.auroc(world):.4f}"
+        f"best: trial {best.number} with inner AUROC {best.auroc(outer_fold):.4f}, standard error "
+        f"{best.standard_error(outer_fold):.4f}; chosen: the simplest within one standard error, "
+        f"with {simplest.auroc(outer_fold):.4f}"
     )
     return Choice(simplest, why)
 
 
 def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -> list[Choice]:
-    """The choice of every world; `picked` by hand overrides the last one, that of the final models.
+    """The choice of every outer fold; `picked` by hand overrides the last one, that of the final models.
 
     The held-out folds go on choosing by their inner folds: a hand that has looked at all patients must not
     choose for them, or the scores that are reported would have chosen something.
@@ -435,7 +437,7 @@ def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -
     Raises:
         TuneError: `picked` is no trial, or one that failed.
     """
-    choices = [choose(trials, world) for world in range(folds + 1)]
+    choices = [choose(trials, outer_fold) for outer_fold in range(folds + 1)]
     if picked is not None:
         sound = {trial.number: trial for trial in trials if not trial.failure}
         if picked not in sound:
@@ -449,53 +451,56 @@ def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -
 
 
 def held_out_scores(
-    board: Board, chosen: Sequence[Trial], settings: Tune, seed: int
+    task_data: TaskData, chosen: Sequence[Trial], settings: Tune, seed: int
 ) -> tuple[np.ndarray, list[Head]]:
-    """Train the chosen trials for good and score every item of the level, labelled or not, in every world.
+    """Train the chosen trials for good and score every item of the level, labelled or not, in every outer
+    fold.
 
     Args:
-        board: items and features.
-        chosen: the trial of each world.
+        task_data: items and features.
+        chosen: the trial of each outer fold.
         settings: for the number of items per patient, the memory, and how many views of an item are averaged.
         seed: of the heads.
 
     Returns:
-        float32 (items, worlds): in world w, an item of fold w by the head that never saw fold w, any other by
-        the head that saw neither its own fold nor w, all trained for as long as the world's inner folds say;
-        and the head of each world that scores its held-out patients (the last one: the final head, trained on
-        everybody).
+        float32 (items, outer folds): in outer fold w, an item of fold w by the head that never saw fold w,
+        any other by the head that saw neither its own fold nor w, all trained for as long as the outer fold's
+        inner folds say; and the head of each outer fold that scores its held-out patients (the last one: the
+        final head, trained on everybody).
     """
-    fold = board.table["fold"].to_numpy()
-    wanted: dict[tuple[int, int], Job] = {}  # by world and the fold to score
-    for world, trial in enumerate(chosen):
-        held_out = inner_sets(world, board.folds) | {world: outer_set(world, board.folds)}
+    fold = task_data.table["fold"].to_numpy()
+    wanted: dict[tuple[int, int], Job] = {}  # by outer fold and the fold to score
+    for outer_fold, trial in enumerate(chosen):
+        held_out = inner_sets(outer_fold, task_data.folds) | {
+            outer_fold: outer_set(outer_fold, task_data.folds)
+        }
         for scored, unseen in held_out.items():
-            wanted[world, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(world))
+            wanted[outer_fold, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(outer_fold))
     jobs = list(dict.fromkeys(wanted.values()))
-    trained = dict(zip(jobs, board.train(jobs, board.material(settings, seed)), strict=True))
+    trained = dict(zip(jobs, task_data.train(jobs, task_data.material(settings, seed)), strict=True))
     scores = np.full((len(fold), len(chosen)), np.nan, dtype=np.float32)
-    for (world, scored), job in wanted.items():
+    for (outer_fold, scored), job in wanted.items():
         places = np.flatnonzero(fold == scored)
         if len(places):
-            each = [board.score(trained[job], places, view) for view in range(settings.average + 1)]
-            scores[places, world] = np.mean(each, axis=0)
-    return scores, [trained[wanted[world, world]] for world in range(len(chosen))]
+            each = [task_data.score(trained[job], places, view) for view in range(settings.average + 1)]
+            scores[places, outer_fold] = np.mean(each, axis=0)
+    return scores, [trained[wanted[outer_fold, outer_fold]] for outer_fold in range(len(chosen))]
 
 
-def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
+def study_key(task_data: TaskData, settings: Tune, seed: int, threads: int) -> str:
     """A name for a study by all that it depends on: other inputs or code, another study; the same, the same
     one."""
     digest = hashlib.sha256()
     told = settings.model_dump(exclude=WITHOUT_EFFECT)
     versions = [version(package) for package in ("tensorflow", "numpy", "optuna")]
-    digest.update(json.dumps([told, seed, threads, board.folds, versions], sort_keys=True).encode())
+    digest.update(json.dumps([told, seed, threads, task_data.folds, versions], sort_keys=True).encode())
     for module in (bags, graphs, heads, splits, stacks):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
-    digest.update(board.table.to_csv(index=False).encode())
-    for array in (board.label, board.row, board.views):
+    digest.update(task_data.table.to_csv(index=False).encode())
+    for array in (task_data.label, task_data.row, task_data.views):
         digest.update(np.ascontiguousarray(array).tobytes())
-    for name, features in sorted(board.features.items()):
+    for name, features in sorted(task_data.features.items()):
         digest.update(name.encode())
         for start in range(0, len(features.values), 8192):
             digest.update(features.values[start : start + 8192].tobytes())
@@ -504,11 +509,11 @@ def study_key(board: Board, settings: Tune, seed: int, threads: int) -> str:
 
 
 def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataFrame:
-    """One row a trial: recipe, size, epochs, inner AUROC overall and by world, how it stands among them.
+    """One row a trial: recipe, size, epochs, inner AUROC overall and by outer fold, how it stands among them.
 
     Columns: ``trial``; those of the recipe (``epochs``: at most) and ``trained_epochs``;
     ``parameters``; ``auroc`` and ``standard_error`` over all folds; ``best_so_far``; ``standing``
-    (chosen; within one standard error of the best; other; failed); ``auroc_world_w``, that without fold
+    (chosen; within one standard error of the best; other; failed); ``auroc_outer_w``, that without fold
     w; ``failure``.
     """
     final = len(choices) - 1
@@ -535,7 +540,7 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
                 "standard_error": trial.standard_error(final),
                 "best_so_far": so_far,
                 "standing": standing,
-                **{f"auroc_world_{world}": trial.auroc(world) for world in range(final)},
+                **{f"auroc_outer_{outer_fold}": trial.auroc(outer_fold) for outer_fold in range(final)},
                 "failure": trial.failure,
             }
         )
@@ -569,19 +574,19 @@ def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
     return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
 
 
-def scores_table(board: Board, scores: np.ndarray) -> pd.DataFrame:
-    """``item, patient, fold, world_0 ... world_K``: every item of the level and its score in every world."""
-    worlds = {f"world_{world}": scores[:, world] for world in range(scores.shape[1])}
-    return board.table.assign(**worlds)
+def scores_table(task_data: TaskData, scores: np.ndarray) -> pd.DataFrame:
+    """``item, patient, fold, outer_0 ... outer_K``: every item and its score in every outer fold."""
+    outer_folds = {f"outer_{outer_fold}": scores[:, outer_fold] for outer_fold in range(scores.shape[1])}
+    return task_data.table.assign(**outer_folds)
 
 
-def held_out_predictions(board: Board, scores: np.ndarray) -> pd.DataFrame:
+def held_out_predictions(task_data: TaskData, scores: np.ndarray) -> pd.DataFrame:
     """``item, patient, fold, label, probability`` of the labelled items, each by the head that never saw its
     fold."""
-    fold = board.table["fold"].to_numpy()
+    fold = task_data.table["fold"].to_numpy()
     own = scores[np.arange(len(fold)), fold].astype(np.float64)
-    table = board.table.assign(label=board.label.astype(np.int64), probability=own)
-    return table[board.label >= 0].reset_index(drop=True)
+    table = task_data.table.assign(label=task_data.label.astype(np.int64), probability=own)
+    return table[task_data.label >= 0].reset_index(drop=True)
 
 
 def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
@@ -645,20 +650,20 @@ def _train_next(
 
 
 def _record(
-    recipe: Recipe, judged: Sequence[Judged], board: Board, material: Material, started: float
+    recipe: Recipe, judged: Sequence[Judged], task_data: TaskData, material: Material, started: float
 ) -> Record:
     """What the study keeps of a trial: how it did on each pair of folds."""
-    folds, items = board.folds, material.items
+    folds, items = task_data.folds, material.items
     inner: list[list[float | None]] = [[None] * folds for _ in range(folds)]
     epochs = [[0] * folds for _ in range(folds)]
     failure = next((result.failure for result in judged if result.failure), "")
     for pair, result in zip(tuning_sets(folds), judged, strict=True):
         for fold, scores in result.score.items() if not failure else ():
-            (world,) = pair - {fold}
+            (outer_fold,) = pair - {fold}
             label = items.label[items.fold == fold]
             value = auroc_within_folds(label, scores, np.zeros(len(label), np.int64))
-            inner[world][fold] = None if np.isnan(value) else value
-            epochs[world][fold] = result.epoch[fold]
+            inner[outer_fold][fold] = None if np.isnan(value) else value
+            epochs[outer_fold][fold] = result.epoch[fold]
     return {
         "params": asdict(recipe),
         "value": None if failure else Trial(0, recipe, _matrix(inner), np.array(epochs), 0).auroc(folds),
@@ -668,14 +673,14 @@ def _record(
     }
 
 
-def _trial_of(kept: Any, board: Board) -> Trial:
+def _trial_of(kept: Any, task_data: TaskData) -> Trial:
     recipe = Recipe(**kept.params)
     return Trial(
         number=kept.number,
         recipe=recipe,
         inner=_matrix(kept.user_attrs["inner"]),
         best_epoch=np.array(kept.user_attrs["best_epoch"]),
-        parameters=board.parameters(recipe),
+        parameters=task_data.parameters(recipe),
         failure=kept.user_attrs["failure"],
         started=kept.datetime_start.timestamp(),
         ended=kept.datetime_complete.timestamp(),
@@ -686,11 +691,13 @@ def _matrix(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
     return np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
 
 
-def _check_classes(board: Board) -> None:
-    """Every world needs an inner fold with both classes, and every head both classes to train on."""
-    fold = board.table["fold"].to_numpy()
+def _check_classes(task_data: TaskData) -> None:
+    """Every outer fold needs an inner fold with both classes, and every head both classes to train on."""
+    fold = task_data.table["fold"].to_numpy()
     has = {
-        label: np.array([((fold == number) & (board.label == label)).any() for number in range(board.folds)])
+        label: np.array(
+            [((fold == number) & (task_data.label == label)).any() for number in range(task_data.folds)]
+        )
         for label in (0, 1)
     }
     judges = (has[0] & has[1]).sum()
@@ -698,7 +705,7 @@ def _check_classes(board: Board) -> None:
         return
     counts = {
         name: ", ".join(
-            f"fold {f}: {((fold == f) & (board.label == value)).sum()}" for f in range(board.folds)
+            f"fold {f}: {((fold == f) & (task_data.label == value)).sum()}" for f in range(task_data.folds)
         )
         for name, value in (("positive", 1), ("negative", 0))
     }

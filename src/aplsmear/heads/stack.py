@@ -239,9 +239,7 @@ class Stack:
         self.width = max(job.recipe.width for job in jobs) if self.recipe.depth else 1
         self.steps = steps_of_epoch(items, len(jobs[0].held_out), self.recipe.batch)
         self.randoms = [np.random.Generator(np.random.Philox(_job_seed(job, seed))) for job in jobs]
-        self.dice = int(
-            np.random.SeedSequence([seed, *(job.trial for job in jobs)]).generate_state(1)[0] >> 2
-        )
+        self.rng = int(np.random.SeedSequence([seed, *(job.trial for job in jobs)]).generate_state(1)[0] >> 2)
         self.knobs = self._knobs()
         held_out = [lane.held_out for lane in self.lanes]
         made_of = self.recipe.features, tuple(dict.fromkeys(held_out))
@@ -362,7 +360,7 @@ class Stack:
         train = train_graph(self.recipe.depth)
         for steps, x, index in self.table.blocks(rows, self.sets):
             block = Block(x, index, target[steps])
-            train(self.state, block, share[steps], self.knobs, np.array([self.dice, self.taken], np.int32))
+            train(self.state, block, share[steps], self.knobs, np.array([self.rng, self.taken], np.int32))
             self.taken += len(index)
 
     def _shares(self) -> np.ndarray:

@@ -59,7 +59,7 @@ def train_graph(depth: int) -> Any:
     """
     import tensorflow as tf
 
-    def train(state: list[list[Any]], block: Block, shares: Any, knobs: Knobs, dice: Any) -> Any:
+    def train(state: list[list[Any]], block: Block, shares: Any, knobs: Knobs, rng: Any) -> Any:
         weights, first_moment, second_moment = state
         rate, dropout = knobs.rate[..., None, None], knobs.dropout[..., None, None]
         models, width = tf.shape(weights[1])[1], tf.shape(weights[1])[3]
@@ -74,7 +74,7 @@ def train_graph(depth: int) -> Any:
             inputs, slopes = [], []
             for layer in range(1, depth + 1):
                 signal, slope = _activated(signal, knobs.activation)
-                mask = _mask(dropping, signal, dropout, tf.stack([dice[0] + layer, dice[1] + number]))
+                mask = _mask(dropping, signal, dropout, tf.stack([rng[0] + layer, rng[1] + number]))
                 inputs.append(signal * mask)
                 slopes.append(slope * mask)
                 signal = (tf.matmul(inputs[-1], weights[2 * layer]) + weights[2 * layer + 1]) * rate
@@ -88,7 +88,7 @@ def train_graph(depth: int) -> Any:
                 tf.transpose(back, [0, 2, 1, 3]), [-1, tf.shape(back)[2], models * width]
             )
             gradients = [tf.matmul(batch, side_by_side, transpose_a=True), _summed(back), *gradients]
-            taken = dice[1] + number
+            taken = rng[1] + number
             time = tf.cast(taken + 1, tf.float32)
             tf.cond(taken % DECAY_EVERY == 0, lambda: _decay(weights, shrink, columns), lambda: 0)
             for place, gradient in enumerate(gradients):
@@ -99,8 +99,8 @@ def train_graph(depth: int) -> Any:
         return tf.while_loop(lambda number: number < steps, step, (0,))
 
     state = [_variables(_layers(depth)) for _ in range(3)]
-    dice = tf.TensorSpec([2], tf.int32)
-    return tf.function(train).get_concrete_function(state, _block(), _numbers(3), _knobs(), dice)
+    rng = tf.TensorSpec([2], tf.int32)
+    return tf.function(train).get_concrete_function(state, _block(), _numbers(3), _knobs(), rng)
 
 
 @lru_cache(maxsize=16)
@@ -141,7 +141,7 @@ def train_bags_graph(depth: int) -> Any:
     """
     import tensorflow as tf
 
-    def train(state: list[list[Any]], bags: Bags, shares: Any, knobs: Knobs, dice: Any) -> Any:
+    def train(state: list[list[Any]], bags: Bags, shares: Any, knobs: Knobs, rng: Any) -> Any:
         weights, first_moment, second_moment = state
         rate, dropout = knobs.rate[..., None, None], knobs.dropout[..., None, None]
         width = tf.shape(weights[1])[3]
@@ -150,11 +150,11 @@ def train_bags_graph(depth: int) -> Any:
 
         def step(number: Any) -> Any:
             mix = _mixer(mixing, shares[number][:, :, None, None])
-            taken = dice[1] + number
+            taken = rng[1] + number
             values = [weight.read_value() for weight in weights]
 
             def mask(signal: Any, layer: int) -> Any:
-                return _mask(dropping, signal, dropout, tf.stack([dice[0] + layer, taken]))
+                return _mask(dropping, signal, dropout, tf.stack([rng[0] + layer, taken]))
 
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(values)
@@ -175,8 +175,8 @@ def train_bags_graph(depth: int) -> Any:
         return tf.while_loop(lambda number: number < steps, step, (0,))
 
     state = [_variables(_layers(depth) + _attention(depth)) for _ in range(3)]
-    dice = tf.TensorSpec([2], tf.int32)
-    return tf.function(train).get_concrete_function(state, _bags(), _numbers(3), _knobs(), dice)
+    rng = tf.TensorSpec([2], tf.int32)
+    return tf.function(train).get_concrete_function(state, _bags(), _numbers(3), _knobs(), rng)
 
 
 @lru_cache(maxsize=16)

@@ -28,7 +28,7 @@ from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.familiarity import Moments, how_stained, stain_of
 from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logits
 from aplsmear.errors import UserError
-from aplsmear.features.backbones import Pass, features_of_views
+from aplsmear.features.backbones import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import score
 from aplsmear.images.view_store import View, ViewWriter, read_views
@@ -95,24 +95,24 @@ class _Seen(NamedTuple):
 
 
 class Judge:
-    """The models of one world of a bundle.
+    """The models of one outer fold of a bundle.
 
     Attributes:
         bundle: it.
-        world: whose models judge.
-        combination: of that world.
+        outer_fold: whose models judge.
+        combination: of that outer fold.
         passes: forward passes that they need; their networks are built where they are made.
     """
 
-    def __init__(self, bundle: Bundle, world: int) -> None:
-        """See what the models of one world need.
+    def __init__(self, bundle: Bundle, outer_fold: int) -> None:
+        """See what the models of one outer fold need.
 
         Args:
             bundle: of `aplsmear.ensembles.bundle.read_bundle`.
-            world: of `Bundle.world_of`.
+            outer_fold: of `Bundle.outer_of`.
         """
-        self.bundle, self.world = bundle, world
-        self.combination = bundle.combinations[world]
+        self.bundle, self.outer_fold = bundle, outer_fold
+        self.combination = bundle.combinations[outer_fold]
         self.weighs = self.combination.summary not in PLAIN
         scorers = {scorer.task: scorer for scorer in bundle.members}
         if any(self._is_weighed(scorer) for scorer in bundle.members):
@@ -134,17 +134,21 @@ class Judge:
         """
 
         def moved(scorer: Scorer) -> Scorer:
-            level, head = scorer.member.images, scorer.heads[self.world]
+            level, head = scorer.member.images, scorer.heads[self.outer_fold]
             name = f"{level}/{head.features}"
             if name not in own:  # nobody has such items
                 return scorer
-            usual = self.bundle.reference.usual[usual_key(self.world, level, head.features)]
+            usual = self.bundle.reference.usual[usual_key(self.outer_fold, level, head.features)]
             heads = list(scorer.heads)
-            heads[self.world] = taking(head, *standardising(own[name], usual, self.bundle.model.standardise))
+            heads[self.outer_fold] = taking(
+                head, *standardising(own[name], usual, self.bundle.model.standardise)
+            )
             return replace(scorer, heads=heads)
 
         members = [moved(scorer) for scorer in self.bundle.members]
-        return Judge(replace(self.bundle, members=members, weigher=moved(self.bundle.weigher)), self.world)
+        return Judge(
+            replace(self.bundle, members=members, weigher=moved(self.bundle.weigher)), self.outer_fold
+        )
 
     @property
     def views(self) -> int:
@@ -156,15 +160,15 @@ class Judge:
         """Whether its items count by what the weigher says of them."""
         return self.weighs and scorer.member.level == self.bundle.weigher.member.level
 
-    def _passes(self, level: Level) -> Iterator[Pass]:
-        names = {scorer.heads[self.world].features for scorer in self.scorers[level]}
+    def _passes(self, level: Level) -> Iterator[FeatureRequest]:
+        names = {scorer.heads[self.outer_fold].features for scorer in self.scorers[level]}
         if self.bundle.reference.level == level:
             names.add(self.bundle.reference.features)
         for backbone in sorted({name.split("/")[0] for name in names}):
             mine = sorted(name for name in names if name.split("/")[0] == backbone)
             layers = tuple(name.partition("/")[2] for name in mine)
             settings = self.bundle.backbone(backbone, level)
-            yield Pass(backbone, settings, level, self.bundle.model.seed, layers)
+            yield FeatureRequest(backbone, settings, level, self.bundle.model.seed, layers)
 
     def needed(self, views: Mapping[Level, Sequence[View]]) -> dict[Level, list[View]]:
         """Those views of a smear or several that the models look at."""
@@ -215,7 +219,7 @@ class Judge:
         Of a head on bags, what it needs of each cell to score the patient later: float16 (items, views,
         channels).
         """
-        head = scorer.heads[self.world]
+        head = scorer.heads[self.outer_fold]
         rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
         if scorer.member.level == "patient":
             return np.asarray(features[head.features][np.stack(rows, axis=1)])
@@ -255,7 +259,7 @@ class Judge:
         scores = np.array(seen.scores[scorer.task])
         if scorer.member.level == "patient":
             bag = scores[np.argsort(np.array(seen.items["cell"]), kind="stable")]
-            head = scorer.heads[self.world]
+            head = scorer.heads[self.outer_fold]
             each = [np.float32(attend(head, bag[:, view])[0]) for view in range(bag.shape[1])]
             scores = np.mean(each, keepdims=True)
         if scorer.member.one_each:

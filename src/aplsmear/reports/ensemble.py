@@ -168,7 +168,7 @@ def wanted_cells(
     Returns:
         For each of these patients whom the member has scored: the cells for and the cells against.
     """
-    own = {row["patient"]: row for row in _records(member[member["world"] == member["fold"]])}
+    own = {row["patient"]: row for row in _records(member[member["outer_fold"] == member["fold"]])}
     places = {place for shown in _noteworthy(verdicts.table).values() for place in shown}
     patients = verdicts.table["patient"].iloc[sorted(places)]
     ends = ("most", "least") if speaks_for(verdicts, name) else ("least", "most")
@@ -489,7 +489,7 @@ def _members(found: Findings) -> ET.Element:
     patients = found.verdicts.table["patient"]
     lines = []
     for place, (member, said) in enumerate(found.members.items()):
-        items = said[(said["world"] == 0) & said["patient"].isin(patients)]["items"]
+        items = said[(said["outer_fold"] == 0) & said["patient"].isin(patients)]["items"]
         weight = [f"{final.weights[place]:+.3f}"] if linear else []
         lines.append([member, str(len(items)), f"{items.median():g}", *weight])
     remark = "Items: cells or smears, the median of patients."
@@ -537,16 +537,19 @@ def _comparison(found: Findings) -> ET.Element:
             "from 0 to 1; line: chance.",
         ),
         tag("div", *rows, class_="rows"),
-        tag("h3", "Ensemble minus rival"),
-        grid(["rival", "difference", "95 % interval", "p (DeLong)", "p (Holm)"], cells, numbers=True),
+        tag("h3", "Ensemble minus baseline"),
+        grid(["baseline", "difference", "95 % interval", "p (DeLong)", "p (Holm)"], cells, numbers=True),
     )
 
 
 def _making(found: Findings) -> ET.Element:
     chosen = found.verdicts.chosen
     rows = [
-        [f"without fold {world}" if world < len(chosen) - 1 else "for new patients", *_described(candidate)]
-        for world, candidate in enumerate(chosen)
+        [
+            f"without fold {outer_fold}" if outer_fold < len(chosen) - 1 else "for new patients",
+            *_described(candidate),
+        ]
+        for outer_fold, candidate in enumerate(chosen)
     ]
     parts: list[Node] = [
         tag(

@@ -20,8 +20,8 @@ def model_card(found: Findings) -> str:
     last, combination = found.verdicts.combinations[-1], found.verdicts.chosen[-1]
     named = {"balanced": "both errors weigh the same", "sensitive": f"no {found.positive} is to be missed"}
     points = {point: calls(found, point) for point in named}
-    rivals = found.comparison.iloc[1:]
-    best = rivals.nlargest(1, "auroc").iloc[0] if len(rivals) else None
+    baselines = found.comparison.iloc[1:]
+    best = baselines.nlargest(1, "auroc").iloc[0] if len(baselines) else None
     parts = [
         f"# {found.name}: {found.positive} or {found.negative}?",
         "**For research only. Not a medical device; no diagnosis may rest on it.**",
@@ -47,7 +47,7 @@ def model_card(found: Findings) -> str:
     ]
     if best is not None:
         parts.append(
-            f"The best single rival, {best['against']}: AUROC {best['auroc']:.3f}; the ensemble minus that "
+            f"The best baseline, {best['against']}: AUROC {best['auroc']:.3f}; the ensemble minus that "
             f"{best['difference']:+.3f} ({best['difference_low']:+.3f} to {best['difference_high']:+.3f})."
         )
     parts += [
