@@ -40,8 +40,13 @@ def test_the_files_that_it_links_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_its_own_data_tables_are_those_of_the_schema() -> None:
-    assert schema.describe().strip() in README
+def test_the_tables_of_a_data_set_are_those_of_the_schema() -> None:
+    page = (ROOT / "docs" / "data-format.md").read_text(encoding="utf-8")
+    assert schema.describe().strip() in page
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_tree_that_it_shows_is_there() -> None:
