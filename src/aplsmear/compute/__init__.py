@@ -1,1 +1,1 @@
-"""Where partitions are done, and TensorFlow started."""
+"""Where work is done: this machine, Dask workers, TensorFlow."""

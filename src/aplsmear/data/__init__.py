@@ -1,1 +1,1 @@
-"""A data set in the Kaggle layout: read, checked, labelled, split."""
+"""A data set in the Kaggle layout: read, checked, labelled."""

@@ -1,1 +1,1 @@
-"""From the scores of cells to a probability per patient."""
+"""From the scores of cells and smears to a calibrated probability per patient."""

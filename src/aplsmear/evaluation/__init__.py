@@ -1,1 +1,1 @@
-"""What scores are worth."""
+"""Folds, AUROC, calibration, operating points, intervals and curves."""

@@ -1,1 +1,1 @@
-"""Frozen networks, and what they say of each view."""
+"""Frozen backbones and their bottleneck features."""

@@ -1,1 +1,1 @@
-"""Training on from a head, with the uppermost blocks of its backbone."""
+"""Training of the uppermost blocks of a backbone, from a tuned head."""

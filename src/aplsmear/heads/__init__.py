@@ -1,1 +1,1 @@
-"""Heads on features: one, a stack of many, and the search for the best."""
+"""Heads on bottleneck features: one head, a stack of many, and the search for the best."""

@@ -1,1 +1,1 @@
-"""New patients."""
+"""New patients: features, scores, probability and page."""

@@ -1,1 +1,1 @@
-"""Pages for people."""
+"""Pages and model cards."""

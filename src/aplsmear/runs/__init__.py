@@ -1,1 +1,1 @@
-"""How a stage starts, works, is logged, and is put right after a kill."""
+"""How a stage starts, is logged, and is put right after a kill."""

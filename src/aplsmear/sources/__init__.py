@@ -1,1 +1,1 @@
-"""Where data sets come from: Kaggle, boxes found in smears, drawn smears."""
+"""Where data sets come from: Kaggle, drawn smears, cells found in smears."""

@@ -1,1 +1,1 @@
-"""What commands ask of DVC and params.yaml."""
+"""What commands ask of DVC, remotes and profiles; the compare page."""
