@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_ensembles import RIDGE, cohort
+from test_combination import RIDGE, cohort
 
 from aplsmear.ensembles.bundle import (
     BundleError,

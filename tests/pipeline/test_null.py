@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_ensembles import people, scores_of
+from test_combination import people, scores_of
 from typer.testing import CliRunner
 
 from aplsmear.cli import app

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_ensembles import NETWORK, RIDGE, cohort
+from test_combination import NETWORK, RIDGE, cohort
 
 from aplsmear.ensembles.baselines import baselines_of, compare, pooled_baseline, pooled_features
 from aplsmear.ensembles.combination import importance, judge, measure

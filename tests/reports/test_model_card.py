@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from test_report import findings
+from test_ensemble_report import findings
 
 from aplsmear import __version__
 from aplsmear.reports.model_card import model_card, write_model_card

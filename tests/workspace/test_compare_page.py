@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_report import EVIL, browse, needs_browser, read
+from test_ensemble_report import EVIL, browse, needs_browser, read
 
 from aplsmear.workspace.compare_page import Compared, draw, page, write_page
 from clones import commit, run
