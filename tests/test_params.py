@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from aplsmear.params import Params, ParamsError, named, read_params
+from aplsmear.params import RENAMED, Params, ParamsError, flat, named, read_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,6 +133,25 @@ def test_switches_of_a_network_change_which_layers_it_has(tmp_path):
         changed(tmp_path, ("backbones", {"a": other | {"options": {"include_preprocessing": False}}}))
     )
     assert "no layer 'rescaling'" in found[0]
+
+
+def test_old_names_are_answered_with_the_new_ones_all_at_once(tmp_path, monkeypatch):
+    gone = "is gone: it made nothing better"
+    names = {"finetune.inside": "finetune.blocks", "tune.old": "tune.trials", "combine.gone": gone}
+    monkeypatch.setattr("aplsmear.params.RENAMED", names)
+    changes = [("finetune.inside", 1), ("finetune.blocks", None), ("combine.gone", 1), ("combine.shufles", 1)]
+    assert problems(changed(tmp_path, *changes, ("overrides.blast", {"old": 3}))) == [
+        "combine.shufles: unknown key (did you mean 'shuffles'?)",
+        "finetune.inside: is now called finetune.blocks",
+        "overrides.blast.old: is now called overrides.blast.trials",
+        f"combine.gone: {gone}",
+    ]
+
+
+def test_the_new_name_of_every_renamed_parameter_exists():
+    known = {name for name, _ in flat(YAML(typ="safe").load(ROOT / "params.yaml"), tables=True)}
+    assert {now for now in RENAMED.values() if " " not in now} <= known
+    assert known.isdisjoint(RENAMED)
 
 
 def test_one_mistake_is_one_line(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -52,6 +53,11 @@ _LONGEST = 80  # characters of a value in a message
 _LARGEST = 100_000  # values in params.yaml; a few lines with aliases (`*name`) can stand for billions
 JOINT = "+"  # between layers of a backbone whose features stand behind one another
 ANY_FEATURES = "any"  # in `tune.space.features`: whatever features there are
+
+# Parameters of earlier versions: dotted name -> the name now, or a sentence that says why it is gone.
+# A name that begins with `tune.` is looked for in the rows of `overrides`, too.
+RENAMED: dict[str, str] = {}
+_NOW = "is now called "
 
 T = TypeVar("T")
 
@@ -370,6 +376,10 @@ def read_params(path: Path) -> Params:
         misshapen = any(problem["loc"] for problem in error.errors())
         if misshapen:  # then the names were not looked at
             lines += _crossed(raw)
+        old = renamed(raw)
+        missing = {f"{answer.removeprefix(_NOW)}: is missing" for answer in old.values()}
+        lines = [line for line in lines if line not in missing and line.split(": ")[0] not in old]
+        lines += [f"{name}: {answer}" for name, answer in old.items()]
         text = "\n".join(f"  {line}" for line in dict.fromkeys(lines))
         raise ParamsError(f"{path} does not fit:\n{text}") from None
 
@@ -396,6 +406,41 @@ def nearest(word: str, known: Any) -> str:
     """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
+    """The parameters whose names are those of an earlier version (`RENAMED`).
+
+    Args:
+        raw: params.yaml, or a part of it, as read from YAML.
+
+    Returns:
+        Dotted name -> a sentence: the name now, or why it is gone.
+    """
+    found = {}
+    for name, _ in flat(raw, tables=True):
+        row = re.sub(r"(^overrides\.[^.]+\.)?.*", r"\1", name, count=1, flags=re.DOTALL)
+        now = RENAMED.get(f"tune.{name.removeprefix(row)}" if row else name)
+        if now and " " not in now:
+            now = _NOW + (row + now.removeprefix("tune.") if row else now)
+        if now:
+            found[name] = now
+    return found
+
+
+def flat(nested: Any, above: str = "", *, tables: bool = False) -> Iterator[tuple[str, Any]]:
+    """The values of tables in tables, each with its dotted name.
+
+    Args:
+        nested: the outermost table.
+        above: dotted name of `nested`; empty: it has none.
+        tables: whether tables are given, too, each before what it holds.
+    """
+    is_table = isinstance(nested, Mapping)
+    if above and (tables or not is_table):
+        yield above, nested
+    for key, value in nested.items() if is_table else ():
+        yield from flat(value, f"{above}.{key}" if above else str(key), tables=tables)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def test_settings_that_do_not_exist_are_named_all_at_once() -> None:
         with_settings(read_profile(PROFILES, "demo"), {"split.fold": "7", "nonsense": "1"})
 
 
+def test_a_setting_with_an_old_name_is_answered_with_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aplsmear.params.RENAMED", {"split.parts": "split.folds"})
+    with pytest.raises(ProfileError, match=r"^'split.parts' is now called split.folds$"):
+        with_settings(read_profile(PROFILES, "demo"), {"split.parts": "7"})
+
+
 def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
     with pytest.raises(ProfileError, match=r"'deepap'.*deepapl.*demo, kaggle"):
         read_profile(PROFILES, "deepap")

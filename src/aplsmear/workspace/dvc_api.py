@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
 from aplsmear.errors import UserError
+from aplsmear.params import flat
 from aplsmear.workspace import remote as share
 from aplsmear.workspace.compare_page import Compared
 from aplsmear.workspace.experiments import Experiment
@@ -196,7 +197,7 @@ def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
 def _experiment(shown: Any, baseline: bool = False, state: str = "") -> Experiment:
     """One of `dvc exp show`."""
     params, metrics = (
-        {file: dict(_flat(read.get("data") or {})) for file, read in kind.items()}
+        {file: dict(flat(read.get("data") or {})) for file, read in kind.items()}
         for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
     )
     flat = {name: value for values in params.values() for name, value in values.items()}
@@ -229,18 +230,10 @@ def _by_name(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[
     found: dict[str, dict[str, list[Any]]] = {}
     for place, revision in enumerate(revisions):
         for file, read in shown.get(revision, {}).get("data", {}).items():
-            for name, value in _flat(read.get("data", {})):
+            for name, value in flat(read.get("data", {})):
                 values = found.setdefault(file, {}).setdefault(name, [None] * len(revisions))
                 values[place] = value
     return found
-
-
-def _flat(nested: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(nested, dict):
-        yield above, nested
-        return
-    for name, value in nested.items():
-        yield from _flat(value, f"{above}.{name}" if above else str(name))
 
 
 def _drawn(

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from aplsmear.errors import UserError
 from aplsmear.files import sha256
-from aplsmear.params import Params, nearest
+from aplsmear.params import Params, flat, nearest, renamed
 
 
 class ProfileError(UserError, ValueError):
@@ -44,16 +44,18 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     """
     editor = _editor()
     tree = editor.load(text)
-    problems = []
-    for key, value in settings.items():
+    old = renamed(settings)
+    problems = [f"{key!r} {answer}" for key, answer in old.items()]
+    for key in [key for key in settings if key not in old]:
         *path, last = key.split(".")
         place: Any = tree
         for part in path:
             place = place.get(part) if isinstance(place, dict) else None
-        if not isinstance(place, dict) or last not in place:
-            problems.append(f"there is no {key!r}{nearest(key, _keys(tree))}")
+        if isinstance(place, dict) and last in place:
+            place[last] = YAML(typ="safe").load(settings[key])
         else:
-            place[last] = YAML(typ="safe").load(value)
+            known = [name for name, _ in flat(tree, tables=True)]
+            problems.append(f"there is no {key!r}{nearest(key, known)}")
     if problems:
         raise ProfileError("; ".join(problems))
     return _text_of(editor, tree)
@@ -120,12 +122,3 @@ def _text_of(yaml: YAML, tree: Any) -> str:
     out = io.StringIO()
     yaml.dump(tree, out)
     return out.getvalue()
-
-
-def _keys(tree: Any, before: str = "") -> list[str]:
-    keys = []
-    for key, value in tree.items():
-        keys.append(f"{before}{key}")
-        if isinstance(value, dict):
-            keys += _keys(value, f"{before}{key}.")
-    return keys
