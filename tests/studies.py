@@ -84,9 +84,9 @@ def told(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
     ]
 
 
-def work(folder: str, url: str = "", trials: int = 9) -> list[Trial]:
+def work(folder: str, url: str = "", trials: int = 9, name: str = "study") -> list[Trial]:
     """One worker, from start to end; what it ends with is written to a file of its own."""
-    study = open_study("study", Path(folder) / "study.journal", url)
+    study = open_study(name, Path(folder) / f"{name}.journal", url)
     found = list(run_study(task_data(), settings(trials=trials), 5, study, quick_judge))
     Path(folder, f"told-{os.getpid()}").write_text(repr(told(found)))
     return found

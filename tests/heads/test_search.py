@@ -1,5 +1,9 @@
 """The search: what is chosen, by whom, and that nobody is judged by a head that has seen them."""
 
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ from aplsmear.heads.search import (
 )
 from aplsmear.heads.stack import Material, train_heads
 from aplsmear.heads.study import open_study
-from studies import FOLDS, quick_judge, settings, task_data, told
+from studies import FOLDS, ROOT, quick_judge, settings, task_data, told
 
 RECIPE = draw_candidates(settings(), ["net/good", "net/poor"], 1)[0][0]
 
@@ -224,6 +228,37 @@ def test_a_study_is_named_after_all_that_it_depends_on() -> None:
         study_key(whole, used, 1, 1),
     ]
     assert len({key, *others}) == len(others) + 1
+
+
+def test_a_study_starts_anew_when_a_module_that_scores_it_changes(tmp_path: Path) -> None:
+    """The AUROC is inverted in a module that the search imports: no trial keeps its old value."""
+    library = tmp_path / "aplsmear"
+    shutil.copytree(ROOT / "src" / "aplsmear", library)
+    code = (
+        "import studies; from pathlib import Path; from aplsmear.heads.search import study_key\n"
+        "key = study_key(studies.task_data(), studies.settings(), 5, 1)\n"
+        "print(*(trial.auroc(4) for trial in studies.work('.', name=key)))"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
+
+    def values() -> np.ndarray:
+        printed = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=os.environ | paths,
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        return np.array(printed.split(), dtype=float)
+
+    first = values()
+    np.testing.assert_array_equal(values(), first)
+    assert len(list(tmp_path.glob("*.journal"))) == 1
+    with (library / "evaluation" / "auroc.py").open("a") as file:
+        file.write("_right = auroc_within_folds\n")
+        file.write("def auroc_within_folds(*given):\n    return 1 - _right(*given)\n")
+    np.testing.assert_allclose(values(), 1 - first)
+    assert len(list(tmp_path.glob("*.journal"))) == 2
 
 
 def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: pytest.MonkeyPatch) -> None:

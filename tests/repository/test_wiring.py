@@ -2,82 +2,31 @@
 
 import ast
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
+from aplsmear.runs.imports import PACKAGE, WITHOUT_EFFECT, imported_modules
+
 ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
-# Code that cannot change what a stage writes: where it is done, how waiting and errors look, what is logged
-# beside the outs, what puts right a killed run, the schema of params.yaml (values are declared one by one).
-PLUMBING = {
-    "compute.engine",
-    "compute.runtime",
-    "data.problems",
-    "errors",
-    "layers",
-    "params",
-    "progress",
-    "runs.checksums",
-    "runs.guard",
-    "runs.mend",
-    "runs.stage",
-    "runs.tracking",
-    "secrets",
-}
-
-# Plumbing whose own imports are for a process beside the stage.
-BESIDE = {"runs.guard", "runs.mend"}
-
 # Read although the value changes no result: `tune` looks at the names of the backbones, to refuse others.
-WITHOUT_EFFECT = {"tune": {"backbones"}}
+UNDECLARED = {"tune": {"backbones"}}
 
 
 def script_of(stage: dict) -> str:
     return re.search(r"stages/(\w+)\.py", stage["cmd"]).group(1)
 
 
-CODE = ROOT / "src" / "aplsmear"
-
-
-def module_at(*parts: str) -> str | None:
-    """The dotted name of a module below aplsmear, if it is one."""
-    return ".".join(parts) if parts and CODE.joinpath(*parts).with_suffix(".py").is_file() else None
-
-
-@cache
-def imports_of(path: Path) -> frozenset[str]:
-    """Modules of aplsmear that a file imports, anywhere in it."""
-    found: set[str | None] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "aplsmear":
-            parts = node.module.split(".")[1:]
-            found.add(module_at(*parts))
-            found |= {module_at(*parts, alias.name) for alias in node.names}
-    return frozenset(name for name in found if name)
-
-
-def closure_of(script: str) -> set[str]:
-    waiting, seen = set(imports_of(ROOT / "stages" / f"{script}.py")), {"cpu"}
-    while waiting:
-        module = waiting.pop()
-        if module not in seen:
-            seen.add(module)
-            if module not in BESIDE:
-                waiting |= imports_of(CODE.joinpath(*module.split(".")).with_suffix(".py"))
-    return seen - PLUMBING
-
-
 def modules_in(dep: str) -> set[str]:
     """The modules that a dependency of dvc.yaml names: one, or those of a room."""
     path = ROOT / dep
     files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    names = {".".join(file.relative_to(CODE).with_suffix("").parts) for file in files}
-    return {name for name in names if not name.endswith("__init__")} - PLUMBING
+    names = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in files}
+    return {name for name in names if not name.endswith("__init__")} - WITHOUT_EFFECT
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -86,7 +35,7 @@ def test_a_stage_depends_on_the_code_that_makes_its_outs(name: str) -> None:
     declared = set[str]().union(*(modules_in(dep) for dep in deps))
     script = script_of(STAGES[name])
     assert f"stages/{script}.py" in STAGES[name]["deps"]
-    assert declared == closure_of(script)
+    assert declared == imported_modules(ROOT / "stages" / f"{script}.py").keys()
 
 
 def covers(declared: str, read: str) -> bool:
@@ -118,7 +67,7 @@ def test_a_stage_declares_every_parameter_that_it_reads_and_no_other(name: str) 
     reads.visit(ast.parse((ROOT / "stages" / f"{script_of(stage)}.py").read_text(encoding="utf-8")))
     read = set(reads.read)
     if "tune_of" in read:
-        read = read - {"tune_of"} - WITHOUT_EFFECT.get(script_of(stage), set()) | {"tune", "overrides"}
+        read = read - {"tune_of"} - UNDECLARED.get(script_of(stage), set()) | {"tune", "overrides"}
     declared = {re.sub(r"\.(\$\{.*|apl_healthy|apl_aml)$", "", param) for param in stage.get("params", [])}
     assert [each for each in sorted(read) if not any(covers(given, each) for given in declared)] == []
     assert [given for given in sorted(declared) if not any(covers(given, each) for each in read)] == []

@@ -22,21 +22,17 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.evaluation import splits
 from aplsmear.evaluation.auroc import auroc, auroc_within_folds, average_precision
 from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.evaluation.splits import inner_sets, outer_set, tuning_sets
 from aplsmear.features.store import Features
 from aplsmear.files import give_back, rows_of
-from aplsmear.heads import bags
-from aplsmear.heads import head as heads
-from aplsmear.heads import stack as stacks
-from aplsmear.heads import stack_graphs as graphs
 from aplsmear.heads.bags import attend, bag_parameters, judge_bags, train_bags
 from aplsmear.heads.head import Head, Job, Recipe, TrainingItems, parameters, score
 from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Record, Study
 from aplsmear.params import Range, Tune, nearest
+from aplsmear.runs.imports import code_hash
 
 Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
 POLL = 0.5  # seconds between two looks at what other workers have finished
@@ -488,15 +484,12 @@ def held_out_scores(
 
 
 def study_key(task_data: TaskData, settings: Tune, seed: int, threads: int) -> str:
-    """A name for a study by all that it depends on: other inputs or code, another study; the same, the same
-    one."""
+    """The name of a study: a hash of all inputs, settings, versions and code that its results depend on."""
     digest = hashlib.sha256()
     told = settings.model_dump(exclude=WITHOUT_EFFECT)
     versions = [version(package) for package in ("tensorflow", "numpy", "optuna")]
-    digest.update(json.dumps([told, seed, threads, task_data.folds, versions], sort_keys=True).encode())
-    for module in (bags, graphs, heads, splits, stacks):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    code = code_hash(Path(__file__))
+    digest.update(json.dumps([told, seed, threads, task_data.folds, versions, code], sort_keys=True).encode())
     digest.update(task_data.table.to_csv(index=False).encode())
     for array in (task_data.label, task_data.row, task_data.views):
         digest.update(np.ascontiguousarray(array).tobytes())
