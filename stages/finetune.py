@@ -66,7 +66,7 @@ def main() -> None:
         views,
         params.augment.brightness,
         seed,
-        items[settings.head.kinds].to_numpy() if settings.head.kinds else None,
+        items[settings.head.subclasses].to_numpy() if settings.head.subclasses else None,
     )
     key = f"{name}-{finetune_key(context, found, params.compute.threads)}"
     context.folder = home() / ".finetuning" / key

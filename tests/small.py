@@ -38,7 +38,7 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
     params["overrides"] = {task: {"trials": 2} for task in tasks}
     params["task"] = "blast"
     params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 2, "pictures": 1}
-    params["finetune"]["head"] |= {"epochs": 1, "members": 2, "units": 4, "middle": 0.6}
+    params["finetune"]["head"] |= {"epochs": 1, "members": 2, "units": 4, "centre_crop": 0.6}
     for name, each in members.items():
         params["ensembles"][name] |= {"members": list(each), "weigh_by": "blast"}
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}

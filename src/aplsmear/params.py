@@ -56,7 +56,13 @@ ANY_FEATURES = "any"  # in `tune.space.features`: whatever features there are
 
 # Parameters of earlier versions: dotted name -> the name now, or a sentence that says why it is gone.
 # A name that begins with `tune.` is looked for in the rows of `overrides`, too.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "finetune.inner": "finetune.inner_folds",
+    "finetune.even": "finetune.patient_weight",
+    "finetune.deeper": "finetune.rate_decay",
+    "finetune.head.kinds": "finetune.head.subclasses",
+    "finetune.head.middle": "finetune.head.centre_crop",
+}
 _NOW = "is now called "
 
 T = TypeVar("T")
@@ -227,10 +233,10 @@ class Tune(_Strict):
 
 
 class FinetuneHead(_Strict):
-    """Training of the head alone, before the blocks."""
+    """Training of extra heads on features, before the blocks train."""
 
-    kinds: str
-    middle: float = Field(gt=0, le=1)
+    subclasses: str
+    centre_crop: float = Field(gt=0, le=1)
     members: int = Field(ge=1, le=100)
     units: int = Field(ge=1, le=65536)
     dropout: float = Field(ge=0, lt=1)
@@ -240,16 +246,16 @@ class FinetuneHead(_Strict):
 
 
 class Finetune(_Strict):
-    """Training on from a tuned head: the uppermost blocks of its backbone."""
+    """Finetuning of one tuned head together with the uppermost blocks of its backbone."""
 
     trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
     folds: int = Field(ge=0)
-    inner: int = Field(ge=1)
-    even: float = Field(ge=0, le=1)
+    inner_folds: int = Field(ge=1)
+    patient_weight: float = Field(ge=0, le=1)
     head: FinetuneHead
     blocks: int = Field(ge=1)
     rate: float = Field(gt=0, le=1)
-    deeper: float = Field(ge=0, le=1)
+    rate_decay: float = Field(ge=0, le=1)
     head_rate: float = Field(gt=0, le=1)
     epochs: int = Field(ge=0, le=10000)
     patience: int = Field(ge=0)
@@ -458,11 +464,11 @@ def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(raw.get("task"), str) and raw["task"] not in tasks:
         yield f"task: {raw['task']!r} is no task{nearest(raw['task'], tasks)}"
     level = _table(tasks.get(str(raw.get("task")))).get("level")
-    kinds = _table(_table(raw.get("finetune")).get("head")).get("kinds")
-    if kinds and level in COLUMNS and kinds not in COLUMNS[level]:
+    column = _table(_table(raw.get("finetune")).get("head")).get("subclasses")
+    if column and level in COLUMNS and column not in COLUMNS[level]:
         yield (
-            f"finetune.head.kinds: a {level} has no column {kinds!r}{nearest(str(kinds), COLUMNS[level])}; "
-            f"it has: {', '.join(COLUMNS[level])}"
+            f"finetune.head.subclasses: a {level} has no column {column!r}"
+            f"{nearest(str(column), COLUMNS[level])}; it has: {', '.join(COLUMNS[level])}"
         )
     for name, task in tasks.items():
         for side in ("positive", "negative"):

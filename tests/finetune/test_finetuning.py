@@ -61,7 +61,7 @@ def items() -> TrainingItems:
 
 PATIENT = np.arange(24) // 2
 TWO = Kinds(items().label.astype(np.int64), (1, 1), PATIENT)
-JOINED = {"kinds": "cell_type", "members": 2, "units": 3, "epochs": 2}
+JOINED = {"subclasses": "cell_type", "members": 2, "units": 3, "epochs": 2}
 
 
 def features() -> np.ndarray:
@@ -82,7 +82,7 @@ def deepened(folder: Path, cuts: int = 0, strategy: object = None, **changed: ob
     several = Kinds(np.arange(24) % 4 // 2 + 2 * items().label, (2, 2), PATIENT)
     kinds, members = (several, (2, 3)) if settings.head.epochs else (TWO, (0, 0))
 
-    middle = settings.head.middle
+    middle = settings.head.centre_crop
     read = CHANNELS * (2 if middle < 1 else 1)
 
     def network() -> object:
@@ -149,7 +149,7 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     np.testing.assert_array_equal(copy(shown).numpy(), network.whole(shown).numpy())
 
 
-@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, JOINED), (1, JOINED | {"middle": 0.5})])
+@pytest.mark.parametrize(("cuts", "head"), [(2, {}), (1, JOINED), (1, JOINED | {"centre_crop": 0.5})])
 def test_cut_off_after_any_epoch_it_ends_with_the_same_bits(
     cuts: int, head: dict[str, object], tmp_path: Path
 ) -> None:
@@ -165,8 +165,8 @@ def test_cut_off_after_any_epoch_it_ends_with_the_same_bits(
 def test_blocks_learn_the_deeper_the_slower_and_statistics_stay(tmp_path: Path) -> None:
     from aplsmear.finetune.network import divide
 
-    still = deepened(tmp_path / "still", blocks=2, deeper=0.0)
-    moved = deepened(tmp_path / "moved", blocks=2, deeper=0.5)
+    still = deepened(tmp_path / "still", blocks=2, rate_decay=0.0)
+    moved = deepened(tmp_path / "moved", blocks=2, rate_decay=0.5)
     start = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, 2, 5)
     names = [weight.path for weight in start.top.weights]
     before = [weight.numpy() for weight in start.top.weights]
@@ -193,7 +193,7 @@ def test_a_patient_with_many_items_need_not_outweigh_another(even: float, share:
 
     mine = (np.arange(24) // 2 % 3 > 0).astype(np.int64)  # one patient has twice as many as the other
     kinds = replace(TWO, patient=mine)
-    settings = SETTINGS.model_copy(update={"even": even})
+    settings = SETTINGS.model_copy(update={"patient_weight": even})
     rows, target, weight = epoch_items(Run("r", RECIPE, frozenset(), None, 3), items(), kinds, settings, 7, 0)
     for kind in (0, 1):
         here = target[:, kind] == 1

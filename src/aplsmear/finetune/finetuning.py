@@ -5,8 +5,8 @@ frozen model. In the first epoch others may join it (`finetune.head`): trained o
 weights of their own, but to tell more kinds of items apart than the task asks for. Few items are sought, and
 what the others are teaches more than that they are not. (A head that goes on from the tuned one learns less
 of that: it fits its patients already.) They may see the middle of each feature map alone, where the cell is
-(`finetune.head.middle`), while the tuned one sees all of it. The mean of all is the head from here on. Then
-it and the uppermost blocks train together. In each outer fold of `aplsmear.evaluation.splits`::
+(`finetune.head.centre_crop`), while the tuned one sees all of it. The mean of all is the head from here on.
+Then it and the uppermost blocks train together. In each outer fold of `aplsmear.evaluation.splits`::
 
     inner    without folds w and j, judged on j after every epoch, until j gains nothing for some epochs
     outer    without fold w, for as many epochs as do best on the mean of its inner folds: scores fold w
@@ -14,7 +14,7 @@ it and the uppermost blocks train together. In each outer fold of `aplsmear.eval
 
 Epoch 0 is a candidate like any other: where the inner folds gain nothing, an outer fold stays with the frozen
 model by this rule, and the record says so. One inner fold is a dozen patients, and hardly a judge: with
-several (`finetune.inner`) fewer outer folds go wrong by chance.
+several (`finetune.inner_folds`) fewer outer folds go wrong by chance.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class FinetuneContext:
                     self.seed,
                     self.kinds.count,
                     (head.members, head.units) if head.epochs else (0, 0),
-                    head.middle if head.epochs else 1.0,
+                    head.centre_crop if head.epochs else 1.0,
                 ),
                 self.settings,
                 self._light,
@@ -496,7 +496,7 @@ def _inner_runs(outer_folds: Sequence[Start], context: FinetuneContext) -> list[
         )
         for epochs in [context.settings.epochs]
         for start in outer_folds
-        for j in inner_folds(start.outer_fold, context.task_data, context.settings.inner)
+        for j in inner_folds(start.outer_fold, context.task_data, context.settings.inner_folds)
     ]
 
 

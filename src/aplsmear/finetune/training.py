@@ -114,7 +114,7 @@ class Trainer:
                 self.model, scorer = Model(image, self.model(given)), Model(image, scorer(given))
             depth = self.network.depth
             blocks = sorted(set(depth.values()) - {HEAD})
-            by_block = {each: optimizers.Adam(settings.rate * settings.deeper**each) for each in blocks}
+            by_block = {each: optimizers.Adam(settings.rate * settings.rate_decay**each) for each in blocks}
             by_block[HEAD] = optimizers.Adam(settings.head_rate)
 
             def of_block(weight: Any) -> Any:
@@ -299,7 +299,7 @@ def epoch_items(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What an epoch shows, in order: view rows int64 (shown,), targets float32 (shown, kinds), weights
     float32 (shown,): the rarer a kind, the heavier, as far as the recipe's balance says, and within a kind
-    the fewer its patient has, as far as `finetune.even` says.
+    the fewer its patient has, as far as `finetune.patient_weight` says.
 
     Raises:
         FinetuneError: one class only is left to train on.
@@ -316,7 +316,7 @@ def epoch_items(
     _, owner, owned = np.unique(
         np.stack([kind, kinds.patient[shown]]), axis=1, return_inverse=True, return_counts=True
     )
-    share = owned[owner] ** -settings.even
+    share = owned[owner] ** -settings.patient_weight
     share /= (np.bincount(kind, share) / np.maximum(count, 1))[kind]  # a kind as a whole weighs as before
     weight = share * np.maximum(count, 1.0)[kind] ** -run.recipe.balance
     smoothing = run.recipe.smoothing
