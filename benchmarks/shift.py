@@ -35,7 +35,6 @@ from record import commit, machine
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.tasks import task_items
 from aplsmear.ensembles.combination import Verdicts, draw_candidates, judge, patients_of
-from aplsmear.ensembles.familiarity import describe_rows
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.calibration import calibration_slope_intercept
@@ -49,7 +48,7 @@ from aplsmear.images.reading import read_image
 from aplsmear.images.view_store import View
 from aplsmear.images.views import cell_views, prepared, room, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
-from aplsmear.prediction.recalibration import adapted, standardising
+from aplsmear.prediction.recalibration import adapted
 from aplsmear.progress import progress
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -226,13 +225,11 @@ def held(
         "not_adapted": {"adapt": False},
         "plain_view_alone": {"average": False},
         "one_summary_chosen": {"verdicts": bench.chosen},
-        "features_standardised_by_cohort_halfway": {"standardise": 0.5},
-        "features_standardised_by_cohort": {"standardise": 1.0},
     }
     found = {}
     for name, treatment in treatments.items():
-        before = measured(bench, home, home, **(treatment | {"adapt": False}))
-        each = [measured(bench, features, home, **treatment) for features in away]
+        before = measured(bench, home, **(treatment | {"adapt": False}))
+        each = [measured(bench, features, **treatment) for features in away]
         after = {key: float(np.mean([one[key] for one in each])) for key in before}
         found[name] = {
             "auroc_loss": before["auroc"] - after["auroc"],
@@ -241,23 +238,20 @@ def held(
             "lowest_balanced_accuracy": min(one["balanced_accuracy"] for one in each),
             "home": before,
         }
-    home_adapted = measured(bench, home, home)
+    home_adapted = measured(bench, home)
     return found.pop("as_shipped") | {"home_adapted": home_adapted} | found
 
 
 def measured(
     bench: Bench,
     features: Features,
-    home: Features,
     adapt: bool = True,
     average: bool = True,
-    standardise: float = 0.0,
     verdicts: Verdicts | None = None,
 ) -> dict[str, float]:
     """AUROC, balanced accuracy and calibration slope of the held-out verdicts on these features."""
-    used = restandardised(bench, features, home, standardise) if standardise else features
     tasks = dict.fromkeys([*bench.members, bench.weigher])
-    said = {task: scores_of(bench, task, used, average) for task in tasks}
+    said = {task: scores_of(bench, task, features, average) for task in tasks}
     summaries = {task: summary_of(said, task, bench.weigher, bench.params) for task in bench.members}
     fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
     probability, call = np.zeros(len(fold)), np.zeros(len(fold))
@@ -300,24 +294,6 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
         outer_folds[f"outer_{outer_fold}"] = np.mean(each, axis=0)
     fold = table["patient"].map(bench.patients.set_index("patient")["fold"])
     return table.assign(fold=fold, **outer_folds)
-
-
-def restandardised(bench: Bench, features: Features, home: Features, share: float) -> Features:
-    """Each fold's features on their way to the mean and spread of the others at home; `standardising`."""
-    out = {}
-    for name, shown in features.items():
-        fold = bench.items["cell" if name.startswith("cell/") else "smear"]["fold"].to_numpy()
-        usual = home[name][0].astype(np.float32)
-        out[name] = [values.astype(np.float32) for values in shown]
-        for outer_fold in np.unique(fold):
-            here, there = fold == outer_fold, fold != outer_fold
-            plain = describe_rows(
-                out[name][0][here]
-            )  # its mean and spread hold for all views, as in `predict`
-            scale, offset = standardising(plain, describe_rows(usual[there]), share)
-            for values in out[name]:
-                values[here] = values[here] * scale + offset
-    return out
 
 
 def scored_features(bench: Bench, condition: Condition | None) -> Features:

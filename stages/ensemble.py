@@ -17,6 +17,7 @@ from aplsmear.ensembles.bundle import (
 )
 from aplsmear.ensembles.combination import (
     draw_candidates,
+    high_is_positive,
     importance,
     judge,
     measure,
@@ -36,8 +37,9 @@ from aplsmear.files import write_json
 from aplsmear.heads.head import read_heads
 from aplsmear.images.view_store import plain_views, read_views
 from aplsmear.params import LEVELS, Level, named, read_params
-from aplsmear.reports.ensemble import Findings, fingerprints, speaks_for, wanted_cells, write_page
+from aplsmear.reports.ensemble import Findings, wanted_cells, write_page
 from aplsmear.reports.model_card import write_model_card
+from aplsmear.runs.checksums import md5
 from aplsmear.runs.stage import run
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -87,7 +89,10 @@ def main(name: str) -> None:
         calibration=calibration_table(label, probability),
         pictures=plain_views(Path("augmented/cell/views.parquet"), names) if names else {},
         pictured_by=pictured_by,
-        inputs=fingerprints([*inputs, *(folder / f"{task}.scores.parquet" for task in ensemble.members)]),
+        inputs={
+            path.as_posix(): md5(path)
+            for path in [*inputs, *(folder / f"{task}.scores.parquet" for task in ensemble.members)]
+        },
         settings={
             "seed": params.seed,
             "combine": combine.model_dump(),
@@ -144,9 +149,9 @@ def main(name: str) -> None:
         combinations=verdicts.combinations,
         reference_level=level,
         reference_features=chosen,
-        least=reference.least,
+        min_items=reference.min_items,
         pictured_by=pictured_by,
-        upwards=bool(pictured_by) and speaks_for(verdicts, pictured_by),
+        high_is_positive=bool(pictured_by) and high_is_positive(verdicts, pictured_by),
         standardise=combine.standardise,
         inputs=findings.inputs,
     )

@@ -265,8 +265,7 @@ def predict(
     formula gets a ' in front.
 
     `--adapt` is for patients of another laboratory who are known to be a mixture like that of training: it
-    moves all their probabilities together, without a label. Not for a screening, nor for few patients. Of
-    an ensemble made with `combine.standardise`, features move first to the mean and spread of training.
+    moves all their probabilities together, without a label. Not for a screening, nor for few patients.
 
     Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
     report.html`
@@ -282,7 +281,6 @@ def predict(
     from aplsmear.prediction.predict import (
         Judge,
         check_input,
-        judge_cohort,
         judge_patients,
         keep_pictures,
         verdict_table,
@@ -293,7 +291,7 @@ def predict(
     _check_outs([path for path in (out, report) if path is not None], overwrite)
     try:
         bundle = read_bundle(ensemble)
-        outer_fold = bundle.world_of(fold)
+        outer_fold = bundle.outer_fold_of(fold)
         judge = Judge(bundle, outer_fold)
         with engine_of(_knobs(None), [data, bundle.folder], networks=True) as engine:
             found = read_data_set(
@@ -306,21 +304,17 @@ def predict(
             )
             check_input(bundle, found.cells, data)
             start_tensorflow()
-            moves = bundle.model.standardise if adapt else 0.0
-            judging = judge_cohort if moves else judge_patients
             judged = keep_pictures(
-                judging(judge, data, found.smears, found.cells, engine), CARDS if report else 0
+                judge_patients(judge, data, found.smears, found.cells, engine), CARDS if report else 0
             )
         combination, remarks = judge.combination, []
         if fold is not None:
             remarks.append(f"A check: judged by the models that never saw fold {fold}.")
         if adapt:
-            combination = adapted(combination, np.array([each.said for each in judged]))
+            combination = adapted(combination, np.array([each.logits for each in judged]))
             share = combination.thresholds["balanced"]
             remarks.append(
-                f"Adapted to these {len(judged)} patients: "
-                + (f"features moved by {moves:.0%} to mean and spread of training, " if moves else "")
-                + "logits moved by "
+                f"Adapted to these {len(judged)} patients: logits moved by "
                 f"{combination.offset - judge.combination.offset:+.2f}, on the assumption that about "
                 f"{share:.0%} of them are positive, as in training."
             )

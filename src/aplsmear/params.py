@@ -24,19 +24,12 @@ Diagnosis = Literal["healthy", "aml", "apl"]
 Condition = dict[str, list[str]]
 Summary = Literal[
     "mean",
-    "logits",
-    "median",
     "upper",
     "top",
     "share",
     "noisy_or",
-    "weighed_mean",
-    "weighed_logits",
-    "weighed_median",
-    "weighed_upper",
-    "weighed_top",
-    "weighed_share",
-    "weighed_noisy_or",
+    "weighted_mean",
+    "weighted_share",
     "blend",
 ]
 Name = Annotated[
@@ -62,6 +55,8 @@ RENAMED: dict[str, str] = {
     "finetune.deeper": "finetune.rate_decay",
     "finetune.head.kinds": "finetune.head.subclasses",
     "finetune.head.middle": "finetune.head.centre_crop",
+    "combine.space.freedom": "combine.space.C",
+    "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
 }
 _NOW = "is now called "
 
@@ -309,7 +304,7 @@ class CombineSpace(_Strict):
 
     model: list[Literal["average", "logistic", "network"]] = Field(min_length=1)
     summary: list[Summary] = Field(min_length=1)
-    freedom: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
+    C: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
     units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
 
 
@@ -321,7 +316,6 @@ class Combine(_Strict):
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
     shuffles: int = Field(ge=1)
-    standardise: float = Field(ge=0, le=1)
     shares: list[Name] = []
 
 

@@ -112,7 +112,7 @@ def test_one_worker_after_another_is_killed_others_join_and_every_byte_is_that_o
 
     monkeypatch.setattr(predict, "CHUNK", 20)
     bundle = read_bundle(trained.ensemble)
-    models = Judge(bundle, bundle.world_of(None))
+    models = Judge(bundle, bundle.outer_fold_of(None))
     expected = list(judge_patients(models, trained.data, found.smears, found.cells, Here(1)))
     with engine_of(None, [trained.data, bundle.folder], networks=True) as engine:
         judging = judge_patients(models, trained.data, found.smears, found.cells, engine)

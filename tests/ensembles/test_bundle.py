@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from test_combination import RIDGE, cohort
 
@@ -14,7 +13,6 @@ from aplsmear.ensembles.bundle import (
     BundleError,
     Member,
     Reference,
-    describe_usual,
     make_model,
     read_bundle,
     reference_features,
@@ -22,7 +20,6 @@ from aplsmear.ensembles.bundle import (
 )
 from aplsmear.ensembles.combination import judge
 from aplsmear.ensembles.familiarity import make_cloud
-from aplsmear.features.store import Features
 from aplsmear.heads.head import Head, write_heads
 from aplsmear.params import Augment, Backbone
 
@@ -72,9 +69,9 @@ def make(folder: Path) -> Path:
         combinations=verdicts.combinations,
         reference_level="cell",
         reference_features="net/a",
-        least=4.0,
+        min_items=4.0,
         pictured_by="m0",
-        upwards=True,
+        high_is_positive=True,
         inputs={"splits/folds.csv": "0123"},
     )
     write_bundle(folder / "apl_aml" / "model", model, heads, folder / "backbones", reference)
@@ -131,10 +128,10 @@ def test_nobodys_name_is_in_it(made) -> None:
 
 def test_the_models_of_a_fold_or_those_for_new_patients(made) -> None:
     bundle = read_bundle(made)
-    assert [bundle.world_of(fold) for fold in (0, 4, None)] == [0, 4, 5]
+    assert [bundle.outer_fold_of(fold) for fold in (0, 4, None)] == [0, 4, 5]
     for fold in (-1, 5):
         with pytest.raises(BundleError, match=f"no fold {fold}.* had 5"):
-            bundle.world_of(fold)
+            bundle.outer_fold_of(fold)
 
 
 def test_all_that_is_missing_or_altered_is_named_at_once(copy) -> None:
@@ -151,12 +148,12 @@ def test_all_that_is_missing_or_altered_is_named_at_once(copy) -> None:
 
 
 def test_another_version_says_who_wrote_it(copy) -> None:
-    edited(copy / "manifest.json", version=2, aplsmear="7.0.1")
-    with pytest.raises(BundleError, match=r"version 2 .*reads 1.*7\.0\.1"):
+    edited(copy / "manifest.json", version=1, aplsmear="7.0.1")
+    with pytest.raises(BundleError, match=r"version 1 .*reads 2.*7\.0\.1"):
         read_bundle(copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 1, "files": {}}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 2, "files": {}}', "\x00"])
 def test_what_is_no_manifest_is_refused(copy, text) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=r"manifest\.json cannot be used"):
@@ -213,7 +210,6 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
         ({"reference_features": "net/c"}, "no backbone that gives net/c"),
         ({"members": [{"task": "../m0", "level": "cell"}]}, "not in its manifest"),
         ({"backbones": {}}, "no backbone that gives net/a"),
-        ({"standardise": 0.5}, "does not say how 0/cell/net/a is spread"),
     ],
     ids=lambda each: str(each)[:20],
 )
@@ -238,48 +234,3 @@ def test_the_features_of_most_heads_describe_patients() -> None:
 
     assert reference_features([heads("a/x", "b/y"), heads("c/z", "b/y"), heads("a/x")]) == "b/y"
     assert reference_features([heads("b/y"), heads("a/x")]) == "a/x"
-
-
-# --- features as usual ----------------------------------------------------------------------------
-
-
-def usual(changed: set[str] = frozenset(), view: int = 0) -> dict[str, bytes]:
-    """What a bundle keeps of the features of five patients, of whom `h` is not of the ensemble.
-
-    Args:
-        changed: patients who look otherwise.
-        view: in which of their views.
-    """
-    patients = pd.DataFrame({"patient": list("abcd"), "fold": [0, 0, 1, 1]})
-    items = pd.DataFrame({"item": [f"{who}{k}" for who in "abcdh" for k in range(3)]})
-    items["patient"] = items["item"].str[0]
-    index = items[["item"]].merge(pd.DataFrame({"view": [0, 1]}), how="cross")
-    values = np.random.default_rng(1).normal(size=(len(index), 4)).astype(np.float16)
-    values[index["item"].str[0].isin(changed) & (index["view"] == view)] += 1
-    features = {name: Features(name, index, values * scale) for name, scale in (("net/a", 1), ("net/b", 2))}
-    heads = [
-        Head(f"net/{layer}", (np.ones((4, 1), np.float32),), (np.zeros(1, np.float32),)) for layer in "aba"
-    ]
-    levels = ("cell", "smear")
-    found = describe_usual(
-        patients, dict.fromkeys(levels, items), dict.fromkeys(levels, features), [("smear", heads)]
-    )
-    return {key: each.tobytes() for key, each in found.items()}
-
-
-def test_how_features_usually_are_is_told_by_the_training_patients_of_a_world_alone() -> None:
-    before = usual()
-    assert list(before) == ["0/smear/net/a", "1/smear/net/b", "2/smear/net/a"]
-    for fold, held_out in ((0, {"a", "b"}), (1, {"c", "d"})):
-        after = usual(held_out)
-        same = [int(key[0]) for key in before if after[key] == before[key]]
-        assert same == [fold]
-    assert usual({"h"}) == before
-    assert usual(set("abcd"), view=1) == before
-
-
-def test_a_bundle_says_nothing_of_features_that_nobody_is_to_move(made) -> None:
-    assert "standardise" not in json.loads((made / "model" / "model.json").read_text())
-    with np.load(made / "model" / "reference.npz") as arrays:
-        assert not [name for name in arrays.files if name.startswith("usual")]
-    assert read_bundle(made).model.standardise == 0

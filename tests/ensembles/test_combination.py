@@ -65,10 +65,8 @@ def cohort(n: int = 10, folds: int = 5, members: int = 3, strength: float = 1.0,
 
 
 def combine(**knobs) -> Combine:
-    space = CombineSpace(
-        model=["logistic", "network"], summary=["mean", "top"], freedom=[1.0, 0.1], units=[2]
-    )
-    settings = {"trials": 6, "resamples": 100, "refits": 20, "shuffles": 5, "standardise": 0.0}
+    space = CombineSpace(model=["logistic", "network"], summary=["mean", "top"], C=[1.0, 0.1], units=[2])
+    settings = {"trials": 6, "resamples": 100, "refits": 20, "shuffles": 5}
     return Combine(**({"space": space} | settings | knobs))
 
 
@@ -192,7 +190,7 @@ def test_a_patient_without_a_cell_for_a_member_is_judged_by_the_others() -> None
     assert np.isfinite(verdicts.table[["probability", "low", "high"]].to_numpy()).all()
     assert chances["apl000"] > chances["aml001"]
     final = verdicts.combinations[-1]
-    gap, usual = np.array([[np.nan, 1.0, 2.0]]), np.array([[final.fitted.usual[0], 1.0, 2.0]])
+    gap, usual = np.array([[np.nan, 1.0, 2.0]]), np.array([[final.fitted.mean[0], 1.0, 2.0]])
     assert final.probability(gap) == final.probability(usual)
 
 
@@ -238,7 +236,7 @@ def test_three_folds_of_two_and_two_patients_give_finite_numbers(tmp_path, candi
 
 def test_candidates_are_different_and_begin_with_the_simplest_of_each_summary() -> None:
     drawn = draw_candidates(combine(trials=100), 1)
-    assert [(one.model, one.summary, one.freedom) for one in drawn[:2]] == [
+    assert [(one.model, one.summary, one.C) for one in drawn[:2]] == [
         ("logistic", "mean", 0.1),
         ("logistic", "top", 0.1),
     ]
@@ -248,8 +246,8 @@ def test_candidates_are_different_and_begin_with_the_simplest_of_each_summary() 
 
 
 def test_the_simplest_within_one_standard_error_is_chosen() -> None:
-    freedoms = (0.05, 0.1, 10.0)
-    candidates = [Candidate(n, "logistic", "mean", freedom, 0) for n, freedom in enumerate(freedoms)]
+    strengths = (0.05, 0.1, 10.0)
+    candidates = [Candidate(n, "logistic", "mean", C, 0) for n, C in enumerate(strengths)]
     candidates += [Candidate(3, "network", "mean", 1.0, 2)]
     patients, members = cohort(strength=2.0)
     for order in (candidates, candidates[::-1]):
@@ -260,10 +258,10 @@ def test_of_equally_simple_ones_the_better_is_chosen() -> None:
     patients, members = cohort(n=20, strength=0.7)
     random = np.random.default_rng(0)
     blurred = {
-        name: table.assign(median=table["mean"] + 0.1 * random.normal(size=len(table)))
+        name: table.assign(upper=table["mean"] + 0.1 * random.normal(size=len(table)))
         for name, table in members.items()
     }
-    candidates = [Candidate(n, "logistic", kind, 0.1, 0) for n, kind in enumerate(("median", "mean"))]
+    candidates = [Candidate(n, "logistic", kind, 0.1, 0) for n, kind in enumerate(("upper", "mean"))]
     assert judge(patients, blurred, candidates, 0, 1).chosen[-1].summary == "mean"
 
 
@@ -280,7 +278,7 @@ def test_what_params_may_name_is_what_there_is() -> None:
 def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidates) -> None:
     patients, members = cohort()
     verdicts = judge(patients, members, candidates, 0, 1)
-    said = verdicts.said
+    said = verdicts.logits
     said[0, 1] = np.nan  # a patient without a cell for m1
     for combination in verdicts.combinations:
         write_json(tmp_path / "combination.json", as_json(combination), digits=12)
@@ -291,7 +289,7 @@ def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidat
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"weights": [1.0]}, {"summary": "guess"}, {"thresholds": {}}, {"usual": "x"}, {"members": None}],
+    [{"weights": [1.0]}, {"summary": "guess"}, {"thresholds": {}}, {"mean": "x"}, {"members": None}],
     ids=str,
 )
 def test_what_is_no_combination_is_refused(wrong) -> None:

@@ -3,7 +3,6 @@
 import csv
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.dataset import DataSet, read_data_set
 from aplsmear.ensembles.bundle import (
     Member,
-    describe_usual,
     make_model,
     make_reference,
     read_bundle,
@@ -33,12 +31,12 @@ from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.features.backbones import BackboneError, batch_of, build_backbone, features_of, write_weights
 from aplsmear.features.store import Features, read_features, write_features
 from aplsmear.heads.bags import attend
-from aplsmear.heads.head import Head, read_heads, score, write_heads
+from aplsmear.heads.head import Head, score, write_heads
 from aplsmear.images.view_store import ViewWriter, read_index, read_views
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Backbone
 from aplsmear.prediction import predict as module
-from aplsmear.prediction.predict import Judge, judge_cohort, judge_patients, keep_pictures, verdict_table
+from aplsmear.prediction.predict import Judge, judge_patients, keep_pictures, verdict_table
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
 
@@ -67,7 +65,6 @@ class Run:
 
     data: Path
     ensemble: Path
-    standardised: Path  # the same bundle, with `combine.standardise`
     verdicts: pd.DataFrame
 
 
@@ -176,25 +173,21 @@ def trained(tmp_path_factory) -> Run:
         combinations=verdicts.combinations,
         reference_level="cell",
         reference_features=chosen.name,
-        least=reference.least,
+        min_items=reference.min_items,
         pictured_by="nuclei",
-        upwards=True,
+        high_is_positive=True,
         inputs={},
     )
     write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference)
-    read = [(of_task[task].images, read_heads(path)) for task, path in heads.items()]
-    reference = replace(reference, usual=describe_usual(patients, items, features, read))
-    model = model.model_copy(update={"standardise": 1.0})
-    write_bundle(root / "standardised", model, heads, root / "backbones", reference)
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
     verdicts = read_table(root / "apl_aml" / "predictions.csv")
-    return Run(root / "data", root / "apl_aml", root / "standardised", verdicts)
+    return Run(root / "data", root / "apl_aml", verdicts)
 
 
 @pytest.fixture(scope="module")
 def final(trained) -> Judge:
     bundle = read_bundle(trained.ensemble)
-    return Judge(bundle, bundle.world_of(None))
+    return Judge(bundle, bundle.outer_fold_of(None))
 
 
 @pytest.fixture
@@ -207,14 +200,12 @@ def read(folder: Path) -> DataSet:
     return read_data_set(folder, {}, min_box=8, skip_bad_images=False, check_images=False, labelled=False)
 
 
-def predicted(
-    judge: Judge, folder: Path, patients: set[str] | None = None, judging=judge_patients
-) -> pd.DataFrame:
+def predicted(judge: Judge, folder: Path, patients: set[str] | None = None) -> pd.DataFrame:
     found = read(folder)
     smears, cells = found.smears, found.cells
     if patients is not None:
         smears, cells = (table[table["patient"].isin(patients)] for table in (smears, cells))
-    judged = list(judging(judge, folder, smears, cells))
+    judged = list(judge_patients(judge, folder, smears, cells))
     return verdict_table(judged, judge.combination).set_index("patient")
 
 
@@ -235,7 +226,7 @@ def rewrite(path: Path, change) -> None:
 def test_held_out_patients_get_what_the_training_run_said_to_the_last_digit(trained, fold) -> None:
     bundle = read_bundle(trained.ensemble)
     mine = trained.verdicts[trained.verdicts["fold"] == fold].set_index("patient")
-    found = predicted(Judge(bundle, bundle.world_of(fold)), trained.data, set(mine.index))
+    found = predicted(Judge(bundle, bundle.outer_fold_of(fold)), trained.data, set(mine.index))
     assert [f"{value:.6g}" for value in found["probability"]] == [
         f"{value:.6g}" for value in mine["probability"].loc[found.index]
     ]
@@ -263,7 +254,7 @@ def test_a_member_that_also_weighs_is_heard_where_nothing_is_weighed(trained) ->
     bundle = read_bundle(trained.ensemble)
     plain = [replace(each, summary="mean") for each in bundle.combinations]
     changed = replace(bundle, weigher=bundle.members[0], combinations=plain)
-    judge = Judge(changed, changed.world_of(None))
+    judge = Judge(changed, changed.outer_fold_of(None))
     assert [each.task for each in judge.scorers["cell"]] == ["nuclei", "granules", "crowd"]
     assert [each.task for each in Judge(bundle, 0).scorers["cell"]] == ["nuclei", "granules", "crowd", "gate"]
 
@@ -303,64 +294,6 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, fi
     everybody = predicted(final, trained.data)
     others = everybody.index.drop([few, none])
     pd.testing.assert_frame_equal(found.loc[others], everybody.loc[others], check_exact=True)
-
-
-# --- features standardised by cohort --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def moving(trained) -> Judge:
-    bundle = read_bundle(trained.standardised)
-    return Judge(bundle, bundle.world_of(None))
-
-
-def test_the_cohort_of_training_is_as_usual_and_stays(trained, final, moving, monkeypatch) -> None:
-    mine = set(trained.verdicts["patient"])
-    expected = predicted(final, trained.data, mine)
-    monkeypatch.setattr(module, "CHUNK", 50)  # so that much goes to the disk and back
-    found = predicted(moving, trained.data, mine, judge_cohort)
-    assert logit(found["probability"]).to_numpy() == pytest.approx(
-        logit(expected["probability"]).to_numpy(), abs=1e-3
-    )
-    pd.testing.assert_frame_equal(
-        found.drop(columns="probability"), expected.drop(columns="probability"), check_exact=True
-    )
-    assert (predicted(moving, trained.data, mine) == expected).all(axis=None)  # to whoever does not adapt
-
-
-def test_a_cohort_in_another_light_is_put_right_and_still_warned_of(trained, final, moving, data) -> None:
-    mine = set(trained.verdicts["patient"])
-    right = predicted(final, trained.data, mine)
-    lit(data, 1.0, 0.8, 0.8)
-    before, after = predicted(final, data, mine), predicted(moving, data, mine, judge_cohort)
-    home, away, back = (logit(each["probability"]).to_numpy() for each in (right, before, after))
-    assert np.abs(back - home).mean() < np.abs(away - home).mean() / 2
-    assert np.corrcoef(back, home)[0, 1] > np.corrcoef(away, home)[0, 1]
-    columns = ["distance", "stain", "warning"]
-    pd.testing.assert_frame_equal(after[columns], before[columns], check_exact=True)
-
-
-def test_adapted_so_it_says_so_twice_the_same_and_leaves_nothing_behind(
-    trained, tmp_path, monkeypatch
-) -> None:
-    (tmp_path / "spool").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spool"))
-    for run, bundle, more in (
-        ("a", trained.standardised, ["--adapt"]),
-        ("b", trained.standardised, ["--adapt"]),
-        ("plain", trained.standardised, []),
-        ("before", trained.ensemble, []),
-    ):
-        outs = ("--out", tmp_path / f"{run}.csv", "--report", tmp_path / f"{run}.html")
-        code, said = command("--ensemble", bundle, "--data", trained.data, *outs, *more)
-        assert code == 0, said
-        assert ("features moved by 100% to mean and spread of training, logits" in said) == bool(more)
-    for kind in ("csv", "html"):
-        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
-        assert (tmp_path / f"plain.{kind}").read_bytes() == (tmp_path / f"before.{kind}").read_bytes()
-    adapted, plain = (logit(pd.read_csv(tmp_path / f"{run}.csv")["probability"]) for run in ("a", "plain"))
-    assert (adapted - plain).std() > 0.01  # more than an offset
-    assert not list((tmp_path / "spool").iterdir())
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -5,15 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
-from test_shift_bench import head
 
 from aplsmear.ensembles.combination import Combination, Weights
-from aplsmear.ensembles.familiarity import describe_rows
 from aplsmear.evaluation.calibration import brier
 from aplsmear.evaluation.operating_points import balanced_accuracy
-from aplsmear.heads.bags import attend
-from aplsmear.heads.head import Head
-from aplsmear.prediction.recalibration import adapted, moved, standardising, taking
+from aplsmear.prediction.recalibration import adapted, moved
 
 SHARE = 0.3
 
@@ -95,51 +91,3 @@ def test_the_order_of_patients_and_the_operating_points_stay():
     before, after = combination(), adapted(combination(), logit[:, None] - 1.5)
     assert after.thresholds == before.thresholds
     assert (np.argsort(after.probability(logit[:, None])) == np.argsort(logit)).all()
-
-
-# --- features -------------------------------------------------------------------------------------
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 999), st.floats(0.5, 2), st.floats(-5, 5))
-def test_features_that_another_laboratory_has_distorted_come_back(seed, gain, shift):
-    random = np.random.Generator(np.random.Philox(seed))
-    usual = random.normal(size=(50, 6)) * random.uniform(0.8, 1.25, 6) + random.normal(size=6)
-    seen = usual * gain ** random.uniform(-1, 1, 6) + shift * random.normal(size=6)
-    scale, offset = standardising(describe_rows(seen), describe_rows(usual), 1.0)
-    back = seen * scale + offset
-    assert back.mean(0) == pytest.approx(usual.mean(0))
-    assert back.std(0) == pytest.approx(usual.std(0), rel=0.08)
-    scale, offset = standardising(describe_rows(seen), describe_rows(usual), 0.5)
-    halfway = seen * scale + offset
-    assert halfway.mean(0) == pytest.approx((seen.mean(0) + usual.mean(0)) / 2)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 999))
-def test_features_stay_as_they_are_at_a_share_of_0_or_where_they_are_as_usual(seed):
-    random = np.random.Generator(np.random.Philox(seed))
-    own, usual = (describe_rows(random.normal(size=(9, 4))) for _ in range(2))
-    for scale, offset in (standardising(own, usual, 0.0), standardising(usual, usual, 1.0)):
-        assert scale == pytest.approx(np.ones(4), abs=1e-12)
-        assert offset == pytest.approx(np.zeros(4), abs=1e-12)
-
-
-def test_a_channel_in_which_a_cohort_is_all_the_same_is_not_blown_up():
-    cohort, usual = np.array([[0.5, 1.0], [0.5, 3.0]]), np.array([[0.0, 1.0], [2.0, 3.0]])
-    scale, offset = standardising(describe_rows(cohort), describe_rows(usual), 1.0)
-    assert scale[0] < 25
-    assert scale[1] == pytest.approx(1)
-    assert cohort * scale + offset == pytest.approx(np.array([[1.0, 1.0], [1.0, 3.0]]))
-
-
-@pytest.mark.parametrize("hidden", [True, False])
-def test_a_head_takes_features_as_if_they_had_been_moved(hidden):
-    random = np.random.Generator(np.random.Philox(3))
-    one = head(1) if hidden else Head("net/layer", (np.ones((5, 1), np.float32),), (np.ones(1, np.float32),))
-    seen, scale, offset = random.normal(size=(7, 5)), random.uniform(0.5, 2, 5), random.normal(size=5)
-    said, looked = attend(taking(one, scale, offset), seen)
-    expected = attend(one, seen * scale + offset)
-    assert said == pytest.approx(expected[0], rel=1e-5)
-    assert looked == pytest.approx(expected[1], rel=1e-5)
-    assert said != pytest.approx(attend(one, seen)[0], rel=1e-3)

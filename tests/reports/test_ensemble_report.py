@@ -1,7 +1,6 @@
 """The page for people: whole, offline, escaped, the same bytes every time, readable on a phone."""
 
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -19,7 +18,7 @@ from aplsmear.ensembles.combination import importance, judge, measure
 from aplsmear.evaluation import curves
 from aplsmear.features.store import Features
 from aplsmear.params import Ensemble
-from aplsmear.reports.ensemble import Findings, fingerprints, page, tag, wanted_cells, write_page
+from aplsmear.reports.ensemble import Findings, page, tag, wanted_cells, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = '<script>alert("x")</script>&'
@@ -32,7 +31,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     members = {task: table.replace({"patient": name}) for task, table in members.items()}
     verdicts = judge(patients, members, candidates, 20, 1)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
-    baselines = {"m0 alone": verdicts.said[:, 0], EVIL: verdicts.said[:, 1]}
+    baselines = {"m0 alone": verdicts.logits[:, 0], EVIL: verdicts.logits[:, 1]}
     return Findings(
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
@@ -48,7 +47,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
         pictured_by="m1" if pictured else "",
         inputs={"splits/folds.csv": "0123abcd"},
-        settings={"seed": 1, "combine": {"space": {"freedom": [0.1, 1.0]}}},
+        settings={"seed": 1, "combine": {"space": {"C": [0.1, 1.0]}}},
     )
 
 
@@ -110,7 +109,7 @@ def test_the_page_says_what_was_found(html) -> None:
         assert patient in text
     assert "Not a medical device" in text
     assert "0123abcd" in text
-    assert "combine.space.freedom" in text
+    assert "combine.space.C" in text
     assert "nan" not in text.lower().split()
 
 
@@ -141,9 +140,9 @@ def test_names_are_escaped() -> None:
 
 def test_a_network_and_a_gap_have_a_page_too() -> None:
     found = findings(NETWORK)
-    said = found.verdicts.said.copy()
+    said = found.verdicts.logits.copy()
     said[:, 0] = np.nan
-    holey = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, said=said))
+    holey = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, logits=said))
     text = " ".join(read(page(holey)).texts)
     assert "no cell or smear" in text
     assert "3 hidden units" in text
@@ -154,7 +153,7 @@ def test_a_card_shows_the_cells_that_speak_most_for_and_against(html) -> None:
     wanted = wanted_cells(found.verdicts, "m1", found.members["m1"])
     for most, least in wanted.values():
         assert len(most) == len(least) == len({*most, *least}) / 2 == 3  # of six cells
-    low = dataclasses.replace(found.verdicts, said=-found.verdicts.said)  # high scores speak against it
+    low = dataclasses.replace(found.verdicts, logits=-found.verdicts.logits)  # high scores speak against it
     assert wanted_cells(low, "m1", found.members["m1"]) == {
         patient: (least, most) for patient, (most, least) in wanted.items()
     }
@@ -167,12 +166,6 @@ def test_an_element_keeps_texts_and_elements_in_their_order() -> None:
     element = tag("p", "a", tag("b", "c"), "d", "e", class_="x", text_anchor="end")
     assert "".join(element.itertext()) == "acde"
     assert element.attrib == {"class": "x", "text-anchor": "end"}
-
-
-def test_fingerprints_are_those_of_dvc(tmp_path) -> None:
-    (tmp_path / "a.csv").write_bytes(b"patient\n")
-    digest = hashlib.md5(b"patient\n", usedforsecurity=False).hexdigest()
-    assert fingerprints([tmp_path / "a.csv"]) == {(tmp_path / "a.csv").as_posix(): digest}
 
 
 # --- comparison ------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@
     model.json                                members, views, backbones, a combination for every outer fold
     heads/<task>.npz                          heads of every outer fold
     backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
-    reference.npz                             where training patients lie, as a whole; with `standardise`,
-                                              how their features are spread, too
+    reference.npz                             where the training patients lie
 
 No pickle, no code, no path out of the folder, and no network as a file: `aplsmear.features.backbones` builds
 it from its name in keras.applications, so a stranger's folder has nothing that could run. (Keras's own
@@ -21,13 +20,13 @@ import json
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import aplsmear
 from aplsmear.ensembles.combination import Combination, as_json, combination_of
@@ -39,9 +38,8 @@ from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, TaskLevel
 
-FORMAT, VERSION = "aplsmear ensemble", 1
+FORMAT, VERSION = "aplsmear ensemble", 2
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
-_USUAL = "usual."  # before the names of such arrays
 _DIGITS = 12  # of numbers in model.json, behind the point
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
 
@@ -90,10 +88,9 @@ class Model(_Strict):
         patients.
         reference_level: whose items `reference_features` describe.
         reference_features: backbone/layer of the cloud of familiar patients.
-        least: cells or smears of that level that 99 of 100 training patients had, or more.
+        min_items: cells or smears of that level that 99 of 100 training patients had, or more.
         pictured_by: the member that says which cells tell most; '' for none.
-        upwards: whether a high score of it speaks for the positive diagnosis.
-        standardise: how far a cohort that adapts moves its features; see `combine` in params.yaml.
+        high_is_positive: whether a high score of it points to the positive diagnosis.
         inputs: file -> md5 of what the ensemble was made from, as dvc.lock has it.
     """
 
@@ -109,10 +106,9 @@ class Model(_Strict):
     combinations: list[dict[str, Any]]
     reference_level: Level
     reference_features: str
-    least: float
+    min_items: float
     pictured_by: str
-    upwards: bool
-    standardise: float = Field(default=0.0, ge=0, le=1)
+    high_is_positive: bool
     inputs: dict[str, str]
 
 
@@ -122,11 +118,9 @@ class Reference:
 
     level: Level
     features: str  # backbone/layer
-    least: float  # items of a patient
+    min_items: float  # items of a patient
     typical: Cloud
     stain: Cloud
-    # By `usual_key`, float32 (2 channels,): mean and spread of what heads read; empty without `standardise`.
-    usual: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ class Bundle:
     combinations: list[Combination]  # of every outer fold
     reference: Reference
 
-    def world_of(self, fold: int | None) -> int:
+    def outer_fold_of(self, fold: int | None) -> int:
         """The outer fold whose models never saw this outer fold; None: that for new patients, the last one.
 
         Raises:
@@ -200,44 +194,8 @@ def make_reference(
     for described in (describe_features(features, owner), describe_stain(views, owner)):
         folds = np.array([fold[patient] for patient in described])
         clouds.append(make_cloud(np.array(list(described.values())), folds))
-    least = float(np.quantile(mine["patient"].value_counts(), 1 - COMMON))
-    return Reference(level, features.name, least, clouds[0], clouds[1])
-
-
-def describe_usual(
-    patients: pd.DataFrame,
-    items: Mapping[Level, pd.DataFrame],
-    features: Mapping[Level, Mapping[str, Features]],
-    heads: Iterable[tuple[Level, Sequence[Head]]],
-) -> dict[str, np.ndarray]:
-    """Mean and spread of all features that heads read, among the training patients of their outer fold.
-
-    Args:
-        patients: ``patient, fold`` of those that the ensemble is trained on.
-        items: ``item, patient`` of each level, of these and others.
-        features: of each level, by backbone/layer.
-        heads: of each task those of every outer fold, with the level that they look at.
-
-    Returns:
-        By `usual_key`: float32 (2 channels,), what `aplsmear.ensembles.familiarity.Moments.describe` says of
-        the plain views of all patients who are not held out.
-    """
-    fold = patients.set_index("patient")["fold"]
-    read = {
-        (outer_fold, level, head.features) for level, each in heads for outer_fold, head in enumerate(each)
-    }
-    found = {}
-    for outer_fold, level, name in sorted(read):
-        of_item = items[level]["patient"].map(fold)
-        training = items[level]["item"][of_item.notna() & (of_item != outer_fold)]
-        (described,) = describe_features(features[level][name], dict.fromkeys(training, "all")).values()
-        found[usual_key(outer_fold, level, name)] = described.astype(np.float32)
-    return found
-
-
-def usual_key(outer_fold: int, level: Level, features: str) -> str:
-    """The name of what `describe_usual` says of the features (backbone/layer) of a level in an outer fold."""
-    return f"{outer_fold}/{level}/{features}"
+    min_items = float(np.quantile(mine["patient"].value_counts(), 1 - COMMON))
+    return Reference(level, features.name, min_items, clouds[0], clouds[1])
 
 
 def write_bundle(
@@ -263,9 +221,8 @@ def write_bundle(
     files |= {_weights(name, level): backbones / name / f"{level}.weights.h5" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
-    unsaid = set() if model.standardise else {"standardise"}  # so that older programs read it, too
-    write_json(folder / MODEL, model.model_dump(exclude=unsaid), digits=_DIGITS)
-    arrays: dict[str, np.ndarray] = {f"{_USUAL}{key}": each for key, each in reference.usual.items()}
+    write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
+    arrays: dict[str, np.ndarray] = {}
     for kind in ("typical", "stain"):
         cloud = getattr(reference, kind)
         arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
@@ -308,10 +265,9 @@ def read_bundle(folder: Path) -> Bundle:
             reference = Reference(
                 model.reference_level,
                 model.reference_features,
-                model.least,
+                model.min_items,
                 _cloud(arrays, "typical"),
                 _cloud(arrays, "stain"),
-                {name.removeprefix(_USUAL): arrays[name] for name in arrays.files if name.startswith(_USUAL)},
             )
         bundle = Bundle(
             folder=folder,
@@ -368,7 +324,7 @@ def _checked(folder: Path) -> set[str]:
 
 
 def _check_fit(bundle: Bundle, listed: set[str]) -> None:
-    """Check that every outer fold has its heads, and every head its backbone, weights and usual spread."""
+    """Check that every outer fold has its heads, and every head its backbone, and weights."""
     model, outer_folds = bundle.model, len(bundle.combinations)
     scorers = [*bundle.members, bundle.weigher]
     names = tuple(each.task for each in bundle.members)
@@ -388,16 +344,6 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
             problems.append(f"{_weights(name, level)} is not in its manifest")
         else:
             bundle.backbone(name, level)
-    if model.standardise:
-        read = {
-            (usual_key(outer_fold, each.member.images, head.features), len(head.kernels[0]))
-            for each in scorers
-            for outer_fold, head in enumerate(each.heads)
-        }
-        for key, channels in sorted(read):
-            usual = bundle.reference.usual.get(key, np.empty(0))
-            if usual.shape != (2 * channels,) or not np.isfinite(usual).all():
-                problems.append(f"it does not say how {key} is spread")
     if outer_folds < 2 or problems:
         raise ValueError("; ".join(problems) or "no combination")
 

@@ -46,7 +46,7 @@ from aplsmear.tables import as_written, read_scores
 MODELS = ("average", "logistic", "network")  # the simplest first
 # Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
 # line separates get no endless slope. With 1, probabilities are too timid: slopes of 1.4 on real patients.
-_CALIBRATION_FREEDOM = 10.0
+_CALIBRATION_C = 10.0
 _LEAST_SCALE = 1e-6  # of a member that says the same of everybody
 _SCORES = ".scores.parquet"
 
@@ -65,27 +65,27 @@ class Candidate:
             correlation with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a
             hidden layer.
         summary: of each patient's scores, one of `aplsmear.ensembles.pooling.SUMMARIES`.
-        freedom: inverse strength of the ridge penalty (scikit-learn's C); 0 for an average.
+        C: inverse strength of the ridge penalty (scikit-learn's C); 0 for an average.
         units: of the hidden layer; 0 but for a network.
     """
 
     number: int
     model: str
     summary: str
-    freedom: float
+    C: float
     units: int
 
     @property
     def complexity(self) -> tuple[int, int, float]:
         """Smaller is simpler."""
-        return MODELS.index(self.model), self.units, self.freedom
+        return MODELS.index(self.model), self.units, self.C
 
 
 @dataclass(frozen=True)
 class Weights:
     """A fitted, uncalibrated combination of standardised logits, linear if it has no hidden units."""
 
-    usual: np.ndarray  # float64 (members,): mean logit; stands in where a patient has no item for a member
+    mean: np.ndarray  # float64 (members,): mean logit; stands in where a patient has no item for a member
     scale: np.ndarray  # float64 (members,): standard deviation
     hidden: np.ndarray  # float64 (members, units)
     hidden_intercept: np.ndarray  # float64 (units,)
@@ -94,7 +94,7 @@ class Weights:
 
     def logit(self, logits: np.ndarray) -> np.ndarray:
         """float64 (patients,) of summaries (patients, members), NaN where a patient has no item."""
-        inputs = (np.where(np.isnan(logits), self.usual, logits) - self.usual) / self.scale
+        inputs = (np.where(np.isnan(logits), self.mean, logits) - self.mean) / self.scale
         if self.hidden.shape[1]:
             inputs = np.tanh(inputs @ self.hidden + self.hidden_intercept)
         return np.asarray(inputs @ self.weights + self.intercept)
@@ -121,7 +121,7 @@ class Verdicts:
     """Held-out verdicts of every patient, and what is behind them."""
 
     table: pd.DataFrame
-    said: np.ndarray  # float64 (patients, members): the logits that the verdict on a patient was made of
+    logits: np.ndarray  # float64 (patients, members): summaries that the held-out combination used
     combinations: list[Combination]  # of each outer fold; the last one is for new patients
     chosen: list[Candidate]  # of each outer fold
 
@@ -143,7 +143,7 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
     }
     simplest = {
         "model": min(space.model, key=MODELS.index),
-        "freedom": min(space.freedom),
+        "C": min(space.C),
         "units": min(space.units),
     }
     for kind in space.summary:
@@ -152,8 +152,8 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
     for _ in range(50 * combine.trials):
         drawn = study.ask(knobs).params
         model = drawn["model"]
-        freedom = 0.0 if model == "average" else drawn["freedom"]
-        key = (model, drawn["summary"], freedom, drawn["units"] if model == "network" else 0)
+        C = 0.0 if model == "average" else drawn["C"]
+        key = (model, drawn["summary"], C, drawn["units"] if model == "network" else 0)
         found.setdefault(key, Candidate(len(found), *key))
         if len(found) == combine.trials:
             break
@@ -243,6 +243,15 @@ def judge(
     return Verdicts(table, said, combinations, chosen)
 
 
+def high_is_positive(verdicts: Verdicts, member: str) -> bool:
+    """Whether patients with the positive diagnosis have the higher scores of a member, on average.
+
+    Of `blast` against other AML they have the lower ones.
+    """
+    logits = verdicts.logits[:, verdicts.combinations[-1].members.index(member)]
+    return bool(np.nansum((logits - np.nanmean(logits)) * verdicts.table["label"]) >= 0)
+
+
 def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
     """What intervals.json says: each number with its 95 % interval over patients; `at_sensitive` aside."""
     table = verdicts.table
@@ -275,7 +284,7 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
         random = np.random.Generator(np.random.Philox([seed, place]))
         drops = []
         for _ in range(repeats):
-            said = verdicts.said.copy()
+            said = verdicts.logits.copy()
             said[:, place] = said[_permuted_within(fold, random), place]
             drops.append(whole - auroc(label, _probabilities(verdicts.combinations, said, fold)))
         low, high = np.quantile(drops, [0.025, 0.975])
@@ -369,7 +378,7 @@ def as_json(combination: Combination) -> dict[str, Any]:
     return {
         "summary": combination.summary,
         "members": list(combination.members),
-        "usual": fitted.usual.tolist(),
+        "mean": fitted.mean.tolist(),
         "scale": fitted.scale.tolist(),
         "hidden": fitted.hidden.tolist(),
         "hidden_intercept": fitted.hidden_intercept.tolist(),
@@ -391,11 +400,11 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
         members = tuple(str(member) for member in model["members"])
         arrays = {
             name: np.asarray(model[name], dtype=np.float64)
-            for name in ("usual", "scale", "hidden", "hidden_intercept", "weights")
+            for name in ("mean", "scale", "hidden", "hidden_intercept", "weights")
         }
         arrays["hidden"] = arrays["hidden"].reshape(len(members), -1)
         units = arrays["hidden"].shape[1]
-        lengths = {"usual": len(members), "scale": len(members), "hidden_intercept": units}
+        lengths = {"mean": len(members), "scale": len(members), "hidden_intercept": units}
         lengths["weights"] = units or len(members)
         if any(arrays[name].shape != (length,) for name, length in lengths.items()):
             raise ValueError("numbers of weights that do not fit the members")
@@ -478,14 +487,14 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
         weights = np.sign(np.round(inputs.T @ (label - label.mean()), 9)) / inputs.shape[1]
         intercept = 0.0
     elif candidate.model == "logistic":
-        model = LogisticRegression(C=candidate.freedom, tol=1e-6, max_iter=1000).fit(inputs, label)
+        model = LogisticRegression(C=candidate.C, tol=1e-6, max_iter=1000).fit(inputs, label)
         weights, intercept = model.coef_[0], float(model.intercept_[0])
     else:
         network = MLPClassifier(
             (candidate.units,),
             activation="tanh",
             solver="lbfgs",
-            alpha=1 / candidate.freedom,  # on the same scale as C
+            alpha=1 / candidate.C,  # on the same scale as C
             max_iter=2000,
             random_state=seed,
         ).fit(inputs, label)
@@ -498,7 +507,7 @@ def _calibrated(
     fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
 ) -> Combination:
     """Calibrate (Platt 1999) and call, on the logits `inner`, what was fitted on all inner folds."""
-    line = LogisticRegression(C=_CALIBRATION_FREEDOM, tol=1e-6, max_iter=1000)
+    line = LogisticRegression(C=_CALIBRATION_C, tol=1e-6, max_iter=1000)
     spread = max(float(inner.std()), _LEAST_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])

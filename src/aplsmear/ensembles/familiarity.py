@@ -79,13 +79,6 @@ class Moments:
         return np.concatenate([self.mean(), np.sqrt(np.maximum(variance, 0))])
 
 
-def describe_rows(rows: np.ndarray) -> np.ndarray:
-    """What `Moments.describe` says of rows that are all there, of shape (rows, numbers)."""
-    moments = Moments()
-    moments.add(rows)
-    return moments.describe()
-
-
 def make_cloud(patients: np.ndarray, fold: np.ndarray) -> Cloud:
     """The cloud of all training patients; its limit from patients whom the cloud had not seen.
 

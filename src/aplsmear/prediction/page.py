@@ -151,7 +151,7 @@ def _cards(rows: _Rows, bundle: Bundle, positive: str) -> ET.Element:
 
 def _card(each: Judged, row: pd.Series[Any], bundle: Bundle) -> ET.Element:
     lanes: list[Node] = []
-    for member, said in zip(bundle.members, each.said, strict=True):
+    for member, said in zip(bundle.members, each.logits, strict=True):
         score, known = float(expit(said)), not np.isnan(said)
         lanes += [
             tag("span", member.task, class_="who"),

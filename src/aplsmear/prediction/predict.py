@@ -13,9 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, islice, tee
+from itertools import tee
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.schema import CELLS_FILE
-from aplsmear.ensembles.bundle import Bundle, Scorer, usual_key
+from aplsmear.ensembles.bundle import Bundle, Scorer
 from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.familiarity import Moments, how_stained, stain_of
 from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logits
@@ -31,10 +30,9 @@ from aplsmear.errors import UserError
 from aplsmear.features.backbones import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import score
-from aplsmear.images.view_store import View, ViewWriter, read_views
+from aplsmear.images.view_store import View
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Level
-from aplsmear.prediction.recalibration import standardising, taking
 from aplsmear.progress import progress
 from aplsmear.tables import as_written
 
@@ -53,7 +51,7 @@ class Judged:
         patient: name.
         smears: how many.
         cells: how many.
-        said: float64 (members,): summaries as logits, NaN where a member has seen nothing of the patient.
+        logits: float64 (members,): summaries as logits, NaN where a member has seen nothing of the patient.
         probability: calibrated, of the positive diagnosis.
         distance: from the training patients by features, see `aplsmear.ensembles.familiarity`; NaN without
         items.
@@ -66,7 +64,7 @@ class Judged:
     patient: str
     smears: int
     cells: int
-    said: np.ndarray
+    logits: np.ndarray
     probability: float
     distance: float
     stain: float
@@ -122,33 +120,6 @@ class Judge:
             for level in LEVELS
         }
         self.passes = [each for level in LEVELS for each in self._passes(level)]
-
-    def standardised(self, own: Mapping[str, np.ndarray]) -> Judge:
-        """The same models for a cohort whose features are moved to their mean and spread in training.
-
-        Heads alone change; how far a patient lies from those of training is measured on features as they are.
-
-        Args:
-            own: by level/backbone/layer, what `aplsmear.ensembles.familiarity.Moments.describe` says of the
-                cohort.
-        """
-
-        def moved(scorer: Scorer) -> Scorer:
-            level, head = scorer.member.images, scorer.heads[self.outer_fold]
-            name = f"{level}/{head.features}"
-            if name not in own:  # nobody has such items
-                return scorer
-            usual = self.bundle.reference.usual[usual_key(self.outer_fold, level, head.features)]
-            heads = list(scorer.heads)
-            heads[self.outer_fold] = taking(
-                head, *standardising(own[name], usual, self.bundle.model.standardise)
-            )
-            return replace(scorer, heads=heads)
-
-        members = [moved(scorer) for scorer in self.bundle.members]
-        return Judge(
-            replace(self.bundle, members=members, weigher=moved(self.bundle.weigher)), self.outer_fold
-        )
 
     @property
     def views(self) -> int:
@@ -238,7 +209,7 @@ class Judge:
             patient=patient,
             smears=seen.smears,
             cells=len(seen.items["cell"]),
-            said=said,
+            logits=said,
             probability=float(self.combination.probability(said[None])[0]),
             distance=distance,
             stain=stain,
@@ -248,7 +219,9 @@ class Judge:
         judged.warnings.extend(self._warnings(judged, seen))
         if model.pictured_by and seen.scores.get(model.pictured_by):
             ends = ends_of(seen.items["cell"], np.array(seen.scores[model.pictured_by]))
-            for shown, names in zip(judged.pictures, ends if model.upwards else ends[::-1], strict=True):
+            for shown, names in zip(
+                judged.pictures, ends if model.high_is_positive else ends[::-1], strict=True
+            ):
                 shown.extend((name, seen.pictures[name]) for name in names)
         return judged
 
@@ -273,14 +246,14 @@ class Judge:
         reference = self.bundle.reference
         silent = [
             scorer.task
-            for scorer, said in zip(self.bundle.members, judged.said, strict=True)
+            for scorer, said in zip(self.bundle.members, judged.logits, strict=True)
             if np.isnan(said)
         ]
         count = len(seen.items[reference.level])
         if silent:
             yield f"no {reference.level}s: {', '.join(silent)} cannot say anything"
-        elif count < reference.least:
-            usual = f"nearly all training patients had {np.ceil(reference.least):.0f} or more"
+        elif count < reference.min_items:
+            usual = f"nearly all training patients had {np.ceil(reference.min_items):.0f} or more"
             yield f"few {reference.level}s: {count}, {usual}"
         if judged.stain > 1:
             how = how_stained(reference.stain, seen.stain.mean())
@@ -320,19 +293,6 @@ def judge_patients(
     yield from _concluded(judge, _forwarded(judge, root, smears, cells, engine))
 
 
-def judge_cohort(
-    judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine = HERE
-) -> Iterator[Judged]:
-    """As `judge_patients`, with the features of all of them standardised as the bundle says.
-
-    Views and features wait in a temporary folder (TMPDIR says where) until all smears are seen.
-    """
-    with TemporaryDirectory(prefix="aplsmear-") as folder:
-        spool = _Spool(Path(folder))
-        own = spool.fill(_forwarded(judge, root, smears, cells, engine))
-        yield from _concluded(judge.standardised(own), spool.again())
-
-
 def _forwarded(
     judge: Judge, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine
 ) -> Iterator[_Seen]:
@@ -363,43 +323,6 @@ def _concluded(judge: Judge, seen: Iterable[_Seen]) -> Iterator[Judged]:
         yield judge.conclude(patient, left)
 
 
-class _Spool:
-    """What has gone through the networks, on disk, to be gone through again."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take a folder for it."""
-        self._views: dict[Level, Path] = {level: folder / f"{level}.parquet" for level in LEVELS}
-        self._features = folder / "features"  # arrays behind one another
-        # Of each `_Seen`: patient and number of views of each smear, and the names of its features.
-        self._held: list[tuple[list[tuple[str, dict[Level, int]]], list[str]]] = []
-
-    def fill(self, seen: Iterable[_Seen]) -> dict[str, np.ndarray]:
-        """Write it, and see how the features of all plain views are spread: as `Judge.standardised` asks."""
-        moments: dict[str, Moments] = defaultdict(Moments)
-        with ViewWriter(self._views) as writer, self._features.open("wb") as file:
-            for smears, features in seen:
-                views = _together(smears)
-                writer.write(views)
-                for name, values in features.items():
-                    np.save(file, values)
-                    level = next(level for level in LEVELS if name.startswith(level))
-                    moments[name].add(values[[view.view == 0 for view in views[level]]])
-                counts = [(who, {level: len(of[level]) for level in LEVELS}) for who, of in smears]
-                self._held.append((counts, list(features)))
-        return {name: each.describe() for name, each in moments.items()}
-
-    def again(self) -> Iterator[_Seen]:
-        """Read it, as it came."""
-        views = {level: chain.from_iterable(read_views(path, CHUNK)) for level, path in self._views.items()}
-        with self._features.open("rb") as file:
-            for counts, names in self._held:
-                smears = [
-                    (who, {level: list(islice(views[level], count)) for level, count in of.items()})
-                    for who, of in counts
-                ]
-                yield _Seen(smears, {name: np.load(file) for name in names})
-
-
 def keep_pictures(judged: Iterable[Judged], count: int) -> list[Judged]:
     """All of them, the pictures only of the `count` with the highest probabilities: memory stays flat."""
     kept: list[Judged] = []
@@ -424,7 +347,7 @@ def verdict_table(judged: Sequence[Judged], combination: Combination) -> pd.Data
         ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
         `judged`.
     """
-    probability = combination.probability(np.array([each.said for each in judged]))
+    probability = combination.probability(np.array([each.logits for each in judged]))
     table = pd.DataFrame({"patient": [each.patient for each in judged], "probability": probability})
     for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
         table[column] = (probability >= combination.thresholds[point]).astype(np.int64)

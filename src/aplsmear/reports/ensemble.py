@@ -7,7 +7,6 @@ script runs, and neither a time nor a random name is written.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import pandas as pd
 from scipy.special import expit
 
 import aplsmear
-from aplsmear.ensembles.combination import Candidate, Verdicts
+from aplsmear.ensembles.combination import Candidate, Verdicts, high_is_positive
 from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.files import whole
 from aplsmear.params import Ensemble
@@ -171,30 +170,12 @@ def wanted_cells(
     own = {row["patient"]: row for row in _records(member[member["outer_fold"] == member["fold"]])}
     places = {place for shown in _noteworthy(verdicts.table).values() for place in shown}
     patients = verdicts.table["patient"].iloc[sorted(places)]
-    ends = ("most", "least") if speaks_for(verdicts, name) else ("least", "most")
+    ends = ("highest", "lowest") if high_is_positive(verdicts, name) else ("lowest", "highest")
     return {
         patient: (json.loads(own[patient][ends[0]]), json.loads(own[patient][ends[1]]))
         for patient in patients
         if patient in own
     }
-
-
-def speaks_for(verdicts: Verdicts, name: str) -> bool:
-    """Whether a high score of a member speaks for the positive diagnosis: patients who have it score higher
-    on the whole. `blast` against other AML does not."""
-    said = verdicts.said[:, verdicts.combinations[-1].members.index(name)]
-    return bool(np.nansum((said - np.nanmean(said)) * verdicts.table["label"]) >= 0)
-
-
-def fingerprints(paths: Iterable[Path]) -> dict[str, str]:
-    """The md5 of each file by its path, as DVC notes it down in dvc.lock."""
-    found = {}
-    for path in paths:
-        with path.open("rb") as file:
-            found[path.as_posix()] = hashlib.file_digest(
-                file, lambda: hashlib.md5(usedforsecurity=False)
-            ).hexdigest()
-    return found
 
 
 def measures(found: Findings) -> list[tuple[str, str, Mapping[str, float]]]:
@@ -422,7 +403,9 @@ def _card(found: Findings, place: int, cells: Mapping[str, tuple[list[str], list
     row = found.verdicts.table.loc[place]
     positive = bool(row["label"])
     rows: list[Node] = []
-    for member, said in zip(found.verdicts.combinations[-1].members, found.verdicts.said[place], strict=True):
+    for member, said in zip(
+        found.verdicts.combinations[-1].members, found.verdicts.logits[place], strict=True
+    ):
         score = float(expit(said))
         known = not np.isnan(said)
         rows += [
@@ -558,7 +541,7 @@ def _making(found: Findings) -> ET.Element:
             "standard error of the best is taken. Its probabilities are calibrated on the same inner "
             "folds.",
         ),
-        grid(["chosen", "combination", "summary of a patient's scores", "freedom"], rows),
+        grid(["chosen", "combination", "summary of a patient's scores", "C"], rows),
     ]
     return section("How the verdicts were made", *parts)
 
@@ -662,7 +645,7 @@ def _figure(title: str, drawing: ET.Element, caption: str) -> ET.Element:
 
 def _described(candidate: Candidate) -> list[Node]:
     units = f", {candidate.units} hidden units" if candidate.units else ""
-    return [candidate.model + units, candidate.summary.replace("_", "-"), f"{candidate.freedom:g}"]
+    return [candidate.model + units, candidate.summary.replace("_", "-"), f"{candidate.C:g}"]
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
