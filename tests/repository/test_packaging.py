@@ -97,7 +97,7 @@ def test_what_is_imported_is_asked_for() -> None:
         *(
             path.stem
             for folder in ("stages", "tests", "tools", "benchmarks")
-            for path in (ROOT / folder).glob("*.py")
+            for path in (ROOT / folder).rglob("*.py")
         ),
     }
     asked_for = {
