@@ -1,4 +1,4 @@
-"""Download the data set from Kaggle, if `dataset.source` says so."""
+"""Download the data set from Kaggle, if `dataset.source` in params.yaml is `kaggle`."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ def main() -> None:
     params = read_params(Path("params.yaml"))
     if params.dataset.source == "folder":
         ROOT.mkdir(exist_ok=True)
-        print(f"dataset.source is `folder`: nothing to download, smears are read from {params.dataset.root}")
+        print(f"dataset.source is `folder`: no download. The smears are read from {params.dataset.root}.")
         return
-    kaggle = params.dataset.kaggle
-    asked = kaggle.owner, kaggle.slug, kaggle.version
-    kept = home() / ROOT  # where an experiment with a folder of its own finds what was downloaded before
-    obtained = (borrow(*asked, ROOT, kept) if kept != ROOT else None) or obtain(*asked, ROOT)
+    wanted = params.dataset.kaggle
+    earlier = home() / ROOT  # an experiment in a folder of its own takes the download of the main folder
+    obtained = borrow(wanted, ROOT, earlier) if earlier != ROOT else None
+    obtained = obtained or obtain(wanted, ROOT)
     print(f"{obtained.files} files, {obtained.bytes / 1e9:.2f} GB, version {obtained.version}")
 
 

@@ -1,8 +1,8 @@
-"""A small server on 127.0.0.1 that speaks as much of Kaggle's API as a download needs.
+"""A small server on 127.0.0.1 with the part of Kaggle's API that a download needs.
 
-Kaggle's client knows fixed addresses only. Its own setting for developers, KAGGLE_API_ENVIRONMENT=LOCALHOST,
-makes it talk to http://localhost; with this server as its HTTP proxy, it comes here, on whatever port is
-free, unpatched. The storage that the API redirects to, http://storage.localhost, comes the same way.
+Kaggle's client has fixed addresses only. Its own setting for developers, KAGGLE_API_ENVIRONMENT=LOCALHOST,
+sends requests to http://localhost. With this server as the HTTP proxy they arrive here, on any free port, and
+the client stays unpatched. So do requests to http://storage.localhost, the storage that the API redirects to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OWNER, SLUG = "a-lab", "smears"
 
 @dataclass
 class Seen:
-    """One request as it arrived."""
+    """One request; `call` is the method of the API, or ``link`` or ``bytes`` at the storage."""
 
     host: str
     call: str
@@ -36,17 +36,17 @@ class Seen:
 
 @dataclass
 class KaggleServer:
-    """Serves `versions` (number -> zip) of one data set in a `with` block; attributes say what fails."""
+    """Serves `versions` (number -> zip) of one data set in a `with` block; the attributes set what fails."""
 
     versions: dict[int, bytes]
     public: bool = True
     accepts: str = f"Basic {BASIC}"
-    statuses: list[int] = field(default_factory=list)  # of the next API calls, before all goes well
-    storage: str = "storage.localhost"  # where the API says the archive lies
-    storage_statuses: list[int] = field(default_factory=list)
+    statuses: list[int] = field(default_factory=list)  # of the next API calls
+    storage: str = "storage.localhost"  # host of the archive
+    storage_statuses: list[int] = field(default_factory=list)  # of the next requests to it, 0: as usual
     retry_after: str | None = None
-    drop_after: int | None = None  # bytes of the archive a connection carries before it is cut
-    drops: int = 10**9  # so many connections are cut
+    drop_after: int | None = None  # bytes of the archive before a connection is cut
+    drops: int = 10**9  # number of connections that are cut
     ranges: bool = True
     checksum: bool = True
     lengths: bool = True
@@ -71,7 +71,7 @@ class KaggleServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What brings Kaggle's client here."""
+        """Variables that send Kaggle's client to this server."""
         return {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
             "http_proxy": f"http://127.0.0.1:{self._server.server_port}",
@@ -90,10 +90,10 @@ class KaggleServer:
 def _handler(kaggle: KaggleServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1  # head and body in one packet: the second would wait 40 ms
+        wbufsize = -1  # head and body in one packet: a second one would take 40 ms
 
         def log_message(self, *_: object) -> None:
-            """Nothing on the terminal."""
+            """Print nothing."""
 
         def do_POST(self) -> None:
             url = urlsplit(self.path)
@@ -105,14 +105,12 @@ def _handler(kaggle: KaggleServer) -> type[BaseHTTPRequestHandler]:
             if not status and sent != kaggle.accepts and not (kaggle.public and sent is None):
                 status = 401
             asked = (body.get("ownerSlug"), body.get("datasetSlug"))
-            version = body.get("datasetVersionNumber") or max(kaggle.versions)
+            version = body.get("datasetVersionNumber")
             if not status and (asked != (OWNER, SLUG) or version not in kaggle.versions):
                 status = 404
-            if status:  # the message tells all it knows, as a careless server might
+            if status:  # the message contains the key, as that of a careless server might
                 headers = {} if kaggle.retry_after is None else {"Retry-After": kaggle.retry_after}
                 self._json(status, {"code": status, "message": f"no, {sent}"}, headers)
-            elif call == "GetDataset":
-                self._json(200, {"ref": f"{OWNER}/{SLUG}", "currentVersionNumber": max(kaggle.versions)}, {})
             elif not kaggle.redirects:
                 self._archive(kaggle.versions[version])
             else:
@@ -121,14 +119,13 @@ def _handler(kaggle: KaggleServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             url = urlsplit(self.path)
-            # the client's own request, which is redirected, is not for the bytes; ours says how it wants them
-            call = "bytes" if self.headers["Accept-Encoding"] == "identity" else "link"
+            # the first request only finds the archive; the client then asks for a range of its bytes
+            call = "bytes" if self.headers["Range"] or not kaggle.ranges else "link"
             seen = Seen(url.hostname or "", call, self.headers["Authorization"], self.headers["Range"], None)
             kaggle.seen.append(seen)
-            if url.query != f"X-Goog-Signature={SIGNATURE}":
-                self._json(403, {}, {})
-            elif call == "bytes" and kaggle.storage_statuses:
-                self._json(kaggle.storage_statuses.pop(0), {}, {})
+            status = kaggle.storage_statuses.pop(0) if kaggle.storage_statuses else 0
+            if status or url.query != f"X-Goog-Signature={SIGNATURE}":
+                self._json(status or 403, {}, {})
             else:
                 self._archive(kaggle.versions[int(url.path[1:-4])], call == "bytes")
 
@@ -170,6 +167,6 @@ def _handler(kaggle: KaggleServer) -> type[BaseHTTPRequestHandler]:
                     kaggle.halfway.set()
                     kaggle.wait()
             except (BrokenPipeError, ConnectionResetError):
-                return  # the client has seen enough: it closes the first answer once it knows the address
+                return  # the client closes the first answer when it has its head
 
     return Handler
