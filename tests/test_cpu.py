@@ -1,4 +1,4 @@
-"""The same bytes on other processors: what the caller's environment asks for does not reach the kernels."""
+"""The same bytes on other processors: the user's environment does not change the kernels."""
 
 import os
 import subprocess
@@ -8,6 +8,13 @@ from pathlib import Path
 import pytest
 
 from aplsmear import cpu
+
+# Lines of /proc/cpuinfo, shortened.
+HASWELL = "processor\t: 0\nflags\t\t: fpu avx avx2 fma\n"
+SKYLAKE = HASWELL.replace("avx2", "avx2 avx512f avx512cd avx512bw avx512dq avx512vl")
+ICE_LAKE = SKYLAKE.replace(
+    "fma", "avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq"
+)
 
 SRC = str(Path(__file__).parents[1] / "src")
 
@@ -44,7 +51,7 @@ def start(pinned: bool, **asked: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_what_the_environment_asks_of_the_kernels_changes_no_bit():
+def test_settings_of_the_users_environment_change_no_bit():
     asked = {"ONEDNN_MAX_CPU_ISA": "AVX", "OPENBLAS_CORETYPE": "Nehalem", "OPENBLAS_NUM_THREADS": "2"}
     running = [start(pinned=True), start(pinned=True, **asked), start(pinned=False, **asked)]
     plain, other, unpinned = (each.communicate()[0].strip() for each in running)
@@ -61,10 +68,35 @@ def test_pins_are_set_when_the_package_is_imported(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("cpuinfo", "disabled"),
+    [
+        (HASWELL, ""),
+        (SKYLAKE, "AVX512-SKX"),
+        (ICE_LAKE, "AVX512-SKX,AVX512-ICL"),
+        ("Features\t: fp asimd\n", ""),  # ARM
+        ("", ""),  # macOS
+    ],
+)
+def test_opencv_is_asked_to_leave_out_only_what_the_processor_has(cpuinfo, disabled):
+    assert cpu.opencv_disable(cpuinfo) == disabled
+
+
+def test_libraries_complain_about_no_pin_on_this_processor():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import aplsmear, numpy, cv2"],
+        env=os.environ | {"PYTHONPATH": SRC},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
     "module", ["aplsmear.images.views", "aplsmear.evaluation.splits", "aplsmear.cli", "aplsmear.runs.stage"]
 )
 def test_numpy_never_comes_before_the_pins(module):
-    """Whatever module of the package is imported first, the environment is set before NumPy reads it."""
+    """Any module of the package may be imported first: the environment is set before NumPy reads it."""
     code = f"""
 import sys, importlib.abc, os
 class Watch(importlib.abc.MetaPathFinder):

@@ -1,4 +1,4 @@
-"""TensorFlow, started alike everywhere: quiet when well, loud when not, deterministic."""
+"""TensorFlow starts in the same way everywhere: deterministic, and with one line of output."""
 
 import os
 import subprocess
@@ -10,36 +10,57 @@ import pytest
 from aplsmear.compute.runtime import start_tensorflow
 
 SRC = str(Path(__file__).parents[2] / "src")
+HALF = """
+half = tf.ones((8, 8), tf.float16)
+tf.function(lambda a: tf.nn.relu(tf.matmul(a, a)))(half)  # oneDNN has no kernel for it without AVX-512
+"""
 
 
-def test_it_says_one_line_and_sets_threads_and_determinism():
-    code = """
-from aplsmear.compute.runtime import start_tensorflow
-tf = start_tensorflow(1)
+def started(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code after `start_tensorflow`, in a process of its own that sees no GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from aplsmear.compute.runtime import start_tensorflow\ntf = start_tensorflow(1)\n{code}",
+        ],
+        env=environment | {"PYTHONPATH": SRC, "CUDA_VISIBLE_DEVICES": "-1"} | env,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_it_prints_one_line_and_sets_threads_and_determinism():
+    done = started("""
 again = start_tensorflow(1)
 assert again is tf
 assert tf.config.threading.get_intra_op_parallelism_threads() == 1
 try:
     tf.random.normal((1,))
-except RuntimeError as error:  # determinism asks for a seed
+except RuntimeError as error:  # with determinism a seed is needed
     print(type(error).__name__)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": SRC, "CUDA_VISIBLE_DEVICES": "-1"},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    said = done.stderr.splitlines()
-    assert len(said) == 2
-    assert said[0] == said[1]
-    assert said[0].startswith("TensorFlow 2.")
-    assert said[0].endswith(" on CPU")
+""")
+    printed = done.stderr.splitlines()
+    assert len(printed) == 2
+    assert printed[0] == printed[1]
+    assert printed[0].startswith("TensorFlow 2.")
     assert done.stdout.strip() == "RuntimeError"
 
 
-def test_what_was_kept_back_is_shown_when_the_import_fails(monkeypatch, capfd):
+def test_tensorflow_prints_nothing_of_its_own_unless_asked():
+    assert started(HALF).stderr.count("\n") == 1
+    assert started(HALF, TF_CPP_MIN_LOG_LEVEL="0").stderr.count("\n") > 1
+
+
+def test_a_gpu_that_tensorflow_does_not_see_is_reported(tmp_path):
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    (line,) = started("", PATH=str(tmp_path)).stderr.splitlines()
+    assert "on CPU, though there is an NVIDIA driver" in line
+
+
+def test_messages_of_libraries_are_shown_when_the_import_fails(monkeypatch, capfd):
     class Broken:
         @staticmethod
         def find_spec(name: str, *_: object) -> None:

@@ -7,41 +7,46 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+
+_LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # read when TensorFlow is imported; 0: all messages, 3: only fatal ones
 
 
 def start_tensorflow(threads: int | None = None) -> Any:
-    """Import TensorFlow, with deterministic kernels, and say in one line what it runs on.
+    """Import TensorFlow with deterministic kernels, and print one line that names its devices.
 
-    Its start-up chatter is kept back, and shown whole where something is wrong: the import fails, or the
-    machine has an NVIDIA driver and TensorFlow sees no GPU.
+    TensorFlow's own messages are not shown, unless its import fails or the environment sets
+    TF_CPP_MIN_LOG_LEVEL: what goes wrong later is raised as an exception all the same.
 
     Args:
-        threads: of its operations; None: as many as there are cores. Training gives other bits with other
-            numbers, forward passes do not.
+        threads: of TensorFlow's operations; None: as many as there are cores. Another number changes the last
+            bits of a training, but not of a forward pass.
 
     Returns:
         The module.
     """
-    with _kept_back() as chatter:
+    quiet = os.environ.setdefault(_LOG_LEVEL, "3") == "3"
+    with (
+        _held_back() if quiet else nullcontext()
+    ):  # the first messages come before TensorFlow reads its level
         import tensorflow as tf
 
         gpus = tf.config.list_physical_devices("GPU")
-        if not gpus and shutil.which("nvidia-smi"):
-            chatter.show = True
         if threads is not None and tf.config.threading.get_intra_op_parallelism_threads() != threads:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
             tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.experimental.enable_op_determinism()
         tf.constant(0)  # starts the devices
-    where = ", ".join(gpu.name for gpu in gpus) if gpus else "CPU"
+    where = ", ".join(gpu.name for gpu in gpus) or "CPU"
+    if not gpus and shutil.which("nvidia-smi"):
+        where += f", though there is an NVIDIA driver (`export {_LOG_LEVEL}=0`: then TensorFlow says why)"
     print(f"TensorFlow {tf.__version__} on {where}", file=sys.stderr)
     return tf
 
 
 def device() -> str:
-    """What a started TensorFlow runs networks on: the names of its GPUs, or CPU."""
+    """The devices of a started TensorFlow: the names of its GPUs, or CPU."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -49,27 +54,20 @@ def device() -> str:
     return ", ".join(names) or "CPU"
 
 
-class _Chatter:
-    show = False
-
-
 @contextmanager
-def _kept_back() -> Iterator[_Chatter]:
-    """Keep what is written to file descriptor 2 (also by C++ code), and show it only if asked or failed."""
-    chatter = _Chatter()
+def _held_back() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2, also by C++ code; show it if the block fails."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as kept:
         os.dup2(kept.fileno(), 2)
         try:
-            yield chatter
+            yield
         except BaseException:
-            chatter.show = True
+            kept.seek(0)
+            os.write(saved, kept.read())
             raise
         finally:
             sys.stderr.flush()
             os.dup2(saved, 2)
             os.close(saved)
-            if chatter.show:
-                kept.seek(0)
-                os.write(2, kept.read())
