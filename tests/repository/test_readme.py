@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import yaml
+
 from aplsmear.data import schema
 
 ROOT = Path(__file__).parents[2]
@@ -21,12 +23,12 @@ def test_its_make_commands_are_targets_of_the_makefile() -> None:
 
 
 def test_the_stages_that_it_names_exist() -> None:
-    text = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     named = {
         word for command in commands() if command.startswith("dvc repro") for word in command.split()[2:]
     }
     assert named
-    assert all(re.search(rf"^  {stage}:$", text, re.MULTILINE) for stage in named)
+    assert named <= stages.keys()
 
 
 def test_the_profiles_that_it_names_exist() -> None:
