@@ -1,21 +1,21 @@
-# What a person types. `make` alone lists it.
+# The commands for daily work; `make` alone lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv demo test bench fuzz faults share-check experiments compare lock audit licences
 
-# To choose on the command line, as in `make demo PYTHON=python3.12`:
+# These can be set on the command line, as in `make demo PYTHON=python3.12`:
 PYTHON ?=
 LOCK ?= requirements.lock
 WORKERS ?= 2
 
-# What runs here is the environment's, in whatever shell `make` was typed. Without bytecode TensorFlow takes 15 seconds
-# to import, so a wish not to write any ends here. MLflow reports nothing home.
+# Commands run in the environment .venv, whatever the user's shell has set. PYTHONDONTWRITEBYTECODE is unset because
+# TensorFlow takes 15 seconds to import without bytecode. MLflow sends no usage data.
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# Anything that needs the environment first asks tools/preflight.py whether it can be had, with the first Python that
-# can run that script. If not, preflight has said why in one line, and `--question` makes `make` fail without a word more.
+# Targets that need the environment first run tools/preflight.py, by the first Python that can run it. If the environment
+# cannot be made, preflight prints the reason in one line, and `--question` makes `make` fail without another message.
 ifneq ($(filter venv demo test bench fuzz faults share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
 PREFLIGHT := $(shell \
   for python in python3 python3.13 python3.12 python3.11 python; do \
@@ -34,7 +34,7 @@ endif
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
-venv: .venv/project  ## make .venv from requirements.lock (GPU: LOCK=requirements-gpu.lock), if it is not there whole
+venv: .venv/project  ## make .venv from requirements.lock (GPU: LOCK=requirements-gpu.lock), unless it is complete
 
 demo: venv  ## the whole pipeline on the embedded smears, then what it found
 	@dvc repro ensemble_apl_healthy
@@ -46,18 +46,18 @@ test: venv  ## format, lint, types and the whole test suite, on WORKERS=2 proces
 	mypy
 	pytest -n $(WORKERS) --dist worksteal
 
-bench: demo  ## speed, memory, another laboratory, beside what one would do otherwise; writes benchmarks/results/
+bench: demo  ## speed, memory and other laboratories, compared with other ways; writes benchmarks/results/
 	@python benchmarks/tuning.py
 	@python benchmarks/shift.py
 	@python benchmarks/scale.py
 
-fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, and bombs: what becomes of each (half an hour)
+fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, decompression bombs: how each ends (half an hour)
 	@python benchmarks/fuzz.py
 
-faults: venv  ## 50 kills, full disks, flipped bits, servers that stop (root sees more cases); a table at the end
+faults: venv  ## 50 kills, full disks, flipped bits, servers that stop (more cases as root); prints a table
 	@python benchmarks/faults.py
 
-share-check: venv  ## what is wrong with the place that outs are shared by, if anything (REMOTE=name)
+share-check: venv  ## does the DVC remote work? writes, reads and deletes a small object there (REMOTE=name)
 	@aplsmear share-check $(REMOTE)
 
 experiments: venv  ## which experiment is better: what each changed, and its AUROC
@@ -66,28 +66,31 @@ experiments: venv  ## which experiment is better: what each changed, and its AUR
 compare: venv  ## one offline page on how experiments or commits differ (A=... B=... C=...)
 	@aplsmear compare $(A) $(B) $(C)
 
-# One version of each package for every Python, so that none gives other numbers than another.
+# One version of each package for every Python, so that all of them give the same numbers.
 RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
   --override requirements.overrides --no-header --no-annotate --quiet $(UPGRADE)
 lock: venv  ## bring both lock files in line with pyproject.toml (newest versions of all: UPGRADE=--upgrade)
 	$(RESOLVE) --extra dev --output-file requirements.lock
 	$(RESOLVE) --extra dev --extra gpu --constraints requirements.lock --output-file requirements-gpu.lock
 
-# Tools of their own, in environments of their own: what they are asked about is the lock file and .venv.
+# uvx runs these tools in environments of their own; they examine the lock file and .venv.
 audit: venv  ## known vulnerabilities of all that the lock file pins (asks osv.dev)
 	@uvx --quiet pip-audit==2.10.1 --requirement $(LOCK) --require-hashes --disable-pip --vulnerability-service osv
 
 licences: venv  ## the licence of every package in .venv
 	@uvx --quiet pip-licenses==5.5.5 --python .venv/bin/python --from=mixed --order=license --with-urls
 
-# The environment is made whole or not at all: the stamp comes last, and where it is missing all is made anew, because
-# an installation that was cut off, or one for another lock, cannot be told from a good one by pip. Downloads go next to it,
-# since /tmp may be small. Setuptools goes first: with it, the one package that has no wheel is built from pinned parts too.
-# Bytecode is made on all cores at the end; what some packages bring for other Pythons has none, and needs none.
+# The environment is made whole or not at all. The stamp comes last; without it all is made anew, because pip cannot
+# tell an installation that was cut off, or one from another lock file, from a good one. Only what `make` has made is
+# deleted (the mark `made-by-make`): tools/preflight.py refuses a .venv of another tool. Downloads go into .venv, since
+# /tmp may be small. Setuptools comes first: the one package without a wheel is built with it, from pinned parts too.
+# Bytecode is compiled on all cores at the end; files for other versions of Python do not compile, and need not.
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile
 $(STAMP):
 	@echo "Making .venv from $(LOCK): 1 GB to download, then about 3 minutes. Later runs skip this."
-	@"$(BASE_PYTHON)" -m venv --clear .venv
+	@mkdir -p .venv && touch .venv/made-by-make
+	@find .venv -mindepth 1 -maxdepth 1 ! -name made-by-make -exec rm -rf {} +
+	@"$(BASE_PYTHON)" -m venv .venv
 	@mkdir .venv/tmp
 	@sed -n '/^setuptools==/,/[^\\]$$/p' $(LOCK) > .venv/tmp/setuptools.lock
 	@export TMPDIR="$(CURDIR)/.venv/tmp"; \

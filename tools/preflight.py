@@ -1,10 +1,9 @@
-"""Before anything is installed: find a Python that fits, and look for what would stop the installation later.
+"""Before the installation: find a suitable Python, and look for what would stop the installation later.
 
-Prints `STAMP PYTHON`: the name of the file that marks a whole `.venv`, and the interpreter to make it with.
-If something is missing, says in one line on standard error what to do, prints nothing and exits with 1.
+Prints `STAMP PYTHON`: the name of the file that marks a complete `.venv`, and the interpreter to make it.
+If something is missing, prints one line on standard error that says what to do, and exits with 1.
 
-Run by whatever Python there is (3.6 or newer), before the project's own: hence plain syntax and nothing but
-the standard library.
+The first Python on the machine runs this (3.6 or newer): hence plain syntax and only the standard library.
 """
 
 import argparse
@@ -23,6 +22,8 @@ CANDIDATES = ("python3", "python3.13", "python3.12", "python3.11", "python")
 # CUDA's libraries are not measured but estimated.
 DISK_GB = {"requirements.lock": 6, "requirements-gpu.lock": 16}
 
+MARK = "made-by-make"  # a file in .venv: `make` may delete what lies beside it
+
 PROBE = """
 import json, platform, sys
 try:
@@ -40,26 +41,26 @@ print(json.dumps({
 
 
 class MissingError(Exception):
-    """Something that the installation needs is not there; the message is one line that says what to do."""
+    """The installation cannot start; the message is one line that says what to do."""
 
 
 def supported_range(pyproject):
-    """First supported and first unsupported Python, `((3, 11), (3, 14))`, from the text of pyproject.toml."""
+    """The first supported and the first unsupported Python, `((3, 11), (3, 14))`, from pyproject.toml."""
     low, high = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', pyproject, re.MULTILINE).groups()
     return (3, int(low)), (3, int(high))
 
 
 def probe(command):
-    """What the interpreter `command` says of itself, or None if it does not run."""
+    """What `PROBE` prints in the interpreter `command`, as a dict; None if it does not run."""
     try:
         answer = subprocess.check_output([command, "-c", PROBE], stderr=subprocess.DEVNULL)
         return json.loads(answer.decode())
     except (OSError, ValueError, subprocess.CalledProcessError):
-        return None  # no such name, or a version manager's empty shell; check_python tells if it matters
+        return None  # no such program, or the empty shim of a version manager
 
 
 def check_python(command, found, low, high):
-    """Raise MissingError if the interpreter `command`, which says `found` of itself, does not fit."""
+    """Raise MissingError if the interpreter `command` is not suitable; `found` is its answer to `probe`."""
     newest = f"3.{high[1] - 1}"
     needed = f"Python 3.{low[1]} to {newest}"
     remedy = f"install one or name it, as in `make demo PYTHON=python{newest}`."
@@ -78,14 +79,14 @@ def check_python(command, found, low, high):
 
 
 def choose_python(commands, low, high, ask=probe):
-    """What the first of `commands` that fits says of itself; else MissingError on the one nearest to it."""
+    """The answer to `probe` of the first suitable command; else MissingError on the nearest."""
     misfits = []
     for command in commands:
         found = ask(command)
         try:
             check_python(command, found, low, high)
         except MissingError as error:
-            # The right version that lacks a part is nearest to a remedy, a name that is not there furthest.
+            # 0: the right version, but a part is missing; 1: another version; 2: no such program.
             distance = 2 if found is None else int(not low <= tuple(found["version"]) < high)
             misfits.append((distance, len(misfits), error))
         else:
@@ -100,8 +101,8 @@ def check_cpu(system, machine, cpuinfo):
     flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     if (system, machine) == ("Linux", "x86_64") and flags and "avx2" not in flags.group(1).split():
         raise MissingError(
-            "This processor has no AVX2, which the numbers are computed with: use a machine made after 2015, "
-            "and a virtual one that passes its processor on."
+            "This processor has no AVX2, which the numbers are computed with: use a machine made after 2015 "
+            "(a virtual machine must pass on the features of its processor)."
         )
 
 
@@ -122,17 +123,34 @@ def check_disk(folder, free_bytes, need_gb):
         )
 
 
+def check_environment(venv, stamp):
+    """Raise MissingError if `make` would delete an environment that it has not made."""
+    if (venv / stamp).exists():
+        return  # complete: nothing will be deleted
+    if venv.is_symlink():
+        raise MissingError(
+            ".venv is a link, and its target is not the complete environment of this clone: "
+            "remove the link with `rm .venv`, then the same command again."
+        )
+    ours = venv.is_dir() and ((venv / MARK).exists() or any(venv.glob("whole-*")) or not any(venv.iterdir()))
+    if venv.exists() and not ours:
+        raise MissingError(
+            ".venv was made by another tool than `make`, which would have to delete it: move it away with "
+            "`mv .venv .venv-of-another-tool`, then the same command again."
+        )
+
+
 def stamp_name(lock, version, machine, folder):
-    """Name of the file that marks a whole environment of this lock, Python, machine and folder."""
+    """Name of the file that marks a complete environment for this lock, Python, machine and folder."""
     parts = [lock, repr(tuple(version)).encode(), machine.encode(), str(folder).encode()]
     return "whole-" + hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def check(root, python, lock_name):
-    """Stamp of the environment of the clone at `root` and the interpreter to make it with; else MissingError.
+    """The stamp of the environment of the clone at `root`, and the interpreter to make it with.
 
     `python` is the only command to consider, or empty: then an environment that is there keeps its Python,
-    whatever `python3` has become since.
+    even if `python3` is another one by now. Raises MissingError if the environment cannot be made.
     """
     if lock_name not in DISK_GB:
         raise MissingError(
@@ -148,6 +166,7 @@ def check(root, python, lock_name):
     check_git()
 
     stamp = stamp_name((root / lock_name).read_bytes(), found["version"], platform.machine(), root)
+    check_environment(venv, stamp)
     if not (venv / stamp).exists():
         given_back = sum(path.lstat().st_size for path in venv.glob("**/*"))
         check_disk(root, shutil.disk_usage(str(root)).free + given_back, DISK_GB[lock_name])

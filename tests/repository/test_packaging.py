@@ -338,15 +338,72 @@ def test_whole_environment_asks_for_no_disk(clone: Path, monkeypatch: pytest.Mon
     assert preflight.check(clone, sys.executable, LOCKS[0]) == (stamp, interpreter)
 
 
-def test_half_made_environment_is_made_anew(clone: Path) -> None:
+@pytest.fixture
+def quick(clone: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a `make` that takes no time: its Python makes environments in which all succeeds."""
+    python = tmp_path / "python"
+    pretend_python(python, {**GOOD, "path": str(python)})
+    python.write_text(
+        python.read_text().replace(
+            "*) exit 9;;",
+            'venv) mkdir "$3/bin"; printf "#!/bin/sh\\n" > "$3/bin/python"; chmod +x "$3/bin/python";;'
+            " *) exit 9;;",
+        )
+    )
+    (clone / "requirements.lock").write_text("nothing==1\n")
+    return ["venv", f"PYTHON={python}"]
+
+
+def test_an_environment_is_made_once_and_anew_when_it_is_not_complete(clone: Path, quick: list[str]) -> None:
+    venv = clone / ".venv"
+    done = run_make(*quick, folder=clone)
+    assert done.returncode == 0, done.stderr
+    made = {path.name for path in venv.iterdir()}
+    (stamp,) = (name for name in made if name.startswith("whole-"))
+    assert made == {"bin", "project", "made-by-make", stamp}
+    assert "Making" not in run_make(*quick, folder=clone).stdout
+    (venv / stamp).unlink()  # as if the installation had been cut off
+    (venv / "half").mkdir()
+    assert "Making" in run_make(*quick, folder=clone).stdout
+    assert {path.name for path in venv.iterdir()} == made
+
+
+def test_an_environment_from_before_the_mark_is_made_anew(clone: Path, quick: list[str]) -> None:
     (clone / ".venv").mkdir()
     (clone / ".venv" / "whole-of-another-lock").touch()
-    with (clone / ".venv" / "half").open("wb") as file:
-        file.truncate(10**10)  # takes no room, but would give back what the new one needs
-    planned = run_make("--dry-run", "venv", f"PYTHON={sys.executable}", folder=clone)
-    assert planned.returncode == 0, planned.stderr
-    assert "-m venv --clear .venv" in planned.stdout
-    assert "--require-hashes" in planned.stdout
+    assert run_make(*quick, folder=clone).returncode == 0
+    assert not (clone / ".venv" / "whole-of-another-lock").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_environment_that_another_tool_made_is_never_emptied(
+    clone: Path, quick: list[str], tmp_path: Path, link: bool
+) -> None:
+    venv = clone / ".venv"
+    folder = tmp_path / "other" if link else venv
+    folder.mkdir()
+    (folder / "pyvenv.cfg").write_text("uv = 0.9.0\n")
+    if link:
+        venv.symlink_to(folder)
+        (folder / "made-by-make").touch()  # by the `make` of another clone
+    done = run_make(*quick, folder=clone)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert ("`rm .venv`" if link else "`mv .venv ") in line
+    assert (folder / "pyvenv.cfg").read_text() == "uv = 0.9.0\n"
+
+
+def test_a_link_to_the_complete_environment_of_this_clone_is_followed(
+    clone: Path, quick: list[str], tmp_path: Path
+) -> None:
+    run_make(*quick, folder=clone)
+    shutil.move(clone / ".venv", tmp_path / "larger disk")
+    (clone / ".venv").symlink_to(tmp_path / "larger disk")
+    done = run_make(*quick, folder=clone)
+    assert done.returncode == 0, done.stderr
+    assert "Making" not in done.stdout
+    assert (clone / ".venv").is_symlink()
 
 
 # --- after the demo
