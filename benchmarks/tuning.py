@@ -35,8 +35,9 @@ from aplsmear.features.backbones import build_backbone
 from aplsmear.features.store import read_features
 from aplsmear.files import write_json
 from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, score
-from aplsmear.heads.search import TaskData, draw_candidates, make_task_data
+from aplsmear.heads.search import draw_candidates
 from aplsmear.heads.stack import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
+from aplsmear.heads.task_data import TaskData, make_task_data
 from aplsmear.images.reading import decode
 from aplsmear.images.view_store import read_views
 from aplsmear.params import Params, Tune, read_params

@@ -32,7 +32,7 @@ from aplsmear.finetune.finetuning import (
 )
 from aplsmear.finetune.training import Course, Run, check_precision
 from aplsmear.heads.head import read_heads
-from aplsmear.heads.search import make_task_data
+from aplsmear.heads.task_data import make_task_data
 from aplsmear.images.view_store import plain_views
 from aplsmear.params import read_params
 from aplsmear.progress import progress

@@ -13,9 +13,10 @@ import pandas as pd
 
 from aplsmear.features.store import Features
 from aplsmear.heads.head import Job
-from aplsmear.heads.search import TaskData, Trial, make_task_data, run_study
+from aplsmear.heads.search import Trial, run_study
 from aplsmear.heads.stack import Judged, Material
 from aplsmear.heads.study import open_study
+from aplsmear.heads.task_data import TaskData, make_task_data
 from aplsmear.params import Tune, read_params
 
 ROOT = Path(__file__).parents[1]

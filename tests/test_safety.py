@@ -157,14 +157,11 @@ def test_a_journal_of_trials_from_a_stranger_runs_nothing_and_is_named(untouched
 
 
 def test_what_a_journal_holds_stays_text(untouched):
-    kept = START | {
-        "op_code": 2,
-        "study_id": 0,
-        "user_attr": {"generation 7": [{"py/object": "a", "x": RUN}]},
-    }
-    text = json.dumps(START) + "\n" + json.dumps(kept) + "\n"
+    held = {"py/object": "a", "x": RUN}
+    trial = TRIAL | {"distributions": {}, "params": {}, "user_attrs": {"inner": held}}
+    text = json.dumps(START) + "\n" + json.dumps(trial) + "\n"
     (untouched / "s.journal").write_text(text, encoding="utf-8")
-    assert open_study("s", untouched / "s.journal").has(7)
+    assert open_study("s", untouched / "s.journal").trials()[0].user_attrs == {"inner": held}
 
 
 def test_a_profile_with_a_tag_runs_nothing(untouched):

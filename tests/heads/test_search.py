@@ -14,26 +14,27 @@ import pytest
 import yaml
 
 from aplsmear.evaluation.auroc import auroc_within_folds
-from aplsmear.heads import search as tuning
+from aplsmear.heads import task_data as task_data_module
 from aplsmear.heads.head import Head, Job, score
+from aplsmear.heads.results import (
+    explain_choice,
+    held_out_predictions,
+    importances,
+    scores_table,
+    trials_table,
+)
 from aplsmear.heads.search import (
     Trial,
-    TuneError,
     choose,
     choose_all,
     draw_candidates,
-    explain_choice,
-    held_out_predictions,
     held_out_scores,
-    importances,
-    make_task_data,
     run_study,
-    scores_table,
     study_key,
-    trials_table,
 )
 from aplsmear.heads.stack import Material, train_heads
 from aplsmear.heads.study import open_study
+from aplsmear.heads.task_data import TuneError, make_task_data
 from studies import FOLDS, ROOT, quick_judge, settings, task_data, told
 
 RECIPE = draw_candidates(settings(), ["net/good", "net/poor"], 1)[0][0]
@@ -104,7 +105,7 @@ def test_a_pick_by_hand_is_for_the_final_models_alone() -> None:
     trials = [trial(0, level(0.9), 5), trial(1, level(0.6), 100)]
     choices = choose_all(trials, FOLDS, 1)
     assert [choice.trial.number for choice in choices] == [0, 0, 0, 0, 1]
-    assert "by hand" in choices[-1].why
+    assert "picked by the user" in choices[-1].why
     with pytest.raises(TuneError, match="no trial 7 with scores; there are: 0, 1"):
         choose_all(trials, FOLDS, 7)
 
@@ -291,8 +292,8 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
             scored.append((seen[id(head)][0], set(fold.tolist())))
         return score(heads, values, rows)
 
-    monkeypatch.setattr(tuning, "train_heads", train)
-    monkeypatch.setattr(tuning, "score", spy)
+    monkeypatch.setattr(task_data_module, "train_heads", train)
+    monkeypatch.setattr(task_data_module, "score", spy)
     scores, outer = held_out_scores(whole, chosen, used, 5)
     assert scores.shape == (len(whole.table), FOLDS + 1)
     assert not np.isnan(scores).any()
@@ -383,8 +384,8 @@ def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> N
     }
     seen = replace(whole, features=doubled, row=2 * whole.row, views=np.ones_like(whole.row))
     head = Head(RECIPE.features, (), ())
-    monkeypatch.setattr(tuning, "train_heads", lambda jobs, _: [replace(head) for _ in jobs])
-    monkeypatch.setattr(tuning, "score", lambda _, __, rows: (rows % 2).astype(np.float32)[None])
+    monkeypatch.setattr(task_data_module, "train_heads", lambda jobs, _: [replace(head) for _ in jobs])
+    monkeypatch.setattr(task_data_module, "score", lambda _, __, rows: (rows % 2).astype(np.float32)[None])
     chosen = [trial(0, level(0.8))] * (FOLDS + 1)
     for average, expected in ((0, 0.0), (1, 0.5)):
         scores, _ = held_out_scores(seen, chosen, settings(average=average), 5)

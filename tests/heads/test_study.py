@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,17 +128,36 @@ def test_a_line_written_half_is_taken_back(folder: Path, peaceful: str) -> None:
         assert all(json.loads(line) for line in journal.read_bytes().splitlines())
 
 
-def test_results_stored_but_not_told_are_told_by_the_next(folder: Path, peaceful: str) -> None:
-    """Killed between the one record of a generation and the trials that follow from it."""
+def test_a_generation_stored_in_part_is_trained_again_and_keeps_what_it_has(
+    folder: Path, peaceful: str
+) -> None:
+    """Killed between the results of two trials that trained together."""
     work(str(folder))
     journal = folder / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
-    stored = [place for place, line in enumerate(lines) if b'"generation 2"' in line]
-    for extra in (1, 2):
-        journal.write_bytes(b"".join(lines[: stored[0] + extra]))
-        (folder / "judged").unlink()
-        assert repr(told(work(str(folder)))) == peaceful
-        assert trained(folder) == [6, 8]
+    ends = [place for place, line in enumerate(lines) if b"datetime_complete" in line]
+    assert len(ends) == 9
+    journal.write_bytes(b"".join(lines[: ends[4] + 1]))
+    (folder / "judged").unlink()
+    assert repr(told(work(str(folder)))) == peaceful
+    assert trained(folder) == [4, 6, 8]
+    stored = journal.read_bytes().splitlines(keepends=True)
+    assert sum(b"datetime_complete" in line for line in stored) == 9
+    assert stored[: ends[4] + 1] == lines[: ends[4] + 1]
+
+
+def test_all_trials_are_waiting_from_the_start_and_running_while_they_train(tmp_path: Path) -> None:
+    """The dashboard shows the whole search and its progress, with the numbers of trials.csv."""
+    study = open_study("s", tmp_path / "j")
+    states: list[list[str]] = []
+
+    def judge(jobs: Any, material: Any, patience: int) -> Any:
+        states.append([trial.state.name for trial in study.trials()])
+        return quick_judge(jobs, material, patience)
+
+    list(run_study(task_data(), settings(), 5, study, judge))
+    assert states[0] == ["RUNNING"] * 2 + ["WAITING"] * 7
+    assert states[2] == ["COMPLETE"] * 3 + ["FAIL"] + ["RUNNING"] * 2 + ["WAITING"] * 3
 
 
 def test_trials_carry_what_the_dashboard_shows(tmp_path: Path) -> None:
@@ -202,7 +222,7 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
     server.cleanup()
     said = cut.communicate()[1]
     assert "StudyError: the storage of the study" in said
-    assert "Finished generations are kept" in said
+    assert "Finished trials are kept" in said
     server = server_of(tmp_path / "pg", cleanup_mode="stop")
     again = begin()
     said = again.communicate()[1]

@@ -14,7 +14,9 @@ from aplsmear.evaluation.splits import make_folds
 from aplsmear.features.backbones import features_of
 from aplsmear.features.store import Features
 from aplsmear.heads.head import Recipe
-from aplsmear.heads.search import Trial, held_out_scores, make_task_data, scores_table
+from aplsmear.heads.results import scores_table
+from aplsmear.heads.search import Trial, held_out_scores
+from aplsmear.heads.task_data import make_task_data
 from aplsmear.images.reading import encode_jpeg
 from aplsmear.images.view_store import View
 from aplsmear.params import Backbone, read_params

@@ -159,7 +159,7 @@ def test_errors_that_people_can_mend_have_one_base():
     from aplsmear.evaluation.splits import SplitError
     from aplsmear.features.backbones import BackboneError
     from aplsmear.features.store import FeaturesError
-    from aplsmear.heads.search import TuneError
+    from aplsmear.heads.task_data import TuneError
     from aplsmear.images.reading import ImageError
     from aplsmear.images.views import ViewError
     from aplsmear.sources.kaggle import KaggleError

@@ -51,8 +51,9 @@ from aplsmear.finetune.training import (
     middles_of,
 )
 from aplsmear.heads.head import Head, Job, Recipe, read_heads, write_heads
-from aplsmear.heads.search import TaskData, study_key
+from aplsmear.heads.search import study_key
 from aplsmear.heads.stack import judge_heads, train_heads
+from aplsmear.heads.task_data import TaskData
 from aplsmear.images.reading import decode, fitting
 from aplsmear.images.view_store import read_views
 from aplsmear.params import Backbone, Finetune, Level, Tune

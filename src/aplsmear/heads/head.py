@@ -7,7 +7,7 @@ them together. A head that sees a patient as a bag of cells weighs them by atten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -159,6 +159,21 @@ def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.nda
             said = _forward(*kind)(part, weights).numpy()
             scores[chosen, start : start + CHUNK] = said[:, : said.shape[1] - short]
     return scores
+
+
+def mean_over_views(
+    score: Callable[[np.ndarray], Any], row: np.ndarray, views: np.ndarray, average: int
+) -> np.ndarray:
+    """The mean of the scores of the plain view and of `average` augmented views of each image.
+
+    Args:
+        score: takes rows of the features, int64 (images,).
+        row: int64 (images,), of the plain views; the augmented views follow.
+        views: int64 (images,), how many follow. An image with fewer than `average` repeats its last view.
+        average: number of augmented views.
+    """
+    each = [score(row + np.minimum(view, views)) for view in range(average + 1)]
+    return np.asarray(np.mean(each, axis=0))
 
 
 def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
