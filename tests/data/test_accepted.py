@@ -1,4 +1,4 @@
-"""Whatever data set is accepted runs through `split` and `augment`; any other gives a report."""
+"""Every data set that is accepted runs through `split` and `augment`; every other one gives a report."""
 
 import tempfile
 from collections.abc import Callable
@@ -42,7 +42,9 @@ smears = st.fixed_dictionaries(
 cells = st.fixed_dictionaries(
     {
         "wsi": st.integers(1, 4),
-        "cellType": st.sampled_from(["", "{'Myeloblast'}", "{'Promyelocyte', 'Bilobed'}", "{'Unheard of'}"]),
+        "cellType": st.sampled_from(
+            ["", "{'Myeloblast'}", "{'Promyelocyte', 'Bilobed'}", "{'Unknown cell'}"]
+        ),
         "specialCharacteristics": st.sampled_from(["", "{'None'}", "{'Auer rods', 'Faggot cell'}"]),
         "bbox": boxes,
     }
@@ -64,7 +66,7 @@ def write(folder: Path, smear_rows: list[dict], cell_rows: list[dict]) -> None:
 
 
 def outcome(action: Callable[[], T], refusal: type[UserError]) -> T | UserError:
-    """What the action gives, or the refusal that it ends with; any other exception fails the test."""
+    """The result of the action, or its refusal; any other exception fails the test."""
     try:
         return action()
     except refusal as error:
@@ -73,7 +75,9 @@ def outcome(action: Callable[[], T], refusal: type[UserError]) -> T | UserError:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(smears, min_size=1, max_size=4), st.lists(cells, max_size=6))
-def test_accepted_or_reported(smear_rows: list[dict], cell_rows: list[dict]) -> None:
+def test_a_data_set_is_accepted_and_can_be_used_or_has_its_problems_reported(
+    smear_rows: list[dict], cell_rows: list[dict]
+) -> None:
     with tempfile.TemporaryDirectory() as name, joblib.parallel_config(backend="sequential"):
         folder = Path(name)
         write(folder, smear_rows, cell_rows)

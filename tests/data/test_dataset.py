@@ -1,4 +1,4 @@
-"""A folder in the Kaggle layout gives a data set, or all that is wrong with it."""
+"""A folder in the Kaggle layout gives a data set, or all of its problems."""
 
 import csv
 import io
@@ -81,8 +81,8 @@ def problems(root: Path, tasks=TASKS, **options) -> list[Problem]:
     with pytest.raises(DataSetError) as caught:
         read(root, tasks, **options)
     for problem in caught.value.problems:
-        assert problem.message
-        assert problem.mend
+        assert problem.expected
+        assert problem.fix
     return caught.value.problems
 
 
@@ -179,7 +179,7 @@ def test_row_order_and_workers_change_nothing(tmp_path):
     ],
     ids=["BOM", "CRLF", "UTF-16", "empty rows", "semicolons", "tabs"],
 )
-def test_tables_of_any_program_read_alike(tmp_path, change):
+def test_tables_of_all_spreadsheet_programs_give_the_same_data_set(tmp_path, change):
     expected = read(folder(tmp_path / "a"))
     found = read(folder(tmp_path / "b", change(SMEARS), change(CELLS)))
     assert found.smears.equals(expected.smears)
@@ -193,7 +193,7 @@ def recode(text: str, delimiter: str) -> bytes:
     return table.getvalue().encode()
 
 
-def test_latin_1_is_read_and_told(tmp_path):
+def test_latin_1_is_read_with_a_remark(tmp_path):
     found = read(folder(tmp_path, SMEARS.replace("P1", "Köln").encode("latin-1")))
     assert found.smears["patient"][0] == "Köln"
     assert found.report["remarks"] == ["wsi.csv is not UTF-8: read as latin-1"]
@@ -206,7 +206,7 @@ def test_ids_may_be_any_text(tmp_path):
     assert (found.cells["smear"] == "Ünal 7/α").sum() == 2
 
 
-def test_numbers_that_a_spreadsheet_made_decimal_are_the_same_ids(tmp_path):
+def test_ids_that_a_spreadsheet_turned_into_decimal_numbers_stay_the_same(tmp_path):
     found = read(folder(tmp_path, cells=CELLS.replace(",1,3,", ",1,3.0,")))
     assert (found.cells["smear"] == "3").sum() == 2
 
@@ -243,7 +243,7 @@ def test_new_patients_need_no_labels(tmp_path):
     assert len(read(folder(tmp_path, "id,imgName\n1,a.png\n", None), {}, labelled=False).smears) == 1
 
 
-def test_images_lie_in_subfolders_and_behind_links(tmp_path):
+def test_images_may_lie_in_subfolders_and_behind_links(tmp_path):
     folder(tmp_path / "a", SMEARS.replace("a.png", "ulm\\a.png"))
     (tmp_path / "a/wsi/ulm").mkdir()
     (tmp_path / "a/wsi/a.png").rename(tmp_path / "elsewhere.png")
@@ -268,7 +268,7 @@ def test_boxes_that_reach_outside_are_clipped_and_listed(tmp_path):
     assert found.report["changed"]["boxes_clipped"] == {"count": 1, "ids": ["99"]}
 
 
-def test_boxes_are_judged_in_the_upright_image(tmp_path):
+def test_boxes_belong_to_the_image_as_it_is_shown_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     folder(tmp_path, cells=with_cell("[50, 0, 64, 40]", smear=1))
@@ -285,16 +285,16 @@ def test_smears_without_a_diagnosis_are_left_out_with_their_cells(tmp_path):
     assert "1" not in found.smears["smear"].tolist()
 
 
-def test_bad_images_are_left_out_only_on_request(tmp_path):
+def test_bad_images_are_left_out_only_if_a_parameter_allows_it(tmp_path):
     folder(tmp_path)
     whole = (tmp_path / "wsi/a.png").read_bytes()
     (tmp_path / "wsi/a.png").write_bytes(whole[:-30])
     (tmp_path / "wsi/d.png").unlink()
     found = problems(tmp_path)
     assert places(found) == [("wsi.csv", 2, "imgName"), ("wsi.csv", 5, "imgName")]
-    assert "truncated" in found[0].message
-    assert "no such file" in found[1].message
-    assert "skip_bad_images" in found[0].mend
+    assert "truncated" in found[0].expected
+    assert "no such file" in found[1].expected
+    assert "skip_bad_images" in found[0].fix
     left = read(tmp_path, skip_bad_images=True)
     assert left.report["left_out"]["smears_with_bad_image"]["count"] == 2
     assert set(left.report["left_out"]["smears_with_bad_image"]["images"]) == {"1", "10"}
@@ -302,7 +302,7 @@ def test_bad_images_are_left_out_only_on_request(tmp_path):
     assert left.smears["smear"].tolist() == ["2", "3"]
 
 
-def test_a_label_that_no_task_asks_for_is_counted(tmp_path):
+def test_an_unknown_label_that_no_task_needs_is_counted(tmp_path):
     found = read(folder(tmp_path, cells=with_cell("[0, 0, 30, 30]", labels=",,{'Vacuoles'},")))
     assert found.report["unknown_labels"] == {"special_characteristics": {"Vacuoles": 1}}
 
@@ -322,7 +322,7 @@ def test_one_picture_is_never_two_patients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "column", "said"),
+    ("row", "column", "told"),
     [
         ("1,e.png,{'healthy'},P9", "id", "no other row"),
         (",e.png,{'healthy'},P9", "id", "a value"),
@@ -340,18 +340,20 @@ def test_one_picture_is_never_two_patients(tmp_path):
         ("4,e.png,__import__('os').abort(),P9", "label", "a set of labels"),
         ("4,e.png,\"{'aml', 'healthy'}\",P9", "label", "healthy alone"),
         ("4,e.png,{'healthy'},", "patient", "the patient of every smear"),
-        ("4,e.png,{'healthy'},P2", "patient", "one diagnosis a patient"),
+        ("4,e.png,{'healthy'},P2", "patient", "one diagnosis for each patient"),
         ("4,e.png,{'healthy'}", "", "4 fields"),
         ("4,e.png,{'aml', 'm2'},P9", "", "4 fields"),
     ],
 )
-def test_what_is_wrong_with_a_smear_is_said(tmp_path, row, column, said):
+def test_a_problem_of_a_smear_is_reported_with_its_row_and_column(tmp_path, row, column, told):
     found = problems(folder(tmp_path, with_smear(row)))
-    assert any(p.file == "wsi.csv" and p.row == 6 and p.column == column and said in p.message for p in found)
+    assert any(
+        p.file == "wsi.csv" and p.row == 6 and p.column == column and told in p.expected for p in found
+    )
 
 
 @pytest.mark.parametrize(
-    ("cells", "column", "said"),
+    ("cells", "column", "told"),
     [
         (with_cell("[0, 0, 30, 30]", smear=77), "wsi", "the id of a smear"),
         (with_cell("[0, 0, 30, 30]", smear=""), "wsi", "a value"),
@@ -369,46 +371,46 @@ def test_what_is_wrong_with_a_smear_is_said(tmp_path, row, column, said):
         (CELLS + "99,1,3,,,,,[0, 0, 30, 30],1\n", "", "9 fields"),
     ],
 )
-def test_what_is_wrong_with_a_cell_is_said(tmp_path, cells, column, said):
+def test_a_problem_of_a_cell_is_reported_with_its_row_and_column(tmp_path, cells, column, told):
     found = problems(folder(tmp_path, cells=cells))
     assert [(p.file, p.row, p.column) for p in found] == [("labeled_cells.csv", 6, column)] or column == "id"
-    assert any(p.row == 6 and said in p.message for p in found)
+    assert any(p.row == 6 and told in p.expected for p in found)
 
 
 @pytest.mark.parametrize(
-    ("text", "row", "column", "said"),
+    ("text", "row", "column", "told"),
     [
         (b"", None, "", "a header"),
         (b"id,imgName,label\n", None, "", "a row for each item"),
         (b"\0\0\0", None, "", "zero bytes"),
         (b"id,imgname,label\n1,a.png,{'healthy'}\n", 1, "imgName", "a column imgName"),
         (b"id,imgName,label,id\n1,a.png,{'healthy'},1\n", 1, "id", "once in the header"),
-        (b"id,imgName,label\n1,\"a.png,{'healthy'}\n", 2, "", "quotes are closed"),
+        (b"id,imgName,label\n1,\"a.png,{'healthy'}\n", 2, "", "closed quotes"),
         (None, None, "", "No such file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, text, row, column, said):
+def test_a_problem_of_a_file_is_reported(tmp_path, text, row, column, told):
     folder(tmp_path, text)
     first = problems(tmp_path)[0]
     assert (first.file, first.row, first.column) == ("wsi.csv", row, column)
-    assert said in first.message
+    assert told in first.expected
 
 
-def test_rows_are_counted_as_a_spreadsheet_does(tmp_path):
+def test_rows_have_the_numbers_that_a_spreadsheet_shows(tmp_path):
     """Empty rows count, and so does a field of two lines once."""
     rows = SMEARS.replace("2,b.png", "\n,,,\n2,b.png").replace("P2", '"P\n2"') + "4,e.png,{'cml'},P9\n"
     assert places(problems(folder(tmp_path, rows))) == [("wsi.csv", 8, "imgName"), ("wsi.csv", 8, "label")]
 
 
-def test_a_misspelt_column_is_named_in_the_mend(tmp_path):
-    assert "'imgname'" in problems(folder(tmp_path, SMEARS.replace("imgName", "imgname")))[0].mend
+def test_a_misspelt_column_is_named_with_what_to_do(tmp_path):
+    assert "'imgname'" in problems(folder(tmp_path, SMEARS.replace("imgName", "imgname")))[0].fix
 
 
 def test_a_missing_folder_is_a_problem(tmp_path):
     assert str(tmp_path / "nothing") == problems(tmp_path / "nothing")[0].file
 
 
-def test_all_problems_come_at_once_as_a_table(tmp_path):
+def test_all_problems_are_reported_at_once_in_one_table(tmp_path):
     smears = with_smear("10,../x.png,{'cml'},P9")
     cells = with_cell("[9, 9, 1, 1]") + "".join(f'{n},1,77,,,,,"[0, 0, 9, 9]",1\n' for n in range(100, 150))
     folder(tmp_path, smears, cells)
@@ -439,7 +441,7 @@ def test_a_table_of_problems_shows_no_control_characters(tmp_path):
     assert "\\x1b" in console.file.getvalue()
 
 
-def test_a_task_without_a_class_says_which_label_and_how_to_drop_it(tmp_path):
+def test_a_task_without_a_class_is_reported_with_its_label_and_how_to_remove_it(tmp_path):
     tasks = TASKS | {
         "mitosis": Task(level="cell", positive={"special_characteristics": ["Mitosis"]}, negative={})
     }
@@ -451,25 +453,25 @@ def test_a_task_without_a_class_says_which_label_and_how_to_drop_it(tmp_path):
         "specialCharacteristics",
         "Mitosis",
     )
-    assert "mitosis" in first.message
-    assert "remove mitosis from tasks and ensembles.*.members" in first.mend
-    assert "did you mean 'healthy'" in second.message
+    assert "mitosis" in first.expected
+    assert "remove mitosis from tasks and ensembles.*.members" in first.fix
+    assert "did you mean 'healthy'" in second.expected
     assert second.file == "wsi.csv"
 
 
-def test_patients_without_cells_are_no_class_of_a_task_on_patients(tmp_path):
+def test_patients_without_cells_do_not_count_in_a_task_on_patients(tmp_path):
     """P1 and P3 have cells, P2, the only one with another AML, has none."""
     apl = {"level": "patient", "positive": {"diagnosis": ["apl"]}}
     fine = read(folder(tmp_path), {"apl_healthy": Task(**apl, negative={"diagnosis": ["healthy"]})})
     assert fine.report["tasks"]["apl_healthy"] == {"positive": 1, "negative": 1, "no_part": 0}
     (found, *_) = problems(tmp_path, {"apl_aml": Task(**apl, negative={"diagnosis": ["aml"]})})
-    assert "at least one negative patient with cells for the task apl_aml" in found.message
+    assert "at least one negative patient with cells for the task apl_aml" in found.expected
 
 
-def test_a_class_that_is_emptied_by_what_is_left_out_is_told(tmp_path):
+def test_a_class_that_is_empty_after_images_are_left_out_is_reported(tmp_path):
     folder(tmp_path)
     (tmp_path / "wsi/b.png").unlink()
-    assert "apl_aml" in problems(tmp_path, skip_bad_images=True)[0].message
+    assert "apl_aml" in problems(tmp_path, skip_bad_images=True)[0].expected
 
 
 # --- rules ------------------------------------------------------------------------------------------
@@ -562,7 +564,7 @@ def test_problems_do_not_depend_on_the_order_of_rows(tmp_path, shuffle, ids):
         table = io.StringIO()
         csv.writer(table).writerows([["id", "imgName", "label", "patient"], *rows])
         found = problems(folder(tmp_path, table.getvalue(), None), {})
-        seen.add(tuple(sorted((one.column, one.value, one.mend) for one in found)))
+        seen.add(tuple(sorted((one.column, one.value, one.fix) for one in found)))
         shuffle.shuffle(rows)
     assert len(seen) == 1
 
@@ -604,7 +606,7 @@ def test_the_real_rows_give_the_published_counts(tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / "deepapl_discovery").exists(), reason="the DeepAPL cells are not here")
-def test_the_real_smears_read():
+def test_the_real_smears_are_read():
     report = read(SHARED / "deepapl_discovery", {}, check_images=False).report
     assert (report["smears"], report["patients"], report["cells"]) == (93, 82, 12107)
     assert report["labels"]["cell_type"]["Promyelocyte"] == 508

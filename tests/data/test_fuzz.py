@@ -1,4 +1,4 @@
-"""A few of the files of `make fuzz`, and small bombs: a data set or its problems, at a bounded cost."""
+"""A few files of `make fuzz`, and small bombs: a data set or its problems, in limited time and memory."""
 
 import os
 import tracemalloc
@@ -20,7 +20,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("kind", ["tables", "images"])
 def test_damaged_files_give_a_data_set_or_its_problems(folder, kind):
-    """As `make fuzz` does, without a process of its own."""
+    """As `make fuzz` does, but in this process."""
     seeds = [*fuzz.TABLES.values()] if kind == "tables" else fuzz.seed_pictures()
     ends = set()
     for number in range(40):
@@ -39,8 +39,8 @@ def problems(folder: Path) -> list:
     return error.value.problems
 
 
-def test_what_is_wrong_in_every_row_costs_in_proportion(folder):
-    """Names of all other rows in the message of each row would make gigabytes of a table like this."""
+def test_a_problem_in_every_row_takes_memory_in_proportion_to_the_rows(folder):
+    """If each message named all other rows, a table like this would make gigabytes of messages."""
     rows = "".join(f"{n},{n}.png,{{'{('healthy', 'aml')[n % 2]}'}},P\n" for n in range(3_000))
     (folder / "wsi.csv").write_text("id,imgName,label,patient\n" + rows, encoding="utf-8")
     (folder / "labeled_cells.csv").unlink()
@@ -49,10 +49,10 @@ def test_what_is_wrong_in_every_row_costs_in_proportion(folder):
     assert tracemalloc.get_traced_memory()[1] < 30e6
     tracemalloc.stop()
     assert len(found) == 3_000
-    assert found[0].message == "one diagnosis a patient, not healthy in row 2, aml in row 3"
+    assert found[0].expected == "one diagnosis for each patient, not healthy in row 2, aml in row 3"
 
 
-def test_labels_that_are_all_misspelt_are_each_told_once(folder):
+def test_each_misspelt_label_is_reported_once(folder):
     rows = "".join(f"{n},1,\"[2, 4, 30, 40]\",{{'Promyelocyte{n}'}}\n" for n in range(100))
     (folder / "labeled_cells.csv").write_text("id,wsi,bbox,cellType\n" + rows, encoding="utf-8")
     found = problems(folder)
@@ -64,11 +64,11 @@ def test_a_table_that_never_ends_or_is_huge_is_not_read(folder):
     table = folder / "labeled_cells.csv"
     table.unlink()
     os.mkfifo(table)
-    assert [one.message for one in problems(folder)] == ["a file that can be read (not a file)"]
+    assert [one.expected for one in problems(folder)] == ["a file that can be read (not a file)"]
     table.unlink()
     with table.open("wb") as file:
         file.truncate(10**9 + 1)  # takes no room on the disk
-    assert [one.message for one in problems(folder)] == ["a file that can be read (more than 1,000 MB)"]
+    assert [one.expected for one in problems(folder)] == ["a file that can be read (more than 1,000 MB)"]
 
 
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded():

@@ -1,4 +1,4 @@
-"""Label texts and what they say about the disease."""
+"""Labels, how they are read, and the diagnosis that follows from them."""
 
 import pytest
 from hypothesis import given
@@ -48,7 +48,7 @@ def test_a_literal_of_strings_gives_its_labels(text, expected):
         "(" * 900,
     ],
 )
-def test_anything_else_is_refused_and_never_evaluated(text):
+def test_any_other_text_is_refused_and_never_evaluated(text):
     with pytest.raises(LabelError):
         parse_labels(text)
 
@@ -63,7 +63,7 @@ def test_any_text_gives_labels_or_a_label_error(text):
 
 
 @given(st.frozensets(st.text("abcxyz '\"Å-", min_size=1, max_size=9).map(str.strip).filter(bool), max_size=4))
-def test_what_python_writes_is_read_back(labels):
+def test_a_set_as_python_writes_it_is_read_back(labels):
     tidy = {" ".join(label.split()) for label in labels}
     assert set(parse_labels(repr(set(labels)))) == tidy
 
@@ -92,14 +92,14 @@ def test_diagnosis_and_fab_class_follow_from_the_labels(labels, diagnosis, fab):
     assert (cleaned.diagnosis, cleaned.fab) == (diagnosis, fab)
 
 
-def test_file_name_debris_is_dropped_and_told():
+def test_parts_of_file_names_are_dropped_and_listed():
     cleaned = clean_smear_labels(["aml", "m1", "50x.png", "100x.png", "al", "ap", "BAL", "m445501"])
     assert cleaned.labels == ("aml", "m1")
     assert cleaned.dropped == ("100x.png", "50x.png", "al", "ap", "bal", "m445501")
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "told"),
     [
         (["healhty"], "did you mean 'healthy'"),
         (["cml"], "'cml'"),
@@ -109,12 +109,12 @@ def test_file_name_debris_is_dropped_and_told():
         (["aml", "m3", "m2"], "not both"),
     ],
 )
-def test_unknown_and_contradicting_labels_are_refused(labels, said):
-    with pytest.raises(LabelError, match=said):
+def test_unknown_and_contradicting_labels_are_refused(labels, told):
+    with pytest.raises(LabelError, match=told):
         clean_smear_labels(labels)
 
 
-def test_a_misspelling_is_told_from_another_kind_of_cell():
+def test_a_misspelt_label_is_distinguished_from_another_type_of_cell():
     known = ["Myeloblast", "Auer rods", "Monoblast", "Promyelocyte"]
     assert misspelt("auer rods", known) == "Auer rods"
     assert misspelt("Promyelocite", known) == "Promyelocyte"

@@ -33,9 +33,9 @@ def renamed(path: Path, change) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> Path:
-    """A workspace whose data set has a telling name in every place that can hold one."""
-    here = tmp_path_factory.mktemp("told")
+def named(tmp_path_factory) -> Path:
+    """A workspace whose data set has a name of a person in every place that can contain one."""
+    here = tmp_path_factory.mktemp("named")
     draw_data_set(here / "data", 9, 3, size=(160, 200), cells_per_smear=3)
 
     def smear(row: dict) -> dict:
@@ -65,8 +65,8 @@ def told(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workspace(told, tmp_path) -> Path:
-    return Path(shutil.copytree(told, tmp_path / "workspace"))
+def workspace(named, tmp_path) -> Path:
+    return Path(shutil.copytree(named, tmp_path / "workspace"))
 
 
 def stage(name: str, workspace: Path, environment: dict[str, str]) -> tuple[int, str]:
@@ -82,11 +82,11 @@ def stage(name: str, workspace: Path, environment: dict[str, str]) -> tuple[int,
     return ended.returncode, ended.stdout + ended.stderr
 
 
-def test_no_name_and_no_metadata_is_in_what_the_stages_write_or_say(workspace):
+def test_no_name_and_no_metadata_is_in_outs_or_messages_of_the_stages(workspace):
     for name in ("download", "split", "augment"):
-        code, said = stage(name, workspace, KEY)
-        assert code == 0, said
-        assert NAME not in said
+        code, output = stage(name, workspace, KEY)
+        assert code == 0, output
+        assert NAME not in output
     outs = [path for path in workspace.rglob("*") if path.is_file() and "data" not in path.parts]
     assert {path.name for path in outs} >= {"smears.csv", "cells.csv", "folds.csv", "views.parquet"}
     for path in outs:
@@ -106,14 +106,14 @@ def test_no_name_and_no_metadata_is_in_what_the_stages_write_or_say(workspace):
         assert b"Exif" not in picture
 
 
-def test_only_the_stages_that_replace_names_see_the_data_set():
+def test_only_the_stages_that_replace_names_read_the_data_set():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    seeing = {name for name, stage in stages.items() if "${dataset.root}" in stage["deps"]}
+    reading = {name for name, stage in stages.items() if "${dataset.root}" in stage["deps"]}
     replacing = {name for name, stage in stages.items() if "dataset.pseudonymise" in stage.get("params", [])}
-    assert seeing == replacing == {"download", "augment"}
+    assert reading == replacing == {"download", "augment"}
 
 
-def test_problems_of_the_data_set_are_told_by_row_and_pseudonym(workspace):
+def test_problems_of_the_data_set_are_reported_by_row_and_pseudonym(workspace):
     table = workspace / "data" / "wsi.csv"
     lines = table.read_text(encoding="utf-8").splitlines()
     lines[1] = lines[1].replace("{'healthy'}", "{'health'}").replace("{'aml'", "{'alm'")
@@ -123,46 +123,46 @@ def test_problems_of_the_data_set_are_told_by_row_and_pseudonym(workspace):
         f"x,{NAME} none.jpg,,{NAME} P1",
     ]
     table.write_text("\n".join(lines), encoding="utf-8")
-    code, said = stage("download", workspace, KEY)
+    code, output = stage("download", workspace, KEY)
     assert code == 1
-    assert "Traceback" not in said
-    assert NAME not in said
+    assert "Traceback" not in output
+    assert NAME not in output
     for what in ("an id that no other row has", "a file name inside the folder", "no such file"):
-        assert what in " ".join(said.split()), said
+        assert what in " ".join(output.split()), output
 
 
-def test_a_picture_that_goes_bad_later_is_named_by_its_pseudonym(workspace):
+def test_a_picture_that_is_damaged_later_is_named_by_its_pseudonym(workspace):
     assert stage("download", workspace, KEY)[0] == 0
     first = min((workspace / "data" / "wsi").iterdir())
     first.write_bytes(first.read_bytes()[:200])
-    code, said = stage("augment", workspace, KEY)
+    code, output = stage("augment", workspace, KEY)
     assert code == 1
-    assert NAME not in said
-    assert Pseudonyms(*KEY.values()).of("image", f"wsi/{first.name}") in said
+    assert NAME not in output
+    assert Pseudonyms(*KEY.values()).of("image", f"wsi/{first.name}") in output
 
 
 def test_without_its_key_a_stage_says_how_to_make_one_and_does_nothing(workspace):
-    code, said = stage("download", workspace, {})
+    code, output = stage("download", workspace, {})
     assert (code, (workspace / "dataset").exists()) == (1, False)
-    assert "secrets.token_hex(32)" in said
-    code, said = stage("download", workspace, {"APLSMEAR_PSEUDONYM_KEY": "short"})
+    assert "secrets.token_hex(32)" in output
+    code, output = stage("download", workspace, {"APLSMEAR_PSEUDONYM_KEY": "short"})
     assert code == 1
-    assert "fewer than 16" in said
-    assert "short" not in said
+    assert "fewer than 16" in output
+    assert "short" not in output
     (workspace / ".pseudonym-key").write_text("a" * 40 + "\n")
     assert stage("download", workspace, {})[0] == 0
-    code, said = stage("augment", workspace, KEY)  # another one
+    code, output = stage("augment", workspace, KEY)  # another one
     assert code == 1
-    assert "is not the one" in said
+    assert "is not the one" in output
 
 
-def test_who_holds_the_key_can_tell_who_is_who(workspace, monkeypatch):
+def test_with_the_key_the_names_can_be_found_again(workspace, monkeypatch):
     assert stage("download", workspace, KEY)[0] == 0
     monkeypatch.chdir(workspace)
     for variable, key in KEY.items():
         monkeypatch.setenv(variable, key)
-    told = CliRunner().invoke(app, ["names", "data"])
-    rows = list(csv.DictReader(told.stdout.splitlines()))
+    shown = CliRunner().invoke(app, ["names", "data"])
+    rows = list(csv.DictReader(shown.stdout.splitlines()))
     assert all(NAME in row["name"] for row in rows)
     smears, cells = (read_table(workspace / "dataset" / f"{name}.csv") for name in ("smears", "cells"))
     for kind, used in (("patient", smears["patient"]), ("smear", smears["smear"]), ("cell", cells["cell"])):
@@ -170,7 +170,7 @@ def test_who_holds_the_key_can_tell_who_is_who(workspace, monkeypatch):
     assert set(smears["image"]) == {row["pseudonym"] for row in rows if row["kind"] == "image"}
 
 
-def test_equal_names_are_equal_under_one_key_and_kind_alone(tmp_path):
+def test_equal_names_have_equal_pseudonyms_only_under_one_key_and_kind(tmp_path):
     one, other = Pseudonyms("k" * 16), Pseudonyms("q" * 16)
     assert one.of("patient", "A") == one.of("patient", "A") != other.of("patient", "A")
     assert one.of("patient", "A")[1:] != one.of("smear", "A")[1:]
@@ -182,5 +182,5 @@ def test_equal_names_are_equal_under_one_key_and_kind_alone(tmp_path):
         read_key({}, tmp_path)
 
 
-def test_git_does_not_see_the_key():
+def test_git_ignores_the_key():
     assert "/.pseudonym-key\n" in (ROOT / ".gitignore").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which items are positive, which negative, and which take no part."""
+"""Which items are positive, which are negative, and which take no part."""
 
 import pandas as pd
 
@@ -18,22 +18,22 @@ def labels(positive: dict, negative: dict) -> list[int]:
     return task_labels(CELLS, Task(level="cell", positive=positive, negative=negative)).tolist()
 
 
-def test_any_one_label_of_several_will_do_and_unlabelled_cells_take_no_part():
+def test_one_of_several_labels_is_enough_and_unlabelled_cells_take_no_part():
     characteristic = "special_characteristics"
     assert labels({characteristic: ["Auer rods"]}, {characteristic: ["*"]}) == [1, 0, -1, 1]
     assert labels({characteristic: ["Faggot cell"]}, {characteristic: ["*"]}) == [0, 0, -1, 1]
 
 
-def test_the_label_none_is_a_label_and_part_of_a_label_is_not():
+def test_none_is_a_label_and_a_part_of_a_label_is_not():
     assert meets(CELLS, {"special_characteristics": ["None"]}).tolist() == [False, True, False, False]
     assert not meets(CELLS, {"special_characteristics": ["Auer"]}).any()
 
 
-def test_what_is_positive_is_not_negative():
+def test_an_item_that_meets_both_conditions_is_positive():
     assert labels({"diagnosis": ["apl"]}, {"diagnosis": ["apl", "aml"]}) == [0, 1, -1, 1]
 
 
-def test_several_columns_must_all_hold():
+def test_a_condition_on_several_columns_needs_all_of_them():
     immature_of_apl = {"cell_type": ["Myeloblast", "Promyelocyte"], "diagnosis": ["apl"]}
     both = labels(immature_of_apl, {"diagnosis": ["healthy"]})
     of_apl = labels({"diagnosis": ["apl"]}, {"diagnosis": ["healthy"]})

@@ -1,7 +1,7 @@
-"""Reading a data set in the Kaggle layout, and saying all that is wrong with it at once.
+"""Read a data set in the Kaggle layout, and report all of its problems at once.
 
 A folder with ``wsi.csv``, ``labeled_cells.csv`` and ``wsi/<imgName>`` (see `aplsmear.data.schema`) becomes
-two clean tables and a report of what they hold and what was left out. Images are read where they are.
+two clean tables, and a report of what they contain and what was left out. Images are not copied.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -47,13 +47,14 @@ BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
 CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX_COLUMNS)
 
-_Hide = Callable[[str, str], str]  # kind, name -> what stands for it
-_KINDS = {  # column of a file -> whose names it holds
+_Hide = Callable[[str, str], str]  # kind of name, name -> pseudonym
+_KINDS = {  # file -> column -> kind of the names in it
     SMEARS_FILE: {"id": "smear", "imgName": "image", "patient": "patient"},
     CELLS_FILE: {"id": "cell", "wsi": "smear"},
 }
-_NAMED = 5  # rows in one message, at most
-_FEW_IMAGES = 8  # are checked sooner than worker processes start
+_NAMED = 5  # most rows named in one message
+_PATH = "correct the path of the folder"
+_FEW_IMAGES = 8  # checked faster in this process than by new ones
 _UNLABELLED = labels.SmearLabels((), (), "", ())
 _SOURCE = {column: (CELLS_FILE, title) for title, (column, _) in LABELS_OF_CELLS.items()}
 _SOURCE |= {"diagnosis": (SMEARS_FILE, "label"), "fab": (SMEARS_FILE, "label")}
@@ -64,9 +65,9 @@ class DataSet:
     """A checked data set.
 
     Attributes:
-        smears: one row a smear, columns `SMEAR_COLUMNS`; width and height in px.
-        cells: one row a cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear.
-        report: what it holds, what was left out and why, remarks; ready for JSON.
+        smears: one row for each smear, columns `SMEAR_COLUMNS`; width and height in px.
+        cells: one row for each cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear.
+        report: counts, what was left out and why, remarks; ready for JSON.
     """
 
     smears: pd.DataFrame
@@ -76,7 +77,7 @@ class DataSet:
 
 @dataclass
 class _Notes:
-    """What is gathered on the way."""
+    """Problems and parts of the report, gathered while the data set is read."""
 
     problems: list[Problem] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -84,12 +85,12 @@ class _Notes:
     changed: dict[str, Any] = field(default_factory=dict)
     unknown_labels: dict[str, dict[str, int]] = field(default_factory=dict)
 
-    def add(
-        self, file: str, row: object, column: str, value: object = "", *, expected: str, mend: str
-    ) -> None:
-        """Add a problem; `row` is an integer of any kind, or None."""
-        number = None if row is None else int(str(row))
-        self.problems.append(Problem(file, number, column, str(value), expected, mend))
+    def add(self, file: str, column: str, values: pd.Series, expected: str, fix: str) -> None:
+        """Add a problem for each of `values`, which has the row numbers as its index."""
+        self.problems += [
+            Problem(file, row, column, value, expected=expected, fix=fix)
+            for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
+        ]
 
 
 def read_data_set(
@@ -106,46 +107,31 @@ def read_data_set(
     """Read and check a whole data set in the Kaggle layout.
 
     Args:
-        root: the folder that holds ``wsi.csv``.
-        tasks: each must find positive and negative items.
-        min_box: px; a cell whose box, within its image, is smaller on either side is left out and counted.
-        skip_bad_images: leave out and list smears whose image is missing or damaged, instead of refusing the
-            data set.
-        engine: decodes the images; changes no result.
-        check_images: decode every image whole; False reads only their heads (sizes).
-        labelled: False for new patients: label columns are neither asked for nor looked at, diagnoses are ''.
-        pseudonyms: replace the names of patients, smears, cells and pictures, in what is returned and in what
-            is raised.
+        root: the folder that contains ``wsi.csv``.
+        tasks: each must have positive and negative items.
+        min_box: px; a cell is left out and counted if a side of its box, inside the image, is shorter.
+        skip_bad_images: leave out and list smears with a missing or damaged image. False: it is a problem.
+        engine: decodes the images; does not change the result.
+        check_images: decode every image completely. False: read only its size.
+        labelled: False for new patients: label columns are ignored, and all diagnoses are ''.
+        pseudonyms: replace the names of patients, smears, cells and pictures, in the result and in problems.
 
     Returns:
         Tables and report, the same for any order of the rows.
 
     Raises:
-        DataSetError: with every problem found.
+        DataSetError: with all problems.
     """
     notes = _Notes()
-    hide = pseudonyms.of if pseudonyms else _as_it_is
-    if not root.is_dir():
-        notes.add(str(root), None, "", expected="a folder that holds " + SMEARS_FILE, mend="check the path")
-        raise DataSetError(notes.problems)
-    raw_smears = _read(root, schema.SMEARS, labelled, hide, notes)
-    raw_cells = None
-    if (root / CELLS_FILE).exists():
-        raw_cells = _read(root, schema.CELLS, labelled, hide, notes)
-    else:
-        notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
-    if raw_smears is None:
-        raise DataSetError(notes.problems)
-
+    hide = pseudonyms.of if pseudonyms else _unhidden
+    raw_smears, raw_cells = _raw_tables(root, labelled, hide, notes)
     smears = _smears(raw_smears, labelled, hide, notes)
     cells = _cells(raw_cells, raw_smears, labelled, notes)
     if labelled:
         _check_spelling(cells, tasks, notes)
-        if not notes.problems:  # or classes may seem empty because their rows are at fault
-            _check_tasks(smears, cells, tasks, notes)
-    looks = _looks([root / file for file in smears["file"]], engine, check_images)
-    mend = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "remove its row"
-    smears = _with_images(smears, looks, skip_bad_images, mend, notes)
+        if not notes.problems:  # else a class can seem empty because its rows have problems
+            _check_tasks(smears, _with_patients(cells, smears), tasks, notes)
+    smears = _with_images(smears, root, engine, check_images, skip_bad_images, labelled, notes)
     smears = _without_copies(smears, _has_patients(raw_smears), notes)
     cells = _with_boxes(cells, smears, min_box, notes)
     if labelled:
@@ -154,11 +140,11 @@ def read_data_set(
         smears = smears[~undiagnosed]
     known = cells["smear"].isin(set(smears["smear"]))
     notes.left_out["cells_of_left_out_smears"] = _listed(cells["cell"][~known])
-    cells = cells[known].merge(smears[["smear", "patient", "diagnosis", "fab"]], on="smear", how="left")
-    if labelled and not notes.problems:  # again: what was left out may have emptied a class
+    cells = _with_patients(cells[known], smears)
+    if labelled and not notes.problems:  # again: a class can be empty after smears and cells are left out
         _check_tasks(smears, cells, tasks, notes)
     if smears.empty and not notes.problems:
-        notes.add(SMEARS_FILE, None, "", expected="at least one smear that is not left out", mend="add some")
+        notes.problems.append(Problem(SMEARS_FILE, expected="at least one usable smear", fix="add smears"))
     if notes.problems:
         raise DataSetError(notes.problems)
     report = _report(smears, cells, tasks, notes)
@@ -166,7 +152,7 @@ def read_data_set(
 
 
 def names_of(root: Path) -> list[tuple[str, str]]:
-    """Kind and name of all that `aplsmear.data.pseudonyms` replaces in a data set, each once, in order.
+    """Kind and name of everything that gets a pseudonym in a data set, without repetition, sorted.
 
     Raises:
         DataSetError: the tables cannot be read.
@@ -175,14 +161,14 @@ def names_of(root: Path) -> list[tuple[str, str]]:
     found: set[tuple[str, str]] = set()
     for declared in (schema.SMEARS, schema.CELLS):
         name = str(declared.name)
-        table = _read(root, declared, False, _as_it_is, notes) if (root / name).exists() else None
+        table = _read(root, declared, False, _unhidden, notes) if (root / name).exists() else None
         if table is None:
             continue
         for column, kind in _KINDS[name].items():
             names = _image(table[column]) if column == "imgName" else table.get(column, ())
             found |= {(kind, each) for each in names if each}
     if not found:
-        notes.add(SMEARS_FILE, None, "", expected="a table of smears", mend="check the path")
+        notes.problems.append(Problem(SMEARS_FILE, expected="a table of smears", fix=_PATH))
         raise DataSetError(notes.problems)
     return sorted(found)
 
@@ -190,55 +176,74 @@ def names_of(root: Path) -> list[tuple[str, str]]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
+def _raw_tables(
+    root: Path, labelled: bool, hide: _Hide, notes: _Notes
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The tables of smears and of cells, as text; no table of cells where there is no such file.
+
+    Raises:
+        DataSetError: there is no folder, or its table of smears cannot be read.
+    """
+    smears = cells = None
+    if root.is_dir():
+        smears = _read(root, schema.SMEARS, labelled, hide, notes)
+        if (root / CELLS_FILE).exists():
+            cells = _read(root, schema.CELLS, labelled, hide, notes)
+        else:
+            notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
+    else:
+        notes.problems.append(Problem(str(root), expected=f"a folder with {SMEARS_FILE}", fix=_PATH))
+    if smears is None:
+        raise DataSetError(notes.problems)
+    return smears, cells
+
+
 def _read(
     root: Path, declared: pa.DataFrameSchema, labelled: bool, hide: _Hide, notes: _Notes
 ) -> pd.DataFrame | None:
-    """The known columns of a CSV file; whatever breaks the schema is noted and still there.
+    """The known columns of a CSV file; fields that break a rule are noted and stay in the table.
 
-    Names are hidden, but those of pictures, which are needed.
+    Names get their pseudonyms, except those of pictures, which are still needed.
     """
+    file = str(declared.name)
     wanted = declared if labelled else schema.without_labels(declared)
-    needed = {name: column.required for name, column in wanted.columns.items()}
-    table = read_csv(root / str(declared.name), needed, notes.problems, notes.remarks)
+    required = {name: column.required for name, column in wanted.columns.items()}
+    table = read_csv(root / file, required, notes.problems, notes.remarks)
     if table is None:
         return None
     for column in schema.IDS.intersection(table.columns):
         table[column] = _mapped(table[column], _id)
-    kinds = _KINDS[str(declared.name)]
-    for fault in schema.faults(table, wanted):
-        kind = kinds.get(fault.column)
-        value = hide(kind, fault.value) if kind else fault.value
-        notes.add(
-            str(declared.name), fault.row, fault.column, value, expected=fault.expected, mend=fault.mend
-        )
+    kinds = _KINDS[file]
+    for problem in schema.problems_of(table, wanted):
+        kind = kinds.get(problem.column)
+        value = hide(kind, problem.value) if kind else problem.value
+        notes.problems.append(replace(problem, value=value))
     for column, kind in kinds.items():
         if column in table and column != "imgName":
             table[column] = _mapped(table[column], partial(hide, kind))
     return table
 
 
-def _as_it_is(kind: str, name: str) -> str:  # noqa: ARG001 (as `Pseudonyms.of`)
+def _unhidden(kind: str, name: str) -> str:  # noqa: ARG001 (the arguments of `Pseudonyms.of`)
     return name
 
 
 def _mapped(column: pd.Series, function: Any) -> pd.Series:
-    """`function` of each text, computed once for each distinct one."""
+    """`function` of each text, called once for each distinct text."""
     return column.map({text: function(text) for text in column.unique()})
 
 
 def _id(text: str) -> str:
-    """An id as people mean it: tidy, and 17.0 (what pandas and spreadsheets make of 17) is 17."""
+    """An id, tidied; 17.0 becomes 17, because pandas and spreadsheets turn 17 into 17.0."""
     return re.sub(r"(?a)^(\d+)\.0+$", r"\1", labels.tidy(text))
 
 
 def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd.DataFrame:
-    """`SMEAR_COLUMNS` but for the sizes, and `file`, the path of the image below the data set's folder.
+    """`SMEAR_COLUMNS` without the sizes, and `file`, the path of the image below the folder of the data set.
 
-    Rows without a usable id or image name are gone (they are noted).
+    Rows without a usable id or image name are dropped; their problems are noted already.
     """
-    cleaned = [_UNLABELLED] * len(raw)
-    if labelled:
-        cleaned = list(_mapped(raw["label"], _smear_labels))
+    cleaned = list(_mapped(raw["label"], _smear_labels)) if labelled else [_UNLABELLED] * len(raw)
     dropped = Counter(label for one in cleaned for label in one.dropped)
     notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
     files = _image(raw["imgName"])
@@ -258,21 +263,19 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd
     smears["patient"] = _patients(raw, smears["diagnosis"], notes)
     usable = (raw["id"] != "") & ~raw["id"].duplicated() & (raw["imgName"] != "")
     smears = smears[usable & ~raw["imgName"].map(schema.leaves_folder).astype(bool)]
-    for row, image in smears["image"][smears["image"].duplicated(keep=False)].items():
-        notes.add(
-            SMEARS_FILE, row, "imgName", image.removeprefix(f"{IMAGE_FOLDER}/"),
-            expected="a picture that no other row names", mend="correct the name, or remove one of the rows",
-        )  # fmt: skip
+    repeated = smears["image"][smears["image"].duplicated(keep=False)].str.removeprefix(f"{IMAGE_FOLDER}/")
+    expected, fix = "a picture that no other row names", "correct the name, or delete one of the rows"
+    notes.add(SMEARS_FILE, "imgName", repeated, expected, fix)
     return smears
 
 
 def _image(names: pd.Series) -> pd.Series:
-    """The paths of pictures below the data set's folder."""
+    """The paths of pictures below the folder of the data set."""
     return names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/"))))
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:
-    """The cleaned labels; none where they are unusable, which the schema has noted."""
+    """The corrected labels; none if they cannot be read, which is a noted problem."""
     try:
         return labels.clean_smear_labels(labels.parse_labels(text))
     except labels.LabelError:
@@ -288,34 +291,27 @@ def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: _Notes) -> pd.Seri
         notes.remarks.append("no patient column: each smear counts as a patient")
         return raw["id"]
     given = raw["patient"]
-    for row in given.index[given == ""]:
-        notes.add(
-            SMEARS_FILE, row, "patient", expected="the patient of every smear, or of none",
-            mend="fill it in, or remove the column: then each smear counts as a patient",
-        )  # fmt: skip
+    fix = "enter it, or delete the column: then each smear counts as a patient"
+    notes.add(SMEARS_FILE, "patient", given[given == ""], "the patient of every smear, or of none", fix)
     known = (diagnosis != "") & (given != "")
-    for patient, found in diagnosis[known].groupby(given[known]):
-        if len(set(found)) > 1:
-            first = found.sort_index().drop_duplicates()
+    for _, found in diagnosis[known].groupby(given[known]):
+        first = found.sort_index().drop_duplicates()
+        if len(first) > 1:
             where = ", ".join(f"{one} in row {row}" for row, one in first.items())
-            for row in found.index:
-                notes.add(
-                    SMEARS_FILE, row, "patient", patient, expected=f"one diagnosis a patient, not {where}",
-                    mend="correct the label or the patient",
-                )  # fmt: skip
+            expected = f"one diagnosis for each patient, not {where}"
+            notes.add(
+                SMEARS_FILE, "patient", given[found.index], expected, "correct the label or the patient"
+            )
     return given
 
 
 def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, notes: _Notes) -> pd.DataFrame:
-    """cell, smear, bbox (text) and labels; rows without a usable id, smear or box text are gone and noted."""
+    """cell, smear, bbox (text) and labels; rows without a usable id, smear or box are dropped and noted."""
     if raw is None:
         raw = pd.DataFrame(columns=["id", "wsi", "bbox"], dtype=object)
     known = raw["wsi"].isin(set(raw_smears["id"]))
-    for row, smear in raw["wsi"][~known & (raw["wsi"] != "")].items():
-        notes.add(
-            CELLS_FILE, row, "wsi", smear, expected=f"the id of a smear in {SMEARS_FILE}",
-            mend="correct it, add the smear, or remove its cells",
-        )  # fmt: skip
+    expected, fix = f"the id of a smear in {SMEARS_FILE}", "correct it, add the smear, or delete the row"
+    notes.add(CELLS_FILE, "wsi", raw["wsi"][~known & (raw["wsi"] != "")], expected, fix)
     cells = pd.DataFrame({"cell": raw["id"], "smear": raw["wsi"], "bbox": raw["bbox"]}, dtype=object)
     for column, (name, _) in LABELS_OF_CELLS.items():
         cells[name] = _mapped(raw[column], _cell_labels) if labelled and column in raw else ""
@@ -324,7 +320,7 @@ def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, n
 
 
 def _cell_labels(text: str) -> str:
-    """Joined labels; none where they are unusable, which the schema has noted."""
+    """The joined labels; none if they cannot be read, which is a noted problem."""
     try:
         return SEPARATOR.join(labels.parse_labels(text))
     except labels.LabelError:
@@ -332,7 +328,7 @@ def _cell_labels(text: str) -> str:
 
 
 def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
-    """Of the labels of cells that nobody knows, a probable misspelling is a problem; others are counted."""
+    """Note labels of cells that are probably misspelt as problems, and count other unknown labels."""
     conditions = [condition for task in tasks.values() for condition in (task.positive, task.negative)]
     for column, (name, vocabulary) in LABELS_OF_CELLS.items():
         known = {label for condition in conditions for label in condition.get(name, [])} - {ANY}
@@ -345,10 +341,8 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
         wrong = {label: other for label, other in meant.items() if other is not None}
         for row, text in cells[name].items() if wrong else ():
             for label in (label for label in text.split(SEPARATOR) if label in wrong):
-                notes.add(
-                    CELLS_FILE, row, column, label,
-                    expected=f"a known label (did you mean {wrong[label]!r}?)", mend="correct the spelling",
-                )  # fmt: skip
+                expected = f"a known label (did you mean {wrong[label]!r}?)"
+                notes.add(CELLS_FILE, column, pd.Series({row: label}), expected, "correct the spelling")
 
 
 # --- images and boxes -----------------------------------------------------------------------------
@@ -356,13 +350,13 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
 
 @dataclass(frozen=True)
 class _Look:
-    """What was seen of one image; `content` is a hash of the file."""
+    """Size in px and SHA-256 of one image; `wrong` and `fix` if it cannot be read."""
 
     height: int = 0
     width: int = 0
     content: str = ""
-    what: str = ""
-    mend: str = ""
+    wrong: str = ""
+    fix: str = ""
 
 
 def _look(path: Path, whole: bool) -> _Look:
@@ -371,38 +365,41 @@ def _look(path: Path, whole: bool) -> _Look:
         height, width = images.decode(data).shape[:2] if whole else images.image_size(path)
         return _Look(height, width, hashlib.sha256(data).hexdigest())
     except images.ImageError as error:
-        return _Look(what=error.what, mend=error.mend)
-
-
-def _looks(paths: list[Path], engine: Engine, whole: bool) -> list[_Look]:
-    engine = engine if whole and len(paths) >= _FEW_IMAGES else Here(1)
-    return list(progress(engine.map(partial(_look, whole=whole), paths), "images", len(paths)))
+        return _Look(wrong=error.what, fix=error.mend)
 
 
 def _with_images(
-    smears: pd.DataFrame, looks: list[_Look], skip_bad: bool, mend: str, notes: _Notes
+    smears: pd.DataFrame,
+    root: Path,
+    engine: Engine,
+    whole: bool,
+    skip_bad: bool,
+    labelled: bool,
+    notes: _Notes,
 ) -> pd.DataFrame:
-    """Add width, height and content; a smear with a bad image is noted, or left out and listed."""
+    """Add width, height and content; a smear with a bad image is a problem, or left out and listed."""
+    paths = [root / file for file in smears["file"]]
+    engine = engine if whole and len(paths) >= _FEW_IMAGES else Here(1)
+    looks = list(progress(engine.map(partial(_look, whole=whole), paths), "images", len(paths)))
+    otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
     bad = {}
     for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
-        if look.what and skip_bad:
-            bad[smear] = f"{image}: {look.what}"
-        elif look.what:
-            notes.add(
-                SMEARS_FILE, row, "imgName", image, expected=f"a whole picture: {look.what}",
-                mend=f"{look.mend}, or {mend}",
-            )  # fmt: skip
+        if look.wrong and skip_bad:
+            bad[smear] = f"{image}: {look.wrong}"
+        elif look.wrong:
+            expected, fix = f"a whole picture: {look.wrong}", f"{look.fix}, or {otherwise}"
+            notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
     notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
     seen = smears.assign(
         height=[look.height for look in looks],
         width=[look.width for look in looks],
         content=[look.content for look in looks],
     )
-    return seen.iloc[[place for place, look in enumerate(looks) if not look.what]]
+    return seen[seen["content"] != ""]
 
 
 def _without_copies(smears: pd.DataFrame, has_patients: bool, notes: _Notes) -> pd.DataFrame:
-    """See to it that one and the same image file never counts as two patients."""
+    """Count smears with the same image file as one patient, or note them if they contradict each other."""
     smears = smears.copy()
     copies = smears[smears["content"].duplicated(keep=False)]
     for _, group in copies.groupby("content"):
@@ -413,18 +410,16 @@ def _without_copies(smears: pd.DataFrame, has_patients: bool, notes: _Notes) -> 
             few = group.index[: _NAMED + 1]
             for row in group.index:
                 others = ", ".join(map(str, [other for other in few if other != row][:_NAMED]))
-                notes.add(
-                    SMEARS_FILE, row, "imgName", group["image"][row],
-                    expected=f"a picture of its own; row {others} has the same with another patient or label",
-                    mend="remove the wrong row, or give both rows the same patient and label",
-                )  # fmt: skip
+                expected = f"a picture of its own; row {others} has the same with another patient or label"
+                fix = "delete the wrong row, or give both rows the same patient and label"
+                notes.add(SMEARS_FILE, "imgName", group["image"][[row]], expected, fix)
         else:
             notes.remarks.append(f"the same picture, counted as one patient: smears {', '.join(ids)}")
     return smears
 
 
 def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: _Notes) -> pd.DataFrame:
-    """Boxes as numbers, clipped to their image; cells without a box or with too small a one are left out."""
+    """Boxes as numbers, clipped to their image; cells without a box or with a small one are left out."""
     empty = cells["bbox"] == ""
     notes.left_out["cells_without_box"] = _listed(cells["cell"][empty])
     cells = cells[~empty]
@@ -440,12 +435,11 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
     for place in np.flatnonzero(swapped | outside).tolist():
         height, width = size[place].tolist()
         expected = f"a box inside its image of {height} px height and {width} px width"
-        mend = "correct the box (y comes first) or the smear, or leave the box empty"
+        fix = "correct the box (y comes first) or the smear, or leave the box empty"
         if swapped[place]:
             expected = "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]"
-            mend = "put the numbers in order, or leave the box empty"
-        row, text = cells.index[place], cells["bbox"].iloc[place]
-        notes.add(CELLS_FILE, row, "bbox", text, expected=expected, mend=mend)
+            fix = "put the numbers in order, or leave the box empty"
+        notes.add(CELLS_FILE, "bbox", cells["bbox"].iloc[[place]], expected, fix)
 
     inside = np.concatenate([np.clip(start, 0, size), np.clip(end, 0, size)], axis=1)
     small = (inside[:, 2:] - inside[:, :2] < min_box).any(axis=1)
@@ -460,12 +454,14 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
 # --- tasks, order, report -------------------------------------------------------------------------
 
 
+def _with_patients(cells: pd.DataFrame, smears: pd.DataFrame) -> pd.DataFrame:
+    """The cells with patient, diagnosis and FAB classes of their smears; '' for cells of dropped smears."""
+    of_smear = smears[["smear", "patient", "diagnosis", "fab"]]
+    return cells.merge(of_smear, on="smear", how="left").fillna("")
+
+
 def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
-    """Note each task that has no positive or no negative item, and the labels that it looks for."""
-    if "diagnosis" not in cells:
-        cells = cells.merge(smears[["smear", "patient", "diagnosis", "fab"]], on="smear", how="left").fillna(
-            ""
-        )
+    """Note each task without a positive or without a negative item, and the labels that it needs."""
     for name, task in tasks.items():
         items = task_items(cells if task.images == "cell" else smears, task.level)
         found = task_labels(items, task)
@@ -478,15 +474,14 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
                 present = _label_counts(items[column])
                 near = {labels.misspelt(label, present) for label in wanted} - {None, *wanted}
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
-                notes.add(
-                    file, None, title, "any label" if ANY in wanted else ", ".join(wanted),
-                    expected=f"at least one {side} {item} for the task {name}{hint}",
-                    mend=f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml",
-                )  # fmt: skip
+                expected = f"at least one {side} {item} for the task {name}{hint}"
+                fix = f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml"
+                missing = "any label" if ANY in wanted else ", ".join(wanted)
+                notes.problems.append(Problem(file, None, title, missing, expected=expected, fix=fix))
 
 
 def _label_counts(column: pd.Series) -> dict[str, int]:
-    """How often each single label occurs, sorted by label."""
+    """Number of items with each label, sorted by label."""
     counts: Counter[str] = Counter()
     for text, count in column.value_counts().items():
         for label in filter(None, str(text).split(SEPARATOR)):
@@ -500,7 +495,7 @@ def _listed(ids: Iterable[str]) -> dict[str, Any]:
 
 
 def _sorted_ids(ids: Iterable[str]) -> list[str]:
-    """Ids by number where all are whole numbers, else by text."""
+    """Ids sorted by number if all are whole numbers, else as text."""
     listed = list(ids)
     if all(re.fullmatch(r"[0-9]{1,18}", one) for one in listed):
         return sorted(listed, key=lambda one: (int(one), one))
@@ -508,45 +503,38 @@ def _sorted_ids(ids: Iterable[str]) -> list[str]:
 
 
 def _in_order(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """These columns, rows by smear, then by cell."""
-    ranks = []
-    for column in ("cell", "smear"):  # np.lexsort: the last key comes first
-        if column in columns:
-            place = {one: number for number, one in enumerate(_sorted_ids(table[column].unique()))}
-            ranks.append([place[one] for one in table[column]])
-    return table[list(columns)].iloc[np.lexsort(ranks)].reset_index(drop=True)
+    """These columns, rows sorted by smear, then by cell."""
+    keys = [column for column in ("smear", "cell") if column in columns]
+
+    def rank(ids: pd.Series) -> pd.Series:
+        return ids.map({one: number for number, one in enumerate(_sorted_ids(ids.unique()))})
+
+    return table[list(columns)].sort_values(keys, key=rank, ignore_index=True)
 
 
 def _report(
     smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes
 ) -> dict[str, Any]:
-    patients = smears.drop_duplicates("patient")
-    report: dict[str, Any] = {
-        "smears": len(smears),
-        "patients": len(patients),
-        "cells": len(cells),
+    tables = {"smears": smears, "patients": smears.drop_duplicates("patient"), "cells": cells}
+    found = {
+        name: task_labels(task_items(cells if task.images == "cell" else smears, task.level), task)
+        for name, task in tasks.items()
+    }
+    sides = {"positive": 1, "negative": 0, "no_part": -1}
+    return {name: len(table) for name, table in tables.items()} | {
         "cells_with_type": int((cells["cell_type"] != "").sum()),
         "by_diagnosis": {
-            diagnosis: {
-                "smears": int((smears["diagnosis"] == diagnosis).sum()),
-                "patients": int((patients["diagnosis"] == diagnosis).sum()),
-                "cells": int((cells["diagnosis"] == diagnosis).sum()),
-            }
+            diagnosis: {name: int((table["diagnosis"] == diagnosis).sum()) for name, table in tables.items()}
             for diagnosis in filter(None, smears["diagnosis"].unique())
         },
         "labels": {column: _label_counts(cells[column]) for column in CELL_LABELS},
         "fab": _label_counts(smears["fab"]),
-        "tasks": {},
+        "tasks": {
+            name: {side: int((label == value).sum()) for side, value in sides.items()}
+            for name, label in found.items()
+        },
         "left_out": notes.left_out,
         "changed": notes.changed,
         "unknown_labels": notes.unknown_labels,
         "remarks": sorted(notes.remarks),
     }
-    for name, task in tasks.items():
-        found = task_labels(task_items(cells if task.images == "cell" else smears, task.level), task)
-        report["tasks"][name] = {
-            "positive": int((found == 1).sum()),
-            "negative": int((found == 0).sum()),
-            "no_part": int((found == -1).sum()),
-        }
-    return report

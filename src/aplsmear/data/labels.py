@@ -1,7 +1,7 @@
-"""The labels of the data set: set literals in text, clean-up rules, and what they say about the disease.
+"""The labels of the data set: how they are written, corrected, and turned into a diagnosis.
 
-A label column holds a Python set literal, ``{'Auer rods', 'Faggot cell'}``, or nothing. The clean-up
-follows the authors of the data set (Eckardt et al., BMC Cancer 2022;22:201).
+A label column contains a Python set literal, ``{'Auer rods', 'Faggot cell'}``, or is empty. The corrections
+are those of the authors of the data set (Eckardt et al., BMC Cancer 2022;22:201).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from aplsmear.params import nearest
 from aplsmear.tables import SEPARATOR
 
 MAX_LENGTH = 1000  # characters of one label text; real ones stay below 60
@@ -22,7 +23,7 @@ FAB = ("m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "not_classified")
 APL_FAB = "m3"
 SMEAR_LABELS = (HEALTHY, AML, *FAB)
 
-# What cells may be expected to be called: the labels of the Kaggle set, and of bone marrow cytology at large.
+# Known labels of cells: those of the Kaggle data set, and other terms of bone marrow cytology.
 CELL_TYPES = (
     "Promyelocyte", "Myeloblast", "Erythroblast", "Myelocyte", "Metamyelocyte", "Granulocyte", "Lymphocyte",
     "Lymphoblast", "Monoblast", "Monocyte", "Promonocyte", "Plasma cell", "Erythrocyte", "erythrocyte",
@@ -34,7 +35,7 @@ CHARACTERISTICS = ("Auer rods", "Faggot cell", "Bilobed", "Mitosis", "None")
 OBJECT_TYPES = ("Cell", "Smudge", "Not recognizeable", "Thrombocyte", "Artefact", "Artifact")
 QUALITIES = ("Good", "Mediocre", "Bad")
 
-_DEBRIS = re.compile(r"\d+x\.png|al|ap|bal|m445501")
+_FILE_NAME_PARTS = re.compile(r"\d+x\.png|al|ap|bal|m445501")
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _SET = re.compile(
     rf"\s*(?:set\(\s*\)|([{{\[(])\s*((?:{_STRING}\s*,\s*)*(?:{_STRING})?)\s*([}}\])]))\s*", re.DOTALL
@@ -42,21 +43,21 @@ _SET = re.compile(
 _ONE = re.compile(_STRING, re.DOTALL)
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-_LIKE = 0.9  # of 1; "Myeloblasts" is like "Myeloblast" (0.95), "Megaloblast" is not (0.76)
+_LIKE = 0.9  # similarity to "Myeloblast": "Myeloblasts" 0.95 (misspelt), "Megaloblast" 0.76 (another word)
 
 
 class LabelError(ValueError):
-    """A label text is no set of labels."""
+    """A text is not a set of labels; the message says what is expected."""
 
 
 @dataclass(frozen=True)
 class SmearLabels:
-    """The labels of one smear after the clean-up.
+    """The corrected labels of one smear.
 
     Attributes:
         labels: sorted, lower case, merged.
-        dropped: file-name debris that was dropped, sorted.
-        diagnosis: healthy, aml, apl, or '' where the labels name none.
+        dropped: parts of file names among the labels, which were dropped; sorted.
+        diagnosis: healthy, aml, apl, or '' if the labels give none.
         fab: sorted FAB classes.
     """
 
@@ -67,16 +68,17 @@ class SmearLabels:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """The labels in a set, list or tuple literal of strings, or in an empty text; nothing is evaluated.
+    """The labels in a set, list or tuple literal of strings, or in an empty text.
 
-    Spaces around and inside a label are tidied, empty labels and repetitions dropped.
+    The text is matched with a pattern, never evaluated. Spaces around and inside a label are tidied. Empty
+    labels and repetitions are dropped.
 
     Returns:
         Sorted labels; the label ``None`` is a label like any other.
 
     Raises:
-        LabelError: the text is longer than `MAX_LENGTH`, is anything else than such a literal, or a label
-            holds a ``|`` or a character that cannot be printed.
+        LabelError: the text is longer than `MAX_LENGTH` or is not such a literal, or a label contains a ``|``
+            or a character that cannot be printed.
     """
     if len(text) > MAX_LENGTH:
         raise LabelError(f"a label text of at most {MAX_LENGTH} characters")
@@ -84,7 +86,7 @@ def parse_labels(text: str) -> tuple[str, ...]:
         return ()
     match = _SET.fullmatch(text)
     if match is None or (match[1] and _CLOSING[match[1]] != match[3]):
-        raise LabelError("a set of labels, such as {'Auer rods', 'Faggot cell'}, or nothing")
+        raise LabelError("a set of labels, such as {'Auer rods', 'Faggot cell'}, or an empty field")
     labels = {tidy(_ESCAPE.sub(r"\1", string[1:-1])) for string in _ONE.findall(match[2] or "")} - {""}
     if not all(label.isprintable() and SEPARATOR not in label for label in labels):
         raise LabelError(f"labels of printable characters without {SEPARATOR!r}")
@@ -97,17 +99,18 @@ def tidy(text: str) -> str:
 
 
 def clean_smear_labels(labels: Iterable[str]) -> SmearLabels:
-    """Clean up the labels of a smear and read the diagnosis from them.
+    """Correct the labels of a smear and derive the diagnosis.
 
-    Lower case; ``m4...`` is m4, ``m5...`` is m5, ``notclassified`` is not_classified, ``apl`` is m3; debris
-    (``50x.png``, ``al``, ``ap``, ``bal``, ``m445501``) is dropped. m3 is APL, any other FAB class is AML.
+    Labels become lower case. ``m4...`` becomes m4, ``m5...`` m5, ``apl`` m3, and ``notclassified``
+    not_classified. Parts of file names (``50x.png``, ``al``, ``ap``, ``bal``, ``m445501``) are dropped. m3 is
+    APL, every other FAB class is AML.
 
     Raises:
         LabelError: a label is unknown, or the labels contradict each other.
     """
     kept, dropped = set(), set()
     for label in (text.lower() for text in labels):
-        if _DEBRIS.fullmatch(label):
+        if _FILE_NAME_PARTS.fullmatch(label):
             dropped.add(label)
         else:
             kept.add(_merged(label))
@@ -115,21 +118,27 @@ def clean_smear_labels(labels: Iterable[str]) -> SmearLabels:
     if unknown:
         raise LabelError(
             f"labels of smears ({', '.join(SMEAR_LABELS)}); unknown: "
-            + ", ".join(f"{label!r}{_did_you_mean(label, SMEAR_LABELS)}" for label in unknown)
+            + ", ".join(f"{label!r}{nearest(label, SMEAR_LABELS)}" for label in unknown)
         )
     fab = tuple(label for label in FAB if label in kept)
     if HEALTHY in kept and len(kept) > 1:
-        raise LabelError("healthy alone, or aml with a FAB class")
+        raise LabelError("healthy alone, or aml with a FAB class, not both")
     if APL_FAB in fab and len(fab) > 1:
         raise LabelError("m3 (which is APL) or another FAB class, not both")
     diagnosis = APL if APL_FAB in fab else AML if fab or AML in kept else HEALTHY if kept else ""
     return SmearLabels(tuple(sorted(kept)), tuple(sorted(dropped)), diagnosis, fab)
 
 
-def misspelt(label: str, known: Iterable[str]) -> str | None:
-    """The known label that `label` probably means: the same but for case, or nearly the same; else None."""
+def misspelt(label: str, known: Iterable[str], likeness: float = _LIKE) -> str | None:
+    """The known word that was probably meant, without regard to capital letters; None if none is similar.
+
+    Args:
+        label: the word that was found.
+        known: the correct words.
+        likeness: least similarity (`difflib.SequenceMatcher.ratio`), from 0 to 1 for the same word.
+    """
     by_folded = {word.casefold(): word for word in known}
-    close = difflib.get_close_matches(label.casefold(), by_folded, n=1, cutoff=_LIKE)
+    close = difflib.get_close_matches(label.casefold(), by_folded, n=1, cutoff=likeness)
     return by_folded[close[0]] if close else None
 
 
@@ -139,8 +148,3 @@ def _merged(label: str) -> str:
     if re.fullmatch(r"not[ _-]?classified", label):
         return "not_classified"
     return APL_FAB if label == APL else label
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

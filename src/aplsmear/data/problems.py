@@ -1,10 +1,10 @@
-"""What is wrong with a data set, in words for the person who keeps its tables."""
+"""Problems of a data set, in words for the person who keeps its tables."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -19,53 +19,53 @@ _LONGEST = 80  # characters shown of one value
 
 @dataclass(frozen=True)
 class Problem:
-    """Something to mend before the data set can be used.
+    """One thing to correct before the data set can be used.
 
     Attributes:
-        file: relative to the data set's folder.
-        row: as a spreadsheet counts (the header is row 1); None where the whole file is meant.
-        column: its name; '' where a whole row or file is meant.
-        value: what is there.
-        message: what was expected.
-        mend: what to do.
+        file: path below the folder of the data set.
+        row: number of the row in a spreadsheet (the header is row 1); None for the whole file.
+        column: name of the column; '' for a whole row or file.
+        value: what the field contains.
+        expected: what it should contain.
+        fix: what to change or to type.
     """
 
     file: str
-    row: int | None
-    column: str
-    value: str
-    message: str
-    mend: str
+    row: int | None = None
+    column: str = ""
+    value: str = ""
+    expected: str = field(kw_only=True)
+    fix: str = field(kw_only=True)
 
     def __str__(self) -> str:
-        """One line: where, what, what was expected, the mend."""
+        """One line: file, row, column, value, what was expected, what to do."""
         row = f"row {self.row}" if self.row else ""
         value = repr(_short(self.value)) if self.value else ""
         where = ", ".join(part for part in (self.file, row, self.column, value) if part)
-        return f"{where}: expected {self.message}; {self.mend}"
+        return f"{where}: expected {self.expected}; {self.fix}"
 
 
 class DataSetError(UserError, ValueError):
     """A data set cannot be used.
 
     Attributes:
-        problems: all that is wrong with it.
+        problems: all of its problems.
     """
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        """Keep the problems: files in the order of their first problem, rows in theirs."""
+        """Sort the problems by file (in the order of first problems), row and column."""
         listed = list(problems)
         files = list(dict.fromkeys(one.file for one in listed))
         self.problems = sorted(listed, key=lambda one: (files.index(one.file), one.row or 0, one.column))
         super().__init__(self.problems)
 
     def __str__(self) -> str:
-        """One line a problem."""
+        """One line for each problem."""
         return "\n".join(map(str, self.problems))
 
 
 def print_problems(problems: Iterable[Problem]) -> None:
-    """The table of `render_problems`, on stderr; wide enough to read where there is no terminal to ask."""
+    """Print the table of `render_problems` on stderr; 160 characters wide where stderr is no terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         console = Console(stderr=True, width=_WIDTH)
@@ -73,22 +73,22 @@ def print_problems(problems: Iterable[Problem]) -> None:
 
 
 def render_problems(problems: Iterable[Problem]) -> Table:
-    """The problems as a table for `rich`; alike ones share a line: some of their rows, and how many more."""
+    """The problems as a table of `rich`; equal problems share a line that names up to five of their rows."""
     groups: dict[tuple[str, str, str, str], list[Problem]] = defaultdict(list)
     for problem in problems:
-        groups[problem.file, problem.column, problem.message, problem.mend].append(problem)
+        groups[problem.file, problem.column, problem.expected, problem.fix].append(problem)
     count = sum(map(len, groups.values()))
     table = Table(title=f"{count} problem{'s' if count > 1 else ''}", title_justify="left", show_lines=True)
-    for heading in ("file", "column", "row: value", "expected", "how to mend"):
+    for heading in ("file", "column", "row: value", "expected", "what to do"):
         table.add_column(heading, overflow="fold")
-    for (file, column, message, mend), alike in groups.items():
+    for (file, column, expected, fix), equal in groups.items():
         lines = [
             ": ".join(part for part in (str(one.row or ""), _short(one.value)) if part)
-            for one in alike[:_EXAMPLES]
+            for one in equal[:_EXAMPLES]
         ]
-        if len(alike) > _EXAMPLES:
-            lines.append(f"and {len(alike) - _EXAMPLES:,} more")
-        table.add_row(*(Text(_visible(text)) for text in (file, column, "\n".join(lines), message, mend)))
+        if len(equal) > _EXAMPLES:
+            lines.append(f"and {len(equal) - _EXAMPLES:,} more")
+        table.add_row(*(Text(_visible(text)) for text in (file, column, "\n".join(lines), expected, fix)))
     return table
 
 
@@ -97,5 +97,5 @@ def _short(text: str) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text whose invisible characters show as escapes: none reaches the terminal."""
+    """The text with invisible characters as escapes, so that none reaches the terminal."""
     return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)

@@ -1,8 +1,8 @@
-"""Names of patients, smears, cells and pictures replaced by keyed hashes.
+"""Pseudonyms for the names of patients, smears, cells and pictures: keyed hashes.
 
-A pseudonym is HMAC-SHA256 (RFC 2104) of a name under a secret key: whoever has the key and the data set can
-tell which is whose, anybody else can neither turn it back nor try out names, as they could with a bare hash.
-The key is in no parameter and no out.
+A pseudonym is the HMAC-SHA256 (RFC 2104) of a name under a secret key. With the key and the data set, names
+can be found again. Without the key, nobody can compute a name from its pseudonym, nor test whether a guessed
+name fits, which a hash without a key would allow. The key is in no parameter and in no out.
 """
 
 from __future__ import annotations
@@ -16,49 +16,47 @@ from aplsmear.errors import UserError
 
 KEY_VARIABLE, KEY_FILE = "APLSMEAR_PSEUDONYM_KEY", ".pseudonym-key"
 SHORTEST = 16  # characters of a key
-_DIGITS = (
-    20  # hexadecimal: 80 bits, so that two of a billion names are alike with a chance of one in two million
-)
+_DIGITS = 20  # hexadecimal, 80 bits: among a billion names, two equal ones with probability 1 in 2 million
 
 _HOW = (
-    f"make one in the repository's folder by `python -c 'import secrets; print(secrets.token_hex(32))' > "
-    f"{KEY_FILE}` (git does not see it), and keep a copy in a safe place: another key gives other names"
+    "make one in the folder of the repository by `python -c 'import secrets; print(secrets.token_hex(32))' > "
+    f"{KEY_FILE}` (git ignores this file). Keep a copy in a safe place: another key gives other pseudonyms"
 )
 
 
 class PseudonymError(UserError):
-    """There is no usable key, or it is not the one that was used before."""
+    """There is no usable key, or it is not the key that was used before."""
 
 
 class Pseudonyms:
-    """Names under one key."""
+    """Pseudonyms under one key."""
 
     def __init__(self, key: str) -> None:
-        """Take a key, of `read_key`."""
+        """Take a key, as `read_key` returns it."""
         self._key = key.encode()
 
     def of(self, kind: str, name: str) -> str:
-        """The pseudonym of a name; nothing for nothing.
+        """The pseudonym of a name; '' for an empty name.
 
         Args:
-            kind: ``patient``, ``smear``, ``cell`` or ``image``; its first letter starts the pseudonym.
-            name: as the data set has it.
+            kind: ``patient``, ``smear``, ``cell`` or ``image``; the pseudonym starts with its first letter.
+            name: the name in the data set.
         """
         digest = hmac.new(self._key, f"{kind}\0{name}".encode(), "sha256").hexdigest()
         return f"{kind[0]}{digest[:_DIGITS]}" if name else ""
 
     def files(self, root: Path, wanted: Collection[str]) -> dict[str, str]:
-        """Which file is meant by each pseudonym of a picture.
+        """The file of each pseudonym of a picture.
 
         Args:
-            root: of the data set.
-            wanted: pseudonyms, as ``dataset/smears.csv`` has them.
+            root: folder of the data set.
+            wanted: pseudonyms from ``dataset/smears.csv``.
 
         Returns:
             Pseudonym -> path below `root`.
 
         Raises:
-            PseudonymError: some have none: the key or the pictures are others than before.
+            PseudonymError: a pseudonym belongs to no file: the key or the names of pictures have changed.
         """
         found: dict[str, str] = {}
         for place, _, names in os.walk(root, followlinks=True):
@@ -68,17 +66,21 @@ class Pseudonyms:
         if lost:
             raise PseudonymError(
                 f"{len(lost)} of {len(wanted)} pictures of dataset/smears.csv are not found by their "
-                f"pseudonyms: they were renamed, or the key ({KEY_VARIABLE} or {KEY_FILE}) is not the one "
-                "that the stage `download` had. Give that key again, or run `dvc repro --force download`"
+                f"pseudonyms. They were renamed, or the key ({KEY_VARIABLE} or {KEY_FILE}) is not the one "
+                "that the stage `download` used. Use that key again, or run `dvc repro --force download`"
             )
         return {name: found[name] for name in wanted}
 
 
 def read_key(environment: Mapping[str, str], folder: Path) -> str:
-    """The key: what the environment gives as `KEY_VARIABLE`, else what `KEY_FILE` in this folder holds.
+    """The secret key: the environment variable `KEY_VARIABLE`, else the content of `KEY_FILE`.
+
+    Args:
+        environment: environment variables.
+        folder: folder of `KEY_FILE`.
 
     Raises:
-        PseudonymError: there is none, or it is too short to be secret.
+        PseudonymError: there is no key, or it is too short to be secret.
     """
     file = folder / KEY_FILE
     source, key = KEY_VARIABLE, environment.get(KEY_VARIABLE, "").strip()
@@ -88,12 +90,12 @@ def read_key(environment: Mapping[str, str], folder: Path) -> str:
             key = file.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
             raise PseudonymError(
-                f"dataset.pseudonymise needs a key, and there is neither {KEY_VARIABLE} nor {file}: {_HOW}"
+                f"dataset.pseudonymise needs a key, but there is neither {KEY_VARIABLE} nor {file}: {_HOW}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise PseudonymError(
                 f"the key in {file} cannot be read ({type(error).__name__}): {_HOW}"
             ) from None
     if len(key) < SHORTEST:
-        raise PseudonymError(f"the key of {source} has {len(key)} characters, fewer than {SHORTEST}: {_HOW}")
+        raise PseudonymError(f"the key in {source} has {len(key)} characters, fewer than {SHORTEST}: {_HOW}")
     return key

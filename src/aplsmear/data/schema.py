@@ -1,7 +1,7 @@
-"""What a data set in the Kaggle layout holds: declared once, checked with pandera, described for people.
+"""The tables of a data set in the Kaggle layout: columns and rules, declared once and checked with pandera.
 
-Every column's description and example, and every check's expectation and mend, is written for the person who
-keeps the spreadsheet.
+The description of each column, and the error (what is expected) and description (what to do) of each check,
+are written for the person who keeps the spreadsheet.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 
 import pandas as pd
@@ -17,6 +16,7 @@ import pandera.pandas as pa
 from pandera.errors import SchemaError, SchemaErrors
 
 from aplsmear.data import labels
+from aplsmear.data.problems import Problem
 
 SMEARS_FILE, CELLS_FILE, IMAGE_FOLDER = "wsi.csv", "labeled_cells.csv", "wsi"
 
@@ -33,38 +33,24 @@ LABEL_COLUMNS = ("label", *LABELS_OF_CELLS)
 IDS = frozenset({"id", "wsi", "patient", "site"})
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A field of a table that breaks a rule; `row` is its index, `expected` and `mend` are for people."""
-
-    row: int
-    column: str
-    value: str
-    expected: str
-    mend: str
-
-
 def is_box(text: str) -> bool:
-    """Whether the text is a box, ``[y0, x0, y1, x1]``, or nothing."""
+    """Whether a text is a box, ``[y0, x0, y1, x1]``, or empty."""
     return not text or BOX.fullmatch(text) is not None
 
 
 def leaves_folder(name: str) -> bool:
-    """Whether a file name is absolute (on any system) or climbs out of its folder."""
+    """Whether a file name is absolute (on any operating system) or leads out of its folder by ``..``."""
     windows = PureWindowsPath(name)
     return bool(windows.drive or windows.root or ".." in windows.parts or PurePosixPath(name).is_absolute())
 
 
 def _each(test: Callable[[str], bool]) -> Callable[[pd.Series], pd.Series]:
-    """A test of one text as a test of a column that looks at each distinct text once."""
+    """A test of a column from a test of one text, which is called once for each distinct text."""
     return lambda column: column.map({text: test(text) for text in column.unique()}).astype(bool)
 
 
-def _parses(text: str, clean: bool = False) -> bool:
-    return not _why_no_labels(text, clean)
-
-
-def _why_no_labels(text: str, clean: bool) -> str:
+def _expected_labels(text: str, clean: bool = False) -> str:
+    """What is expected instead of this text; '' if its labels can be read (`clean`: as labels of a smear)."""
     try:
         parsed = labels.parse_labels(text)
         if clean:
@@ -75,45 +61,45 @@ def _why_no_labels(text: str, clean: bool) -> str:
 
 
 _FILLED = pa.Check(
-    lambda column: column != "", name="filled", error="a value", description="fill it in, or remove the row"
+    lambda column: column != "", name="filled", error="a value", description="enter it, or delete the row"
 )
 _PRINTABLE = pa.Check(
     _each(str.isprintable),
     name="printable",
     error="printable characters",
-    description="type it anew; it holds an invisible character",
+    description="delete the text and type it again: it contains an invisible character",
 )
 _SHOWABLE = pa.Check(
     _each(lambda name: not any(unicodedata.category(one).startswith("C") for one in name)),
     name="showable",
     error="a file name without control characters",
-    description="rename the file; its name holds a character that a terminal or a page would obey",
+    description="rename the file: its name contains an invisible control character",
 )
 _INSIDE = pa.Check(
     _each(lambda name: not leaves_folder(name)),
     name="inside",
     error=f"a file name inside the folder {IMAGE_FOLDER}",
-    description=f"put the picture into {IMAGE_FOLDER} and write its name alone",
+    description=f"move the picture into the folder {IMAGE_FOLDER} and enter only its name",
 )
 _SMEAR_LABELS = pa.Check(
-    _each(lambda text: _parses(text, clean=True)),
+    _each(lambda text: not _expected_labels(text, clean=True)),
     name="smear labels",
     error="healthy, or aml with a FAB class",
-    description="correct the label, such as {'healthy'}, {'aml', 'm2'} or {'aml', 'm3'} for APL",
+    description="correct the label; examples: {'healthy'}, {'aml', 'm2'}, and {'aml', 'm3'} for APL",
 )
 _CELL_LABELS = pa.Check(
-    _each(_parses),
+    _each(lambda text: not _expected_labels(text)),
     name="cell labels",
     error="a set of labels",
-    description="write such as {'Promyelocyte'} or {'Auer rods', 'Faggot cell'}, or leave it empty",
+    description="correct it (examples: {'Promyelocyte'}, {'Auer rods', 'Faggot cell'}), or leave it empty",
 )
 _BOX = pa.Check(
     _each(is_box),
     name="box",
     error="[y0, x0, y1, x1], four whole numbers in px",
-    description="correct the box, or leave it empty: the cell is then left out",
+    description="correct the box, or leave it empty: then the cell is left out",
 )
-_UNIQUE_MEND = "give each row an id of its own, or remove the repetition"
+_UNIQUE_FIX = "give each row an id of its own, or delete the repeated row"
 
 
 def _column(
@@ -145,15 +131,15 @@ SMEARS = pa.DataFrameSchema(
             required=True,
         ),
         "patient": _column(
-            "the same for all smears of one patient, who is never in training and test at once; without this "
-            "column every smear counts as a patient",
+            "the same for all smears of one patient. A patient is never in training and test at once. "
+            "Without this column each smear counts as a patient",
             "P012",
             _PRINTABLE,
         ),
-        "site": _column("hospital or cohort; `split.by: site` holds out whole ones", "Dresden", _PRINTABLE),
+        "site": _column("hospital or cohort; `split.by: site` holds out whole sites", "Dresden", _PRINTABLE),
     },
     name=SMEARS_FILE,
-    description="one row a smear",
+    description="one row for each smear",
 )  # fmt: skip
 
 CELLS = pa.DataFrameSchema(
@@ -169,56 +155,56 @@ CELLS = pa.DataFrameSchema(
         ),
         "cellType": _column("type of the cell, if known", "{'Promyelocyte'}", _CELL_LABELS),
         "specialCharacteristics": _column(
-            "what else is seen in it; `None` is a label: one looked and saw nothing. Empty: nobody looked",
+            "special features of the cell. `None` is a label: examined, nothing special found. Empty: not "
+            "examined",
             "{'Auer rods', 'Faggot cell'}",
             _CELL_LABELS,
         ),
-        "objectType": _column("what kind of thing it is", "{'Cell'}", _CELL_LABELS),
-        "segmentationQuality": _column("how well the box fits", "{'Good'}", _CELL_LABELS),
+        "objectType": _column("kind of object", "{'Cell'}", _CELL_LABELS),
+        "segmentationQuality": _column("quality of the box", "{'Good'}", _CELL_LABELS),
     },
     name=CELLS_FILE,
-    description="one row a cell; the whole file may be absent, then only smears take part",
+    description="one row for each cell. Without this file, only whole smears are used",
 )  # fmt: skip
 
 
 def without_labels(schema: pa.DataFrameSchema) -> pa.DataFrameSchema:
-    """The same schema for new patients: no label column is asked for or looked at."""
+    """The same schema for new patients: without label columns."""
     return schema.remove_columns([column for column in LABEL_COLUMNS if column in schema.columns])
 
 
-def faults(table: pd.DataFrame, schema: pa.DataFrameSchema) -> list[Fault]:
-    """Everything in `table` (all text) that breaks `schema`, missing columns excepted.
+def problems_of(table: pd.DataFrame, schema: pa.DataFrameSchema) -> list[Problem]:
+    """All fields of `table` (only text, the index is the row number) that break a rule of `schema`.
+
+    Missing columns are no problem here; `aplsmear.data.csvfile` reports them.
 
     Returns:
-        Faults, ordered by row, then by column.
+        Problems, ordered by row, then by column.
     """
     present = schema.remove_columns([column for column in schema.columns if column not in table])
     try:
         present.validate(table, lazy=True)
     except SchemaErrors as errors:
-        found = [fault for error in errors.schema_errors for fault in _faults_of(error)]
-        return sorted(found, key=lambda fault: (fault.row, table.columns.get_loc(fault.column)))
+        found = [each for error in errors.schema_errors for each in _problems_of(error, str(schema.name))]
+        return sorted(found, key=lambda each: (each.row or 0, table.columns.get_loc(each.column)))
     return []
 
 
-def _faults_of(error: SchemaError) -> Iterator[Fault]:
-    column = str(error.schema.name)
+def _problems_of(error: SchemaError, file: str) -> Iterator[Problem]:
+    column, check = str(error.schema.name), error.check
     cases: pd.DataFrame = error.failure_cases
-    for row, raw in zip(cases["index"], cases["failure_case"], strict=True):
-        value = str(raw)
-        check = error.check
-        if not isinstance(check, pa.Check):
-            if value:  # an empty id is reported as not filled
-                yield Fault(int(row), column, value, "an id that no other row has", _UNIQUE_MEND)
-        elif check.name in (_SMEAR_LABELS.name, _CELL_LABELS.name):
-            expected = _why_no_labels(value, clean=check.name == _SMEAR_LABELS.name)
-            yield Fault(int(row), column, value, expected, str(check.description))
-        else:
-            yield Fault(int(row), column, value, str(check.error), str(check.description))
+    for row, value in zip(cases["index"].astype(int), cases["failure_case"].astype(str), strict=True):
+        if isinstance(check, pa.Check):
+            expected, fix = str(check.error), str(check.description)
+            if check.name in (_SMEAR_LABELS.name, _CELL_LABELS.name):
+                expected = _expected_labels(value, clean=check.name == _SMEAR_LABELS.name)
+            yield Problem(file, row, column, value, expected=expected, fix=fix)
+        elif value:  # the rule of unique ids; an empty id is reported as not filled
+            yield Problem(file, row, column, value, expected="an id that no other row has", fix=_UNIQUE_FIX)
 
 
 def describe() -> str:
-    """The layout as Markdown: one table of columns a file, for a README."""
+    """The layout as Markdown: a table of columns for each file."""
     parts = []
     for schema in (SMEARS, CELLS):
         lines = [

@@ -12,14 +12,14 @@ ANY = "*"
 
 
 def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
-    """The items of a task, named by ``item``.
+    """The items of a task, with the column ``item`` (their names).
 
     Args:
         images: all cells or all smears; cells, if the items are patients.
-        level: of the task.
+        level: level of the task.
 
     Returns:
-        `images` with ``item``; or ``item, patient, diagnosis`` of every patient who has cells.
+        `images` with ``item``; for patients ``item, patient, diagnosis`` of each patient with cells.
     """
     if level != "patient":
         return images.assign(item=images[level])
@@ -28,11 +28,11 @@ def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
 
 
 def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
-    """Which items carry, in every column of `condition`, one of its labels (``*``: any label at all).
+    """Which items have one of the wanted labels in every column of `condition` (``*``: any label).
 
     Args:
         items: a table with a column of ``|``-joined labels for each key of `condition`.
-        condition: column -> labels.
+        condition: column -> wanted labels.
 
     Returns:
         bool, shape (items,).
@@ -46,7 +46,13 @@ def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
 
 
 def task_labels(items: pd.DataFrame, task: Task) -> np.ndarray:
-    """1 for positive, 0 for negative, -1 for items that take no part in the task.
+    """1 for positive items, 0 for negative ones, -1 for items that take no part in the task.
+
+    An item that meets both conditions is positive.
+
+    Args:
+        items: result of `task_items`.
+        task: with the conditions for positive and negative items.
 
     Returns:
         int8, shape (items,).
