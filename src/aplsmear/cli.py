@@ -72,7 +72,7 @@ def demo_data(
     from aplsmear.sources.drawn import draw_data_set
 
     try:
-        draw_data_set(folder, patients, seed, progress=True)
+        draw_data_set(folder, patients, seed)
     except (ValueError, OSError) as error:
         _fail(str(error))
 

@@ -1,9 +1,12 @@
-"""The synthetic data set: same bytes everywhere, a valid layout, plausible patients, labels in cells only."""
+"""The synthetic data set: same bytes, a valid layout, plausible patients, and a diagnosis only in cells."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -59,7 +62,7 @@ def planned() -> dict[str, list[demo.CellPlan]]:
     return plans
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_bytes(tmp_path: Path) -> None:
     for name, seed in (("first", 7), ("second", 7), ("other", 8)):
         demo.draw_data_set(tmp_path / name, 3, seed, **SMALL)
     first, second, other = (contents(tmp_path / name) for name in ("first", "second", "other"))
@@ -106,13 +109,13 @@ def test_the_layout_is_that_of_the_kaggle_data_set(data_set: Path) -> None:
         )
 
 
-def test_each_diagnosis_has_a_third_of_the_patients_in_no_order() -> None:
+def test_each_diagnosis_has_a_third_of_the_patients_in_random_order() -> None:
     diagnoses = [demo.diagnosis_of(patient, 1) for patient in range(1, 61)]
     assert Counter(diagnoses) == {"healthy": 20, "aml": 20, "apl": 20}
     assert len({tuple(diagnoses[start : start + 3]) for start in range(0, 60, 3)}) > 3
 
 
-def test_the_labels_of_smears_name_the_diagnosis(data_set: Path) -> None:
+def test_the_labels_of_smears_give_the_diagnosis(data_set: Path) -> None:
     smears = read(data_set / "wsi.csv")
     of_patient = {row["patient"]: labels(row["label"]) for row in smears}
     assert len(of_patient) == 24
@@ -127,7 +130,7 @@ def test_the_labels_of_smears_name_the_diagnosis(data_set: Path) -> None:
             assert (fab == "m3") == (expected == "apl")
 
 
-def test_boxes_lie_inside_the_smear_and_the_flaws_of_the_real_table_are_there(data_set: Path) -> None:
+def test_boxes_lie_inside_the_smear_and_some_are_flawed_as_in_the_real_table(data_set: Path) -> None:
     sides = []
     for row in read(data_set / "labeled_cells.csv"):
         if row["bbox"]:
@@ -142,7 +145,7 @@ def test_boxes_lie_inside_the_smear_and_the_flaws_of_the_real_table_are_there(da
     assert np.median(sides) == pytest.approx(54, abs=10)
 
 
-def test_a_box_holds_its_cell_tightly(drawn: list[demo.Smear]) -> None:
+def test_a_box_fits_its_cell_tightly(drawn: list[demo.Smear]) -> None:
     for smear in drawn:
         height, width = smear.image.shape[:2]
         for cell in smear.cells:
@@ -168,7 +171,7 @@ def test_a_cell_is_darker_than_its_surroundings(drawn: list[demo.Smear]) -> None
             assert smear.image[y0:y1, x0:x1][cell.mask].mean() < smear.image[outside].mean()
 
 
-def test_rods_lie_in_cells_that_have_rods_and_nowhere_else(drawn: list[demo.Smear]) -> None:
+def test_rods_are_drawn_only_in_cells_that_have_rods(drawn: list[demo.Smear]) -> None:
     cells = [cell for smear in drawn for cell in smear.cells]
     assert sum(cell.plan.rods > 0 for cell in cells) > 10
     for cell in cells:
@@ -177,7 +180,7 @@ def test_rods_lie_in_cells_that_have_rods_and_nowhere_else(drawn: list[demo.Smea
         assert not (cell.rods & ~cell.mask).any()
 
 
-def test_rods_are_seen_in_the_picture_where_the_mask_says(drawn: list[demo.Smear]) -> None:
+def test_rods_are_visible_in_the_picture_where_their_mask_is(drawn: list[demo.Smear]) -> None:
     contrast = []
     for smear in drawn:
         for cell in smear.cells:
@@ -212,7 +215,7 @@ def test_every_kind_of_cell_occurs_in_every_diagnosis(planned: dict[str, list[de
         assert {plan.kind for plan in plans} == set(demo.KINDS)
 
 
-def test_the_burden_of_abnormal_cells_overlaps_between_diagnoses() -> None:
+def test_the_share_of_abnormal_cells_overlaps_between_diagnoses() -> None:
     def burden(diagnosis: demo.Diagnosis, *kinds: str) -> np.ndarray:
         patients = [demo.sample_patient(diagnosis, demo.generator(11, number)) for number in range(300)]
         return np.array([sum(patient.mix[kind] for kind in kinds) for patient in patients])
@@ -236,7 +239,7 @@ def test_stain_light_and_red_cells_do_not_depend_on_the_diagnosis() -> None:
         np.testing.assert_array_equal(view, views[0])
 
 
-def test_the_background_of_the_patients_does_not_tell_the_diagnosis() -> None:
+def test_the_background_does_not_reveal_the_diagnosis() -> None:
     measures: dict[str, list[list[float]]] = {diagnosis: [] for diagnosis in demo.DIAGNOSES}
     for number in range(1, 151):
         diagnosis = demo.diagnosis_of(number, 1)
@@ -249,7 +252,7 @@ def test_the_background_of_the_patients_does_not_tell_the_diagnosis() -> None:
         assert kruskal(*(group[:, column] for group in groups)).pvalue > 0.005
 
 
-def test_a_larger_field_holds_the_same_cells_larger_cells_grow() -> None:
+def test_cells_have_the_size_that_is_asked_for() -> None:
     def diameters(cell_size: int) -> float:
         smear = demo.draw_smear("healthy", demo.generator(2), (400, 520), 12, cell_size=cell_size)
         return float(np.median([np.sqrt(cell.mask.sum()) for cell in smear.cells]))
@@ -262,7 +265,7 @@ def test_too_few_patients_a_bad_seed_and_a_tiny_field_are_refused(tmp_path: Path
         demo.draw_data_set(tmp_path / "new", 2, 1)
     with pytest.raises(ValueError, match="seed is -1"):
         demo.draw_data_set(tmp_path / "new", 3, -1)
-    with pytest.raises(ValueError, match="larger smear"):
+    with pytest.raises(ValueError, match="larger smears"):
         demo.draw_data_set(tmp_path / "new", 3, 1, size=(100, 100))
     assert not (tmp_path / "new").exists()
     patient = demo.sample_patient("apl", demo.generator(1))
@@ -293,7 +296,7 @@ def test_a_data_set_cut_off_in_the_middle_has_no_tables(
     assert not list((tmp_path / "cut").glob("*.csv"))
 
 
-def test_the_embedded_demo_is_what_the_generator_draws() -> None:
+def test_the_demo_in_the_repository_is_the_one_that_the_program_draws() -> None:
     embedded = REPOSITORY / "demo"
     smears = read(embedded / "wsi.csv")
     cells = read(embedded / "labeled_cells.csv")
@@ -312,10 +315,7 @@ def test_the_embedded_demo_is_what_the_generator_draws() -> None:
     assert smear_id == len(smears) == len(list((embedded / "wsi").iterdir()))
 
 
-def test_the_contact_picture_shows_three_smears(tmp_path: Path) -> None:
-    demo.contact_picture(tmp_path / "smears.png", scale=0.25)
-    picture = cv2.imread(str(tmp_path / "smears.png"))
-    assert picture is not None
-    assert picture.shape[1] > 3 * 0.25 * demo.WIDTH
-    shown = {demo.diagnosis_of(number, 1) for number in (11, 10, 24)}
-    assert shown == set(demo.DIAGNOSES)
+def test_the_picture_of_the_docs_is_the_one_that_the_tool_draws(tmp_path: Path) -> None:
+    tool = [sys.executable, REPOSITORY / "tools" / "demo_picture.py", tmp_path / "smears.png"]
+    subprocess.run(tool, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}, check=True)
+    assert (tmp_path / "smears.png").read_bytes() == (REPOSITORY / "docs" / "demo_smears.png").read_bytes()

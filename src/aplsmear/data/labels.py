@@ -11,14 +11,15 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
-from aplsmear.params import nearest
+from aplsmear.params import Diagnosis, nearest
 from aplsmear.tables import SEPARATOR
 
 MAX_LENGTH = 1000  # characters of one label text; real ones stay below 60
 
 HEALTHY, AML, APL = "healthy", "aml", "apl"
-DIAGNOSES = (HEALTHY, AML, APL)
+DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
 FAB = ("m0", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "not_classified")
 APL_FAB = "m3"
 SMEAR_LABELS = (HEALTHY, AML, *FAB)

@@ -30,6 +30,13 @@ LABELS_OF_CELLS = {  # column of the CSV -> column of dataset/cells.csv, known l
     "segmentationQuality": ("quality", labels.QUALITIES),
 }
 LABEL_COLUMNS = ("label", *LABELS_OF_CELLS)
+MEASURES = (  # of a cell, in px of its smear (meanIntensity: 0 to 1); Kaggle's columns, not read here
+    "convexArea", "eccentricity", "equivalentDiameter", "perimeter", "meanIntensity", "eulerNumber", "extent",
+)  # fmt: skip
+KAGGLE_CELL_COLUMNS = (
+    "id", "segmentationSetId", "wsi", "cellType", "segmentationQuality", "specialCharacteristics",
+    "objectType", "bbox", *MEASURES,
+)  # fmt: skip
 IDS = frozenset({"id", "wsi", "patient", "site"})
 
 

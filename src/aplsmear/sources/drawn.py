@@ -1,16 +1,17 @@
-"""Synthetic marrow smears in the layout of the Kaggle data set, of any size, the same bytes everywhere.
+"""Synthetic marrow smears in the layout of the Kaggle data set, in any number, the same bytes everywhere.
 
-Nothing here is copied from a patient: every cell is drawn. The drawings keep what a haematologist reads in a
-May-Grünwald-Giemsa smear (nucleus to cytoplasm ratio, nuclear shape, chromatin, nucleoli, granules, Auer
-rods), so a network has something real to learn, and what misleads in practice (stain, light, focus, crowding,
-a burden of abnormal cells that differs widely between patients). Only the cells depend on the diagnosis.
+Nothing is copied from a patient: every cell is drawn. The drawings show the features that a haematologist
+uses in a May-Grünwald-Giemsa smear (ratio of nucleus to cytoplasm, shape of the nucleus, chromatin, nucleoli,
+granules, Auer rods), so a network can learn something real. They also show what misleads in practice: stain,
+light, focus, crowded cells, and a share of abnormal cells that differs widely between patients. Only the
+cells depend on the diagnosis.
 
-Three layers, each usable without the next: *sampling* (`sample_patient`, `sample_cells`: who has which cells,
-tables only), *drawing* (`draw_smear`), *writing* (`draw_data_set`).
+There are three layers: sampling of patients and cells (`sample_patient`, `sample_cells`: no pictures),
+drawing (`draw_smear`), and writing (`draw_data_set`).
 
-Same bytes on every x86-64 machine: pixels are made in integers. Dyes absorb light (Beer-Lambert), so optical
-densities add up in fixed point and one table turns them into grey values at the end; random numbers come from
-Philox streams seeded by (seed, patient, smear).
+The bytes are the same on every x86-64 computer because pixels are computed with integers. Dyes absorb light
+(Beer-Lambert), so optical densities are added in fixed point, and one table turns the sum into grey values.
+Random numbers come from Philox streams with the seed (seed, patient, smear).
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, get_args
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-Diagnosis = Literal["healthy", "aml", "apl"]
-DIAGNOSES: tuple[Diagnosis, ...] = get_args(Diagnosis)
+from aplsmear.data.labels import DIAGNOSES
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, SMEARS_FILE
+from aplsmear.files import whole
+from aplsmear.params import Diagnosis
+from aplsmear.progress import progress
 
 HEIGHT, WIDTH = 480, 640
 CELL_SIZE = 64
@@ -38,25 +40,7 @@ CELLS_PER_SMEAR = 30
 JPEG_QUALITY = 86
 TWO_SMEARS_SHARE = 0.07  # of the patients
 FLAW_EVERY = 20  # patients: one row without a box, one with a box of one pixel
-
-SMEAR_COLUMNS = ("id", "imgName", "label", "patient")
-CELL_COLUMNS = (
-    "id",
-    "segmentationSetId",
-    "wsi",
-    "cellType",
-    "segmentationQuality",
-    "specialCharacteristics",
-    "objectType",
-    "bbox",
-    "convexArea",
-    "eccentricity",
-    "equivalentDiameter",
-    "perimeter",
-    "meanIntensity",
-    "eulerNumber",
-    "extent",
-)
+TYPED_SHARE = 0.6  # of the cells
 
 _Points = NDArray[np.float64]
 _Mask = NDArray[np.uint8]
@@ -72,12 +56,12 @@ _SHIFT = 4  # OpenCV draws at 1/16 pixel
 
 @dataclass(frozen=True)
 class _Look:
-    """How one kind of cell is drawn: lengths over the cell's radius, colours as optical density (R, G, B)."""
+    """How one kind of cell is drawn: lengths in radii of the cell, colours as optical density (R, G, B)."""
 
-    cell_type: str | None  # the data set's word, None: an object that annotators do not type
-    diameter: tuple[float, float]  # mean and spread, in units of `cell_size`
-    nuclear: tuple[float, float]  # nuclear radius over cell radius, mean and spread
-    shapes: tuple[str, ...]  # nuclear shapes, one is picked
+    cell_type: str | None  # label in the data set, None: an object that annotators give no type
+    diameter: tuple[float, float]  # mean and standard deviation, in units of `cell_size`
+    nuclear: tuple[float, float]  # radius of the nucleus over that of the cell, mean and standard deviation
+    shapes: tuple[str, ...]  # of the nucleus, one is chosen at random
     nucleus: _Rgb
     cytoplasm: _Rgb
     grain: float  # chromatin: size of the clumps, pixels at a cell of 64 px
@@ -85,8 +69,8 @@ class _Look:
     granules: tuple[float, float] = (0.0, 0.0)  # azurophilic granules, share of pixels: lowest, highest
     specific: float = 0.0  # fine pinkish granules of the maturing granulocyte
     nucleoli: tuple[int, int] = (0, 0)
-    hof: float = 0.0  # pale Golgi zone beside the nucleus
-    eccentric: float = 0.3  # how far the nucleus sits from the middle, 1: at the wall
+    hof: float = 0.0  # depth of the pale Golgi zone beside the nucleus
+    eccentric: float = 0.3  # distance of the nucleus from the centre, 1: at the cell wall
     rough: float = 0.035  # unevenness of the outline
 
 
@@ -152,7 +136,7 @@ _NUCLEOLUS: _Rgb = (-0.17, -0.44, -0.16)
 _RED_CELL: _Rgb = (0.11, 0.36, 0.33)
 _PLASMA: _Rgb = (0.035, 0.06, 0.025)
 
-# Differential count of a normal marrow, per cent of nucleated cells.
+# Differential count of a normal marrow, per cent of the nucleated cells.
 _NORMAL = {
     "myeloblast": 3.0,
     "monoblast": 0.7,
@@ -167,7 +151,7 @@ _NORMAL = {
     "plasma cell": 2.0,
     "smudge": 4.0,
 }
-# FAB class of an AML other than APL: how common, and what its blasts are.
+# FAB class of an AML other than APL: weight in the random choice, and shares of its abnormal cells.
 _FAB: dict[str, tuple[float, dict[str, float]]] = {
     "m0": (5, {"myeloblast": 0.92, "lymphoblast": 0.08}),
     "m1": (17, {"myeloblast": 0.95, "promyelocyte": 0.05}),
@@ -185,47 +169,36 @@ _FAB: dict[str, tuple[float, dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class Stain:
-    """How a patient's slide was stained and photographed; carries no diagnosis.
+    """How a patient's slide was stained and photographed; independent of the diagnosis."""
 
-    `mix` is the (3, 3) factor from drawn to seen optical density, `red` the red cells' and `light` the white
-    point's optical density (R, G, B), `vignette` how much darker the corners are and `centre` where it is
-    brightest, `blur` the focus in pixels, `noise` the camera's in grey levels, `cover` the share of the field
-    under red cells, `pallor` how hollow they are, `film` the tint of the plasma.
-    """
-
-    mix: NDArray[np.float64]
-    red: NDArray[np.float64]
-    light: NDArray[np.float64]
-    vignette: float
-    centre: tuple[float, float]
-    blur: float
-    noise: float
-    cover: float
-    pallor: float
-    film: float
+    mix: NDArray[np.float64]  # (3, 3), from drawn to seen optical density
+    red: NDArray[np.float64]  # optical density (R, G, B) of the red cells
+    light: NDArray[np.float64]  # optical density (R, G, B) of the white point
+    vignette: float  # darkness of the corners
+    centre: tuple[float, float]  # brightest point, share of height and width
+    blur: float  # of the focus, px
+    noise: float  # of the camera, grey levels
+    cover: float  # share of the field under red cells
+    pallor: float  # paleness of the middle of red cells
+    film: float  # strength of the plasma's tint
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What a patient's smears have in common: `mix` is the share of each kind of cell, all shares sum to 1.
-
-    `rods` is the chance that an immature myeloid cell holds Auer rods, `faggots` that an abnormal
-    promyelocyte is a faggot cell; `granularity` scales the granules of abnormal promyelocytes (low: the
-    microgranular variant).
-    """
+    """What all smears of a patient have in common."""
 
     diagnosis: Diagnosis
     fab: str | None
-    mix: dict[str, float]
-    rods: float
-    faggots: float
-    granularity: float
+    mix: dict[str, float]  # share of each kind of cell; the sum is 1
+    rods: float  # probability that an immature myeloid cell has Auer rods
+    faggots: float  # probability that an abnormal promyelocyte is a faggot cell
+    granularity: float  # factor on the granules of abnormal promyelocytes; low: microgranular variant
     stain: Stain
 
 
 @dataclass(frozen=True)
 class CellPlan:
-    """One cell before it is drawn; `typed`: an annotator named it (untyped rows have a box only)."""
+    """One cell before it is drawn; `typed`: an annotator gave it a type (else its row has only a box)."""
 
     kind: str
     typed: bool
@@ -237,12 +210,12 @@ class CellPlan:
 
     @property
     def cell_type(self) -> str | None:
-        """The data set's word for this kind, None where an annotator left it open."""
+        """Label of this kind in the data set; None if it has no type."""
         return _LOOKS[self.kind].cell_type if self.typed else None
 
     @property
     def characteristics(self) -> tuple[str, ...]:
-        """The special characteristics of a typed cell, sorted: ('None',) if it has none; () if untyped."""
+        """The special characteristics of a typed cell, sorted; ('None',) if it has none, () if untyped."""
         if not self.typed:
             return ()
         flags = {
@@ -255,25 +228,25 @@ class CellPlan:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """The random stream of one item: the same for the same key, independent of every other."""
+    """The random stream of one item: the same for the same key, independent of all other streams."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(list(key))))
 
 
 def diagnosis_of(patient: int, seed: int) -> Diagnosis:
-    """The diagnosis of patient 1, 2, ...: every three in a row hold one of each, in a shuffled order.
+    """The diagnosis of patient 1, 2, ...; each group of three has one of each, in random order.
 
-    So a third of the patients has each diagnosis, an id says nothing of it, and it does not depend on how
-    many are drawn.
+    So a third of the patients has each diagnosis, the id is no hint of it, and it does not depend on the
+    number of patients.
     """
     block, place = divmod(patient - 1, len(DIAGNOSES))
     return DIAGNOSES[int(generator(seed, 0, block).permutation(len(DIAGNOSES))[place])]
 
 
 def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
-    """Draw a patient: burden of abnormal cells, FAB class, differential count, stain.
+    """Draw a patient at random: share of abnormal cells, FAB class, differential count, stain.
 
-    The burden is wide on purpose: some APL marrows hold hardly any abnormal promyelocyte, some other AML make
-    promyelocytes, some healthy marrows are shifted to the left.
+    The share varies widely on purpose: some APL marrows have hardly any abnormal promyelocytes, some other
+    AML have promyelocytes, and some healthy marrows have a left shift.
     """
     stain = _sample_stain(rng)
     mix = {kind: share / 100 for kind, share in _NORMAL.items()}
@@ -312,7 +285,7 @@ def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
 
 
 def _sample_burden(rng: np.random.Generator) -> float:
-    """Share of the marrow that the clone holds: mostly half and more, in one patient of ten hardly any."""
+    """Share of leukaemic cells in the marrow: mostly half and more, in one patient of ten very few."""
     low, high = float(rng.uniform(0.05, 0.27)), 0.42 + 0.53 * float(rng.beta(1.7, 1.1))
     return low if rng.random() < 0.1 else high
 
@@ -337,40 +310,31 @@ def _sample_stain(rng: np.random.Generator) -> Stain:
 
 
 _IMMATURE = frozenset({"myeloblast", "monoblast", "promyelocyte", "abnormal promyelocyte"})
-TYPED_SHARE = 0.6
 
 
 def sample_cells(patient: Patient, n_cells: int, rng: np.random.Generator) -> list[CellPlan]:
-    """Draw the cells of one smear of `patient`: kinds, Auer rods, and which of them an annotator typed."""
+    """Draw the cells of one smear at random: kinds, Auer rods, and which of them an annotator typed."""
     shares = np.array([patient.mix[kind] for kind in KINDS])
     plans = []
     for index in rng.choice(len(KINDS), size=n_cells, p=shares / shares.sum()):
         kind = KINDS[int(index)]
-        luck = rng.random(6)
-        immature = kind in _IMMATURE
-        promyelocyte = kind == "abnormal promyelocyte"
-        faggot = bool(promyelocyte and luck[0] < patient.faggots)
-        has_rods = faggot or bool(immature and luck[1] < patient.rods)
-        mitosis = bool(not has_rods and (immature or kind == "erythroblast") and luck[2] < 0.008)
-        typed = bool(
-            _LOOKS[kind].cell_type is not None and luck[3] < (0.85 if has_rods else TYPED_SHARE + 0.01)
-        )
+        chance = rng.random(6)
+        immature, abnormal = kind in _IMMATURE, kind == "abnormal promyelocyte"
+        faggot = bool(abnormal and chance[0] < patient.faggots)
+        has_rods = faggot or bool(immature and chance[1] < patient.rods)
+        typed_share = 0.85 if has_rods else TYPED_SHARE + 0.01
         plans.append(
             CellPlan(
                 kind=kind,
-                typed=typed,
-                rods=_faggot_rods(rng) if faggot else (1 + int(rng.random() < 0.3) if has_rods else 0),
+                typed=bool(_LOOKS[kind].cell_type is not None and chance[3] < typed_share),
+                rods=int(rng.integers(9, 18)) if faggot else 1 + int(rng.random() < 0.3) if has_rods else 0,
                 faggot=faggot,
-                bilobed=bool(promyelocyte and luck[4] < 0.03),
-                mitosis=mitosis,
-                granularity=patient.granularity if promyelocyte else 1.0,
+                bilobed=bool(abnormal and chance[4] < 0.03),
+                mitosis=bool(not has_rods and (immature or kind == "erythroblast") and chance[2] < 0.008),
+                granularity=patient.granularity if abnormal else 1.0,
             )
         )
     return plans
-
-
-def _faggot_rods(rng: np.random.Generator) -> int:
-    return int(rng.integers(9, 18))
 
 
 # --- drawing -------------------------------------------------------------------------------------------
@@ -378,10 +342,13 @@ def _faggot_rods(rng: np.random.Generator) -> int:
 
 @dataclass(frozen=True)
 class Cell:
-    """A drawn cell. `box` is (y0, x0, y1, x1) in pixels, end exclusive, clipped to the smear.
+    """A drawn cell.
 
-    `mask` and `rods` are boolean arrays of the box's shape: where the cell is, and where its Auer rods are
-    (all False without rods).
+    Attributes:
+        plan: kind and features of the cell.
+        box: (y0, x0, y1, x1) in px, end exclusive, clipped to the smear.
+        mask: bool, shape of the box: where the cell is.
+        rods: bool, shape of the box: where its Auer rods are.
     """
 
     plan: CellPlan
@@ -392,7 +359,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Smear:
-    """A drawn field of view: `image` (height, width, 3) uint8 RGB and its cells in reading order."""
+    """A drawn field of view: `image`, uint8 RGB (height, width, 3), and its cells from top to bottom."""
 
     image: NDArray[np.uint8]
     cells: list[Cell] = field(default_factory=list)
@@ -411,33 +378,32 @@ def draw_smear(
 
     Args:
         diagnosis: healthy, aml (other than APL) or apl.
-        rng: the smear's own random stream; the picture depends on nothing else.
-        size: (height, width) in pixels.
-        n_cells: nucleated cells wanted; fewer are drawn when the field has no more room.
-        cell_size: diameter of a promyelocyte in pixels; every other length follows from it.
-        patient: whose smear it is; drawn from `rng` when None.
+        rng: random stream of this smear; the picture depends on nothing else.
+        size: (height, width) in px.
+        n_cells: wanted number of nucleated cells; fewer are drawn if the field is full.
+        cell_size: diameter of a promyelocyte in px; all other lengths follow from it.
+        patient: patient of the smear; None: drawn at random from `rng`.
 
     Returns:
-        The smear, its cells ordered from top to bottom.
+        The smear, its cells sorted from top to bottom.
 
     Raises:
-        ValueError: the field is too small to hold a cell, or `patient` has another diagnosis.
+        ValueError: the field is too small for cells, or `patient` has another diagnosis.
     """
     _check_size(size, cell_size)
     if patient is None:
         patient = sample_patient(diagnosis, rng)
     elif patient.diagnosis != diagnosis:
         raise ValueError(
-            f"The patient has the diagnosis {patient.diagnosis!r}, the smear is to show {diagnosis!r}."
+            f"The patient has the diagnosis {patient.diagnosis!r}, but the smear should show {diagnosis!r}."
         )
     stain = patient.stain
     density = _background(size, cell_size, stain, rng)
     drawn = []
     plans = sample_cells(patient, n_cells, rng)
     radii = [_radius(plan, cell_size, rng) for plan in plans]
-    # a label must be true of what is in the picture: the edge never cuts a cell with rods
-    whole = [plan.rods > 0 for plan in plans]
-    for plan, radius, centre in zip(plans, radii, _places(radii, whole, size, rng), strict=True):
+    uncut = [plan.rods > 0 for plan in plans]  # else labelled rods could lie outside the picture
+    for plan, radius, centre in zip(plans, radii, _places(radii, uncut, size, rng), strict=True):
         if centre is not None:
             patch = _draw_cell(plan, radius, cell_size, stain, rng)
             drawn.append(_place_cell(density, patch, plan, centre))
@@ -449,19 +415,19 @@ def draw_smear(
 def _check_size(size: tuple[int, int], cell_size: int) -> None:
     if cell_size < 24 or min(size) < 2 * cell_size:
         raise ValueError(
-            f"A smear of {size[0]}x{size[1]} px with cells of {cell_size} px cannot be drawn: cells need at "
-            "least 24 px and the smear two cells each way. Ask for a larger smear or smaller cells."
+            f"A smear of {size[0]}x{size[1]} px with cells of {cell_size} px cannot be drawn. A cell needs "
+            "24 px, and a smear needs room for two cells each way: use larger smears or smaller cells."
         )
 
 
 def _fill(mask: _Mask, points: _Points, value: int = 255) -> None:
-    """Fill the polygon `points` (n, 2), x then y in pixels, into `mask`, with smooth edges."""
+    """Fill the polygon `points` (n, 2), x and y in px, into `mask`, with smooth edges."""
     corners = np.rint(points * (1 << _SHIFT)).astype(np.int32)
     cv2.fillPoly(mask, [corners], value, lineType=cv2.LINE_AA, shift=_SHIFT)
 
 
 def _blur(mask: _Mask, sigma: float) -> _Mask:
-    """Gaussian blur; on bytes OpenCV computes it in fixed point, so that every machine gives the same."""
+    """Gaussian blur; OpenCV computes it with integers for bytes, so it is the same on every computer."""
     if sigma < 0.2:
         return mask
     blurred: _Mask = cv2.GaussianBlur(mask, (0, 0), round(sigma, 3))
@@ -469,7 +435,7 @@ def _blur(mask: _Mask, sigma: float) -> _Mask:
 
 
 def _texture(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> _Density:
-    """Smooth noise around 0, standard deviation about 64, in int32; `sigma` is the grain in pixels."""
+    """Smooth noise, int32 around 0 with a standard deviation of about 64; `sigma` is the grain in px."""
     noise = rng.integers(0, 256, size=shape, dtype=np.uint8)
     smooth = _blur(noise, sigma).astype(np.int32) - 128
     gain = 64.0 / 74.0 * max(1.0, 2.0 * math.sqrt(math.pi) * sigma)
@@ -477,18 +443,14 @@ def _texture(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> 
 
 
 def _outline(radius: float, rough: float, rng: np.random.Generator, squash: float = 0.0) -> _Points:
-    """A closed, slightly uneven outline around the origin, (n, 2) x then y; `squash` makes it oval."""
+    """A closed, slightly uneven outline around the origin, (n, 2), x and y; `squash` makes it oval."""
     n_points = 40
     angle = np.arange(n_points) * (2 * math.pi / n_points)
     scale = np.ones(n_points)
     for wave in range(2, 6):
         scale += rough / (wave - 1) * rng.normal() * np.cos(wave * angle + rng.uniform(0, 2 * math.pi))
-    points = (
-        radius
-        * scale[:, None]
-        * np.column_stack([np.cos(angle) * (1 + squash), np.sin(angle) * (1 - squash)])
-    )
-    return _turn(points, rng.uniform(0, 2 * math.pi))
+    oval = np.column_stack([np.cos(angle) * (1 + squash), np.sin(angle) * (1 - squash)])
+    return _turn(radius * scale[:, None] * oval, rng.uniform(0, 2 * math.pi))
 
 
 def _turn(points: _Points, angle: float) -> _Points:
@@ -526,7 +488,7 @@ def _background(size: tuple[int, int], cell_size: int, stain: Stain, rng: np.ran
 
 
 def _texture_wide(size: tuple[int, int], cell_size: int, rng: np.random.Generator) -> _Density:
-    """Noise as wide as a few cells: drawn small, enlarged exactly."""
+    """Noise that varies over a few cells: drawn small, then enlarged with integers."""
     small = (size[0] // cell_size + 3, size[1] // cell_size + 3)
     noise = _blur(rng.integers(0, 256, size=small, dtype=np.uint8), 1.0)
     wide = cv2.resize(noise, (size[1], size[0]), interpolation=cv2.INTER_LINEAR_EXACT)
@@ -540,11 +502,8 @@ def _platelets(density: _Density, cell_size: int, stain: Stain, rng: np.random.G
         middle = np.array([rng.uniform(0, width), rng.uniform(0, height)])
         for _ in range(1 + rng.poisson(0.5)):
             spot = middle + rng.normal(0, cell_size * 0.08, 2)
-            _fill(
-                mask,
-                spot + _outline(cell_size * rng.uniform(0.045, 0.085), 0.12, rng),
-                int(rng.integers(110, 210)),
-            )
+            shape = spot + _outline(cell_size * rng.uniform(0.045, 0.085), 0.12, rng)
+            _fill(mask, shape, int(rng.integers(110, 210)))
     _add(density, _blur(mask, 0.7).astype(np.int32), stain.mix @ np.array((0.40, 0.66, 0.24)))
 
 
@@ -560,17 +519,17 @@ def _radius(plan: CellPlan, cell_size: int, rng: np.random.Generator) -> float:
 
 
 def _places(
-    radii: list[float], whole: list[bool], size: tuple[int, int], rng: np.random.Generator
+    radii: list[float], uncut: list[bool], size: tuple[int, int], rng: np.random.Generator
 ) -> list[tuple[float, float] | None]:
-    """A centre (y, x) for each cell such that cells touch at most; None where no room was found.
+    """A centre (y, x) for each cell, so that cells do not overlap; None if there is no room.
 
-    A few centres lie so near the edge that the field cuts the cell, as in a photograph; never a `whole` cell.
+    As in a photograph, the edge of the field cuts a few cells, but none that must stay `uncut`.
     """
     height, width = size
     taken = np.empty((0, 3))
     places: list[tuple[float, float] | None] = []
-    for radius, is_whole in zip(radii, whole, strict=True):
-        inset = radius * (0.35 if rng.random() < 0.12 and not is_whole else 1.06)
+    for radius, is_uncut in zip(radii, uncut, strict=True):
+        inset = radius * (0.35 if rng.random() < 0.12 and not is_uncut else 1.06)
         found = None
         for _ in range(60):
             y, x = rng.uniform(inset, height - inset), rng.uniform(inset, width - inset)
@@ -585,83 +544,119 @@ def _places(
 
 @dataclass(frozen=True)
 class _Patch:
+    """A cell before it is placed into the field."""
+
     density: _Density  # (3, side, side)
     cover: _Mask  # (side, side), 255 where the cell is
-    rods: _Mask
+    rods: _Mask  # (side, side)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Outline of a cell and of its nucleus: masks (side, side), lengths in px."""
+
+    body: _Mask
+    nucleus: _Mask
+    radius: float  # of the cell
+    nuclear: float  # radius of the nucleus
+    centre: _Points  # of the nucleus
+    direction: float  # from the centre of the cell to that of the nucleus, radians
+    scale: float  # px per px of a cell of `CELL_SIZE`
 
 
 def _draw_cell(
     plan: CellPlan, radius: float, cell_size: int, stain: Stain, rng: np.random.Generator
 ) -> _Patch:
     look = _vary(_LOOKS[plan.kind], plan, rng)
-    scale = cell_size / CELL_SIZE
-    side = 2 * math.ceil(radius * 1.45) + 4
-    middle = np.array([side / 2, side / 2])
-    body = np.zeros((side, side), np.uint8)
-    _fill(body, middle + _outline(radius, look.rough, rng, abs(rng.normal(0.0, 0.045))))
-    ratio = float(np.clip(rng.normal(*look.nuclear), 0.3, 0.93))
-    if plan.faggot:
-        ratio = min(ratio, 0.62)
-    away = rng.uniform(0, 2 * math.pi)
-    offset = radius * (1 - ratio) * look.eccentric * rng.uniform(0.5, 1.0)
-    heart = middle + offset * np.array([math.cos(away), math.sin(away)])
-    shape = (
-        "mitosis"
-        if plan.mitosis
-        else "bilobed"
-        if plan.bilobed
-        else look.shapes[int(rng.integers(len(look.shapes)))]
-    )
-    nucleus = np.zeros_like(body)
-    _draw_nucleus(nucleus, heart, radius * ratio, shape, away, rng=rng)
-    nucleus = np.minimum(nucleus, body)
-    if shape == "smudge":
-        nucleus, body = _smear_out(nucleus, scale, rng), _smear_out(body, scale, rng)
-    soft = _blur(nucleus, 0.55 * scale).astype(np.int32)
-    inside = _blur(body, 0.6 * scale).astype(np.int32)
-
-    # cytoplasm: cloudy, deeper blue towards the wall, paler in the Golgi zone
-    cloud = 256 + (_texture(body.shape, 2.2 * scale, rng) * 34 >> 6)
-    wall = 255 - _blur(body, 3.2 * scale).astype(np.int32)
-    cloud += wall * 150 // 255
-    if look.hof:
-        hof = np.zeros_like(body)
-        beside = heart - 1.15 * radius * ratio * np.array([math.cos(away), math.sin(away)])
-        _fill(hof, beside + _outline(radius * 0.42, 0.06, rng))
-        cloud -= _blur(hof, 2.4 * scale).astype(np.int32) * round(look.hof * 200) // 255
-    plain = np.zeros((3, side, side), np.int32)
-    _add(plain, np.maximum(cloud, 40), stain.mix @ np.array(look.cytoplasm))
-
-    # nucleus: chromatin clumps, a darker membrane, pale nucleoli
-    chromatin = 256 + (_texture(body.shape, look.grain * scale, rng) * round(look.contrast * 256) >> 6)
-    edge = np.clip(soft - _blur(nucleus, 2.0 * scale).astype(np.int32), 0, 255)
-    chromatin += edge * 50 // 100
-    dark = np.zeros_like(plain)
-    _add(dark, np.clip(chromatin, 90, 460), stain.mix @ np.array(look.nucleus))
-    spots = _nucleoli(nucleus, heart, radius * ratio, look, rng)
-    _add(dark, _blur(spots, 0.8 * scale).astype(np.int32), stain.mix @ np.array(_NUCLEOLUS))
+    shape = _draw_shape(plan, look, radius, cell_size / CELL_SIZE, rng)
+    scale = shape.scale
+    soft = _blur(shape.nucleus, 0.55 * scale).astype(np.int32)
+    inside = _blur(shape.body, 0.6 * scale).astype(np.int32)
+    plain = _cytoplasm(shape, look, stain, rng)
+    dark = _chromatin(shape, soft, look, stain, rng)
     density = (plain * (255 - soft) + dark * soft) // 255
-
-    # granules lie over the cytoplasm and, where they crowd, over the nucleus
-    share = rng.uniform(*look.granules) * plan.granularity
-    veil = 255 - soft * round(225 - 70 * min(1.0, 3 * share)) // 255
-    fine = _scatter(body.shape, share, 0.62 * scale, rng) * veil // 255
-    coarse = _scatter(body.shape, 0.16 * share, 1.05 * scale, rng) * veil // 255
-    _add(density, np.minimum(fine + coarse, 255), stain.mix @ np.array(_GRANULE))
+    _add_granules(density, soft, rng.uniform(*look.granules) * plan.granularity, scale, stain, rng)
     if look.specific:
-        _add(density, _scatter(body.shape, look.specific, 0.6 * scale, rng) * (255 - soft) // 255,
-             stain.mix @ np.array(_SPECIFIC))  # fmt: skip
-
-    rods = np.zeros_like(body)
+        fine = _scatter(soft.shape, look.specific, 0.6 * scale, rng) * (255 - soft) // 255
+        _add(density, fine, stain.mix @ np.array(_SPECIFIC))
+    rods = np.zeros_like(shape.body)
     if plan.rods:
-        rods = _draw_rods(body, nucleus, radius, scale=scale, faggot=plan.faggot, count=plan.rods, rng=rng)
+        rods = _draw_rods(shape, plan.faggot, plan.rods, rng)
         _add(density, rods.astype(np.int32), stain.mix @ np.array(_ROD))
     density = np.maximum(density, 0) * inside // 255
     return _Patch(density, inside.astype(np.uint8), rods)
 
 
+def _draw_shape(plan: CellPlan, look: _Look, radius: float, scale: float, rng: np.random.Generator) -> _Shape:
+    """The outlines of a cell and of its nucleus, which lies off the centre in a random direction."""
+    side = 2 * math.ceil(radius * 1.45) + 4
+    body = np.zeros((side, side), np.uint8)
+    _fill(body, side / 2 + _outline(radius, look.rough, rng, abs(rng.normal(0.0, 0.045))))
+    ratio = float(np.clip(rng.normal(*look.nuclear), 0.3, 0.93))
+    if plan.faggot:
+        ratio = min(ratio, 0.62)
+    direction = rng.uniform(0, 2 * math.pi)
+    offset = radius * (1 - ratio) * look.eccentric * rng.uniform(0.5, 1.0)
+    centre = side / 2 + offset * np.array([math.cos(direction), math.sin(direction)])
+    kind = "mitosis" if plan.mitosis else "bilobed" if plan.bilobed else ""
+    kind = kind or look.shapes[int(rng.integers(len(look.shapes)))]
+    nucleus = np.zeros_like(body)
+    _draw_nucleus(nucleus, centre, radius * ratio, kind, direction, rng=rng)
+    nucleus = np.minimum(nucleus, body)
+    if kind == "smudge":
+        nucleus, body = _smear_out(nucleus, scale, rng), _smear_out(body, scale, rng)
+    return _Shape(body, nucleus, radius, radius * ratio, centre, direction, scale)
+
+
+def _cytoplasm(shape: _Shape, look: _Look, stain: Stain, rng: np.random.Generator) -> _Density:
+    """Optical density of the cytoplasm: cloudy, bluer towards the cell wall, paler in the Golgi zone."""
+    body, scale = shape.body, shape.scale
+    cloud = 256 + (_texture(body.shape, 2.2 * scale, rng) * 34 >> 6)
+    wall = 255 - _blur(body, 3.2 * scale).astype(np.int32)
+    cloud += wall * 150 // 255
+    if look.hof:
+        hof = np.zeros_like(body)
+        towards = np.array([math.cos(shape.direction), math.sin(shape.direction)])
+        beside = shape.centre - 1.15 * shape.nuclear * towards
+        _fill(hof, beside + _outline(shape.radius * 0.42, 0.06, rng))
+        cloud -= _blur(hof, 2.4 * scale).astype(np.int32) * round(look.hof * 200) // 255
+    density = np.zeros((3, *body.shape), np.int32)
+    _add(density, np.maximum(cloud, 40), stain.mix @ np.array(look.cytoplasm))
+    return density
+
+
+def _chromatin(
+    shape: _Shape, soft: _Density, look: _Look, stain: Stain, rng: np.random.Generator
+) -> _Density:
+    """Optical density of the nucleus: clumps of chromatin, a darker membrane, pale nucleoli."""
+    nucleus, scale = shape.nucleus, shape.scale
+    clumps = 256 + (_texture(nucleus.shape, look.grain * scale, rng) * round(look.contrast * 256) >> 6)
+    membrane = np.clip(soft - _blur(nucleus, 2.0 * scale).astype(np.int32), 0, 255)
+    clumps += membrane * 50 // 100
+    density = np.zeros((3, *nucleus.shape), np.int32)
+    _add(density, np.clip(clumps, 90, 460), stain.mix @ np.array(look.nucleus))
+    spots = np.zeros_like(nucleus)
+    for _ in range(int(rng.integers(look.nucleoli[0], look.nucleoli[1] + 1))):
+        angle, reach = rng.uniform(0, 2 * math.pi), shape.nuclear * 0.6 * math.sqrt(rng.random())
+        spot = shape.centre + reach * np.array([math.cos(angle), math.sin(angle)])
+        _fill(spots, spot + _outline(shape.nuclear * rng.uniform(0.14, 0.23), 0.06, rng))
+    pale = _blur(np.minimum(spots, nucleus), 0.8 * scale).astype(np.int32)
+    _add(density, pale, stain.mix @ np.array(_NUCLEOLUS))
+    return density
+
+
+def _add_granules(
+    density: _Density, soft: _Density, share: float, scale: float, stain: Stain, rng: np.random.Generator
+) -> None:
+    """Add azurophilic granules over the cytoplasm and, if there are many, over the nucleus too."""
+    visible = 255 - soft * round(225 - 70 * min(1.0, 3 * share)) // 255
+    fine = _scatter(soft.shape, share, 0.62 * scale, rng) * visible // 255
+    coarse = _scatter(soft.shape, 0.16 * share, 1.05 * scale, rng) * visible // 255
+    _add(density, np.minimum(fine + coarse, 255), stain.mix @ np.array(_GRANULE))
+
+
 def _vary(look: _Look, plan: CellPlan, rng: np.random.Generator) -> _Look:
-    """The look of this very cell: a little colour of its own; erythroblasts mature from blue to pink."""
+    """The look of one cell: its colour varies a little; erythroblasts mature from blue to pink."""
     tint = np.exp(rng.normal(0.0, 0.07, 3))
     tone = math.exp(rng.normal(0.0, 0.10))
     cytoplasm = np.array(look.cytoplasm)
@@ -678,7 +673,7 @@ def _vary(look: _Look, plan: CellPlan, rng: np.random.Generator) -> _Look:
 
 
 def _draw_nucleus(
-    mask: _Mask, centre: _Points, radius: float, shape: str, away: float, *, rng: np.random.Generator
+    mask: _Mask, centre: _Points, radius: float, shape: str, direction: float, *, rng: np.random.Generator
 ) -> None:
     if shape in {"round", "smudge"}:
         _fill(mask, centre + _outline(radius, 0.03, rng, 0.02))
@@ -688,7 +683,7 @@ def _draw_nucleus(
         depth = {"notched": 0.22, "folded": 0.34, "kidney": 0.58}[shape] * rng.uniform(0.75, 1.2)
         points = _outline(radius * 1.04, 0.07 if shape == "folded" else 0.03, rng, 0.05)
         angle = np.arctan2(points[:, 1], points[:, 0])
-        notch = away + math.pi + rng.normal(0.0, 0.5)
+        notch = direction + math.pi + rng.normal(0.0, 0.5)
         for turn in (0.0, rng.uniform(1.8, 2.8)) if shape == "folded" else (0.0,):
             gap = np.angle(np.exp(1j * (angle - notch - turn)))
             points *= 1 - depth * np.exp(-0.5 * (gap / rng.uniform(0.38, 0.55)) ** 2)[:, None]
@@ -698,22 +693,19 @@ def _draw_nucleus(
         bend = rng.uniform(0.15, 0.5)
         part = rng.uniform(0.48, 0.62)
         for side in (-1.0, 1.0):
-            lobe = _turn(
-                _ellipse(radius * rng.uniform(0.48, 0.58), radius * rng.uniform(0.78, 0.94)), side * bend
-            )
-            _fill(mask, centre + _turn(lobe + np.array([side * part * radius, 0.0]), axis))
+            lobe = _ellipse(radius * rng.uniform(0.48, 0.58), radius * rng.uniform(0.78, 0.94))
+            lobe = _turn(lobe, side * bend) + np.array([side * part * radius, 0.0])
+            _fill(mask, centre + _turn(lobe, axis))
     elif shape == "band":
-        _stroke(mask, centre + _arc(radius * 0.72, rng.uniform(3.4, 4.3), away, 24), radius * 0.27)
+        _stroke(mask, centre + _arc(radius * 0.72, rng.uniform(3.4, 4.3), direction, 24), radius * 0.27)
     elif shape == "segmented":
         n_lobes = int(rng.choice([2, 3, 4, 5], p=[0.2, 0.42, 0.3, 0.08]))
-        path = _arc(radius * 0.66, 1.25 * n_lobes * rng.uniform(0.9, 1.1), away, n_lobes)
+        path = _arc(radius * 0.66, 1.25 * n_lobes * rng.uniform(0.9, 1.1), direction, n_lobes)
         path = path + rng.normal(0.0, 0.07 * radius, path.shape)
         _stroke(mask, centre + path, radius * 0.08)
         for spot in path:
-            _fill(
-                mask,
-                centre + spot + _outline(radius * rng.uniform(0.30, 0.42), 0.06, rng, rng.uniform(0.0, 0.15)),
-            )
+            lobe = _outline(radius * rng.uniform(0.30, 0.42), 0.06, rng, rng.uniform(0.0, 0.15))
+            _fill(mask, centre + spot + lobe)
     else:
         axis = rng.uniform(0, 2 * math.pi)
         plates = (0.0,) if rng.random() < 0.6 else (-0.42, 0.42)
@@ -745,24 +737,15 @@ def _stroke(mask: _Mask, path: _Points, half_width: float) -> None:
 
 
 def _smear_out(mask: _Mask, scale: float, rng: np.random.Generator) -> _Mask:
-    """Fray a nucleus into strands, as in a cell crushed by the spreader."""
+    """Turn a mask into strands, as in a cell that was crushed when the smear was made."""
     frayed = _texture(mask.shape, 3.0 * scale, rng)
     soft = _blur(mask, 3.5 * scale).astype(np.int32)
     strands: _Mask = np.clip((soft - 118 + frayed) * 3, 0, 235).astype(np.uint8)
     return strands
 
 
-def _nucleoli(nucleus: _Mask, centre: _Points, radius: float, look: _Look, rng: np.random.Generator) -> _Mask:
-    spots = np.zeros_like(nucleus)
-    for _ in range(int(rng.integers(look.nucleoli[0], look.nucleoli[1] + 1))):
-        angle, reach = rng.uniform(0, 2 * math.pi), radius * 0.6 * math.sqrt(rng.random())
-        spot = centre + reach * np.array([math.cos(angle), math.sin(angle)])
-        _fill(spots, spot + _outline(radius * rng.uniform(0.14, 0.23), 0.06, rng))
-    return np.minimum(spots, nucleus)
-
-
 def _scatter(shape: tuple[int, ...], share: float, sigma: float, rng: np.random.Generator) -> _Density:
-    """Granules: dots on a share of the pixels, `sigma` pixels wide, 0 to 255."""
+    """Granules: dots of `sigma` px on a share of the pixels, values 0 to 255."""
     if share <= 0:
         return np.zeros(shape, np.int32)
     thinning = max(1.0, (sigma / 0.62) ** 2)
@@ -772,19 +755,11 @@ def _scatter(shape: tuple[int, ...], share: float, sigma: float, rng: np.random.
     return granules
 
 
-def _draw_rods(
-    body: _Mask,
-    nucleus: _Mask,
-    radius: float,
-    *,
-    scale: float,
-    faggot: bool,
-    count: int,
-    rng: np.random.Generator,
-) -> _Mask:
-    """Thin needles in the cytoplasm, each the best placed of several; a faggot cell holds them in bundles."""
+def _draw_rods(shape: _Shape, faggot: bool, count: int, rng: np.random.Generator) -> _Mask:
+    """Thin needles in the cytoplasm, each the best placed of several; in bundles in a faggot cell."""
+    body, nucleus = shape.body, shape.nucleus
     rods = np.zeros_like(body)
-    room = (_blur(body, 2.0 * scale) > 215) & (nucleus < 60)
+    room = (_blur(body, 2.0 * shape.scale) > 215) & (nucleus < 60)
     weight = room.astype(np.int32) - (body < 200) * 3 - (nucleus > 60) * (1 if faggot else 2)
     ys, xs = np.nonzero(room if room.any() else body > 200)
     along = rng.uniform(0, math.pi)
@@ -793,8 +768,8 @@ def _draw_rods(
         for _ in range(6 if faggot else 24):
             pick = int(rng.integers(len(ys)))
             angle = along + rng.normal(0.0, 0.35) if faggot else rng.uniform(0, math.pi)
-            half = radius * rng.uniform(0.26, 0.46)
-            thick = scale * rng.uniform(0.66, 0.95)
+            half = shape.radius * rng.uniform(0.26, 0.46)
+            thick = shape.scale * rng.uniform(0.66, 0.95)
             tip = np.array([(-half, 0.0), (-0.67 * half, thick), (0.67 * half, thick)])
             needle = _turn(np.vstack([tip, -tip]), angle) + np.array([xs[pick], ys[pick]])
             trial = np.zeros_like(body)
@@ -807,32 +782,28 @@ def _draw_rods(
 
 
 def _place_cell(density: _Density, patch: _Patch, plan: CellPlan, centre: tuple[float, float]) -> Cell | None:
-    """Lay a cell over the field (what is beneath it is pushed aside) and measure its box."""
+    """Draw a cell over the field, which almost covers what is below it, and measure its box."""
     height, width = density.shape[1:]
     side = patch.cover.shape[0]
     top, left = round(centre[0]) - side // 2, round(centre[1]) - side // 2
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
     part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
     cover = patch.cover[part]
-    beneath = density[:, y0:y1, x0:x1]
-    beneath[:] = beneath * (255 - cover.astype(np.int32) * 235 // 255) // 255 + patch.density[:, *part]
+    below = density[:, y0:y1, x0:x1]
+    below[:] = below * (255 - cover.astype(np.int32) * 235 // 255) // 255 + patch.density[:, *part]
     mask = cover > 100
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         return None
-    margin = 1
-    top_in, left_in = max(int(rows[0]) - margin, 0), max(int(columns[0]) - margin, 0)
-    bottom_in, right_in = (
-        min(int(rows[-1]) + 1 + margin, y1 - y0),
-        min(int(columns[-1]) + 1 + margin, x1 - x0),
-    )
-    inner = (slice(top_in, bottom_in), slice(left_in, right_in))
-    box = (y0 + top_in, x0 + left_in, y0 + bottom_in, x0 + right_in)
+    first, last = max(int(rows[0]) - 1, 0), min(int(rows[-1]) + 2, y1 - y0)  # a margin of one pixel
+    start, end = max(int(columns[0]) - 1, 0), min(int(columns[-1]) + 2, x1 - x0)
+    inner = (slice(first, last), slice(start, end))
+    box = (y0 + first, x0 + start, y0 + last, x0 + end)
     return Cell(plan, box, mask[inner], (patch.rods[part][inner] > 60) & mask[inner])
 
 
 def _photograph(density: _Density, stain: Stain, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """From optical density to grey values: lamp, vignette, focus, sensor noise."""
+    """Turn optical density into grey values: lamp, dark corners, focus, noise of the camera."""
     height, width = density.shape[1:]
     rows = (np.arange(height) / height - stain.centre[0]) ** 2
     columns = (np.arange(width) / width - stain.centre[1]) ** 2
@@ -858,63 +829,53 @@ def draw_data_set(
     size: tuple[int, int] = (HEIGHT, WIDTH),
     cells_per_smear: int = CELLS_PER_SMEAR,
     cell_size: int = CELL_SIZE,
-    progress: bool = False,
 ) -> None:
-    """Write a synthetic data set in the Kaggle layout: `wsi.csv`, `labeled_cells.csv`, `wsi/*.jpg`.
+    """Write a synthetic data set in the Kaggle layout: ``wsi.csv``, ``labeled_cells.csv``, ``wsi/*.jpg``.
 
     A third of the patients each has APL, another AML, a healthy marrow. Patient k is the same for any number
-    of patients. One smear is in memory at a time. The tables get their names last: a folder that was cut off
-    in the middle does not pass for a data set.
+    of patients. One smear is in memory at a time. The tables get their names last, so a folder that was cut
+    off is not taken for a data set.
 
     Args:
-        folder: where to write; made if missing, must be empty otherwise.
-        patients: how many, at least 3.
-        seed: the data set's seed, at least 0; other seeds give other patients.
-        size: (height, width) of a smear in pixels.
-        cells_per_smear: nucleated cells wanted in a smear.
-        cell_size: diameter of a promyelocyte in pixels.
-        progress: show a progress bar.
+        folder: does not exist, or is empty.
+        patients: number of patients, at least 3.
+        seed: at least 0; another seed gives other patients.
+        size: (height, width) of a smear in px.
+        cells_per_smear: wanted number of nucleated cells in a smear.
+        cell_size: diameter of a promyelocyte in px.
 
     Raises:
-        ValueError: fewer than 3 patients, a negative seed, a field too small to hold cells, or a folder that
-            holds files already.
+        ValueError: fewer than 3 patients, a negative seed, a field too small, or a folder with files.
     """
     if patients < len(DIAGNOSES):
-        wanted = ", ".join(DIAGNOSES)
-        raise ValueError(f"{patients} patients were asked for: at least 3 are needed, one each of {wanted}.")
+        raise ValueError(f"{patients} patients are too few: give at least 3, one for each diagnosis.")
     if seed < 0:
-        raise ValueError(f"The seed is {seed}: it must be a whole number of at least 0.")
+        raise ValueError(f"The seed is {seed}: give a whole number of at least 0.")
     _check_size(size, cell_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is not an empty folder: demo smears are never written over other files. Name a new "
-            "folder or empty this one first."
-        )
-    (folder / "wsi").mkdir(parents=True, exist_ok=True)
-    tables = (folder / "wsi.csv", folder / "labeled_cells.csv")
-    parts = [table.with_suffix(".csv.part") for table in tables]
+        raise ValueError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
+    (folder / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     smear_id = cell_id = 0
     with (
-        parts[0].open("w", newline="", encoding="utf-8") as smear_file,
-        parts[1].open("w", newline="", encoding="utf-8") as cell_file,
+        whole(folder / CELLS_FILE) as cells_part,
+        whole(folder / SMEARS_FILE) as smears_part,
+        cells_part.open("w", newline="", encoding="utf-8") as cells_file,
+        smears_part.open("w", newline="", encoding="utf-8") as smears_file,
     ):
-        smear_table = csv.writer(smear_file, lineterminator="\n")
-        cell_table = csv.writer(cell_file, lineterminator="\n")
-        smear_table.writerow(SMEAR_COLUMNS)
-        cell_table.writerow(CELL_COLUMNS)
-        for number in tqdm(range(1, patients + 1), desc="patients", disable=not progress):
+        smears, cells = (csv.writer(file, lineterminator="\n") for file in (smears_file, cells_file))
+        smears.writerow(["id", "imgName", "label", "patient"])
+        cells.writerow(KAGGLE_CELL_COLUMNS)
+        for number in progress(range(1, patients + 1), "patients", patients):
             for patient, smear in patient_smears(
                 number, seed, size=size, cells_per_smear=cells_per_smear, cell_size=cell_size
             ):
                 smear_id += 1
                 name = f"smear_{smear_id:04d}.jpg"
-                (folder / "wsi" / name).write_bytes(_jpeg(smear.image))
-                smear_table.writerow([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
+                (folder / IMAGE_FOLDER / name).write_bytes(_jpeg(smear.image))
+                smears.writerow([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
                 for row in _rows(smear, number):
                     cell_id += 1
-                    cell_table.writerow([cell_id, 1, smear_id, *row])
-    for part, table in zip(parts, tables, strict=True):
-        part.rename(table)
+                    cells.writerow([cell_id, 1, smear_id, *row])
 
 
 def patient_smears(
@@ -925,121 +886,57 @@ def patient_smears(
     cells_per_smear: int = CELLS_PER_SMEAR,
     cell_size: int = CELL_SIZE,
 ) -> Iterator[tuple[Patient, Smear]]:
-    """Patient `number` (1, 2, ...) of the data set `seed` with each of the patient's one or two smears."""
+    """Patient `number` (1, 2, ...) of the data set `seed`, with each of the patient's one or two smears."""
     diagnosis = diagnosis_of(number, seed)
     rng = generator(seed, number)
     patient = sample_patient(diagnosis, rng)
     for view in range(2 if rng.random() < TWO_SMEARS_SHARE else 1):
-        smear_rng = generator(seed, number, 1 + view)
+        own = generator(seed, number, 1 + view)
         yield (
             patient,
-            draw_smear(diagnosis, smear_rng, size, cells_per_smear, cell_size=cell_size, patient=patient),
+            draw_smear(diagnosis, own, size, cells_per_smear, cell_size=cell_size, patient=patient),
         )
 
 
 def smear_labels(patient: Patient) -> tuple[str, ...]:
-    """The smear's labels: ('healthy',), or ('aml', FAB class) with m3 for APL."""
+    """The labels of a patient's smears: ('healthy',), or ('aml', FAB class) with m3 for APL."""
     return ("healthy",) if patient.fab is None else ("aml", patient.fab)
 
 
-def contact_picture(
-    path: Path, *, seed: int = 1, patients: tuple[int, ...] = (11, 10, 24), scale: float = 0.8
-) -> None:
-    """Write a PNG of the first smear of `patients` (numbers in the data set `seed`), side by side.
-
-    Args:
-        path: the PNG to write.
-        seed: the data set's seed.
-        patients: whose first smear is shown, from left to right.
-        scale: size of the picture relative to the smears.
-    """
-    captions = {"healthy": "healthy marrow", "aml": "other AML", "apl": "APL"}
-    columns = []
-    for number in patients:
-        patient, smear = next(patient_smears(number, seed))
-        height, width = smear.image.shape[:2]
-        small_size = (round(width * scale), round(height * scale))
-        small = cv2.resize(smear.image, small_size, interpolation=cv2.INTER_AREA)
-        small = (small.astype(np.int32) + 2 >> 2 << 2).clip(0, 255).astype(np.uint8)  # halves the file
-        strip = np.full((34, small_size[0], 3), 255, np.uint8)
-        cv2.putText(
-            strip,
-            captions[patient.diagnosis],
-            (4, 24),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.7,
-            (40, 40, 40),
-            1,
-            cv2.LINE_AA,
-        )
-        columns.append(
-            cv2.copyMakeBorder(np.vstack([strip, small]), 0, 6, 4, 4, cv2.BORDER_CONSTANT, value=(255,) * 3)
-        )
-    done, data = cv2.imencode(
-        ".png", cv2.cvtColor(np.hstack(columns), cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 9]
-    )
-    if not done:
-        raise RuntimeError("OpenCV could not encode the picture as PNG.")
-    path.write_bytes(bytes(data))
-
-
-def _literal(labels: tuple[str, ...]) -> str:
-    """Labels as the data set writes them, a Python set literal; nothing for none."""
+def _literal(labels: Sequence[str]) -> str:
+    """Labels as in the data set: a Python set literal, or an empty text."""
     return "{" + ", ".join(f"'{label}'" for label in labels) + "}" if labels else ""
 
 
 def _jpeg(image: NDArray[np.uint8]) -> bytes:
-    done, data = cv2.imencode(
-        ".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
-    )
-    if not done:
-        raise RuntimeError("OpenCV could not encode a smear as JPEG.")
-    return bytes(data)
+    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
 
 
 def _rows(smear: Smear, number: int) -> list[list[str]]:
-    """The rows of one smear, from cellType on, with two flaws of the real table: no box, a one-pixel box."""
+    """The rows of one smear of patient `number`, from cellType on.
+
+    Some patients have a row without a box or with a box of one pixel, as in the real table.
+    """
     rows = []
     for cell in smear.cells:
-        kind = () if cell.plan.cell_type is None else (cell.plan.cell_type,)
-        quality, thing = (("Good",), ("Cell",)) if kind else ((), ())
-        rows.append(
-            [
-                _literal(kind),
-                _literal(quality),
-                _literal(cell.plan.characteristics),
-                _literal(("Smudge",) if cell.plan.kind == "smudge" else thing),
-                json.dumps(list(cell.box)),
-                *_measures(cell, smear.image),
-            ]
-        )
+        kind = [cell.plan.cell_type] if cell.plan.cell_type else []
+        thing = ["Smudge"] if cell.plan.kind == "smudge" else ["Cell"] if kind else []
+        labels = (kind, ["Good"] if kind else [], cell.plan.characteristics, thing)
+        rows.append([*map(_literal, labels), json.dumps(cell.box), *_measures(cell, smear.image)])
     if number % FLAW_EVERY == 2:
-        rows.append([""] * (len(CELL_COLUMNS) - 3))
+        rows.append([""] * (len(KAGGLE_CELL_COLUMNS) - 3))
     if number % FLAW_EVERY == 3:
         y, x = smear.image.shape[0] // 3, smear.image.shape[1] // 3
-        rows.append(
-            [
-                "",
-                "",
-                "",
-                "",
-                json.dumps([y, x, y + 1, x + 1]),
-                "1.0",
-                "0.0",
-                "1.1284",
-                "0.0",
-                "0.5",
-                "1.0",
-                "1.0",
-            ]
-        )
+        measures = ("1.0", "0.0", "1.1284", "0.0", "0.5", "1.0", "1.0")
+        rows.append([""] * 4 + [json.dumps([y, x, y + 1, x + 1]), *measures])
     return rows
 
 
 def _measures(cell: Cell, image: NDArray[np.uint8]) -> list[str]:
-    """convexArea, eccentricity, equivalentDiameter, perimeter, meanIntensity, eulerNumber, extent of a cell.
+    """The values of `aplsmear.data.schema.MEASURES` of a cell, with four decimals.
 
-    Rounded to four decimals, so that the last bits of the arithmetic do not reach the file.
+    Rounding keeps the last bits of the arithmetic, which differ between computers, out of the file.
     """
     mask = cell.mask
     y0, x0, y1, x1 = cell.box
