@@ -1,4 +1,4 @@
-"""Put what one task has to say next to what the other members of an ensemble have to say.
+"""Copy the scores and the heads of one task into the folder of an ensemble.
 
 Usage: python stages/member.py ENSEMBLE TASK   (a name of `ensembles` in params.yaml, one of `tasks`)
 """
@@ -11,9 +11,7 @@ from aplsmear.runs.stage import run
 
 
 def main(ensemble: str, task: str) -> None:
-    read_params(
-        Path("params.yaml")
-    )  # to be right at the start of every stage, also where nothing of it is read
+    read_params(Path("params.yaml"))  # every stage checks the parameters first, also one that needs none
     for name in ("heads.npz", "scores.parquet"):
         copy_whole(Path(f"tuned/{task}/{name}"), Path(f"members/{ensemble}/{task}.{name}"))
 

@@ -21,9 +21,10 @@ from scipy.special import expit
 
 import aplsmear
 from aplsmear.ensembles.combination import Candidate, Verdicts, high_is_positive
+from aplsmear.ensembles.run import Results
 from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.files import whole
-from aplsmear.params import Ensemble
+from aplsmear.images.view_store import plain_views
 
 Node = ET.Element | str
 
@@ -40,41 +41,14 @@ _SHOWN = 3  # patients of each kind that get a card
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that the page speaks of.
+class Findings(Results):
+    """The results of an ensemble, and the pictures of the cells that the page shows.
 
     Attributes:
-        name: of the ensemble.
-        ensemble: its row of params.yaml.
-        verdicts: of `aplsmear.ensembles.combination.judge`.
-        members: of `aplsmear.ensembles.combination.read_members`.
-        measured: of `aplsmear.ensembles.combination.measure`.
-        comparison: of `aplsmear.ensembles.baselines.compare`.
-        importance: of `aplsmear.ensembles.combination.importance`.
-        roc: of `aplsmear.evaluation.curves.roc_curve_table`.
-        band: of `aplsmear.evaluation.curves.roc_band_table`.
-        precision_recall: of `aplsmear.evaluation.curves.precision_recall_table`.
-        calibration: of `aplsmear.evaluation.curves.calibration_table`.
-        pictures: of some patients, the cells that speak most for the positive diagnosis, then those most
-        against it. pictured_by: the member that says so. version: of this package. inputs: file -> md5, as
-        dvc.lock has it. settings: parameters that shaped the result.
+        pictures: cell -> JPEG.
     """
 
-    name: str
-    ensemble: Ensemble
-    verdicts: Verdicts
-    members: Mapping[str, pd.DataFrame]
-    measured: Mapping[str, Any]
-    comparison: pd.DataFrame
-    importance: pd.DataFrame
-    roc: pd.DataFrame
-    band: pd.DataFrame
-    precision_recall: pd.DataFrame
-    calibration: pd.DataFrame
     pictures: Mapping[str, bytes]
-    pictured_by: str
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
 
     @property
     def positive(self) -> str:
@@ -152,6 +126,19 @@ def write_page(path: Path, found: Findings) -> None:
     """Write `page`; a reader finds the old file or the new one, whole."""
     with whole(path) as part:
         part.write_text(page(found), encoding="utf-8", newline="\n")
+
+
+def with_pictures(results: Results, views: Path) -> Findings:
+    """The results, with the pictures of the cells that `write_page` shows.
+
+    Args:
+        results: of `aplsmear.ensembles.run.judge_and_compare`.
+        views: the views of all cells, of `aplsmear.images.view_store.ViewWriter`.
+    """
+    member = results.pictured_by
+    wanted = wanted_cells(results.verdicts, member, results.members[member]) if member else {}
+    cells = {cell for ends in wanted.values() for end in ends for cell in end}
+    return Findings(**vars(results), pictures=plain_views(views, cells) if cells else {})
 
 
 def wanted_cells(
