@@ -1,15 +1,17 @@
-"""How well `aplsmear cells` finds nucleated cells: on drawn smears against what was drawn, on real ones.
+"""How well `aplsmear cells` finds nucleated cells, on drawn and on real smears.
 
 Usage: python benchmarks/cells.py [--patients N] [--seed S]
        python benchmarks/cells.py --data DIR --size PX [--smears N]
 
-Drawn smears, of N patients with a stain and a camera each: a found box is right when its IoU with a drawn one
-is at least 0.5, one to one; the size of a cell is estimated. With --data, a folder in the Kaggle layout whose
-boxes hold a cell each with its surroundings: is exactly one found box around the middle of an annotated one,
-and does it keep to it? Each picture at half, whole and twice its size; the size of a cell estimated, then
-given (PX at whole size). With --smears, on N of them, evenly spread.
+Drawn smears of N patients, each with another stain and camera: a found box is correct if its IoU with a drawn
+box is at least 0.5, one to one. The size of a cell is estimated.
 
-Results go to benchmarks/results/cells.json.
+With --data, a folder in the Kaggle layout in which each box contains a cell with its surroundings: a cell
+counts as found if exactly one found box lies around the centre of its box and hardly extends beyond it. Each
+picture is used at half, full and double size, with the size of a cell estimated, and given (PX at full size).
+With --smears, only N smears are used, evenly spread.
+
+The results are written to benchmarks/results/cells.json.
 """
 
 import argparse
@@ -35,9 +37,9 @@ from aplsmear.sources.cell_finder import BOX, find_all
 from aplsmear.sources.drawn import draw_data_set
 
 RESULTS = ROOT / "benchmarks" / "results" / "cells.json"
-MIN_BOX = 8  # px; the demo's flawed rows, boxes of 1 px, are no cells
-SPILL = 0.1  # of a tile: as much further may a found box reach
-NEAR = 0.2  # of a tile: as far from its middle may a found box's middle be
+MIN_BOX = 8  # px; boxes of 1 px, flaws of the drawn table, are no cells
+SPILL = 0.1  # how far a found box may extend beyond the annotated one, in sides of that box
+NEAR = 0.2  # how far apart their centres may be
 
 Boxes = npt.NDArray[np.int64]
 
@@ -61,7 +63,7 @@ def main() -> None:
 
 
 def drawn(patients: int, seed: int) -> dict[str, Any]:
-    """Precision and recall on demo smears, and the recall of each type of cell."""
+    """Precision and recall on drawn smears, and the recall of each type of cell."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "smears"
         draw_data_set(root, patients, seed)
@@ -69,15 +71,15 @@ def drawn(patients: int, seed: int) -> dict[str, Any]:
         start = time.perf_counter()
         search = find_all(root, data.smears)
         seconds = time.perf_counter() - start
-    truth = data.cells.groupby("smear").indices
-    mine = search.cells.groupby("smear").indices
+    true_rows = data.cells.groupby("smear").indices
+    found_rows = search.cells.groupby("smear").indices
     hit = np.zeros(len(data.cells), dtype=bool)
     overlaps = []
     worst = 1.0
     for smear in data.smears["smear"]:
-        rows = truth[smear]
+        rows = true_rows[smear]
         there = data.cells.iloc[rows][list(BOX)].to_numpy()
-        here = search.cells.iloc[mine.get(smear, [])][list(BOX)].to_numpy()
+        here = search.cells.iloc[found_rows.get(smear, [])][list(BOX)].to_numpy()
         overlap = iou(there, here)
         one, other = linear_sum_assignment(-overlap)
         right = overlap[one, other] >= 0.5
@@ -111,7 +113,7 @@ def iou(one: Boxes, other: Boxes) -> npt.NDArray[np.float64]:
 
 
 def real(root: Path, size: float, most: int) -> dict[str, Any]:
-    """Share of annotated boxes whose cell is found, at three scales, with the size estimated and given."""
+    """Share of annotated boxes whose cell is found at three scales, with estimated and with given size."""
     data = read_data_set(root, {}, min_box=MIN_BOX, skip_bad_images=True)
     places = np.linspace(0, len(data.smears) - 1, min(most, len(data.smears))).astype(int)
     smears = data.smears.iloc[places]
@@ -130,7 +132,7 @@ def real(root: Path, size: float, most: int) -> dict[str, Any]:
 
 
 def rescaled(root: Path, smears: pd.DataFrame, zoom: float, folder: Path) -> Path:
-    """The pictures of a data set, enlarged or reduced, in a folder."""
+    """Write the scaled pictures of a data set into a new folder, which is returned."""
     target = folder / f"{zoom:g}"
     jobs = (joblib.delayed(rescale)(root / image, target / image, zoom) for image in smears["image"])
     joblib.Parallel(n_jobs=-1)(jobs)
@@ -143,24 +145,22 @@ def rescale(source: Path, target: Path, zoom: float) -> None:
         method = cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
         picture = cv2.resize(picture, None, fx=zoom, fy=zoom, interpolation=method)
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(
-        target, "PNG", compress_level=1
-    )  # what it is, not what it is called, counts
+    Image.fromarray(picture).save(target, "PNG", compress_level=1)  # under any name: the content decides
 
 
 def agreement(cells: pd.DataFrame, found: pd.DataFrame, zoom: float) -> dict[str, float]:
-    """How the found boxes lie to the annotated ones."""
-    mine = found.groupby("smear").indices
+    """How well the found boxes agree with the annotated ones."""
+    found_rows = found.groupby("smear").indices
     covered, alone, exact, overlaps = [], [], [], []
     for smear, rows in cells.groupby("smear").indices.items():
         there = cells.iloc[rows][list(BOX)].to_numpy() * zoom
-        here = found.iloc[mine.get(smear, [])][list(BOX)].to_numpy().astype(float)
+        here = found.iloc[found_rows.get(smear, [])][list(BOX)].to_numpy().astype(float)
         for box in there:
-            middle, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max()
-            around = here[((here[:, :2] <= middle) & (here[:, 2:] > middle)).all(axis=1)]
+            centre, side = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max()
+            around = here[((here[:, :2] <= centre) & (here[:, 2:] > centre)).all(axis=1)]
             covered.append(len(around) > 0)
             alone.append(len(around) == 1)
-            off = np.abs((around[:, :2] + around[:, 2:]) / 2 - middle).max(axis=1)
+            off = np.abs((around[:, :2] + around[:, 2:]) / 2 - centre).max(axis=1)
             spill = np.maximum(box[:2] - around[:, :2], around[:, 2:] - box[2:]).max(axis=1)
             exact.append(len(around) == 1 and bool(off[0] < NEAR * side and spill[0] < SPILL * side))
             if len(around):

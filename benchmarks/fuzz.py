@@ -1,14 +1,15 @@
-"""What becomes of damaged tables and pictures: a data set or a list of problems, in bounded time and memory.
+"""Damaged tables and pictures must give a data set or a list of problems, in limited time and memory.
 
 Usage: python benchmarks/fuzz.py [PART]... [--tables N] [--images N] [--seed S] [--keep DIR]
 
-Every file goes through `aplsmear.data.dataset.read_data_set`, as `aplsmear check`, `download` and `predict`
-call it, in a process of its own with a ceiling of memory, and the refusal through the table that people see.
-A file that reaches an arc (line to line) of the parsers that none reached before is kept and mutated further,
-as coverage-guided fuzzers do (Zalewski's AFL, 2013; atheris would, but its present version has no build for
-Python 3.11). Then come bombs: small files made to cost time or memory. What ends otherwise is kept in DIR.
+Every file is read by `aplsmear.data.dataset.read_data_set`, as in `aplsmear check`, `download` and `predict`,
+in a process of its own with limited memory; the problems are rendered as the table that users see. A file
+that reaches an arc (from line to line) of the parsers for the first time is kept and mutated again, as in
+coverage-guided fuzzers (Zalewski's AFL, 2013; the present version of atheris has no build for Python 3.11).
+Then come bombs: small files that are made to need much time or memory. Files with any other outcome are kept
+in DIR.
 
-Results go to benchmarks/results/fuzz.json.
+The results are written to benchmarks/results/fuzz.json.
 """
 
 import argparse
@@ -49,12 +50,13 @@ from aplsmear.params import Task
 
 RESULTS = ROOT / "benchmarks" / "results" / "fuzz.json"
 PARTS = ("tables", "images", "bombs")
-SECONDS, GIGABYTES = 60.0, 4.0  # a file may cost at most, of CPU and of memory; the ceiling is twice that
-SILENCE = 600.0  # s on the clock after which a process hangs
-LEARNING = 400  # data sets that are all watched for new arcs; later one in ten
+SECONDS, GIGABYTES = 60.0, 4.0  # most CPU time and memory that a file may need; the limit is twice that
+SILENCE = 600.0  # s without an answer after which a process counts as hanging
+LEARNING = 400  # data sets that are all traced for new arcs; later one in ten
 LARGEST = 200_000  # bytes of a mutated file; larger ones are bombs
 
-DATA_SET, REFUSED = "data sets", "refused"  # the two ends that are right
+DATA_SET, REFUSED = "data sets", "refused"  # the two correct outcomes
+DIED = "killed its process, or hung"
 TASKS = {
     "rods": Task(
         level="cell",
@@ -86,11 +88,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help="tables, images or bombs; default: all")
-    parser.add_argument("--tables", type=int, default=20_000, help="how many")
-    parser.add_argument("--images", type=int, default=5_000, help="how many")
+    parser.add_argument("--tables", type=int, default=20_000, help="number")
+    parser.add_argument("--images", type=int, default=5_000, help="number")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--keep", type=Path, default=Path("fuzz-found"), help="gets what ends as it should not"
+        "--keep", type=Path, default=Path("fuzz-found"), help="folder for files with another outcome"
     )
     asked = parser.parse_args()
     figures = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
@@ -110,20 +112,20 @@ def main() -> None:
 
 @dataclass
 class Outcome:
-    """What became of one file: `end` is DATA_SET, REFUSED or what it should not have been."""
+    """The outcome of one file: `end` is DATA_SET, REFUSED or the name of an unwanted outcome."""
 
     number: int
     end: str
     seconds: float
     text: str = ""
-    files: int = 1  # that were mutated
+    files: int = 1  # number of mutated files
     arcs: int = 0
-    memory: float = 0.0  # GB that the process took so far
+    memory: float = 0.0  # most memory of the process so far, GB
 
 
 @dataclass
 class Tally:
-    """What became of many."""
+    """The outcomes of many files."""
 
     files: int = 0
     ends: Counter[str] = field(default_factory=Counter)
@@ -168,7 +170,7 @@ NASTY = [
 
 
 def mutated_table(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """One to eight changes of bytes, of fields, of rows or of the whole."""
+    """One to eight changes of bytes, fields, rows or of the whole file."""
     for _ in range(2 ** rng.randrange(4)):
         data = rng.choice((_bytes, _bytes, _field, _field, _field, _rows, _whole))(rng, data, other)[:LARGEST]
     return data
@@ -192,10 +194,10 @@ def _bytes(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def _field(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A field of the table becomes another one: of a list, of the table, or a long one."""
+    """Replace a field of the table by one from a list, by another field, or by a long one."""
     try:
         rows = list(csv.reader(io.StringIO(data.decode("utf-8", "replace").replace("\0", ""), newline="")))
-    except csv.Error:  # a field of an earlier change is too long for this reader
+    except csv.Error:  # an earlier change made a field too long for this reader
         return data
     rows = [row for row in rows if row]
     if not rows:
@@ -247,26 +249,12 @@ def _whole(rng: random.Random, data: bytes, other: bytes) -> bytes:
 # --- mutated pictures ------------------------------------------------------------------------------
 
 EDGES = (
-    0,
-    1,
-    2,
-    7,
-    0x7F,
-    0x80,
-    0xFF,
-    0x7FFF,
-    0x8000,
-    0xFFFF,
-    0x10000,
-    12_247,
-    0x7FFFFFFF,
-    0x80000000,
-    0xFFFFFFFF,
-)
+    0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 12_247, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF,
+)  # fmt: skip
 
 
 def seed_pictures() -> list[bytes]:
-    """One of each kind that Pillow writes and a camera may."""
+    """One picture of each kind that Pillow and cameras write."""
     noise = Image.frombytes("RGB", (48, 32), random.Random(1).randbytes(48 * 32 * 3))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -293,14 +281,14 @@ def _saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def mutated_picture(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """One to eight changes of bytes or numbers; of a PNG, mostly with check sums that are right again."""
+    """One to eight changes of bytes or numbers; the checksums of a PNG are mostly corrected."""
     for _ in range(2 ** rng.randrange(4)):
         data = rng.choice((_bytes, _number, _number, _number, _cut))(rng, data, other)[:LARGEST]
     return _with_sums(data) if rng.randrange(4) else data
 
 
 def _number(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A number of 2 or 4 bytes, mostly in the head or at the end, becomes one at the edge of some range."""
+    """Replace a number of 2 or 4 bytes, mostly at the start or end, by one at the limit of a range."""
     size = rng.choice((2, 4))
     reach = rng.choice((64, 400, len(data)))
     start = rng.randrange(max(1, min(reach, len(data))))
@@ -315,7 +303,7 @@ def _cut(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def _with_sums(data: bytes) -> bytes:
-    """A PNG whose chunks have right check sums, as far as they can be followed; another file as it is."""
+    """A PNG with correct checksums, as far as its chunks can be followed; another file unchanged."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     parts, place = [data[:8]], 8
@@ -331,7 +319,7 @@ def _with_sums(data: bytes) -> bytes:
 
 
 def bombs() -> dict[str, Callable[[Path], object]]:
-    """Name -> what writes it into a data set: small files that cost, or would, much time or memory."""
+    """Name -> function that writes it into a data set: small files made to need much time or memory."""
     many = 100_000
 
     def table(name: str, head: str, row: Callable[[int], str], count: int = many) -> Callable[[Path], object]:
@@ -341,7 +329,7 @@ def bombs() -> dict[str, Callable[[Path], object]]:
         return lambda folder: (folder / PICTURES[0]).write_bytes(make())
 
     def large(mode: str, kind: str, **options: Any) -> Callable[[Path], object]:
-        side = 12_247  # as many pixels as are let in
+        side = 12_247  # the largest square that is accepted
         return picture(lambda: _saved(Image.new(mode, (side, side)), kind, **options))
 
     def typo(number: int) -> str:
@@ -356,7 +344,7 @@ def bombs() -> dict[str, Callable[[Path], object]]:
         "a million columns": table(CELLS_CSV, cells + "," * 10**6, lambda _: "\n1", 1),
         "a million empty rows": table(CELLS_CSV, cells, lambda _: ",,,\n", 10**6),
         "labels that are all misspelt": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{typo(n)}'}}\n"),
-        "labels that nobody knows": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"),
+        "labels that are unknown": table(CELLS_CSV, cells, lambda n: f"{n},1,{box},{{'{n:x} thing {n}'}}\n"),
         "one patient with two diagnoses in every row": table(
             "wsi.csv", smears, lambda n: f"{n},a{n}.png,{{'{('healthy', 'aml')[n % 2]}'}},P\n", 20_000
         ),
@@ -399,7 +387,7 @@ def _circular_tiff() -> bytes:
 
 
 def many_scans(count: int, side: int = 5_000) -> bytes:
-    """A progressive JPEG whose last scan comes again and again: each costs a pass over all pixels."""
+    """A progressive JPEG with many repetitions of its last scan; each needs a pass over all pixels."""
     data = _saved(Image.new("RGB", (side, side)), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     return data[:-2] + data[last:-2] * count + data[-2:]
@@ -409,7 +397,7 @@ def many_scans(count: int, side: int = 5_000) -> bytes:
 
 
 def many(kind: str, count: int, seed: int, keep: Path) -> Tally:
-    """Mutate and read so many files; a process that dies or hangs is replaced."""
+    """Mutate and read `count` files; a process that dies or hangs is replaced."""
     tally, number = Tally(), 0
     with tempfile.TemporaryDirectory() as name, tqdm(total=count, unit=f" {kind}", mininterval=5) as bar:
         folder = Path(name) / "set"
@@ -421,7 +409,7 @@ def many(kind: str, count: int, seed: int, keep: Path) -> Tally:
                 if tally.files >= count:
                     break
             else:
-                tally.add(Outcome(number, "killed its process, or hung", 0.0))
+                tally.add(Outcome(number, DIED, 0.0))
                 shutil.copytree(folder, keep / f"{kind}-{number}", dirs_exist_ok=True)
                 number += 1
     return tally
@@ -435,15 +423,15 @@ def all_bombs() -> Tally:
             folder = Path(scratch) / "set"
             sound(folder)
             make(folder)
-            told = list(_answers(one_bomb, folder))
-            outcome = told[0] if told else Outcome(number, "killed its process, or hung", 0.0)
+            answers = list(_answers(one_bomb, folder))
+            outcome = answers[0] if answers else Outcome(number, DIED, 0.0)
             tally.add(replace(outcome, number=number, text=f"{name}\n{outcome.text}"))
             print(f"{name}: {outcome.end}, {outcome.seconds:.1f} s, {outcome.memory:.2f} GB", file=sys.stderr)
     return tally
 
 
 def _answers(target: Callable[..., None], *arguments: object) -> Iterator[Any]:
-    """What a process of its own sends, until it ends, dies or is silent for too long."""
+    """The answers of a process of its own, until it ends, dies or sends nothing for too long."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(*arguments, there), daemon=True)
@@ -460,7 +448,7 @@ def _answers(target: Callable[..., None], *arguments: object) -> Iterator[Any]:
 
 
 def show(figures: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table at the end."""
+    """Print the figures as a table."""
     table = Table("", *figures)
     for row in dict.fromkeys(key for column in figures.values() for key in column):
         values = [column.get(row, 0) for column in figures.values()]
@@ -471,14 +459,16 @@ def show(figures: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 class Guide:
-    """Arcs of the parsers that were reached so far, and the files that reached a new one."""
+    """The arcs of the parsers that were reached so far, and the files that reached a new one."""
 
     def __init__(self, seeds: list[bytes]) -> None:
         own, pillow = Path(aplsmear.__file__).parent, Path(PIL.__file__).parent
-        self.watched = {
-            str(own / f"{name}.py") for name in ("csvfile", "labels", "schema", "dataset", "images")
-        }
-        self.watched |= {str(pillow / f"{name}ImagePlugin.py") for name in ("Png", "Jpeg", "Tiff")}
+        parsers = [own / "data" / f"{name}.py" for name in ("csvfile", "labels", "schema", "dataset")]
+        parsers += [pillow / f"{name}ImagePlugin.py" for name in ("Png", "Jpeg", "Tiff")]
+        parsers.append(own / "images" / "reading.py")
+        if not all(path.is_file() for path in parsers):  # else a moved module would be traced no more
+            raise FileNotFoundError(f"not all of {parsers} exist: correct the list in {__file__}")
+        self.watched = set(map(str, parsers))
         self.arcs: set[tuple[object, int, int]] = set()
         self.corpus = seeds
 
@@ -509,7 +499,7 @@ class Guide:
 
 
 def sound(folder: Path) -> None:
-    """A data set that is right, in a folder that may hold another."""
+    """Write a correct data set into a folder, which may contain another one."""
     (folder / "wsi").mkdir(parents=True, exist_ok=True)
     for name, data in TABLES.items():
         (folder / name).write_bytes(data)
@@ -520,7 +510,7 @@ def sound(folder: Path) -> None:
 
 
 def judged(folder: Path, number: int) -> Outcome:
-    """Read a data set as the pipeline does, and show what is refused as people see it."""
+    """Read a data set as the pipeline does, and render its problems as users see them."""
     start = time.process_time()
     text = ""
     try:
@@ -537,13 +527,13 @@ def judged(folder: Path, number: int) -> Outcome:
         end = REFUSED if error.problems else "refused without a reason"
         Console(file=io.StringIO()).print(render_problems(error.problems))
         str(error)
-    except BaseException as error:  # whatever it is, it is to be told
+    except BaseException as error:  # every other error is an unwanted outcome
         end, text = type(error).__name__, traceback.format_exc()
     return Outcome(number, end, time.process_time() - start, text)
 
 
 def damaged(kind: str, seed: int, number: int, corpus: Sequence[bytes]) -> dict[str, bytes]:
-    """The files of one data set that are mutated: one table or both, or all pictures."""
+    """The mutated files of one data set: one table or both, or all pictures."""
     rng = random.Random(f"{seed}/{kind}/{number}")
     if kind == "images":
         return {place: mutated_picture(rng, rng.choice(corpus), rng.choice(corpus)) for place in PICTURES}
@@ -555,7 +545,7 @@ def damaged(kind: str, seed: int, number: int, corpus: Sequence[bytes]) -> dict[
 
 
 def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, answers: Connection) -> None:
-    """The process that mutates and reads; what it dies of is in the folder."""
+    """Mutate and read in this process; if it dies, the file that killed it is in the folder."""
     _limited()
     sound(folder)
     whole = {name: (folder / name).read_bytes() for name in (*TABLES, *PICTURES)}
@@ -565,7 +555,7 @@ def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, 
         files = damaged(kind, seed, number, guide.corpus)
         for place, data in (whole | files).items():
             (folder / place).write_bytes(data)
-        learning = number < LEARNING or number % 10 == 0  # being watched costs as much again
+        learning = number < LEARNING or number % 10 == 0  # tracing doubles the time
         with guide.watching(files.values()) if learning else contextlib.nullcontext():
             outcome = judged(folder, number)
         found = replace(outcome, files=len(files), arcs=len(guide.arcs), memory=_peak() - start)
@@ -575,7 +565,7 @@ def one_of_many(kind: str, seed: int, numbers: range, folder: Path, keep: Path, 
 
 
 def one_bomb(folder: Path, answers: Connection) -> None:
-    """The process that reads one bomb: what became of it, and the memory that it took."""
+    """Read one bomb in this process; answer with the outcome and the memory that it needed."""
     _limited()
     start = _peak()
     outcome = judged(folder, 1)
@@ -585,13 +575,13 @@ def one_bomb(folder: Path, answers: Connection) -> None:
 def _limited() -> None:
     most = int(2 * GIGABYTES * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars, and what libtiff thinks of it all
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress bars and warnings of libtiff
 
 
 def _peak() -> float:
-    """The most memory that this process had, in GB."""
+    """The most memory that this process has used, in GB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent had, too
+    if status.exists():  # getrusage would include the memory of the parent
         kilobytes = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(kilobytes.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Check the data set whole and index it; images stay where they are."""
+"""Check the whole data set and write its tables of smears and cells; images are not copied."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ OUT = Path("dataset")
 def main() -> int:
     params = read_params(Path("params.yaml"))
     root = Path(params.dataset.root)
-    names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
+    pseudonyms = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
     try:
         with engine_of(params, [root]) as engine:
             found = read_data_set(
@@ -26,7 +26,7 @@ def main() -> int:
                 min_box=params.dataset.min_box,
                 skip_bad_images=params.dataset.skip_bad_images,
                 engine=engine,
-                pseudonyms=names,
+                pseudonyms=pseudonyms,
             )
     except DataSetError as error:
         print_problems(error.problems)

@@ -1,4 +1,4 @@
-"""Deal patients, or whole sites, into stratified folds, once, for every task and ensemble."""
+"""Divide patients, or whole sites, into stratified folds, once for all tasks and ensembles."""
 
 from pathlib import Path
 

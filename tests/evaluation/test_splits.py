@@ -163,7 +163,7 @@ def test_with_as_many_folds_as_sites_one_site_is_left_out_at_a_time():
 
 
 def test_sites_that_cannot_be_dealt_are_said_with_what_to_do():
-    with pytest.raises(SplitError, match=r"no smear has one: add a column `site` to wsi\.csv"):
+    with pytest.raises(SplitError, match=r"no smear has a site: add a column `site`"):
         make_folds(of_sites("", "", "", ""), 3, 1, by="site")
     with pytest.raises(
         SplitError, match=r"need at least 5 sites, but there are 3: a, b, c\. .* split\.folds to 3"
@@ -173,7 +173,7 @@ def test_sites_that_cannot_be_dealt_are_said_with_what_to_do():
     table.loc[len(table)] = ["apl0", "apl", "b"]
     with pytest.raises(SplitError) as error:
         make_folds(table, 3, 1, by="site")
-    assert "2 patients have none: aml3, apl3" in str(error.value)
+    assert "2 patients have no site: aml3, apl3" in str(error.value)
     assert "patient 'apl0' has the sites a, b: correct the column `site`" in str(error.value)
     lopsided = of_sites("a", "b", "c", "c")[lambda each: ~each["patient"].isin(["apl1"])]
     with pytest.raises(

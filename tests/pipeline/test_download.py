@@ -50,7 +50,7 @@ def stage() -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_stage_indexes_a_data_set_and_does_so_twice_alike(place):
+def test_the_stage_writes_the_same_tables_twice(place):
     written = []
     for _ in range(2):
         done = stage()
@@ -82,20 +82,20 @@ def check(*arguments: str):
     return CliRunner().invoke(app, ["check", *arguments])
 
 
-def test_check_says_what_a_folder_holds(place):
+def test_check_shows_the_contents_of_a_folder(place):
     done = check("data")
     assert done.exit_code == 0, done.output
-    for said in (
+    for shown in (
         "3 of 3 patients",
         "task auer_rod",
         "1 cells without box",
         "1 boxes cut",
         "no patient column",
     ):
-        assert said in done.output
+        assert shown in done.output
 
 
-def test_check_asks_for_the_labels_of_the_tasks_of_params_yaml_if_there_is_one(place):
+def test_check_requires_the_labels_of_the_tasks_of_params_yaml_if_there_is_one(place):
     (place / "data/labeled_cells.csv").unlink()
     done = check("data")
     assert done.exit_code == 1
@@ -105,7 +105,7 @@ def test_check_asks_for_the_labels_of_the_tasks_of_params_yaml_if_there_is_one(p
     assert check("data", "--params", "other.yaml").exit_code == 1
 
 
-def test_check_says_what_is_wrong_with_params_yaml(place):
+def test_check_reports_problems_of_params_yaml(place):
     params = yaml.safe_load((place / "params.yaml").read_text())
     params["dataset"]["rot"] = 1
     (place / "params.yaml").write_text(yaml.safe_dump(params))

@@ -1,4 +1,4 @@
-"""Nucleated cells are found whatever the stain, the magnification and the number of workers."""
+"""Nucleated cells are found with any stain, magnification and number of workers."""
 
 import json
 from functools import cache
@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from aplsmear.cli import app
 from aplsmear.data.dataset import read_data_set
+from aplsmear.data.schema import KAGGLE_CELL_COLUMNS
 from aplsmear.sources.cell_finder import (
     BOX,
-    COLUMNS,
     MIN_SIZE,
     CellsError,
     contact_sheet,
@@ -36,7 +36,7 @@ SEED = 4
 
 @cache
 def smear_of(patient: int) -> Smear:
-    """A smear of the demo, each patient's with a stain and a camera of its own."""
+    """A drawn smear; each patient has another stain and camera."""
     return next(smear for _, smear in patient_smears(patient, SEED))
 
 
@@ -50,7 +50,7 @@ def drawn(smear: Smear) -> np.ndarray:
 
 
 def right(there: np.ndarray, here: np.ndarray) -> int:
-    """How many of the boxes agree, one to one, at an IoU of 0.5."""
+    """Number of boxes that agree, one to one, with an IoU of at least 0.5."""
     start = np.maximum(there[:, None, :2], here[None, :, :2])
     common = np.prod(np.clip(np.minimum(there[:, None, 2:], here[None, :, 2:]) - start, 0, None), axis=2)
     areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (there, here)]
@@ -68,7 +68,7 @@ def rescaled(image: np.ndarray, factor: float) -> np.ndarray:
     return cv2.resize(image, None, fx=factor, fy=factor, interpolation=method)
 
 
-def test_the_drawn_cells_are_found_and_nothing_else() -> None:
+def test_drawn_cells_are_found_and_hardly_anything_else() -> None:
     there = [drawn(smear_of(patient)) for patient in range(1, 11)]
     here = [boxes_of(smear_of(patient).image, TYPICAL) for patient in range(1, 11)]
     hits = sum(map(right, there, here))
@@ -76,7 +76,7 @@ def test_the_drawn_cells_are_found_and_nothing_else() -> None:
     assert hits / sum(map(len, here)) >= 0.95
 
 
-def test_a_box_holds_the_cytoplasm_too() -> None:
+def test_a_box_includes_the_cytoplasm() -> None:
     smear = next(s for s in map(smear_of, range(1, 11)) if any(c.plan.kind == "plasma cell" for c in s.cells))
     wide = np.array([cell.box for cell in smear.cells if cell.plan.kind == "plasma cell"])
     assert right(wide, boxes_of(smear.image, TYPICAL)) == len(wide)
@@ -124,13 +124,13 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_where_there_is_no_stained_nucleus_there_is_no_cell(name: str) -> None:
+def test_without_a_stained_nucleus_no_cell_is_found(name: str) -> None:
     image = PICTURES[name]()
     assert estimate_size(image) is None
     assert find_cells(image, TYPICAL).empty
 
 
-def test_measures_are_those_that_the_demo_knows() -> None:
+def test_measures_agree_with_the_drawn_cells() -> None:
     smear = smear_of(2)
     found = find_cells(smear.image, TYPICAL)
     drawn_sizes = np.sqrt(4 / np.pi * np.array([cell.mask.sum() for cell in smear.cells]))
@@ -150,7 +150,7 @@ def test_the_expected_size_may_be_given_in_micrometres() -> None:
             expected_size(size, micrometres)
 
 
-def test_a_large_picture_is_searched_in_windows_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_picture_is_searched_in_windows_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     image = smear_of(2).image
     whole = boxes_of(image, TYPICAL)
     monkeypatch.setattr("aplsmear.sources.cell_finder._WINDOW", 150)
@@ -187,7 +187,7 @@ def test_the_command_writes_a_data_set_that_check_accepts(
     assert code == 0
     assert "smears without a cell (1): empty" in output
     table = pd.read_csv(root / "labeled_cells.csv", dtype=str, keep_default_na=False)
-    assert tuple(table.columns) == COLUMNS
+    assert tuple(table.columns) == KAGGLE_CELL_COLUMNS
     boxes = np.array([json.loads(box) for box in table["bbox"]])
     assert right(drawn(smear_of(1)), boxes) >= 0.9 * len(boxes)
     data = read_data_set(root, {}, min_box=8, skip_bad_images=False)
@@ -198,7 +198,7 @@ def test_the_command_writes_a_data_set_that_check_accepts(
         assert sheet.info == {}
 
 
-def test_a_table_that_is_there_is_never_lost(tmp_path: Path) -> None:
+def test_an_existing_table_is_never_lost(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": smear_of(1).image})
     old = 'id,wsi,bbox\n1,a,"[1, 2, 30, 40]"\n'
     (root / "labeled_cells.csv").write_text(old, encoding="utf-8")
@@ -213,7 +213,7 @@ def test_a_table_that_is_there_is_never_lost(tmp_path: Path) -> None:
     assert len(pd.read_csv(root / "labeled_cells.csv")) > 10
 
 
-def test_without_wsi_csv_the_images_are_listed_for_labels_to_be_filled_in(tmp_path: Path) -> None:
+def test_without_wsi_csv_a_table_with_empty_labels_is_written(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"b": smear_of(1).image, "a": smear_of(2).image}, table=False)
     code, output = run(root, "--size", TYPICAL, "--out", tmp_path / "boxes.csv")
     assert code == 0
@@ -224,7 +224,9 @@ def test_without_wsi_csv_the_images_are_listed_for_labels_to_be_filled_in(tmp_pa
 
 
 @pytest.mark.parametrize("given", [(), ("--size", TYPICAL)])
-def test_no_cell_at_all_is_said_and_no_table_written(tmp_path: Path, given: tuple[object, ...]) -> None:
+def test_without_any_cell_a_message_says_so_and_no_table_is_written(
+    tmp_path: Path, given: tuple[object, ...]
+) -> None:
     root = folder_of(tmp_path / "set", {"empty": field_without_cells()})
     code, output = run(root, *given)
     assert code == 1
@@ -232,7 +234,7 @@ def test_no_cell_at_all_is_said_and_no_table_written(tmp_path: Path, given: tupl
     assert sorted(path.name for path in root.iterdir()) == ["labeled_cells.png", "wsi", "wsi.csv"]
 
 
-def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
+def test_a_search_that_is_impossible_is_refused_with_a_message(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": smear_of(1).image})
     (root / "wsi" / "a.png").write_bytes(b"\x89PNG\r\n")
     code, output = run(root)
@@ -244,7 +246,7 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     assert "put the pictures" in run(tmp_path / "bare")[1]
 
 
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_result(tmp_path: Path) -> None:
     pictures = {str(patient): smear_of(patient).image for patient in (1, 2)}
     root = folder_of(tmp_path / "set", pictures)
     smears = pd.DataFrame({"smear": list(pictures), "image": [f"wsi/{name}.png" for name in pictures]})
@@ -255,7 +257,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
     assert sheets[0] == sheets[1]
 
 
-def test_the_contact_sheet_of_many_smears_shows_some(tmp_path: Path) -> None:
+def test_the_contact_sheet_of_many_smears_shows_some_of_them(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"a": smear_of(1).image[:40, :60]})
     many = pd.DataFrame({"smear": [str(number) for number in range(500)], "image": "wsi/a.png"})
     cells = pd.DataFrame({"smear": ["7"], "y0": [1], "x0": [2], "y1": [30], "x1": [40]})

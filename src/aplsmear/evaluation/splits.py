@@ -1,21 +1,21 @@
-"""Folds by patient or by site, and the nested cross-validation that follows from them.
+"""Folds by patient or by site, and the nested cross-validation on them.
 
-The patient is the unit of every split, or the site with all its patients. K folds give K outer folds, and the
-final model::
+All items of a patient are in one fold. In a split by site, all patients of a site are in one fold. K folds
+give K outer folds and the final model::
 
     fold           0   1   2   3   4
-    outer fold 0 [out] in  in  in  in     fold 0 is held out: what is fitted or chosen for its patients comes
-    outer fold 1   in [out] in  in  in    from the inner folds 1 to 4
+    outer fold 0 [out] in  in  in  in     fold 0 is held out: its patients are scored by models that are
+    outer fold 1   in [out] in  in  in    fitted and chosen on the inner folds 1 to 4
       ...
     outer fold 4   in  in  in  in [out]
-    final model    in  in  in  in  in     nobody is held out, all five folds are inner folds
+    final model    in  in  in  in  in     no fold is held out, all five are inner folds
 
-In code, an outer fold is its number, 0 to K - 1, and the final model is number K.
+In the code, an outer fold has the number 0 to K - 1, and the final model has the number K.
 
-In outer fold w, each inner fold j is scored by a network that saw neither w nor j. So a network is described
-by the set of folds that it has *not* seen: {w, j} for inner scores, {w} for the held-out patients of outer
-fold w, {} for the final model. The network without {w, j} serves outer fold w (it scores j) and outer fold j
-(it scores w).
+In outer fold i, each inner fold j is scored by a network that was trained without i and j. So a network is
+identified by the set of folds that it was trained *without*: {i, j} for scores of inner folds, {i} for the
+held-out patients of outer fold i, {} for the final model. The network without {i, j} is used twice: in outer
+fold i it scores fold j, and in outer fold j it scores fold i.
 """
 
 from __future__ import annotations
@@ -31,30 +31,31 @@ from aplsmear.errors import UserError
 HeldOut = frozenset[int]
 Unit = Literal["patient", "site"]
 
-FEWEST = 3  # folds: one is held out, one trains, one is scored
+FEWEST = 3  # folds: one held out, one for training, one for inner scores
 
 
 class SplitError(UserError, ValueError):
-    """The patients cannot be split as asked."""
+    """The patients cannot be divided into the folds that params.yaml asks for."""
 
 
 def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patient") -> pd.DataFrame:
-    """Deal patients into folds, each with its share of every diagnosis (as near as whole sites allow).
+    """Divide patients into folds with similar shares of every diagnosis (as far as whole sites allow).
 
     Args:
-        patients: rows with ``patient`` and ``diagnosis``; a patient may occur often (one row a smear); by
-            site, ``site`` too.
-        folds: how many; by site, as many as there are sites leave one site out at a time.
-        seed: of the shuffle.
-        by: what stays together.
+        patients: rows with ``patient`` and ``diagnosis`` (and ``site``, if `by` is site). A patient can have
+            several rows, one for each smear.
+        folds: number of folds. If `by` is site and this is the number of sites, each fold is one site.
+        seed: seed of the shuffle.
+        by: unit that stays in one fold.
 
     Returns:
-        ``patient, diagnosis, fold``, one row a patient, sorted by patient, whatever the order of `patients`.
+        ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any order of
+        the rows of `patients`.
 
     Raises:
-        SplitError: a diagnosis has fewer patients than there are folds, a patient has two diagnoses, or there
-            is no patient; by site: patients without a site or with two, fewer sites than folds, or a fold
-            that would lack a diagnosis. Says all of it.
+        SplitError: with all problems: a diagnosis with fewer patients than folds, a patient with two
+            diagnoses, no patient; by site also a patient without a site or with two, fewer sites than folds,
+            a fold without a diagnosis.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
     problems = _unsplittable(unique, folds)
@@ -66,37 +67,47 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patien
         site = unique["patient"].map(patients.drop_duplicates("patient").set_index("patient")["site"])
         return unique.assign(fold=_folds_of_sites(unique["diagnosis"], site, folds, seed))
     fold = np.zeros(len(unique), dtype=np.int64)
-    dealer = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for number, (_, held_out) in enumerate(dealer.split(unique["patient"], unique["diagnosis"])):
+    splitter = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
+    for number, (_, held_out) in enumerate(splitter.split(unique["patient"], unique["diagnosis"])):
         fold[held_out] = number
     return unique.assign(fold=fold)
 
 
 def inner_sets(outer_fold: int, folds: int) -> dict[int, HeldOut]:
-    """For each inner fold of an outer fold, the folds unseen by the network that scores it."""
+    """Inner fold of an outer fold -> the folds that the network which scores it was trained without.
+
+    Args:
+        outer_fold: number of the outer fold; `folds` for the final model.
+        folds: number of folds.
+    """
     return {fold: frozenset({outer_fold, fold} - {folds}) for fold in range(folds) if fold != outer_fold}
 
 
 def outer_set(outer_fold: int, folds: int) -> HeldOut:
-    """The folds unseen by the network that scores an outer fold (none for the final model)."""
+    """The folds that the network which scores an outer fold was trained without; none for the final model.
+
+    Args:
+        outer_fold: number of the outer fold; `folds` for the final model.
+        folds: number of folds.
+    """
     return frozenset({outer_fold} - {folds})
 
 
 def tuning_sets(folds: int) -> list[HeldOut]:
-    """The distinct held-out pairs, which every trial trains: all inner folds of all outer folds."""
+    """All pairs of folds; each trial trains a network without each pair, for all inner folds."""
     return [frozenset({first, second}) for first in range(folds) for second in range(first)]
 
 
 def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
-    """What keeps these pairs of patient and diagnosis from being dealt into folds."""
+    """Reasons why these patients, one row for each patient and diagnosis, cannot be split."""
     if unique.empty:
-        return ["there is no patient to split"]
+        return ["there is no patient to split: add smears to the data set"]
     problems = []
     for patient, theirs in unique.groupby("patient")["diagnosis"]:
         if len(theirs) > 1:
             problems.append(
-                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of a "
-                "patient the same one, or name two patients"
+                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of the "
+                "patient the same diagnosis, or use two names for two patients"
             )
     counts = unique["diagnosis"].value_counts().sort_index()
     scarce = counts[counts < folds]
@@ -105,35 +116,35 @@ def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
         least = int(scarce.min())
         fewer = f"set split.folds in params.yaml to {least} or " if least >= FEWEST else ""
         problems.append(
-            f"{folds} folds need at least {folds} patients of every diagnosis, but there are {few}: "
+            f"{folds} folds need at least {folds} patients of each diagnosis, but there are {few}: "
             f"{fewer}add patients"
         )
     return problems
 
 
 def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
-    """What keeps whole sites from being dealt into folds."""
+    """Reasons why whole sites cannot be split."""
     if patients.empty:
         return []
     named = patients[patients["site"] != ""]
     if named.empty:
         return [
-            "split.by is site, but no smear has one: add a column `site` to wsi.csv (hospital or cohort), or "
-            "set split.by in params.yaml to patient"
+            "split.by is site, but no smear has a site: add a column `site` (hospital or cohort) to wsi.csv, "
+            "or set split.by in params.yaml to patient"
         ]
     problems = []
     nameless = sorted(set(patients["patient"]) - set(named["patient"]))
     if nameless:
         problems.append(
-            f"split.by is site, but {len(nameless)} patients have none: {_some(nameless)}. Fill the column "
-            "`site` of wsi.csv"
+            f"split.by is site, but {len(nameless)} patients have no site: {_some(nameless)}. Fill in the "
+            "column `site` of wsi.csv"
         )
     for patient, theirs in named.groupby("patient")["site"]:
         places = sorted(set(theirs))
         if len(places) > 1:
             problems.append(
                 f"patient {patient!r} has the sites {', '.join(places)}: correct the column `site` of "
-                "wsi.csv, give both places one name, or name two patients"
+                "wsi.csv, give both sites one name, or use two names for two patients"
             )
     sites = sorted(set(named["site"]))
     if len(sites) < folds:
@@ -146,17 +157,17 @@ def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
 
 
 def _folds_of_sites(diagnosis: pd.Series, site: pd.Series, folds: int, seed: int) -> np.ndarray:
-    """The fold of each patient, int64 (patients,), with whole sites on one side.
+    """The fold of each patient, int64 (patients,); all patients of a site are in one fold.
 
     Raises:
-        SplitError: a fold would lack a diagnosis.
+        SplitError: a fold has no patient of some diagnosis.
     """
     fold = np.zeros(len(site), dtype=np.int64)
     if site.nunique() == folds:
         fold[:] = site.astype("category").cat.codes
     else:
-        dealer = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-        for number, (_, held_out) in enumerate(dealer.split(site, diagnosis, groups=site)):
+        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+        for number, (_, held_out) in enumerate(splitter.split(site, diagnosis, groups=site)):
             fold[held_out] = number
     problems = []
     for number in range(folds):

@@ -1,16 +1,17 @@
-"""Nucleated cells of smears that nobody has boxed yet: where they are, as rows of ``labeled_cells.csv``.
+"""Find the nucleated cells of smears without boxes, and write them as rows of ``labeled_cells.csv``.
 
-Classical image analysis: nothing is learned, so nothing of one laboratory's stain or camera is in it. A
-picture is scaled until a typical cell has `_TYPICAL` px; every other length is in those px. Then:
+This is classical image analysis. Nothing is learned, so nothing depends on the stain or the camera of one
+laboratory. A picture is scaled until a typical cell has a diameter of `_TYPICAL` px; all other lengths are in
+these px. The steps are:
 
-1. Optical density over the empty field (Beer-Lambert), whose unevenness is a quadratic surface.
-2. What the red cells absorb is taken away: colour deconvolution (Ruifrok and Johnston, Anal Quant Cytol
-   Histol 2001;23:291) with the picture's own red, which has more blue density for its red and green than
-   anything nucleated. What is left is the basophilic signal: strong in nuclei, none in red cells.
-3. Otsu's threshold tells how strong the picture's nuclei are; a cell is where a seventh part of that is.
-4. The watershed of the distance to the cell's edge parts cells that touch (Beucher and Lantuéjoul 1979). A
-   part that is too large for one cell is parted once more where it holds several nuclei.
-5. What is too small for a cell (platelets), or holds no nucleus, is no cell.
+1. Optical density relative to the empty field (Beer-Lambert), whose brightness is a quadratic surface.
+2. Colour deconvolution (Ruifrok and Johnston, Anal Quant Cytol Histol 2001;23:291) subtracts the red cells.
+   Their colour is measured in the picture: red cells absorb more blue, for their red and green, than
+   nucleated cells. What remains is the basophilic signal: strong in nuclei, absent in red cells.
+3. Otsu's threshold gives the signal of nuclei in this picture. A cell has a signal above 15 % of it.
+4. The watershed of the distance to the edge separates cells that touch (Beucher and Lantuéjoul 1979). A part
+   that is too large for one cell is separated again if it contains several nuclei.
+5. Parts that are too small (platelets) or have no nucleus are dropped.
 """
 
 from __future__ import annotations
@@ -34,78 +35,58 @@ from scipy import ndimage
 from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
-from skimage.morphology import h_maxima
+from skimage.morphology import h_maxima, remove_small_holes
 from skimage.segmentation import watershed
 
 from aplsmear.compute.engine import Here
 from aplsmear.data.dataset import read_data_set
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
 from aplsmear.errors import UserError
 from aplsmear.files import whole
-from aplsmear.images.reading import read_image
+from aplsmear.images.reading import read_image, scaling
 from aplsmear.progress import progress
 from aplsmear.tables import write_table
 
-TYPICAL_MICROMETRES = 14.0  # of the nucleated cells of a marrow: lymphocytes 10, promyelocytes 16 to 20
-MIN_SIZE = 10.0  # px of a typical cell; below, a nucleus is a blot
+TYPICAL_MICROMETRES = 14.0  # diameter of nucleated marrow cells: lymphocytes 10, promyelocytes 16 to 20
+MIN_SIZE = 10.0  # px of a typical cell; in smaller ones nuclei cannot be distinguished
 
-MEASURES = (
-    "convexArea",
-    "eccentricity",
-    "equivalentDiameter",
-    "perimeter",
-    "meanIntensity",
-    "eulerNumber",
-    "extent",
-)
-COLUMNS = (
-    "id",
-    "segmentationSetId",
-    "wsi",
-    "cellType",
-    "segmentationQuality",
-    "specialCharacteristics",
-    "objectType",
-    "bbox",
-    *MEASURES,
-)
 BOX = ("y0", "x0", "y1", "x1")
 
 # Lengths in px of the scaled picture.
-_TYPICAL = 40  # diameter of a typical cell: a nucleus still has 15 px or more
-_FIELD = 40  # side of the squares in which the empty field is looked for: wider than a cell
-_SQUARES = 12  # of them, twice what the surface has coefficients
-_SMOOTH = 2.0  # standard deviation that turns chromatin and granules into one surface
-_OPEN = 3  # radius of the strands and specks that are brushed off
-_HOLE = 100  # px², holes up to this are vacuoles; larger ones lie between cells
-_BUMP = 2.0  # how much further from the edge two middles are than the waist between them
-_LEAST = 16.8  # diameter of the smallest cell; platelets are below half of it
-_LARGE = 1.6 * math.pi / 4 * _TYPICAL**2  # px², above it a part may be several cells
-_NUCLEUS = 32  # px² of nucleus that a cell holds
-_APART = 16  # between the middles of two nuclei of two cells; lobes of one nucleus are nearer
-_DEEP = 5.2  # from the middle of such a nucleus to its edge
-_WINDOW = 2048  # side of what is looked at at once, so that memory does not grow with the picture
-_MARGIN = 80  # around it, twice a typical cell: whoever has its middle in the window is seen whole
+_TYPICAL = 40  # diameter of a typical cell; then a nucleus has at least 15 px
+_FIELD = 40  # side of the squares in which the empty field is measured: wider than a cell
+_SQUARES = 12  # least number of such squares, twice the number of coefficients
+_SMOOTH = 2.0  # standard deviation of the blur over chromatin and granules
+_OPEN = 3  # radius up to which strands and specks are removed
+_HOLE = 99  # px², holes up to this are vacuoles; larger ones are gaps between cells
+_BUMP = 2.0  # least depth of the waist between two cells
+_LEAST = 16.8  # diameter of the smallest cell; platelets have less than half of it
+_LARGE = 1.6 * math.pi / 4 * _TYPICAL**2  # px², a larger part may be several cells
+_NUCLEUS = 32  # px², least area of the nucleus of a cell
+_APART = 16  # least distance between the centres of two nuclei; lobes of one nucleus are nearer
+_DEEP = 5.2  # least distance from the centre of such a nucleus to its edge
+_WINDOW = 2048  # side of the part that is analysed at a time, so that memory does not grow with the picture
+_MARGIN = 80  # around it, twice a typical cell: a cell with its centre in the window is complete
 
 # Optical densities (natural logarithm).
-_SEEN = 0.25  # sum of the three channels, above it there is something on the glass
-_FAINT = 0.15  # basophilic signal of something that may be part of a cell
-_STRONG = 0.5  # nuclei of the palest stain (0.65 and more on what was looked at; platelets up to 0.42)
-_BODY = 0.15  # of the signal of nuclei: cytoplasm and more
-_CORE = 0.45  # of the signal of nuclei: nucleus
+_SEEN = 0.25  # sum of the three channels; above it, there is something on the glass
+_FAINT = 0.15  # least basophilic signal of a part of a cell
+_STRONG = 0.5  # nuclei of the palest stain (at least 0.65 in the pictures examined; platelets up to 0.42)
+_BODY = 0.15  # share of the signal of nuclei: cytoplasm and more
+_CORE = 0.45  # share of the signal of nuclei: nucleus
 _RED = 0.29  # blue over red and green: nuclei 0.15 to 0.25, red cells 0.37 to 0.9
-_USUAL_RED = 0.4  # where a picture shows no red cell
+_MEAN_RED = 0.4  # of red cells, for a picture without any
 
-_OVERVIEW = 1024  # px of the longer side, for the first guess
+_OVERVIEW = 1024  # px of the longer side, for the first estimate of the size
 _ROUNDS = 5
 _SAMPLE = 24  # smears on which the size is estimated
-_UNLIKE = 1.6  # times as large or small as expected; smears with another share of blasts stay below
+_UNLIKE = 1.6  # ratio of sizes that suggests another magnification; smears with more blasts stay below
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_FEW = 5  # cells; fewer do not tell the size
+_FEW = 5  # cells; fewer are not enough to estimate the size
 _SHOWN = 24  # smears on the contact sheet
 _ACROSS = 4  # of them in a row
 _TILE, _CAPTION, _GAP = 560, 26, 8  # px
-_GREEN = (0, 160, 0)  # of no stain
+_GREEN = (0, 160, 0)  # no stain has this colour
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -113,23 +94,23 @@ Labels = npt.NDArray[np.int32]
 
 
 class CellsError(UserError, ValueError):
-    """Cells cannot be looked for as asked."""
+    """The search for cells cannot be done; the message says what to change."""
 
 
 # --- one picture -------------------------------------------------------------------------------------
 
 
 def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
-    """The nucleated cells of one picture, from top to bottom; none in a grey or empty one.
+    """The nucleated cells of one picture, from top to bottom; none in a grey or empty picture.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
-        size: diameter of a typical nucleated cell in px, from `MIN_SIZE` on; better a little too large than
-            too small.
+        size: diameter of a typical nucleated cell in px, at least `MIN_SIZE`. A little too large is better
+            than too small.
 
     Returns:
-        One row a cell: `BOX` in px, int64, end exclusive, around nucleus and cytoplasm, cut at the edge of
-        the picture, no two the same; and `MEASURES` in px of the picture (`meanIntensity`: 0 to 1).
+        One row for each cell: `BOX` in px, int64, end exclusive, around nucleus and cytoplasm, cut at the
+        edge of the picture, no box twice; and `MEASURES` in px of the picture (`meanIntensity`: 0 to 1).
 
     Raises:
         CellsError: `size` is below `MIN_SIZE`.
@@ -143,24 +124,24 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
 def _check_size(size: float) -> None:
     if not size >= MIN_SIZE:
         raise CellsError(
-            f"cells of {size:g} px are too small to be told from platelets: at least {MIN_SIZE:g} px are "
-            "needed; photograph at a higher magnification, or correct the size"
+            f"cells of {size:g} px are too small to be distinguished from platelets. They need at least "
+            f"{MIN_SIZE:g} px: take the pictures at a higher magnification, or correct the size"
         )
 
 
 def estimate_size(image: npt.NDArray[np.uint8]) -> float | None:
     """Diameter in px of the typical (median) nucleated cell of a picture.
 
-    A first guess is twice the distance from the middle of the basophilic parts to their edge; then cells are
-    found with it, measured, and found again until the two agree. The red cells are a ruler: nothing nucleated
-    is smaller than they are.
+    The first estimate is twice the distance from the centre of basophilic parts to their edge. Cells of this
+    size are searched and measured, and searched again with the measured size until both agree. The result is
+    compared with the red cells, because no nucleated cell is smaller than they are.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
 
     Returns:
-        px, or None where fewer than a handful of cells are found, or where they are smaller than the red
-        cells beside them, as platelets are.
+        px; None if fewer than five cells are found, or if they are smaller than the red cells, as platelets
+        are.
     """
     guess, least = _first_guess(image)
     for _ in range(_ROUNDS):
@@ -176,7 +157,7 @@ def estimate_size(image: npt.NDArray[np.uint8]) -> float | None:
 
 
 def _first_guess(image: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """About the diameter of a nucleated cell, 0 where there is none, and that of a large red cell, in px."""
+    """Estimated diameters in px of a nucleated cell (0 if there is none) and of a large red cell."""
     small, (scale, _) = _scaled(image, min(1.0, _OVERVIEW / max(image.shape[:2])))
     field = _over_empty_field(small, max(max(small.shape[:2]) // 12, 8))
     signal = cv2.GaussianBlur(_basophilic(field), (0, 0), 1.0)
@@ -187,7 +168,7 @@ def _first_guess(image: npt.NDArray[np.uint8]) -> tuple[float, float]:
     radius = np.sort(_radii(cells))
     if not len(radius):
         return 0.0, 0.0
-    weight = np.cumsum(radius**2)  # specks are many, and small
+    weight = np.cumsum(radius**2)  # by area, because specks are many and small
     guess = float(radius[np.searchsorted(weight, weight[-1] / 2)])
     others = ndimage.binary_fill_holes(field.sum(axis=2) > _SEEN)
     others &= ~ndimage.binary_dilation(cells, iterations=2)
@@ -197,24 +178,23 @@ def _first_guess(image: npt.NDArray[np.uint8]) -> tuple[float, float]:
 
 
 def _radii(mask: Mask) -> Floats:
-    """Distance to the edge from the middle of each round part of a mask, those of 2 px and more."""
+    """Distance from the centre of each round part of a mask to its edge, if at least 2 px."""
     far = ndimage.distance_transform_edt(mask).astype(np.float32)
     spots = peak_local_max(far, min_distance=3, threshold_abs=2.0)
     return np.asarray(far[tuple(spots.T)], np.float32)
 
 
 def _scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
-    """The picture scaled by about `factor`, and px of the picture for each px of it, down and across."""
+    """The picture scaled by about `factor`, and how many of its px one new px has, down and across."""
     height, width = image.shape[:2]
     new = max(round(height * factor), 1), max(round(width * factor), 1)
-    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    small = np.asarray(cv2.resize(image, new[::-1], interpolation=method), np.uint8)
+    small = np.asarray(cv2.resize(image, new[::-1], interpolation=scaling(factor)), np.uint8)
     return small, (height / new[0], width / new[1])
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A region of skimage in a scaled window, its box in px of the picture, and how many of these a px is."""
+    """A region of skimage in a scaled window, its box in px of the picture, and px of the picture per px."""
 
     region: Any
     box: tuple[int, int, int, int]
@@ -222,7 +202,7 @@ class _Cell:
 
 
 def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
-    """The cells of a picture of any size, window by window; a cell belongs to the window of its middle."""
+    """The cells of a picture of any size, by windows; a cell belongs to the window that has its centre."""
     factor = _TYPICAL / size
     side, margin = math.ceil(_WINDOW / factor), math.ceil(_MARGIN / factor)
     height, width = image.shape[:2]
@@ -232,16 +212,10 @@ def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
             window = image[y : top + side + margin, x : left + side + margin]
             small, (down, across) = _scaled(window, factor)
             for region in _regions(small):
-                y0, x0, y1, x1 = region.bbox
-                box = (
-                    y + round(y0 * down),
-                    x + round(x0 * across),
-                    y + round(y1 * down),
-                    x + round(x1 * across),
-                )
-                middle = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
-                if top <= middle[0] < top + side and left <= middle[1] < left + side:
-                    yield _Cell(region, box, math.sqrt(down * across))
+                y0, y1 = (y + round(edge * down) for edge in region.bbox[::2])
+                x0, x1 = (x + round(edge * across) for edge in region.bbox[1::2])
+                if top <= (y0 + y1) // 2 < top + side and left <= (x0 + x1) // 2 < left + side:
+                    yield _Cell(region, (y0, x0, y1, x1), math.sqrt(down * across))
 
 
 def _regions(small: npt.NDArray[np.uint8]) -> list[Any]:
@@ -251,10 +225,10 @@ def _regions(small: npt.NDArray[np.uint8]) -> list[Any]:
     strength = _strength(signal)
     if strength < _STRONG:
         return []
-    body = _without_holes(signal > _BODY * strength)
+    body = remove_small_holes(signal > _BODY * strength, max_size=_HOLE)
     brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * _OPEN + 1,) * 2)
     opened = cv2.morphologyEx(body.view(np.uint8), cv2.MORPH_OPEN, brush, borderType=cv2.BORDER_REPLICATE)
-    parts = _parted_again(_parted(opened.view(np.bool_)), signal)
+    parts = _split_large(_split(opened.view(np.bool_)), signal)
     core = signal > _CORE * strength
     regions = regionprops(parts, intensity_image=np.dstack([small.mean(axis=2) / 255, core]))
     return [region for region in regions if _is_cell(region, parts.shape)]
@@ -269,7 +243,7 @@ def _is_cell(region: Any, shape: Sequence[int]) -> bool:
 
 
 def _measures(cell: _Cell) -> list[float]:
-    """In the order of `MEASURES`; rounded, so that the last bits of the arithmetic reach no file."""
+    """Values of `MEASURES`, rounded because the last bits differ between computers."""
     region, scale = cell.region, cell.scale
     values = (
         region.area_convex * scale**2,
@@ -288,11 +262,11 @@ def _measures(cell: _Cell) -> list[float]:
 
 @dataclass(frozen=True)
 class Search:
-    """What was found in a data set.
+    """The cells that were found in a data set.
 
     Attributes:
-        size: diameter in px that cells were expected to have; None where no smear told.
-        cells: one row a cell: `smear`, `BOX`, `MEASURES`; in the order of the smears, then of the boxes.
+        size: expected diameter of cells in px; None if no smear had enough cells to estimate it.
+        cells: one row for each cell: `smear`, `BOX`, `MEASURES`; sorted by smear, then by box.
     """
 
     size: float | None
@@ -300,25 +274,24 @@ class Search:
 
 
 def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, workers: int = -1) -> Search:
-    """The cells of every smear, each image decoded once (twice where the size is estimated from it).
+    """The cells of every smear. Each image is decoded once, or twice if the size is estimated from it.
 
     Args:
-        root: the folder that the `image` column of `smears` starts from.
+        root: the column `image` of `smears` has paths below this folder.
         smears: with `smear` and `image`; all at one magnification.
-        size: diameter of a typical cell in px; None: the median estimate of up to two dozen smears, evenly
-            spread.
-        workers: processes, -1: one a core; changes no result.
+        size: diameter of a typical cell in px; None: the median estimate from up to 24 smears, evenly spread.
+        workers: number of processes, -1: one for each core; does not change the result.
 
     Raises:
-        CellsError: the size cannot be that of these pictures.
+        CellsError: `size` is below `MIN_SIZE`.
         ImageError: an image cannot be read.
     """
     paths = [root / image for image in smears["image"]]
     engine = Here(workers)
     if size is None:
         some = [paths[place] for place in _spread(len(paths), _SAMPLE)]
-        told = engine.map(_size_of_file, some)
-        sizes = [one for one in progress(told, "smears measured", len(some)) if one is not None]
+        estimates = progress(engine.map(_size_of_file, some), "smears measured", len(some))
+        sizes = [one for one in estimates if one is not None]
         size = round(float(np.median(sizes)), 1) if sizes else None
     if size is None:
         return Search(None, pd.DataFrame(columns=["smear", *BOX, *MEASURES]))
@@ -331,25 +304,33 @@ def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, worker
 
 
 def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells as ``labeled_cells.csv`` holds them, `COLUMNS`; every label is empty, since nobody has looked."""
-    rows = pd.DataFrame({"id": range(1, len(cells) + 1), "segmentationSetId": 1, "wsi": cells["smear"]})
-    for column in MEASURES:
-        rows[column] = cells[column]
+    """Cells as rows of ``labeled_cells.csv`` (`KAGGLE_CELL_COLUMNS`); all labels are empty."""
     boxes = cells[list(BOX)].to_numpy(dtype=np.int64).tolist()
-    return rows.assign(bbox=[json.dumps(box) for box in boxes]).reindex(columns=list(COLUMNS), fill_value="")
+    rows = cells[["smear", *MEASURES]].rename(columns={"smear": "wsi"})
+    rows = rows.assign(
+        id=range(1, len(cells) + 1), segmentationSetId=1, bbox=[json.dumps(box) for box in boxes]
+    )
+    return rows.reindex(columns=list(KAGGLE_CELL_COLUMNS), fill_value="")
 
 
 def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
-    """Diameter of a typical cell in px, by what is given of the two; None where neither is.
+    """Diameter of a typical cell in px.
+
+    Args:
+        size: the diameter in px, if it is known.
+        micrometres_per_pixel: the resolution, from which it is computed, if this is known.
+
+    Returns:
+        px; None if neither is given.
 
     Raises:
-        CellsError: both are given, one is no positive number, or cells would be too small.
+        CellsError: both are given, a value is not a positive number, or cells would be too small.
     """
     if size is not None and micrometres_per_pixel is not None:
-        raise CellsError("give the size of a cell or the micrometres per pixel, not both")
+        raise CellsError("--size and --micrometres-per-pixel exclude each other: give only one of them")
     for given in (size, micrometres_per_pixel):
         if given is not None and not (given > 0 and math.isfinite(given)):
-            raise CellsError(f"{given:g} is no length: expected a number above 0")
+            raise CellsError(f"{given:g} is not a length: give a number above 0")
     if micrometres_per_pixel is not None:
         size = TYPICAL_MICROMETRES / micrometres_per_pixel
     if size is not None:
@@ -358,16 +339,16 @@ def expected_size(size: float | None, micrometres_per_pixel: float | None) -> fl
 
 
 def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
-    """The smears of a data set, labelled or not; every image is decoded once, to see that it is whole.
+    """The smears of a data set, with or without labels; every image is decoded once as a check.
 
-    Where there is no ``wsi.csv``, one is written: a row for each picture of the folder ``wsi``, its label
-    empty.
+    If there is no ``wsi.csv``, one is written: a row for each picture in the folder ``wsi``, with an empty
+    label.
 
     Returns:
-        `smear` and `image`, and the ``wsi.csv`` that was written, if any.
+        A table with `smear` and `image`, and the ``wsi.csv`` that was written, or None.
 
     Raises:
-        DataSetError: with all that is wrong with tables and images.
+        DataSetError: with all problems of tables and images.
         CellsError: there is neither a ``wsi.csv`` nor a picture.
     """
     table, written = root / SMEARS_FILE, None
@@ -377,7 +358,7 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
         )
         if not names:
             raise CellsError(
-                f"{root / IMAGE_FOLDER}: no PNG, JPEG or TIFF; put the pictures of the smears there"
+                f"{root / IMAGE_FOLDER} contains no PNG, JPEG or TIFF: put the pictures of the smears there"
             )
         stems = [Path(name).stem for name in names]
         ids = stems if len(set(stems)) == len(stems) else names
@@ -388,33 +369,37 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
 
 
 def kept_name(table: Path, overwrite: bool) -> Path | None:
-    """What a table that is there will be called once another takes its place; None where there is none.
+    """The new name of a table that will be replaced; None if there is no such table.
+
+    Args:
+        table: CSV that will be written.
+        overwrite: whether an existing table may be replaced.
 
     Raises:
-        CellsError: there is one, and it is not to be overwritten; or it is called like a picture.
+        CellsError: the table exists and `overwrite` is False, or the name does not end with ``.csv``.
     """
     if table.suffix.lower() != ".csv":
-        raise CellsError(f"{table}: expected the name of a table, such as {CELLS_FILE}")
+        raise CellsError(f"{table} is not the name of a table: give a name such as {CELLS_FILE}")
     if not table.exists():
         return None
     if not overwrite:
         raise CellsError(
-            f"{table} is there already: nothing was done. --overwrite puts a new one in its place (and keeps "
-            "the old one under another name), --out FILE writes elsewhere"
+            f"{table} exists already: nothing was done. Use --overwrite to replace it (the old table is kept "
+            "under another name), or --out FILE to write another file"
         )
     names = (table.with_name(f"{table.stem}.{number}{table.suffix}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())
 
 
 def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFrame, found: Search) -> Path:
-    """Write boxes and contact sheet; no table where there is no cell.
+    """Write the table of boxes, if there are cells, and the contact sheet.
 
     Args:
         table: CSV to write.
-        kept: what a table that is there is to be called.
+        kept: new name of an existing table (`kept_name`).
         root: as for `find_all`.
         smears: as for `find_all`.
-        found: by `find_all`.
+        found: the result of `find_all`.
 
     Returns:
         The contact sheet, a PNG beside the table.
@@ -430,21 +415,25 @@ def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFram
 
 
 def summary(found: Search, smears: Iterable[str]) -> list[str]:
-    """What was found, in lines for people; `smears` are all that were searched."""
+    """Lines of text about the result.
+
+    Args:
+        found: the result of `find_all`.
+        smears: all smears that were searched.
+    """
     names = list(smears)
     if found.size is None:
-        return [f"no nucleated cell in {len(names):,} smears, or too few to tell the size of a cell"]
-    sides = (found.cells["y1"] - found.cells["y0"]) * (found.cells["x1"] - found.cells["x0"])
-    by_smear = found.cells.groupby("smear", sort=False)
-    counts = by_smear.size().reindex(names, fill_value=0)
+        return [f"no nucleated cell in {len(names):,} smears, or too few to estimate the size of a cell"]
+    areas = (found.cells["y1"] - found.cells["y0"]) * (found.cells["x1"] - found.cells["x0"])
+    counts = found.cells.groupby("smear", sort=False).size().reindex(names, fill_value=0)
     lines = [
-        f"{len(found.cells):,} cells in {len(names):,} smears, looked for at {found.size:g} px",
+        f"{len(found.cells):,} cells in {len(names):,} smears, expected size {found.size:g} px",
         f"cells per smear: median {counts.median():g}, {counts.min():,} to {counts.max():,}",
     ]
     none = counts.index[counts == 0].tolist()
     if none:
         lines.append(f"smears without a cell ({len(none):,}): {', '.join(none)}")
-    typical = np.sqrt(sides).groupby(found.cells["smear"], sort=False).median()
+    typical = np.sqrt(areas).groupby(found.cells["smear"], sort=False).median()
     other = [
         f"{smear} ({typical[smear]:.0f} px)"
         for smear in names
@@ -452,19 +441,19 @@ def summary(found: Search, smears: Iterable[str]) -> list[str]:
     ]
     if other:
         lines.append(
-            f"cells of another size, photographed at another magnification? ({len(other):,} smears): "
-            f"{', '.join(other)}; such smears belong into a folder of their own"
+            f"cells of another size ({len(other):,} smears): {', '.join(other)}. If these smears have "
+            "another magnification, put them into a folder of their own"
         )
     return lines
 
 
 def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Image.Image:
-    """A page to look at: smears with their boxes and the number of their cells.
+    """A picture of smears with their boxes and the number of their cells, for a check by eye.
 
-    Of many smears, those with the fewest and the most cells, and others evenly spread between.
+    Of many smears it shows those with the fewest and the most cells, and others evenly spread between them.
 
     Args:
-        root: the folder that the `image` column of `smears` starts from.
+        root: the column `image` of `smears` has paths below this folder.
         smears: with `smear` and `image`.
         cells: as in `Search`.
     """
@@ -493,23 +482,19 @@ def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Imag
 def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: str) -> Image.Image:
     height, width = image.shape[:2]
     scale = _TILE / max(height, width)
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    new = max(round(width * scale), 1), max(round(height * scale), 1)
-    tile = Image.new("RGB", (_TILE, new[1] + _CAPTION), "white")
-    tile.paste(
-        Image.fromarray(np.asarray(cv2.resize(image, new, interpolation=method), np.uint8)), (0, _CAPTION)
-    )
+    small, _ = _scaled(image, scale)
+    tile = Image.new("RGB", (_TILE, small.shape[0] + _CAPTION), "white")
+    tile.paste(Image.fromarray(small), (0, _CAPTION))
     pen = ImageDraw.Draw(tile)
     pen.text((2, 1), caption, fill="black", font=ImageFont.load_default(_CAPTION - 8))
     for y0, x0, y1, x1 in np.rint(boxes * scale).astype(int).tolist():
-        pen.rectangle(
-            (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION), outline=_GREEN, width=2
-        )
+        corners = (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION)
+        pen.rectangle(corners, outline=_GREEN, width=2)
     return tile
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` places, evenly spread, the first and the last among them."""
+    """Up to `most` of `count` positions, evenly spread, with the first and the last."""
     return sorted({int(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
@@ -527,10 +512,10 @@ def _cells_of_file(path: Path, size: float) -> pd.DataFrame:
 
 
 def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
-    """Optical density over that of the empty field, shape (height, width, 3).
+    """Optical density minus that of the empty field, shape (height, width, 3).
 
-    The field is a quadratic surface through the palest tenth of each square of `side` px; squares that cells
-    fill do not count. Where there are too few squares: one value for the whole picture.
+    The field is a quadratic surface through the palest tenth of each square of `side` px. Squares full of
+    cells do not count. If too few squares remain, one value is used for the whole picture.
     """
     density = np.asarray(-np.log((np.arange(256) + 1) / 256), np.float32)[image]
     height, width = image.shape[:2]
@@ -549,7 +534,9 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
         if kept.sum() < _SQUARES:
             palest = np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32)
             return np.asarray(np.maximum(density - palest, 0), np.float32)
-        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(5)  # the same on each CPU
+        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(
+            5
+        )  # the last bits differ between CPUs
         kept &= (value - terms @ surface).sum(axis=1) < 0.1
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]
     columns = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :]
@@ -564,20 +551,20 @@ def _quadratic_terms(y: Floats, x: Floats) -> tuple[Floats, ...]:
 
 
 def _basophilic(density: Floats) -> Floats:
-    """What of the red and green density the red cells' own ratio to blue does not account for."""
+    """Red and green density minus the part that belongs to red cells, from the blue density."""
     warm = density[..., :2].sum(axis=2)
     seen = warm + density[..., 2] > _SEEN
     ratio = (density[..., 2] / np.maximum(warm, 1e-3))[seen]
     red = ratio[ratio > _RED]
-    usual = _USUAL_RED
+    of_red_cells = _MEAN_RED
     if red.size > 100:
-        parting = threshold_otsu(np.minimum(ratio, 1.5))
-        usual = float(np.median(red[red >= min(parting, np.median(red))]))
-    return np.asarray(warm - density[..., 2] / np.float32(np.clip(usual, 0.3, 1.0)), np.float32)
+        threshold = threshold_otsu(np.minimum(ratio, 1.5))
+        of_red_cells = float(np.median(red[red >= min(threshold, np.median(red))]))
+    return np.asarray(warm - density[..., 2] / np.float32(np.clip(of_red_cells, 0.3, 1.0)), np.float32)
 
 
 def _strength(signal: Floats) -> float:
-    """The signal of the picture's nuclei; 0 where there is hardly any."""
+    """Typical signal of the nuclei of a picture; 0 if there is hardly any signal."""
     some = signal[signal > _FAINT]
     if some.size < 50:
         return 0.0
@@ -587,29 +574,22 @@ def _strength(signal: Floats) -> float:
 # --- shape --------------------------------------------------------------------------------------------
 
 
-def _without_holes(mask: Mask) -> Mask:
-    holes, _ = ndimage.label(~mask)
-    small = np.bincount(holes.ravel()) < _HOLE
-    small[0] = False
-    return np.asarray(mask | small[holes], np.bool_)
-
-
 def _depth(mask: Mask) -> Floats:
-    """Distance to the edge of a mask, smoothed; a cell goes on beyond the picture."""
+    """Distance to the edge of a mask, smoothed; a cell at the edge of the picture continues beyond it."""
     wide = np.pad(mask, _TYPICAL, mode="edge")
     far = ndimage.distance_transform_edt(wide).astype(np.float32)[_TYPICAL:-_TYPICAL, _TYPICAL:-_TYPICAL]
     return np.asarray(cv2.GaussianBlur(far, (0, 0), 2.4), np.float32)
 
 
-def _parted(body: Mask) -> Labels:
-    """Touching cells apart: 0 outside, a number for each."""
+def _split(body: Mask) -> Labels:
+    """Separate cells that touch: 0 outside, a number for each cell."""
     depth = _depth(body)
-    middles, _ = ndimage.label((h_maxima(depth, _BUMP) > 0) & body, np.ones((3, 3)))
-    return np.asarray(watershed(-depth, middles, mask=body), np.int32)
+    centres, _ = ndimage.label((h_maxima(depth, _BUMP) > 0) & body, np.ones((3, 3)))
+    return np.asarray(watershed(-depth, centres, mask=body), np.int32)
 
 
-def _parted_again(parts: Labels, signal: Floats) -> Labels:
-    """Parts too large for a cell, each parted between its nuclei if it has several, until nothing changes."""
+def _split_large(parts: Labels, signal: Floats) -> Labels:
+    """Separate parts that are too large for a cell by their nuclei, until nothing changes."""
     parts, last = parts.copy(), int(parts.max())
     waiting = [(number, place) for number, place in enumerate(ndimage.find_objects(parts), 1) if place]
     while waiting:
@@ -617,7 +597,7 @@ def _parted_again(parts: Labels, signal: Floats) -> Labels:
         mask = parts[place] == number
         if mask.sum() < _LARGE:
             continue
-        _, *others = _between_nuclei(mask, signal[place])
+        _, *others = _by_nuclei(mask, signal[place])
         for piece in others:
             last += 1
             parts[place][piece] = last
@@ -627,12 +607,12 @@ def _parted_again(parts: Labels, signal: Floats) -> Labels:
     return parts
 
 
-def _between_nuclei(mask: Mask, signal: Floats) -> list[Mask]:
-    """The pieces of a part, one a nucleus; the part itself where no threshold shows more than one."""
+def _by_nuclei(mask: Mask, signal: Floats) -> list[Mask]:
+    """The pieces of a part, one for each nucleus; the part itself if no threshold shows several nuclei."""
     inside = signal[mask]
     otsu = threshold_otsu(inside)
-    for cut in (otsu, *np.quantile(inside[inside >= otsu], (0.2, 0.4))):
-        nuclei = _without_holes((signal > cut) & mask) & mask
+    for threshold in (otsu, *np.quantile(inside[inside >= otsu], (0.2, 0.4))):
+        nuclei = remove_small_holes((signal > threshold) & mask, max_size=_HOLE) & mask
         depth = np.where(mask, _depth(nuclei), 0)
         bumps = h_maxima(depth, 0.8 * _BUMP)
         spots = peak_local_max(
@@ -641,10 +621,10 @@ def _between_nuclei(mask: Mask, signal: Floats) -> list[Mask]:
         spots = [spot for spot in map(tuple, spots) if bumps[spot]]
         if len(spots) < 2:
             continue
-        middles = np.zeros(mask.shape, np.int32)
+        centres = np.zeros(mask.shape, np.int32)
         for number, spot in enumerate(spots, 1):
-            middles[spot] = number
-        pieces = watershed(-depth, middles, mask=mask)
+            centres[spot] = number
+        pieces = watershed(-depth, centres, mask=mask)
         if np.bincount(pieces.ravel())[1:].min() > math.pi / 4 * _LEAST**2:
             return [pieces == number for number in range(1, len(spots) + 1)]
     return [mask]
