@@ -15,7 +15,6 @@ from PIL import Image
 from rich.console import Console
 
 from aplsmear.compute.engine import Here
-from aplsmear.data import schema
 from aplsmear.data.dataset import (
     CELL_COLUMNS,
     SMEAR_COLUMNS,
@@ -567,15 +566,6 @@ def test_problems_do_not_depend_on_the_order_of_rows(tmp_path, shuffle, ids):
         seen.add(tuple(sorted((one.column, one.value, one.fix) for one in found)))
         shuffle.shuffle(rows)
     assert len(seen) == 1
-
-
-def test_the_schema_describes_every_column_once():
-    text = schema.describe()
-    for declared in (schema.SMEARS, schema.CELLS):
-        for name in declared.columns:
-            assert text.count(f"| `{name}` |") == sum(
-                name in s.columns for s in (schema.SMEARS, schema.CELLS)
-            )
 
 
 # --- real data --------------------------------------------------------------------------------------

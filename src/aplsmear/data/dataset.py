@@ -339,10 +339,13 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
         if strange:
             notes.unknown_labels[name] = strange
         wrong = {label: other for label, other in meant.items() if other is not None}
-        for row, text in cells[name].items() if wrong else ():
-            for label in (label for label in text.split(SEPARATOR) if label in wrong):
-                expected = f"a known label (did you mean {wrong[label]!r}?)"
-                notes.add(CELLS_FILE, column, pd.Series({row: label}), expected, "correct the spelling")
+        if not wrong:
+            continue
+        fields_of = cells[name].str.split(SEPARATOR, regex=False).explode()
+        found = fields_of[fields_of.isin(wrong)]
+        for label, fields in found.groupby(found):
+            expected = f"a known label (did you mean {wrong[label]!r}?)"
+            notes.add(CELLS_FILE, column, fields, expected, "correct the spelling")
 
 
 # --- images and boxes -----------------------------------------------------------------------------
@@ -432,6 +435,7 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
 
     swapped = np.any(end < start, axis=1)
     outside = ((start >= size) | (end <= 0)).any(axis=1) & (end > start).all(axis=1) & seen
+    rows, texts = cells.index.tolist(), cells["bbox"].tolist()
     for place in np.flatnonzero(swapped | outside).tolist():
         height, width = size[place].tolist()
         expected = f"a box inside its image of {height} px height and {width} px width"
@@ -439,7 +443,8 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
         if swapped[place]:
             expected = "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]"
             fix = "put the numbers in order, or leave the box empty"
-        notes.add(CELLS_FILE, "bbox", cells["bbox"].iloc[[place]], expected, fix)
+        problem = Problem(CELLS_FILE, rows[place], "bbox", texts[place], expected=expected, fix=fix)
+        notes.problems.append(problem)
 
     inside = np.concatenate([np.clip(start, 0, size), np.clip(end, 0, size)], axis=1)
     small = (inside[:, 2:] - inside[:, :2] < min_box).any(axis=1)

@@ -208,20 +208,3 @@ def _problems_of(error: SchemaError, file: str) -> Iterator[Problem]:
             yield Problem(file, row, column, value, expected=expected, fix=fix)
         elif value:  # the rule of unique ids; an empty id is reported as not filled
             yield Problem(file, row, column, value, expected="an id that no other row has", fix=_UNIQUE_FIX)
-
-
-def describe() -> str:
-    """The layout as Markdown: a table of columns for each file."""
-    parts = []
-    for schema in (SMEARS, CELLS):
-        lines = [
-            f"`{schema.name}`: {schema.description}.",
-            "",
-            "| column | needed | what it holds | example |",
-            "|---|---|---|---|",
-        ]
-        for name, column in schema.columns.items():
-            needed = "yes" if column.required else "no"
-            lines.append(f"| `{name}` | {needed} | {column.description} | `{column.metadata['example']}` |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"

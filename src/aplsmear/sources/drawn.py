@@ -58,6 +58,7 @@ _SHIFT = 4  # OpenCV draws at 1/16 pixel
 class _Look:
     """How one kind of cell is drawn: lengths in radii of the cell, colours as optical density (R, G, B)."""
 
+    share: float  # of a normal marrow, per cent of the nucleated cells
     cell_type: str | None  # label in the data set, None: an object that annotators give no type
     diameter: tuple[float, float]  # mean and standard deviation, in units of `cell_size`
     nuclear: tuple[float, float]  # radius of the nucleus over that of the cell, mean and standard deviation
@@ -76,54 +77,54 @@ class _Look:
 
 _LOOKS: dict[str, _Look] = {
     "myeloblast": _Look(
-        "Myeloblast", (0.86, 0.09), (0.84, 0.035), ("round", "round", "oval", "notched"),
+        3.0, "Myeloblast", (0.86, 0.09), (0.84, 0.035), ("round", "round", "oval", "notched"),
         (0.52, 0.92, 0.30), (0.42, 0.33, 0.10), 1.0, 0.16, (0.0, 0.02), nucleoli=(1, 3), eccentric=0.5,
     ),
     "monoblast": _Look(
-        "Monoblast", (1.04, 0.09), (0.74, 0.05), ("folded", "kidney", "oval"),
+        0.7, "Monoblast", (1.04, 0.09), (0.74, 0.05), ("folded", "kidney", "oval"),
         (0.46, 0.80, 0.27), (0.36, 0.29, 0.13), 1.3, 0.20, (0.0, 0.03), nucleoli=(0, 2), rough=0.055,
     ),
     "lymphoblast": _Look(
-        "Lymphoblast", (0.70, 0.06), (0.88, 0.03), ("round", "notched"),
+        0.5, "Lymphoblast", (0.70, 0.06), (0.88, 0.03), ("round", "notched"),
         (0.60, 1.02, 0.34), (0.46, 0.36, 0.10), 1.4, 0.20, nucleoli=(0, 1),
     ),
     "promyelocyte": _Look(
-        "Promyelocyte", (1.04, 0.10), (0.69, 0.05), ("round", "oval", "oval", "notched"),
+        5.5, "Promyelocyte", (1.04, 0.10), (0.69, 0.05), ("round", "oval", "oval", "notched"),
         (0.55, 0.96, 0.32), (0.36, 0.33, 0.12), 1.3, 0.20, (0.06, 0.20), nucleoli=(0, 2), hof=0.55,
         eccentric=0.75,
     ),
     "abnormal promyelocyte": _Look(
-        "Promyelocyte", (0.98, 0.12), (0.70, 0.06),
+        1.0, "Promyelocyte", (0.98, 0.12), (0.70, 0.06),
         ("bilobed", "bilobed", "kidney", "kidney", "notched", "oval"),
         (0.64, 1.08, 0.40), (0.22, 0.36, 0.13), 1.1, 0.17, (0.12, 0.36), nucleoli=(0, 1),
         hof=0.15, rough=0.055,
     ),
     "myelocyte": _Look(
-        "Myelocyte", (0.88, 0.08), (0.63, 0.04), ("oval", "round", "notched"),
+        15.0, "Myelocyte", (0.88, 0.08), (0.63, 0.04), ("oval", "round", "notched"),
         (0.66, 1.10, 0.40), (0.16, 0.27, 0.12), 1.8, 0.28, (0.01, 0.05), 0.30, hof=0.25, eccentric=0.8,
     ),
     "metamyelocyte": _Look(
-        "Metamyelocyte", (0.82, 0.07), (0.62, 0.04), ("kidney",),
+        14.0, "Metamyelocyte", (0.82, 0.07), (0.62, 0.04), ("kidney",),
         (0.70, 1.16, 0.42), (0.10, 0.22, 0.11), 2.0, 0.30, (0.0, 0.02), 0.34, eccentric=0.6,
     ),
     "granulocyte": _Look(
-        "Granulocyte", (0.77, 0.06), (0.70, 0.04), ("segmented", "segmented", "band"),
+        19.0, "Granulocyte", (0.77, 0.06), (0.70, 0.04), ("segmented", "segmented", "band"),
         (0.80, 1.30, 0.50), (0.07, 0.18, 0.10), 2.2, 0.26, (0.0, 0.01), 0.36, eccentric=0.2,
     ),
     "lymphocyte": _Look(
-        "Lymphocyte", (0.58, 0.06), (0.86, 0.04), ("round", "notched"),
+        12.0, "Lymphocyte", (0.58, 0.06), (0.86, 0.04), ("round", "notched"),
         (0.78, 1.22, 0.46), (0.38, 0.26, 0.06), 2.4, 0.30, (0.0, 0.01), eccentric=0.7,
     ),
     "erythroblast": _Look(
-        "Erythroblast", (0.58, 0.08), (0.66, 0.07), ("round",),
+        23.0, "Erythroblast", (0.58, 0.08), (0.66, 0.07), ("round",),
         (0.92, 1.42, 0.60), (0.34, 0.36, 0.20), 2.6, 0.36, eccentric=0.35, rough=0.02,
     ),
     "plasma cell": _Look(
-        "Plasma cell", (0.90, 0.07), (0.48, 0.03), ("round", "oval"),
+        2.0, "Plasma cell", (0.90, 0.07), (0.48, 0.03), ("round", "oval"),
         (0.82, 1.28, 0.48), (0.74, 0.62, 0.18), 2.6, 0.36, hof=0.75, eccentric=0.95, rough=0.05,
     ),
     "smudge": _Look(
-        None, (1.02, 0.14), (0.95, 0.03), ("smudge",),
+        4.0, None, (1.02, 0.14), (0.95, 0.03), ("smudge",),
         (0.40, 0.72, 0.24), (0.16, 0.24, 0.08), 2.0, 0.40, rough=0.12,
     ),
 }  # fmt: skip
@@ -136,21 +137,6 @@ _NUCLEOLUS: _Rgb = (-0.17, -0.44, -0.16)
 _RED_CELL: _Rgb = (0.11, 0.36, 0.33)
 _PLASMA: _Rgb = (0.035, 0.06, 0.025)
 
-# Differential count of a normal marrow, per cent of the nucleated cells.
-_NORMAL = {
-    "myeloblast": 3.0,
-    "monoblast": 0.7,
-    "lymphoblast": 0.5,
-    "promyelocyte": 5.5,
-    "abnormal promyelocyte": 1.0,
-    "myelocyte": 15.0,
-    "metamyelocyte": 14.0,
-    "granulocyte": 19.0,
-    "lymphocyte": 12.0,
-    "erythroblast": 23.0,
-    "plasma cell": 2.0,
-    "smudge": 4.0,
-}
 # FAB class of an AML other than APL: weight in the random choice, and shares of its abnormal cells.
 _FAB: dict[str, tuple[float, dict[str, float]]] = {
     "m0": (5, {"myeloblast": 0.92, "lymphoblast": 0.08}),
@@ -249,7 +235,7 @@ def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
     AML have promyelocytes, and some healthy marrows have a left shift.
     """
     stain = _sample_stain(rng)
-    mix = {kind: share / 100 for kind, share in _NORMAL.items()}
+    mix = {kind: look.share / 100 for kind, look in _LOOKS.items()}
     shift = float(rng.beta(1.0, 4.0))  # left shift: immature cells at the expense of the mature
     clone: dict[str, float] = {}
     burden, rods, faggots, fab = 0.0, 0.0, 0.0, None
@@ -279,9 +265,8 @@ def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
     total = sum(mix.values())
     shares = np.array([(1 - burden) * mix[k] / total + burden * clone.get(k, 0.0) for k in KINDS])
     shares = rng.dirichlet(np.maximum(shares * 60, 0.05))
-    return Patient(
-        diagnosis, fab, dict(zip(KINDS, shares.tolist(), strict=True)), rods, faggots, granularity, stain
-    )
+    mix = dict(zip(KINDS, shares.tolist(), strict=True))
+    return Patient(diagnosis, fab, mix, rods, faggots, granularity, stain)
 
 
 def _sample_burden(rng: np.random.Generator) -> float:
