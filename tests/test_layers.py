@@ -1,21 +1,19 @@
 """The table of networks and layers is that of the Keras which is installed."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
 from aplsmear.layers import TABLE
-from aplsmear.params import read_params
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = json.loads(TABLE.read_text(encoding="utf-8"))
-USED = {
-    backbone.application
-    for profile in (ROOT / "profiles").glob("*.yaml")
-    for backbone in read_params(profile).backbones.values()
-}
+USED = set(
+    re.findall(r"application: (\w+)", "".join(map(Path.read_text, (ROOT / "profiles").glob("*.yaml"))))
+)
 
 
 def test_it_was_written_by_the_keras_that_is_installed():

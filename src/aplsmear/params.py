@@ -362,9 +362,7 @@ def read_params(path: Path) -> Params:
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} cannot be read ({error}): start in the folder of dvc.yaml") from None
     except YAMLError as error:
-        # A duplicate key's text goes on with advice on how to let the parser accept it.
-        said = [line.strip() for line in str(error).split("To suppress")[0].splitlines() if line.strip()]
-        raise ParamsError("\n  ".join([f"{path} is no YAML, or has a key twice:", *said])) from None
+        raise ParamsError(no_yaml(path, error)) from None
     if _is_large(raw):
         raise ParamsError(f"{path} holds more than {_LARGEST:,} values, aliases (`*name`) resolved")
     if not isinstance(raw, dict):
@@ -382,6 +380,12 @@ def read_params(path: Path) -> Params:
         lines += [f"{name}: {answer}" for name, answer in old.items()]
         text = "\n".join(f"  {line}" for line in dict.fromkeys(lines))
         raise ParamsError(f"{path} does not fit:\n{text}") from None
+
+
+def no_yaml(path: Path, error: YAMLError) -> str:
+    """The message about a file that cannot be parsed, without the parser's advice to allow a key twice."""
+    lines = [line.strip() for line in str(error).split("To suppress")[0].splitlines() if line.strip()]
+    return "\n  ".join([f"{path} is not valid YAML, or has a key twice:", *lines])
 
 
 def named(rows: Mapping[str, T], name: str, where: str) -> T:

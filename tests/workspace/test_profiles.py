@@ -1,9 +1,12 @@
 """Profiles: whole sets of parameters, and what an earlier set left behind."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
@@ -14,9 +17,69 @@ ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "profiles"
 
 
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_profile_is_a_valid_params_yaml(path: Path) -> None:
-    assert read_params(path).tasks
+NAMES = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+DEMO = read_profile(PROFILES, "demo")
+
+
+def profile(tmp_path: Path, text: str) -> dict[str, Any]:
+    """The parameters under a profile with this text."""
+    (tmp_path / "demo.yaml").write_text(DEMO, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    return yaml.safe_load(read_profile(tmp_path, "mine"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_profile_gives_a_valid_params_yaml(name: str, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text(read_profile(PROFILES, name), encoding="utf-8")
+    assert read_params(tmp_path / "params.yaml").tasks
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dvc_exp_run_changes_no_other_line_of_a_profile(name: str) -> None:
+    """`dvc exp run -S` turns `[a, b]` into lines: git would show changes that nobody made."""
+    text = read_profile(PROFILES, name)
+    assert with_settings(text, {"seed": "1"}) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_profile_keeps_the_remarks_of_the_demo(name: str) -> None:
+    _, *sections = DEMO.split("\n\n")
+    lines = [line for line in "\n".join(sections).splitlines() if line.lstrip().startswith("#")]
+    start = next(place for place, line in enumerate(lines) if "The demo must run" in line)
+    assert set(lines[:start] + lines[start + 4 :]) <= set(read_profile(PROFILES, name).splitlines())
+
+
+def test_a_profile_replaces_lists_and_tables_of_rows_and_merges_other_tables(tmp_path: Path) -> None:
+    demo = yaml.safe_load(DEMO)
+    task = demo["tasks"]["blast"]
+    found = profile(
+        tmp_path,
+        "# Mine.\n\nseed: 3\ntune: {trials: 7, space: {width: [8]}}\noverrides: {blast: {patience: 2}}\n"
+        f"tasks: {{blast: {json.dumps(task)}}}\n",
+    )
+    assert found["tasks"] == {"blast": task}
+    assert found["overrides"] == {"blast": {"trials": 7, "patience": 2}}
+    assert found["tune"] == demo["tune"] | {"trials": 7, "space": demo["tune"]["space"] | {"width": [8]}}
+    rest = demo.keys() - {"seed", "tune", "tasks", "overrides"}
+    assert {key: found[key] for key in rest} == {key: demo[key] for key in rest}
+
+
+def test_each_task_without_a_row_of_overrides_gets_one(tmp_path: Path) -> None:
+    found = profile(tmp_path, "tune:\n  trials: 9\n")
+    assert found["overrides"] == {task: {"trials": 9} for task in found["tasks"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: [1\n", "not valid YAML"),
+        ("", "holds no parameters"),
+        ("tasks:\n", "'tasks' is a table of parameters"),
+    ],
+)
+def test_a_profile_that_cannot_be_used_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ProfileError, match=message):
+        profile(tmp_path, text)
 
 
 @pytest.mark.parametrize("name", ["deepapl", "kaggle"])
@@ -28,19 +91,18 @@ def test_the_head_of_a_profile_says_what_to_type_and_what_to_expect(name: str) -
 
 
 def test_a_setting_changes_its_value_and_no_remark() -> None:
-    text = read_profile(PROFILES, "demo")
-    assert with_settings(text, {"split.folds": "7"}) == text.replace("folds: 5", "folds: 7")
+    assert with_settings(DEMO, {"split.folds": "7"}) == DEMO.replace("folds: 5", "folds: 7")
 
 
 def test_settings_that_do_not_exist_are_named_all_at_once() -> None:
     with pytest.raises(ProfileError, match=r"split\.fold'.*split\.folds.*nonsense"):
-        with_settings(read_profile(PROFILES, "demo"), {"split.fold": "7", "nonsense": "1"})
+        with_settings(DEMO, {"split.fold": "7", "nonsense": "1"})
 
 
 def test_a_setting_with_an_old_name_is_answered_with_the_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aplsmear.params.RENAMED", {"split.parts": "split.folds"})
     with pytest.raises(ProfileError, match=r"^'split.parts' is now called split.folds$"):
-        with_settings(read_profile(PROFILES, "demo"), {"split.parts": "7"})
+        with_settings(DEMO, {"split.parts": "7"})
 
 
 def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
@@ -49,7 +111,7 @@ def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
 
 
 def test_leftovers_are_what_no_stage_of_these_parameters_makes(tmp_path: Path) -> None:
-    params = read_params(PROFILES / "demo.yaml")
+    params = read_params(ROOT / "params.yaml")
     backbone, task = next(iter(params.backbones)), next(iter(params.tasks))
     kept = [tmp_path / "features" / "cell" / backbone, tmp_path / "backbones" / backbone]
     kept += [tmp_path / "tuned" / task]
@@ -82,6 +144,16 @@ def test_the_command_writes_params_yaml_and_clears_leftovers(
     assert read_params(tmp_path / "params.yaml").dataset.root == "/data/with blank"
     assert not (tmp_path / "tuned" / "faggot").exists()
     assert "# of everything random" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+
+
+def test_the_demo_comes_back_to_the_bit_after_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").symlink_to(PROFILES)
+    assert CliRunner().invoke(app, ["profile", "kaggle", "split.folds=3"]).exit_code == 0
+    assert CliRunner().invoke(app, ["profile", "demo"]).exit_code == 0
+    assert (tmp_path / "params.yaml").read_text(encoding="utf-8") == DEMO
 
 
 def test_a_bad_setting_leaves_params_yaml_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

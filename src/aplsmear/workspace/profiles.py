@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import CommentMark, YAMLError
 
 from aplsmear.errors import UserError
 from aplsmear.files import sha256
-from aplsmear.params import Params, flat, nearest, renamed
+from aplsmear.params import Params, flat, nearest, no_yaml, renamed
+
+BASE = "demo"  # the profile that is a whole params.yaml
+# Tables that hold exactly the rows that a profile names; it is merged into all others.
+REPLACED = {"augment.more", "backbones", "tune.pick", "tasks", "overrides"}
 
 
 class ProfileError(UserError, ValueError):
@@ -19,17 +26,40 @@ class ProfileError(UserError, ValueError):
 
 
 def read_profile(folder: Path, name: str) -> str:
-    """The text of ``folder/<name>.yaml``.
+    """The text of params.yaml under a profile.
+
+    ``demo.yaml`` is a whole params.yaml. Any other profile is a head of remarks, an empty line, and the
+    parameters that differ from the demo's. A list replaces the demo's list, and so does a table of
+    `REPLACED`; other tables are merged. Of `overrides` the profile's rows alone count, and each task without
+    a row gets one that repeats `tune.trials`: DVC needs a row for each task.
+
+    Args:
+        folder: of the profiles.
+        name: file name of the profile without ``.yaml``.
+
+    Returns:
+        The head of the profile, then all parameters; a remark of the demo stays where the profile has none.
 
     Raises:
-        ProfileError: there is none of that name; the message lists those that there are.
+        ProfileError: there is no profile of this name (the message lists those that there are), or it is not
+            a table of parameters.
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ProfileError(
             f"there is no profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
         )
-    return (folder / f"{name}.yaml").read_text(encoding="utf-8")
+    text, base = ((folder / f"{each}.yaml").read_text(encoding="utf-8") for each in (name, BASE))
+    if name == BASE:
+        return text
+    try:
+        own = _editor().load(text)
+    except YAMLError as error:
+        raise ProfileError(no_yaml(folder / f"{name}.yaml", error)) from None
+    if not isinstance(own, dict):
+        raise ProfileError(f"{folder / name}.yaml holds no parameters")
+    head = re.match(r"(#.*\n)*", text)
+    return f"{head[0] if head else ''}\n{_laid_over(base, own)}"
 
 
 def with_settings(text: str, settings: Mapping[str, str]) -> str:
@@ -52,7 +82,7 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
         for part in path:
             place = place.get(part) if isinstance(place, dict) else None
         if isinstance(place, dict) and last in place:
-            place[last] = YAML(typ="safe").load(settings[key])
+            _put(place, last, YAML(typ="safe").load(settings[key]))
         else:
             known = [name for name, _ in flat(tree, tables=True)]
             problems.append(f"there is no {key!r}{nearest(key, known)}")
@@ -71,7 +101,8 @@ def with_sums(text: str) -> str:
     """
     editor = _editor()
     tree = editor.load(text)
-    named = [each for each in tree["backbones"].values() if Path(str(each["weights"])).is_file()]
+    rows: list[Any] = [each for each in tree["backbones"].values() if isinstance(each, dict)]
+    named = [each for each in rows if Path(str(each.get("weights", ""))).is_file()]
     for backbone in named:
         backbone.pop("sha256", None)
         below = list(backbone).index("weights") + 1
@@ -107,6 +138,56 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         if path not in owned and path.name != ".gitignore"
     ]
     return sorted(found)
+
+
+def _laid_over(base: str, own: dict[str, Any]) -> str:
+    """The parameters of the demo with those of a profile in their place."""
+    # ruamel keeps the lines between two sections with the last value of the upper section, which may be
+    # replaced. A mark at the end of each section holds them instead.
+    _, *sections = re.split(r"\n\n(?=\S)", base.strip())
+    editor = _editor()
+    tree = editor.load("\n\n".join(f"{part}\n_{place}: end" for place, part in enumerate(sections)))
+    tree["overrides"] = CommentedMap()
+    _lay_over(tree, own)
+    rows = tree["overrides"]
+    for place, task in enumerate(tree["tasks"]):
+        if task not in rows:
+            rows.insert(place, task, CommentedMap())
+        if isinstance(rows[task], dict) and "trials" not in rows[task]:
+            rows[task].insert(0, "trials", tree["tune"]["trials"])
+    return re.sub(r"^_\d+: end\n", "", _text_of(editor, tree), flags=re.MULTILINE)
+
+
+def _lay_over(base: Any, over: Any, where: str = "") -> None:
+    """Put the values and the remarks of a profile into the parameters of the demo."""
+    for key, value in over.items():
+        name = f"{where}{key}"
+        if isinstance(value, dict) and isinstance(base.get(key), dict) and name not in REPLACED:
+            _lay_over(base[key], value, f"{name}.")
+        else:
+            _put(base, key, value, over.ca.items.get(key))
+
+
+def _put(table: Any, key: str, value: Any, remarks: list[Any] | None = None) -> None:
+    """Replace a value, and its remarks if there are new ones; a remark stands one blank behind its value."""
+    if isinstance(table.get(key), dict) and not isinstance(value, dict):
+        raise ProfileError(f"{key!r} is a table of parameters and cannot be {value!r}")
+    table[key] = value
+    for inner in _within(value):
+        inner.fa.set_block_style()  # as `dvc exp run -S` writes it
+    if remarks:
+        table.ca.items[key] = remarks
+    for remark in table.ca.items.get(key, [])[2:3]:
+        if remark:
+            remark.start_mark = CommentMark(0)
+
+
+def _within(value: Any) -> Iterator[CommentedMap | CommentedSeq]:
+    """A value and all in it that holds other values."""
+    if value and isinstance(value, CommentedMap | CommentedSeq):
+        yield value
+        for inner in value.values() if isinstance(value, CommentedMap) else value:
+            yield from _within(inner)
 
 
 def _editor() -> YAML:
