@@ -45,8 +45,8 @@ def test_dvc_exp_run_changes_no_other_line_of_a_profile(name: str) -> None:
 def test_a_profile_keeps_the_remarks_of_the_demo(name: str) -> None:
     _, *sections = DEMO.split("\n\n")
     lines = [line for line in "\n".join(sections).splitlines() if line.lstrip().startswith("#")]
-    start = next(place for place, line in enumerate(lines) if "The demo must run" in line)
-    assert set(lines[:start] + lines[start + 4 :]) <= set(read_profile(PROFILES, name).splitlines())
+    start = next(place for place, line in enumerate(lines) if "The demo runs without" in line)
+    assert set(lines[:start] + lines[start + 5 :]) <= set(read_profile(PROFILES, name).splitlines())
 
 
 def test_a_profile_replaces_lists_and_tables_of_rows_and_merges_other_tables(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_command_writes_params_yaml_and_clears_leftovers(
     assert sums == hashlib.sha256(b"weights").hexdigest()
     assert read_params(tmp_path / "params.yaml").dataset.root == "/data/with blank"
     assert not (tmp_path / "tuned" / "faggot").exists()
-    assert "# of everything random" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    assert "# seed of all random numbers" in (tmp_path / "params.yaml").read_text(encoding="utf-8")
 
 
 def test_the_demo_comes_back_to_the_bit_after_changes(
