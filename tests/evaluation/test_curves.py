@@ -76,7 +76,7 @@ def test_confusion_table_has_a_row_for_each_patient():
     table = curves.confusion_table([1, 0, 0, 1], [1, 1, 0, 1], ("aml", "apl"))
     assert table.to_numpy().tolist() == [["aml", "aml"], ["aml", "apl"], ["apl", "apl"], ["apl", "apl"]]
     assert table.columns.tolist() == ["actual", "predicted"]
-    with pytest.raises(ValueError, match="call_at"):
+    with pytest.raises(ValueError, match="call must be 0 or 1"):
         curves.confusion_table([1, 0], [0.7, 0.2], ("aml", "apl"))
     with pytest.raises(ValueError, match="two different words"):
         curves.confusion_table([1, 0], [1, 0], ("apl", "apl"))

@@ -1,7 +1,7 @@
-"""Tables behind the curves that `dvc plots` draws, small and byte-stable whatever the number of items.
+"""Tables for the curves that `dvc plots` draws: small and byte-stable for any number of items.
 
-Inputs are as in `aplsmear.evaluation.columns`: ``label`` 0 or 1 and ``score`` or ``probability`` of shape
-(n,), higher for more likely positive. Bad input raises ``ValueError``.
+Arguments are as in `aplsmear.evaluation.columns`: ``label`` is 0 or 1, ``score`` and ``probability`` are
+higher for items that are more likely positive, all have shape (n,). Bad input raises ``ValueError``.
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,17 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn import metrics
 
-from aplsmear.evaluation.columns import check_columns
+from aplsmear.evaluation.columns import check_call, check_columns
 from aplsmear.evaluation.intervals import roc_band
-from aplsmear.evaluation.operating_points import call_at
 
 MAX_ROWS = 500
 
 
 def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS) -> pd.DataFrame:
-    """The ROC curve from (0, 0) to (1, 1): columns ``fpr, tpr, threshold`` (called if score >= threshold).
+    """The ROC curve from (0, 0) to (1, 1): ``fpr, tpr, threshold`` (positive if score >= threshold).
 
-    The first row calls nobody; its threshold is the highest score plus 1. A longer curve is thinned to
-    ``max_rows``: both ends, its convex hull (where every sensible threshold lies), and rows evenly between.
+    In the first row, nobody is positive; its threshold is the highest score plus 1. A longer curve is reduced
+    to `max_rows`: both ends, its convex hull (where every sensible threshold lies), and evenly spaced rows.
     """
     y, s = check_columns(label, score)
     fpr, tpr, threshold = metrics.roc_curve(y, s, drop_intermediate=True)
@@ -34,7 +33,7 @@ def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = 
 def roc_band_table(
     label: npt.ArrayLike, score: npt.ArrayLike, resamples: int, seed: int, points: int = 101
 ) -> pd.DataFrame:
-    """The 95 % band of `intervals.roc_band`: columns ``fpr, low, high``, evenly spaced."""
+    """`aplsmear.evaluation.intervals.roc_band` at evenly spaced points: ``fpr, low, high``."""
     fpr = np.linspace(0, 1, points)
     low, high = roc_band(label, score, fpr, resamples=resamples, seed=seed)
     return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
@@ -43,10 +42,10 @@ def roc_band_table(
 def precision_recall_table(
     label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS
 ) -> pd.DataFrame:
-    """The precision-recall curve by rising recall: columns ``recall, precision, threshold``.
+    """The precision-recall curve by increasing recall: ``recall, precision, threshold``.
 
-    The first row is the convention recall 0, precision 1, threshold the highest score plus 1. Thinned as
-    `roc_curve_table`.
+    The first row is recall 0 and precision 1 by convention, with the highest score plus 1 as threshold. A
+    longer curve is reduced as in `roc_curve_table`.
     """
     y, s = check_columns(label, score)
     precision, recall, threshold = metrics.precision_recall_curve(y, s, drop_intermediate=True)
@@ -59,10 +58,10 @@ def precision_recall_table(
 def calibration_table(
     label: npt.ArrayLike, probability: npt.ArrayLike, bins: int | None = None
 ) -> pd.DataFrame:
-    """Reliability by quantile bins: columns ``predicted`` (mean), ``observed`` (share of positives), ``n``.
+    """Calibration in quantile bins: ``predicted`` (mean), ``observed`` (share of positives), ``n`` (items).
 
-    ``bins`` is by default one for every 20 items, between 5 and 10. Equal probabilities share a bin, so there
-    may be fewer; no bin is empty.
+    `bins` is by default one for every 20 items, at least 5 and at most 10. Equal probabilities share a bin,
+    so there may be fewer; no bin is empty.
     """
     y, p = check_columns(label, probability, probability=True)
     wanted = min(10, max(5, len(y) // 20)) if bins is None else bins
@@ -70,7 +69,7 @@ def calibration_table(
         raise ValueError(f"bins must be 1 or more, not {wanted}")
     order = np.lexsort([y, p])
     y, p = y[order], p[order]
-    # By rank, not by interpolated quantiles: ties go with the first of them.
+    # By rank, not by interpolated quantiles: equal probabilities go into the bin of the first of them.
     index = np.searchsorted(p, p, side="left") * wanted // len(p)
     grouped = pd.DataFrame({"predicted": p, "observed": y, "bin": index}).groupby("bin", sort=True)
     table = grouped[["predicted", "observed"]].mean()
@@ -79,13 +78,12 @@ def calibration_table(
 
 
 def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[str]) -> pd.DataFrame:
-    """One row per item for DVC's ``confusion`` template: columns ``actual, predicted``, sorted.
+    """One row per item for DVC's template ``confusion``: ``actual, predicted``, sorted.
 
-    ``names`` are the words for 0 and 1, ``("aml", "apl")``; ``call`` holds 0 or 1.
+    `names` are the words for 0 and 1, such as ``("aml", "apl")``; `call` is 0 or 1.
     """
-    y, c = check_columns(label, call, probability=True, both=False)
-    if not np.array_equal(c, call_at(c, 0.5)):
-        raise ValueError("call must be 0 or 1; turn probabilities into calls with call_at")
+    c = check_call(label, call)
+    (y,) = check_columns(label, both=False)
     if len(names) != 2 or names[0] == names[1]:
         raise ValueError(f"names must be two different words, for 0 and for 1, not {list(names)}")
     words = np.asarray(names, dtype=object)
@@ -96,7 +94,7 @@ def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[s
 
 
 def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], max_rows: int) -> npt.NDArray[np.intp]:
-    """Up to ``max_rows`` indices of a curve by rising x: ends and upper hull, then evenly spaced ones."""
+    """Up to `max_rows` rows of a curve by increasing x: both ends and the upper hull, then evenly spaced."""
     if max_rows < 2:
         raise ValueError(f"max_rows must be 2 or more, not {max_rows}")
     if len(x) <= max_rows:
@@ -117,7 +115,7 @@ def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], max_rows: i
 
 
 def _evenly(n: int, k: int) -> npt.NDArray[np.intp]:
-    """``k <= n`` different indices below ``n``, evenly spaced, with both ends if k > 1."""
+    """`k` (at most `n`) different indices below `n`, evenly spaced, with both ends if `k` > 1."""
     if k < 2:
         return np.arange(k)
     return np.arange(k) * (n - 1) // (k - 1)

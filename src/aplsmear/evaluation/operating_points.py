@@ -1,59 +1,62 @@
 """Thresholds, the calls that they make, and how often the calls are right."""
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from aplsmear.evaluation.columns import Interval, as_floats, check_columns, interval_around, normal_quantile
+from aplsmear.evaluation.columns import LEVEL, Interval, check_columns, interval_around
 
 MIN_SENSITIVITY = 0.95
 
 
-def call_at(probability: npt.ArrayLike, threshold: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """1 where ``probability >= threshold`` (one threshold, or one per item), else 0; shape (n,), int64."""
-    problems: list[str] = []
-    p = as_floats("probability", probability, problems)
-    t = as_floats("threshold", np.atleast_1d(np.asarray(threshold)), problems)
-    if not problems and len(t) not in (1, len(p)):
-        problems.append(f"threshold has {len(t)} rows where probability has {len(p)}")
-    if problems:
-        raise ValueError("; ".join(problems))
-    return (p >= t).astype(np.int64)
-
-
-def sensitivity(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: npt.ArrayLike = 0.5) -> float:
-    """Share of the positives with ``probability >= threshold``; calls 0/1 serve as probability too."""
+def sensitivity(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float = 0.5) -> float:
+    """Share of the positives with ``probability >= threshold``; calls 0/1 can stand for probabilities."""
     y, p = check_columns(label, probability)
-    return float(call_at(p, threshold)[y == 1].mean())
+    return float((p >= threshold)[y == 1].mean())
 
 
-def specificity(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: npt.ArrayLike = 0.5) -> float:
-    """Share of the negatives with ``probability < threshold``; calls 0/1 serve as probability too."""
+def specificity(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float = 0.5) -> float:
+    """Share of the negatives with ``probability < threshold``; calls 0/1 can stand for probabilities."""
     y, p = check_columns(label, probability)
-    return float(1 - call_at(p, threshold)[y == 0].mean())
+    return float(1 - (p >= threshold)[y == 0].mean())
 
 
-def balanced_accuracy(
-    label: npt.ArrayLike, probability: npt.ArrayLike, threshold: npt.ArrayLike = 0.5
-) -> float:
+def balanced_accuracy(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float = 0.5) -> float:
     """Mean of sensitivity and specificity."""
     return (sensitivity(label, probability, threshold) + specificity(label, probability, threshold)) / 2
 
 
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> Interval:
-    """A proportion with Wilson's score interval (JASA 1927;22:209), which has a width at 0 and 1 too."""
-    normal_quantile(level)
+def wilson_interval(successes: int, total: int) -> Interval:
+    """A proportion with Wilson's score interval (JASA 1927;22:209), which has a width at 0 and 1, too.
+
+    Raises:
+        ValueError: this is not a proportion.
+    """
     if not 0 <= successes <= total or total == 0:
         raise ValueError(f"{successes} of {total} is not a proportion")
-    ends = stats.binomtest(int(successes), int(total)).proportion_ci(level, method="wilson")
+    ends = stats.binomtest(int(successes), int(total)).proportion_ci(LEVEL, method="wilson")
     return interval_around(successes / total, float(ends.low), float(ends.high))
 
 
-def operating_points(label: npt.ArrayLike, probability: npt.ArrayLike) -> dict[str, float]:
-    """Two thresholds, for ``call_at``, chosen on the items given - never give it held-out ones.
+def mean_interval(a: Interval, b: Interval) -> Interval:
+    """The mean of two independent estimates, such as sensitivity and specificity.
 
-    - ``balanced`` maximises Youden's J (sensitivity + specificity - 1). Among equals it takes the widest gap
-      between neighbouring probabilities, then the lowest: a missed APL weighs more than a false alarm.
+    The interval follows from the two intervals (Zou & Donner, Stat Med 2008;27:1693).
+    """
+    value = (a.value + b.value) / 2
+    low = value - math.hypot(a.value - a.low, b.value - b.low) / 2
+    high = value + math.hypot(a.high - a.value, b.high - b.value) / 2
+    return interval_around(value, low, high)
+
+
+def operating_points(label: npt.ArrayLike, probability: npt.ArrayLike) -> dict[str, float]:
+    """Two thresholds, chosen on the items given. Never give held-out items.
+
+    - ``balanced`` has the highest Youden's J (sensitivity + specificity - 1). Among equals it takes the
+    widest
+      gap between neighbouring probabilities, then the lowest: a missed APL is worse than a false alarm.
     - ``sensitive`` has the highest specificity with a sensitivity of at least 0.95, and among equals the
       highest sensitivity.
 

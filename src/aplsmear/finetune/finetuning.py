@@ -32,7 +32,7 @@ import pandas as pd
 from scipy.special import expit
 
 from aplsmear.evaluation.auroc import auroc, average_precision
-from aplsmear.evaluation.intervals import bootstrap_interval, paired_bootstrap_difference
+from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.evaluation.operating_points import operating_points
 from aplsmear.evaluation.splits import HeldOut, outer_set
 from aplsmear.features import backbones
@@ -341,9 +341,7 @@ def compare(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, see
     label, patient = paired["label"], paired["patient"]
     scores, before = paired["probability"], paired["probability_frozen"]
     value = bootstrap_interval(auroc, label, scores, groups=patient, resamples=resamples, seed=seed)
-    gain = paired_bootstrap_difference(
-        auroc, label, scores, before, groups=patient, resamples=resamples, seed=seed
-    )
+    gain = bootstrap_interval(auroc, label, scores, before, groups=patient, resamples=resamples, seed=seed)
     return {
         "auroc": value.as_dict(),
         "frozen": {"auroc": auroc(label, before)},
