@@ -291,7 +291,7 @@ def prepare(folder: Path, data: Path, form: Form) -> None:
     params["dataset"]["root"] = str(data)
     params["split"]["folds"] = 3
     sizes = {"cell": form.size, "smear": 3 * form.size}
-    params["augment"] |= {"views": form.views, "more": {}, "size": sizes}
+    params["augment"] |= {"views": form.views, "extra_views": {}, "size": sizes}
     backbone = params["backbones"][BACKBONE] | {"layer": [LAYER], "input_size": sizes}
     weights = folder.with_suffix(".weights.h5")
     write_live_weights(weights, Backbone.model_validate(backbone), next((data / "wsi").iterdir()))

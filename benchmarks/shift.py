@@ -59,7 +59,7 @@ TRIALS = 2  # of each task, where a measure is compared
 RIM = 16  # px around what is cut out of a smear: further than any focus reaches
 JPEG_BLOCK = 16  # px
 SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, stains, views)]
-COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0, "stain": 0.0}
+COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0}
 
 # What training could do otherwise: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -67,10 +67,8 @@ MEASURES: dict[str, dict[str, Any]] = {
     "augmentation_as_shipped": {},
     "one_view": {"views": 1},
     "two_views": {"views": 2},
-    "two_views_with_stain": {"views": 2, "stain": 0.25},
     "two_wider_views": {
         "views": 2,
-        "stain": 0.35,
         "hue": 12,
         "saturation": 30,
         "brightness": 0.2,

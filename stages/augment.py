@@ -19,8 +19,8 @@ def main() -> None:
     root = Path(params.dataset.root)
     smears = read_table(Path("dataset/smears.csv"))
     cells = read_table(Path("dataset/cells.csv"))
-    for label in idle_labels(params.augment.more, [smears, cells]):
-        print(f"augment.more: nothing carries the label {label!r}", file=sys.stderr)
+    for label in idle_labels(params.augment.extra_views, [smears, cells]):
+        print(f"augment.extra_views: nothing carries the label {label!r}", file=sys.stderr)
     names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
     files = names.files(root, smears["image"]) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}

@@ -57,6 +57,8 @@ RENAMED: dict[str, str] = {
     "finetune.head.middle": "finetune.head.centre_crop",
     "combine.space.freedom": "combine.space.C",
     "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
+    "augment.more": "augment.extra_views",
+    "augment.stain": "was removed: it gained nothing on real cells. Delete this line.",
 }
 _NOW = "is now called "
 
@@ -122,7 +124,7 @@ class Augment(_Strict):
     normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
-    more: dict[str, Annotated[int, Field(ge=1, le=50)]]
+    extra_views: dict[str, Annotated[int, Field(ge=1, le=50)]]
     rotate: float = Field(ge=0, le=180)
     scale: float = Field(ge=0, le=0.5)
     shift: float = Field(ge=0, le=0.5)
@@ -131,7 +133,6 @@ class Augment(_Strict):
     brightness: float = Field(ge=0, le=0.9)
     blur: float = Field(ge=0, le=10)
     noise: float = Field(ge=0, le=100)
-    stain: float = Field(ge=0, le=2)
 
 
 class Backbone(_Strict):

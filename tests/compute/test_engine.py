@@ -73,7 +73,7 @@ def test_one_worker_after_another_is_killed_others_join_and_every_byte_is_that_o
         servers.worker(name)
     until(lambda: joined(client, "a", "b", "c"))
     found = read_data_set(trained.data, {}, min_box=8, skip_bad_images=False)
-    settings = KNOBS.model_copy(update={"more": {"apl": 2}})
+    settings = KNOBS.model_copy(update={"extra_views": {"apl": 2}})
     root = trained.data.parent
     views = {level: tmp_path / f"{level}.parquet" for level in LEVELS}
 

@@ -91,5 +91,9 @@ def test_a_data_set_is_accepted_and_can_be_used_or_has_its_problems_reported(
         else:
             assert set(folds["patient"]) == set(found.smears["patient"])
         made = list(all_views(folder, found.smears, found.cells, SETTINGS, seed=1))
-        assert sum(len(each["smear"]) for each in made) == (1 + copies(found.smears, SETTINGS.more)).sum()
-        assert sum(len(each["cell"]) for each in made) == (1 + copies(found.cells, SETTINGS.more)).sum()
+        assert (
+            sum(len(each["smear"]) for each in made) == (1 + copies(found.smears, SETTINGS.extra_views)).sum()
+        )
+        assert (
+            sum(len(each["cell"]) for each in made) == (1 + copies(found.cells, SETTINGS.extra_views)).sum()
+        )

@@ -54,7 +54,7 @@ def named(tmp_path_factory) -> Path:
     )
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["dataset"]["pseudonymise"], params["split"]["folds"] = True, 3
-    params["augment"] |= {"views": 1, "size": {"cell": 32, "smear": 32}, "more": {}}
+    params["augment"] |= {"views": 1, "size": {"cell": 32, "smear": 32}, "extra_views": {}}
     params["tasks"] = {"blast": params["tasks"]["apl_aml_smear"]}
     params |= {"task": "blast", "overrides": {"blast": {}}}
     params["combine"]["shares"] = []

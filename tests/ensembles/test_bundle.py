@@ -33,7 +33,8 @@ def augment() -> Augment:
     """Whatever knobs there are, at 0."""
     off = {name: 0 if field.annotation is int else 0.0 for name, field in Augment.model_fields.items()}
     return Augment(
-        **off | {"size": {"cell": 32, "smear": 48}, "views": 1, "more": {"apl": 2}, "normalise": "none"}
+        **off
+        | {"size": {"cell": 32, "smear": 48}, "views": 1, "extra_views": {"apl": 2}, "normalise": "none"}
     )
 
 

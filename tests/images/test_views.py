@@ -31,14 +31,14 @@ from aplsmear.params import Augment
 SRC = str(Path(__file__).parents[2] / "src")
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0, "stain": 0.0, "normalise": "none"}
+OFF |= {"blur": 0.0, "noise": 0.0, "normalise": "none"}
 KNOBS = {"rotate": 45.0, "scale": 0.3, "shift": 0.2, "hue": 20, "saturation": 60, "brightness": 0.4}
-KNOBS |= {"blur": 2.0, "noise": 20.0, "stain": 0.5}
+KNOBS |= {"blur": 2.0, "noise": 20.0}
 PINK, PURPLE = (230, 200, 205), (90, 40, 130)
 
 
 def knobs(**changed: object) -> Augment:
-    return Augment(**({"size": {"cell": 32, "smear": 48}, "views": 2, "more": {}} | OFF | changed))
+    return Augment(**({"size": {"cell": 32, "smear": 48}, "views": 2, "extra_views": {}} | OFF | changed))
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +134,9 @@ def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
         assert max(difference) < 50  # another flip would differ by more where the mark is
 
 
-def test_stain_knobs_change_colour_and_leave_white_white():
+def test_a_change_of_hue_leaves_white_white():
     white = np.full((32, 32, 3), 255, np.uint8)
-    augmenter = make_augmenter(knobs(hue=20, stain=0.5), 32)
+    augmenter = make_augmenter(knobs(hue=20), 32)
     assert all((augmented(white, augmenter, seed) == 255).all() for seed in range(5))
 
 
@@ -212,7 +212,7 @@ def folder(tmp_path, smear) -> Path:
 
 def test_views_of_a_data_set_by_hand(folder, smear, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    settings = knobs(**KNOBS, more={"Faggot cell": 3, "apl": 2})
+    settings = knobs(**KNOBS, extra_views={"Faggot cell": 3, "apl": 2})
     first, second, third = all_views(folder, SMEARS, CELLS, settings, 1)
     assert [(view.item, view.view) for view in first["smear"]] == [("1", view) for view in range(5)]
     assert [(view.item, view.view) for view in second["smear"]] == [("2", 0), ("2", 1), ("2", 2)]

@@ -125,7 +125,7 @@ def trained(tmp_path_factory) -> Run:
     folds["fold"] = np.arange(len(folds)) // 3 % FOLDS
     fold = dict(zip(folds["patient"], folds["fold"], strict=True))
     views = {level: root / "augmented" / f"{level}.parquet" for level in LEVELS}
-    settings = KNOBS.model_copy(update={"more": {"apl": 2}})
+    settings = KNOBS.model_copy(update={"extra_views": {"apl": 2}})
     with ViewWriter(views) as writer:
         for of_smear in all_views(root / "data", found.smears, found.cells, settings, SEED):
             writer.write(of_smear)

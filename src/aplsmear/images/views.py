@@ -157,10 +157,6 @@ def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None =
             unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
             unless_0(knobs.blur, iaa.GaussianBlur((0.0, knobs.blur))),
             unless_0(knobs.noise, iaa.AdditiveGaussianNoise(scale=(0.0, knobs.noise), per_channel=True)),
-            # A power of the light is a multiple of the optical density: of the stain that a channel sees.
-            unless_0(
-                knobs.stain, iaa.GammaContrast((1 / (1 + knobs.stain), 1 + knobs.stain), per_channel=True)
-            ),
         ]
     )
 
@@ -263,7 +259,7 @@ def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list
     idle = [label for label in more if label not in carried.values()]
     near = {label: difflib.get_close_matches(label.casefold(), carried, n=1, cutoff=_LIKE) for label in idle}
     problems = [
-        f"augment.more: nothing carries {label!r} (did you mean {carried[found[0]]!r}?)"
+        f"augment.extra_views: nothing carries {label!r} (did you mean {carried[found[0]]!r}?)"
         for label, found in near.items()
         if found
     ]
@@ -305,8 +301,8 @@ def all_views(
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
     """
-    counts = settings.views * copies(smears, settings.more)
-    cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.more))
+    counts = settings.views * copies(smears, settings.extra_views)
+    cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.extra_views))
     rows = cells.groupby("smear", sort=False).indices
     parts = (
         _Smear(

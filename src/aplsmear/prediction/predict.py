@@ -299,7 +299,7 @@ def _forwarded(
     """All smears through the networks, patients sorted by name; see `judge_patients`."""
     model = judge.bundle.model
     smears = smears.sort_values("patient", kind="stable")
-    settings = model.augment.model_copy(update={"views": judge.views, "more": {}})
+    settings = model.augment.model_copy(update={"views": judge.views, "extra_views": {}})
     views = map(judge.needed, all_views(root, smears, cells, settings, model.seed, engine))
     of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
     chunks, again = tee(_chunks(of_smears))
