@@ -345,7 +345,7 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert "research only" in page.lower()
     assert str(data) not in page
     code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
-    assert (code, "there already" in said) == (1, True)
+    assert (code, "--overwrite" in said) == (1, True)
     code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "c.csv", "--adapt")
     assert (code, "Adapted to these 18 patients" in said) == (0, True), said
     moved = logit(pd.read_csv(tmp_path / "c.csv")["probability"]) - logit(table["probability"])

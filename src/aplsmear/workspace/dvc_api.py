@@ -200,8 +200,8 @@ def _experiment(shown: Any, baseline: bool = False, state: str = "") -> Experime
         {file: dict(flat(read.get("data") or {})) for file, read in kind.items()}
         for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
     )
-    flat = {name: value for values in params.values() for name, value in values.items()}
-    return Experiment(shown.name or shown.rev[:7], baseline, state, flat, {} if state else metrics)
+    by_name = {name: value for values in params.values() for name, value in values.items()}
+    return Experiment(shown.name or shown.rev[:7], baseline, state, by_name, {} if state else metrics)
 
 
 def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:

@@ -1,0 +1,5 @@
+"""``python -m aplsmear.cli``."""
+
+from aplsmear.cli import app
+
+app()

@@ -1,0 +1,159 @@
+"""Commands about trained ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aplsmear.cli.base import app, fail, params_here, params_if_any
+
+if TYPE_CHECKING:
+    from aplsmear.ensembles.combination import Combination
+    from aplsmear.prediction.predict import Judged
+
+_PANEL = "Ensembles"
+
+
+@app.command(rich_help_panel=_PANEL)
+def predict(
+    ensemble: Annotated[
+        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
+    out: Annotated[Path, typer.Option(metavar="CSV", help="Table with a row for each patient.")],
+    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Page of the same results.")] = None,
+    fold: Annotated[
+        int | None,
+        typer.Option(min=0, help="A check: use the models trained without this fold of the training run."),
+    ] = None,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Shift all probabilities to the share of positives in training.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
+) -> None:
+    """Classify new patients with a trained ensemble. For research only.
+
+    The CSV file has for each patient: the calibrated `probability` of the positive diagnosis; the calls at
+    the balanced (`verdict`) and at the `sensitive` operating point; the numbers of `cells` and `smears` used;
+    the `distance` from the training patients in features of cells, and in `stain` (above 1: farther out than
+    99 % of them); a `warning`. A name that a spreadsheet would take for a formula gets a ' in front.
+
+    `--adapt` is for patients of another laboratory with about the same mixture of diagnoses as in training.
+    It shifts all their logits by one number and needs no labels. Do not use it for screening or for few
+    patients.
+
+    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
+    report.html`
+    """
+    from aplsmear.compute.engine import engine_of
+    from aplsmear.compute.runtime import start_tensorflow
+    from aplsmear.data.dataset import read_data_set
+    from aplsmear.ensembles.bundle import read_bundle
+    from aplsmear.prediction.page import CARDS, write_page
+    from aplsmear.prediction.predict import Judge, check_input, judge_patients, keep_pictures, verdict_table
+    from aplsmear.tables import write_table
+
+    _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
+    bundle = read_bundle(ensemble)
+    judge = Judge(bundle, bundle.outer_fold_of(fold))
+    with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
+        found = read_data_set(
+            data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
+        )
+        check_input(bundle, found.cells, data)
+        start_tensorflow()
+        each = judge_patients(judge, data, found.smears, found.cells, engine)
+        judged = keep_pictures(each, CARDS if report else 0)
+    combination, remarks = judge.combination, []
+    if fold is not None:
+        remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
+    if adapt:
+        combination, remark = _adapted(combination, judged)
+        remarks.append(remark)
+    table = verdict_table(judged, combination)
+    if report:
+        write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
+    write_table(out, table)
+    for what, left in found.report["left_out"].items():
+        if left["count"]:
+            typer.echo(f"left out: {left['count']:,} {what.replace('_', ' ')}")
+    for remark in remarks:
+        typer.echo(remark)
+    warned = int((table["warning"] != "").sum())
+    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
+    """End the command before the long work if a file cannot be written or would be lost."""
+    problems = [f"{path} is a folder" for path in paths if path.is_dir()]
+    problems += ["CSV and HTML have the same name"] if len(set(paths)) < len(paths) else []
+    if not overwrite:
+        problems += [
+            f"{path} exists: choose another name, or add --overwrite" for path in paths if path.is_file()
+        ]
+    if problems:
+        fail("\n".join(problems))
+
+
+def _adapted(combination: Combination, judged: Sequence[Judged]) -> tuple[Combination, str]:
+    """The combination adapted to these patients, and the remark about it."""
+    import numpy as np
+
+    from aplsmear.prediction.recalibration import adapted
+
+    new = adapted(combination, np.array([each.logits for each in judged]))
+    shift, share = new.offset - combination.offset, new.thresholds["balanced"]
+    return new, (
+        f"Adapted to these {len(judged)} patients: their logits are shifted by {shift:+.2f}, assuming that "
+        f"about {share:.0%} of them are positive, as in training."
+    )
+
+
+@app.command("null-check", rich_help_panel=_PANEL)
+def null_check(
+    ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
+    repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 30,
+) -> None:
+    """Test for leaks: train the ensemble on permuted diagnoses; the AUROC must be 0.5. It changes no file.
+
+    It needs `members/NAME`. It permutes the diagnoses of the patients within each fold, and repeats the
+    choice of the combination, its weights, the calibration and the held-out probabilities. It does not repeat
+    the scores of the members. Exit code 1 if the mean AUROC differs from 0.5 by more than 0.03 and by more
+    than three standard errors.
+
+    Example: `aplsmear null-check --ensemble apl_healthy`
+    """
+    from aplsmear.ensembles import combination as ensembles
+    from aplsmear.params import named
+    from aplsmear.tables import read_scores, read_table
+
+    params = params_here()
+    asked = named(params.ensembles, ensemble, "ensembles")
+    folds = _made(Path("splits/folds.csv"))
+    level = {task: each.level for task, each in params.tasks.items()}
+    weights = read_scores(_made(Path(f"tuned/{asked.weigh_by}/scores.parquet")))
+    members = ensembles.read_members(
+        _made(Path(f"members/{ensemble}")),
+        {task: level[task] for task in asked.members},
+        {level[asked.weigh_by]: weights},
+    )
+    patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
+    candidates = ensembles.draw_candidates(params.combine, params.seed)
+    found = ensembles.null_check(patients, members, candidates, repeats, params.seed)
+    failed = False
+    for column, what in (("auroc", "all pairs of patients"), ("auroc_within_folds", "pairs within a fold")):
+        mean, error = found[column].mean(), found[column].std() / repeats**0.5
+        failed |= abs(mean - 0.5) > max(0.03, 3 * error)
+        typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error:.3f})")
+    if failed:
+        fail("This should be 0.5: information of held-out patients leaks into their probabilities.")
+
+
+def _made(path: Path) -> Path:
+    """The path, if it exists."""
+    if not path.exists():
+        fail(f"{path} does not exist: `dvc repro` makes it")
+    return path

@@ -1,0 +1,176 @@
+"""Commands about the repository: its parameters, leftovers, experiments and remotes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aplsmear.cli.base import PARAMS, app, fail, params_here
+from aplsmear.params import read_params
+
+_PANEL = "The repository"
+
+
+@app.command(rich_help_panel=_PANEL)
+def profile(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A file of profiles/, without .yaml.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Parameters to change as well.")
+    ] = None,
+) -> None:
+    """Write the parameters of a profile into params.yaml, and remove outputs that it no longer names.
+
+    Example: `aplsmear profile demo dataset.root=/data/our_smears split.folds=10`
+    """
+    from aplsmear.files import whole
+    from aplsmear.workspace.profiles import read_profile, with_settings, with_sums
+
+    text = read_profile(Path("profiles"), name)
+    pairs = dict(_pair(setting) for setting in settings or [])
+    text = with_sums(with_settings(text, pairs) if pairs else text)
+    with whole(PARAMS) as part:
+        part.write_text(text, encoding="utf-8")
+        read_params(part)
+    typer.echo(
+        f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else "")
+    )
+    _remove_leftovers()
+
+
+def _pair(setting: str) -> tuple[str, str]:
+    key, found, value = setting.partition("=")
+    if not found or not key:
+        fail(f"{setting!r} is not KEY=VALUE, such as split.folds=10")
+    return key, value
+
+
+@app.command(rich_help_panel=_PANEL)
+def tidy(
+    yes: Annotated[bool, typer.Option("--yes", help="Remove old searches without a question.")] = False,
+) -> None:
+    """Remove outputs that params.yaml no longer names. DVC's cache keeps them.
+
+    These are outputs of backbones, tasks and members. Then it asks whether to remove the searches in .studies
+    that no `tuned/TASK/best.yaml` here comes from. Answer no if an interrupted search is to continue. A
+    search that is running stays.
+
+    Example: `aplsmear tidy`
+    """
+    import sys
+    from datetime import datetime
+
+    import yaml
+
+    from aplsmear.heads.study import past_studies, remove_study
+
+    removed = _remove_leftovers()
+    best = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in Path("tuned").glob("*/best.yaml")]
+    past = past_studies(Path(".studies"), {each.get("study", "") for each in best})
+    for path in past:
+        state = path.stat()
+        last = datetime.fromtimestamp(state.st_mtime)
+        typer.echo(f"{path}: {state.st_size / 1e6:.1f} MB, last written {last:%Y-%m-%d %H:%M}")
+    if not past:
+        if not removed:
+            typer.echo("Nothing to tidy.")
+    elif yes or (sys.stdin.isatty() and typer.confirm("Nothing in tuned/ comes from these. Remove them?")):
+        for path in past:
+            remove_study(path)
+        typer.echo(f"{len(past)} searches removed")
+    else:
+        typer.echo("Nothing in tuned/ comes from these searches: `aplsmear tidy --yes` removes them.")
+
+
+def _remove_leftovers() -> int:
+    """Remove outputs that params.yaml no longer names, and return how many files and folders they were."""
+    import shutil
+
+    from aplsmear.workspace.profiles import leftovers
+
+    found = leftovers(Path(), params_here())
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
+    return len(found)
+
+
+@app.command(rich_help_panel=_PANEL)
+def mend() -> None:
+    """Repair the repository after a kill, a power cut, a full or failing disk. Then type your command again.
+
+    It repairs: locks of a DVC that no longer runs; dvc.lock, params.yaml and data.dvc that DVC wrote only in
+    part; git off its branch, or your changes in git's stash, after `dvc exp run`; outputs and objects of
+    DVC's cache whose content changed. It does not touch what is intact. It reads the whole cache.
+
+    Example: `aplsmear mend`
+    """
+    from aplsmear.runs.mend import mend as repair
+
+    done = 0
+    for line in repair(Path()):
+        typer.echo(line)
+        done += 1
+    typer.echo("Now type your command again." if done else "Nothing to mend.")
+
+
+@app.command(rich_help_panel=_PANEL)
+def experiments(
+    commits: Annotated[int, typer.Option(min=1, help="So many commits back, each with its own.")] = 1,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Also the tuned heads, where they differ.")] = False,
+) -> None:
+    """Which experiment is better? What each changed, and each AUROC that differs, with its 95 % interval.
+
+    `dvc exp show` has every number and parameter, `aplsmear compare` what lies behind two of them. The runs
+    and trials of an experiment in MLflow have its name in their tag DVC_EXP_NAME.
+
+    Example: `aplsmear experiments --commits 3`
+    """
+    from rich.console import Console
+
+    from aplsmear.workspace.dvc_api import experiments as known
+    from aplsmear.workspace.experiments import table
+
+    found = known(Path(), commits)
+    Console().print(table(found, tasks))
+    if len(found) <= commits:
+        typer.echo("\nNo experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one.")
+
+
+@app.command(rich_help_panel=_PANEL)
+def compare(
+    revisions: Annotated[
+        list[str],
+        typer.Argument(metavar="A B [C]...", help="Experiments, branches, tags, commits, or `workspace`."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("compare.html"),
+) -> None:
+    """Write one page about the differences of experiments: numbers, parameters, plots, pictures.
+
+    Example: `aplsmear compare main more-trials --out compare.html`
+    """
+    from aplsmear.workspace.compare_page import write_page
+    from aplsmear.workspace.dvc_api import compare as compared
+
+    if len(revisions) < 2:
+        fail("A comparison needs two names or more, such as: aplsmear compare main workspace")
+    write_page(out, compared(Path(), revisions))
+    typer.echo(f"{out} is written: open it in a browser")
+
+
+@app.command("share-check", rich_help_panel=_PANEL)
+def share_check(
+    remote: Annotated[
+        str | None,
+        typer.Argument(metavar="[REMOTE]", help="A name of `dvc remote list`. Default: the default remote."),
+    ] = None,
+) -> None:
+    """Test a remote: write, read and delete a small object there. A problem ends it with exit code 1.
+
+    Example: `aplsmear share-check lab`
+    """
+    from aplsmear.workspace.dvc_api import check_remote
+
+    for line in check_remote(Path(), remote):
+        typer.echo(line)
