@@ -1,12 +1,13 @@
-"""Is the ensemble worth its members? Paired comparisons with each of them and with plain baselines.
+"""Is the ensemble better than its members and than plain baselines? Paired comparisons.
 
-Every baseline is judged on the same held-out patients by the same nested scheme
-(`aplsmear.ensembles.combination`): whatever it chooses or fits comes from the other folds.
+Every baseline is judged on the same held-out patients by the same nested scheme as the ensemble
+(`aplsmear.ensembles.combination`): what it chooses or fits comes from the other folds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -19,40 +20,41 @@ from aplsmear.evaluation.auroc import auroc_within_folds, delong_interval, delon
 from aplsmear.features.store import Features
 from aplsmear.files import rows_of
 
-_FREEDOMS = (0.0001, 0.001, 0.01, 0.1)  # of a regression on hundreds of features
+_STRENGTHS = (0.0001, 0.001, 0.01, 0.1)  # C of a regression on hundreds of features
 _ROWS = 8192  # of features read at once
 
 
 def baselines_of(
     patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Sequence[str], seed: int
 ) -> dict[str, np.ndarray]:
-    """Held-out probabilities of what could stand in for the ensemble, each float64 (patients,).
+    """Held-out probabilities of simpler models than the ensemble, each float64 (patients,).
 
     Args:
         patients: of `aplsmear.ensembles.combination.patients_of`.
         members: of `aplsmear.ensembles.combination.read_members`.
-        shares: members (cell tasks) whose share of positive cells is a baseline of its own; others are
-        ignored. seed: is of no consequence (nothing here is random), but `judge` asks for one.
+        shares: members that score cells; of each, the share of positive cells is a baseline. Names that are
+            not members are ignored.
+        seed: for `aplsmear.ensembles.combination.judge`; nothing here is random.
 
     Returns:
-        ``<member> alone``, by the summary that does best on the inner folds; ``share of <member> cells``; and
-        ``plain average``, of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
+        ``<member> alone``, by the summary that is best on the inner folds; ``share of <member> cells``; and
+        ``plain average`` of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
     """
-    average = [Candidate(n, "average", kind, 0.0, 0) for n, kind in enumerate(SUMMARIES)]
-    share = [one for one in average if one.summary == "share"]
-    asked = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
-    asked |= {f"share of {name} cells": ({name: members[name]}, share) for name in shares if name in members}
-    asked["plain average"] = (dict(members), average)
+    average = [Candidate(n, "average", summary, 0.0, 0) for n, summary in enumerate(SUMMARIES)]
+    share = [candidate for candidate in average if candidate.summary == "share"]
+    models = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
+    models |= {f"share of {name} cells": ({name: members[name]}, share) for name in shares if name in members}
+    models["plain average"] = (dict(members), average)
     return {
         name: judge(patients, tables, candidates, 0, seed).table["probability"].to_numpy()
-        for name, (tables, candidates) in asked.items()
+        for name, (tables, candidates) in models.items()
     }
 
 
 def pooled_features(
     features: Iterable[Features], items: pd.DataFrame, patients: pd.DataFrame
 ) -> dict[str, np.ndarray]:
-    """Each patient's features, averaged over the plain views of his items.
+    """Each patient's features, averaged over the plain views of the patient's items.
 
     Args:
         features: of `aplsmear.features.store.read_features`.
@@ -79,28 +81,29 @@ def pooled_features(
 
 
 def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Held-out probabilities by a ridge regression on mean-pooled features, float64 (patients,).
+    """Held-out probabilities of a ridge regression on mean-pooled features, float64 (patients,).
 
-    The layer and the strength of the penalty are those with the best AUROC on the inner folds. A patient
-    without items gets the features of the average patient.
+    The layer and the strength of the penalty with the best AUROC on the inner folds are chosen. A patient
+    without items gets the mean features of the training patients.
+
+    Args:
+        patients: of `aplsmear.ensembles.combination.patients_of`.
+        pooled: of `pooled_features`.
     """
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     out = np.zeros(len(patients))
     for outer_fold in np.unique(fold):
         inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
-        best = (-1.0, "", 0.0)
-        for name, values in pooled.items():
-            for freedom in _FREEDOMS:
-                inner = np.zeros(len(patients))
-                for held_out in np.unique(fold[inside]):
-                    train = inside[fold[inside] != held_out]
-                    test = inside[fold[inside] == held_out]
-                    inner[test] = _regressed(values[train], label[train], values[test], freedom)
-                found = auroc_within_folds(label[inside], inner[inside], fold[inside])
-                best = max(best, (found, name, freedom), key=lambda each: each[0])
-        _, name, freedom = best
-        values = pooled[name]
-        out[outside] = expit(_regressed(values[inside], label[inside], values[outside], freedom))
+
+        def inner_auroc(choice: tuple[str, float], inside: np.ndarray = inside) -> float:
+            inner = np.zeros(len(patients))
+            for held_out in np.unique(fold[inside]):
+                train, test = inside[fold[inside] != held_out], inside[fold[inside] == held_out]
+                inner[test] = _regressed(pooled[choice[0]], train, test, label, choice[1])
+            return auroc_within_folds(label[inside], inner[inside], fold[inside])
+
+        layer, C = max(product(pooled, _STRENGTHS), key=inner_auroc)
+        out[outside] = expit(_regressed(pooled[layer], inside, outside, label, C))
     return out
 
 
@@ -111,14 +114,14 @@ def compare(
 
     Args:
         patients: ``label`` of each.
-        ensemble: float64 (patients,), its held-out probabilities.
-        baselines: theirs.
+        ensemble: held-out probabilities of the ensemble, float64 (patients,).
+        baselines: held-out probabilities of each baseline, float64 (patients,).
 
     Returns:
         ``against, auroc, low, high, difference, difference_low, difference_high, p, p_holm``: first the
-        ensemble itself (difference 0), then the baselines as they come. AUROC of the row with its 95 %
-        interval; ensemble minus baseline with its own; the two-sided p value, and the same allowing for all
-        comparisons (Holm, Scand J Stat 1979;6:65).
+        ensemble itself (difference 0), then the baselines in their order. AUROC of the row with its 95 %
+        interval; ensemble minus baseline with its 95 % interval; two-sided p value, also adjusted for the
+        number of comparisons (Holm, Scand J Stat 1979;6:65).
     """
     label = patients["label"].to_numpy()
     rows = []
@@ -142,17 +145,20 @@ def compare(
 
 
 def _holm(p: np.ndarray) -> np.ndarray:
+    """P values adjusted by Holm's method, float64 (comparisons,)."""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
     return adjusted
 
 
-def _regressed(train: np.ndarray, label: np.ndarray, test: np.ndarray, freedom: float) -> np.ndarray:
-    """Logits of the patients `test` by a ridge regression on standardised features."""
-    known = ~np.isnan(train)
-    usual = np.where(known, train, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    train, test = (np.where(np.isnan(each), usual, each) - usual for each in (train, test))
-    scale = np.maximum(train.std(axis=0), 1e-9)
-    model = LogisticRegression(C=freedom, max_iter=1000).fit(train / scale, label)
-    return np.asarray(model.decision_function(test / scale))
+def _regressed(
+    values: np.ndarray, train: np.ndarray, test: np.ndarray, label: np.ndarray, C: float
+) -> np.ndarray:
+    """Logits of the rows `test` by a ridge regression on standardised features of the rows `train`."""
+    known = ~np.isnan(values[train])
+    mean = np.where(known, values[train], 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    centred = np.where(np.isnan(values), mean, values) - mean
+    scale = np.maximum(centred[train].std(axis=0), 1e-9)
+    model = LogisticRegression(C=C, max_iter=1000).fit(centred[train] / scale, label[train])
+    return np.asarray(model.decision_function(centred[test] / scale))

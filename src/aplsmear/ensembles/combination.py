@@ -1,6 +1,6 @@
-"""A verdict per patient: members' summaries, combined, calibrated and called, without a leak.
+"""A probability and a verdict per patient from the scores of the members, without a leak.
 
-The scheme, for the outer fold in which fold 0 of five is held out (see `aplsmear.evaluation.splits`)::
+The scheme, for the outer fold that holds out fold 0 of five (see `aplsmear.evaluation.splits`)::
 
     fold           0        1      2      3      4
                 [held out]  <----- inner folds ----->
@@ -9,23 +9,24 @@ The scheme, for the outer fold in which fold 0 of five is held out (see `aplsmea
                 saw 1..4
     choice         -        every candidate combination is fitted on three inner folds and scored on the
                             fourth; the simplest within one standard error of the best is chosen
-    calibration    -        a line through the logits of the chosen one's four held-out quarters
-    call           -        the operating points on the calibrated probabilities of those quarters
+    calibration    -        a line through the held-out logits of the chosen candidate on the inner folds
+    thresholds     -        the operating points on the calibrated probabilities of the inner folds
     combination    -        fitted on all four inner folds
-    verdict     [fold 0] <- combination, calibration and call are applied to it, once
+    verdict     [fold 0] <- combination, calibration and thresholds are applied to it, once
 
-Hyper-parameters and heads of the members come from the inner folds alone too (`aplsmear.heads.search`). The
-last outer fold holds out nobody and gives the model that `predict` uses on new patients.
+The hyper-parameters and the heads of the members come from the inner folds alone, too
+(`aplsmear.heads.search`). The last outer fold holds out nobody; it gives the final model, which `predict`
+uses for new patients.
 
-Patients are few, so the candidates (Optuna's, drawn before any score is known) begin with strong ridge
-penalties, go on to freer ones and end with networks of a few units, and the simplest within one standard
-error is taken (Breiman et al., Classification and Regression Trees, 1984).
+Patients are few. So the candidates (drawn by Optuna before any score is known) begin with strong ridge
+penalties, continue with weaker ones and end with networks of a few units, and the simplest within one
+standard error is chosen (Breiman et al., Classification and Regression Trees, 1984).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ from aplsmear.params import Combine, TaskLevel
 from aplsmear.tables import as_written, read_scores
 
 MODELS = ("average", "logistic", "network")  # the simplest first
-# Of the calibration line (scikit-learn's C, on standardised logits): enough of a penalty that classes which a
-# line separates get no endless slope. With 1, probabilities are too timid: slopes of 1.4 on real patients.
+# C of the calibration line on standardised logits: enough that separated classes get no endless slope.
+# With 1, probabilities are too cautious: slopes of 1.4 on real patients.
 _CALIBRATION_C = 10.0
-_LEAST_SCALE = 1e-6  # of a member that says the same of everybody
+_MIN_SCALE = 1e-6  # of a member that gives every patient the same score
 _SCORES = ".scores.parquet"
 
 
@@ -65,8 +66,8 @@ class Candidate:
             correlation with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a
             hidden layer.
         summary: of each patient's scores, one of `aplsmear.ensembles.pooling.SUMMARIES`.
-        C: inverse strength of the ridge penalty (scikit-learn's C); 0 for an average.
-        units: of the hidden layer; 0 but for a network.
+        C: inverse strength of the ridge penalty (as in scikit-learn); 0 for an average.
+        units: of the hidden layer; 0 unless it is a network.
     """
 
     number: int
@@ -83,14 +84,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Weights:
-    """A fitted, uncalibrated combination of standardised logits, linear if it has no hidden units."""
+    """A fitted, uncalibrated combination of standardised logits; linear if it has no hidden units."""
 
-    mean: np.ndarray  # float64 (members,): mean logit; stands in where a patient has no item for a member
+    mean: np.ndarray  # float64 (members,): mean logit; also replaces the logit of a member without items
     scale: np.ndarray  # float64 (members,): standard deviation
     hidden: np.ndarray  # float64 (members, units)
     hidden_intercept: np.ndarray  # float64 (units,)
     weights: np.ndarray  # float64 (members,), of a network (units,)
-    intercept: float
+    intercept: np.ndarray  # float64 ()
 
     def logit(self, logits: np.ndarray) -> np.ndarray:
         """float64 (patients,) of summaries (patients, members), NaN where a patient has no item."""
@@ -111,26 +112,30 @@ class Combination:
     offset: float
     thresholds: dict[str, float]  # operating points on the calibrated probability
 
-    def probability(self, logits: np.ndarray) -> np.ndarray:
-        """Calibrated probability of the positive diagnosis, float64 (patients,); see `Weights.logit`."""
-        return np.asarray(expit(self.slope * self.fitted.logit(logits) + self.offset))
+    def probability(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
+        """Calibrated probability of the positive diagnosis, float64 (patients,).
+
+        Args:
+            logits: as for `Weights.logit`.
+            fitted: other weights with the same calibration. None: those of the combination.
+        """
+        return np.asarray(expit(self.slope * (fitted or self.fitted).logit(logits) + self.offset))
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Held-out verdicts of every patient, and what is behind them."""
+    """Held-out verdicts of every patient, and what they were made from."""
 
     table: pd.DataFrame
     logits: np.ndarray  # float64 (patients, members): summaries that the held-out combination used
-    combinations: list[Combination]  # of each outer fold; the last one is for new patients
+    combinations: list[Combination]  # of each outer fold; the last is for new patients
     chosen: list[Candidate]  # of each outer fold
 
 
 def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
-    """Optuna's candidates, drawn before any score is known, so that they serve every outer fold without a
-    leak.
+    """Candidates, drawn by Optuna before any score is known: the same serve every outer fold without a leak.
 
-    The simplest of each summary comes first; different others from `combine.space` follow by random search,
+    The simplest of each summary come first. Different ones from `combine.space` follow by random search,
     until there are `combine.trials` or the space has no more.
     """
     import optuna
@@ -138,19 +143,15 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     space = combine.space
-    knobs: dict[str, optuna.distributions.BaseDistribution] = {
-        name: optuna.distributions.CategoricalDistribution(choices) for name, choices in space
+    choices: dict[str, optuna.distributions.BaseDistribution] = {
+        name: optuna.distributions.CategoricalDistribution(values) for name, values in space
     }
-    simplest = {
-        "model": min(space.model, key=MODELS.index),
-        "C": min(space.C),
-        "units": min(space.units),
-    }
-    for kind in space.summary:
-        study.enqueue_trial(simplest | {"summary": kind})
+    simplest = {"model": min(space.model, key=MODELS.index), "C": min(space.C), "units": min(space.units)}
+    for summary_name in space.summary:
+        study.enqueue_trial(simplest | {"summary": summary_name})
     found: dict[tuple[Any, ...], Candidate] = {}
     for _ in range(50 * combine.trials):
-        drawn = study.ask(knobs).params
+        drawn = study.ask(choices).params
         model = drawn["model"]
         C = 0.0 if model == "average" else drawn["C"]
         key = (model, drawn["summary"], C, drawn["units"] if model == "network" else 0)
@@ -161,15 +162,20 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
 
 
 def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFrame:
-    """The patients that an ensemble is about: ``patient, diagnosis, fold, label``, sorted by patient.
+    """The patients of an ensemble: ``patient, diagnosis, fold, label``, sorted by patient.
+
+    Args:
+        folds: ``patient, diagnosis, fold`` of all patients.
+        positive: diagnosis with label 1.
+        negative: diagnosis with label 0.
 
     Raises:
-        EnsembleError: there is nobody of a diagnosis.
+        EnsembleError: a diagnosis has no patients.
     """
-    there = folds["diagnosis"].value_counts().sort_index()
-    absent = [diagnosis for diagnosis in (positive, negative) if diagnosis not in there]
+    counts = folds["diagnosis"].value_counts().sort_index()
+    absent = [diagnosis for diagnosis in (positive, negative) if diagnosis not in counts]
     if absent:
-        has = ", ".join(f"{count} {diagnosis}" for diagnosis, count in there.items())
+        has = ", ".join(f"{count} {diagnosis}" for diagnosis, count in counts.items())
         raise EnsembleError(
             f"an ensemble of {positive} against {negative} needs patients of both, but there are {has}. "
             f"Add patients with the diagnosis {' and '.join(absent)}, or set `positive` and `negative` of "
@@ -179,6 +185,49 @@ def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFra
     return mine.assign(label=(mine["diagnosis"] == positive).astype(np.int64))
 
 
+def read_members(
+    folder: Path, levels: Mapping[str, TaskLevel], weights: Mapping[TaskLevel, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """Summaries of the scores of each member, by `aplsmear.ensembles.pooling.summarise_patients`.
+
+    They are rounded to the digits of a table, as `predict` does: this removes the effect of the order in
+    which cells were added up.
+
+    Args:
+        folder: ``members/<ensemble>``, with ``<task>.scores.parquet`` of each member.
+        levels: of each member, in their order.
+        weights: level -> scores that are the weights of its items; items of other levels have weight 1.
+
+    Raises:
+        EnsembleError: the folder lacks a member, or has one that is not named (DVC would take it for an
+        input).
+    """
+    there = sorted(path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}"))
+    strangers = [name for name in there if name not in levels]
+    absent = [name for name in levels if name not in there]
+    problems = []
+    if strangers:
+        problems.append(
+            f"{folder} has members that params.yaml does not name: {', '.join(strangers)}. "
+            "`aplsmear tidy` removes them (DVC keeps them in its cache)."
+        )
+    if absent:
+        problems.append(
+            f"{folder} lacks the members {', '.join(absent)}: `dvc pull member_{folder.name}` gets them if "
+            "they were pushed, `dvc repro` makes them."
+        )
+    if problems:
+        raise EnsembleError(" ".join(problems))
+    tables = {
+        name: summarise_patients(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
+        for name, level in levels.items()
+    }
+    return {
+        name: table.assign(**{column: table[column].map(as_written) for column in SUMMARIES})
+        for name, table in tables.items()
+    }
+
+
 def judge(
     patients: pd.DataFrame,
     members: Mapping[str, pd.DataFrame],
@@ -186,61 +235,49 @@ def judge(
     refits: int,
     seed: int,
 ) -> Verdicts:
-    """Nested verdicts on every patient (see the picture at the head of this module).
+    """Nested verdicts on every patient; see the scheme at the top of this module.
 
     Args:
         patients: of `patients_of`.
-        members: for each member, summaries of `aplsmear.ensembles.pooling.summarise_patients`, rows in any
-            order; a
-            patient without any item for a member has no rows there.
+        members: of each member, the table of `aplsmear.ensembles.pooling.summarise_patients`, rows in any
+            order; a patient without items for a member has no rows there.
         candidates: of `draw_candidates`.
-        refits: bootstrap refits of the combination behind each verdict's interval; 0: intervals without
-        width. seed: of these, and of where networks start.
+        refits: bootstrap refits of the combination for the interval of each probability; 0: no width.
+        seed: of the refits, and of the first weights of networks.
 
     Returns:
-        Their table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive``: 95 %
-        interval of the probability over refits on resampled patients; calls at the balanced and the sensitive
-        operating point (see `_called`).
+        The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive``:
+        the 95 % interval of the probability over refits on resampled patients, and the calls (0 or 1) at the
+        balanced and at the sensitive operating point (see `_thresholds`).
 
     Raises:
-        EnsembleError: a member has scored nobody.
+        EnsembleError: a member has scored none of the patients.
     """
     _check_members(patients, members)
-    folds = int(patients["fold"].max()) + 1
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0)
-    said = np.full((len(patients), len(members)), np.nan)
+    used = np.full((len(patients), len(members)), np.nan)
     combinations, chosen = [], []
-    for outer_fold in range(folds + 1):
+    for outer_fold in range(int(fold.max()) + 2):
         inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
-        kinds = {candidate.summary for candidate in candidates}
-        logits = {kind: _logits(patients, members, outer_fold, kind) for kind in sorted(kinds)}
-        inner_logits = {kind: each[inside] for kind, each in logits.items()}
+        logits = {
+            name: _logits(patients, members, outer_fold, name)
+            for name in sorted({candidate.summary for candidate in candidates})
+        }
+        inner_logits = {name: each[inside] for name, each in logits.items()}
         candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
         mine = logits[candidate.summary]
-        combination = _calibrated(
-            _fit(candidate, mine[inside], label[inside], seed),
-            label[inside],
-            inner,
-            candidate,
-            tuple(members),
-        )
+        fitted = _fit(candidate, mine[inside], label[inside], seed)
+        combination = _calibrated(fitted, label[inside], inner, candidate, tuple(members))
         combinations.append(combination)
         chosen.append(candidate)
         if len(outside):
-            said[outside] = mine[outside]
-            probability = combination.probability(mine[outside])
-            drawn = [
-                expit(combination.slope * refitted.logit(mine[outside]) + combination.offset)
-                for refitted in _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
-            ]
-            low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
-            table.loc[outside, "probability"] = probability
-            table.loc[outside, "low"] = np.minimum(low, probability)
-            table.loc[outside, "high"] = np.maximum(high, probability)
-            for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
-                table.loc[outside, column] = (probability >= combination.thresholds[point]).astype(int)
-    return Verdicts(table, said, combinations, chosen)
+            used[outside] = mine[outside]
+            refitted = _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
+            verdicts = _verdicts(combination, mine[outside], refitted)
+            for column, values in verdicts.items():
+                table.loc[outside, column] = values
+    return Verdicts(table, used, combinations, chosen)
 
 
 def high_is_positive(verdicts: Verdicts, member: str) -> bool:
@@ -253,7 +290,10 @@ def high_is_positive(verdicts: Verdicts, member: str) -> bool:
 
 
 def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
-    """What intervals.json says: each number with its 95 % interval over patients; `at_sensitive` aside."""
+    """The measures for intervals.json, each with its 95 % interval over patients.
+
+    Those at the sensitive operating point are in the group ``at_sensitive``.
+    """
     table = verdicts.table
     label, probability = table["label"], table["probability"]
     measured = summary(label, probability, table["verdict"], resamples=resamples, seed=seed)
@@ -263,10 +303,10 @@ def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
 
 
 def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
-    """How much of the held-out AUROC hangs on each member (Breiman, Mach Learn 2001;45:5).
+    """Permutation importance of each member for the held-out AUROC (Breiman, Mach Learn 2001;45:5).
 
-    Permutation importance: what a member says is permuted among the patients of a fold, and their verdicts
-    are made again by the combination that never saw them.
+    The summaries of a member are permuted among the patients of a fold. The combination that never saw these
+    patients then gives new probabilities.
 
     Args:
         verdicts: of `judge`.
@@ -274,19 +314,19 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
         seed: of these.
 
     Returns:
-        ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the middle
-        95 % of the permutations. Below 0: the verdicts are better without it.
+        ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the central
+        95 % of the permutations. Below 0: the verdicts are better without the member.
     """
     label, fold = verdicts.table["label"].to_numpy(), verdicts.table["fold"].to_numpy()
     whole = auroc(label, verdicts.table["probability"].to_numpy())
     rows = []
     for place, member in enumerate(verdicts.combinations[-1].members):
-        random = np.random.Generator(np.random.Philox([seed, place]))
+        rng = np.random.Generator(np.random.Philox([seed, place]))
         drops = []
         for _ in range(repeats):
-            said = verdicts.logits.copy()
-            said[:, place] = said[_permuted_within(fold, random), place]
-            drops.append(whole - auroc(label, _probabilities(verdicts.combinations, said, fold)))
+            logits = verdicts.logits.copy()
+            logits[:, place] = logits[_permuted_within(fold, rng), place]
+            drops.append(whole - auroc(label, _probabilities(verdicts.combinations, logits, fold)))
         low, high = np.quantile(drops, [0.025, 0.975])
         rows.append({"member": member, "auroc_drop": float(np.mean(drops)), "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -299,77 +339,34 @@ def null_check(
     repeats: int,
     seed: int,
 ) -> pd.DataFrame:
-    """The whole of `judge` on diagnoses that mean nothing: what it then finds is what it makes up.
+    """`judge` on permuted diagnoses: an AUROC other than 0.5 shows a leak.
 
-    Diagnoses are permuted among the patients of a fold, so that the folds stay stratified as they are;
-    members' scores stay. All that follows is done again: choice of the combination, its weights,
-    calibration.
+    Diagnoses are permuted among the patients of a fold, so that the folds stay stratified. The scores of the
+    members stay the same; the choice of the combination, its weights and its calibration are made again.
+
+    Args:
+        patients: of `patients_of`.
+        members: as for `judge`.
+        candidates: of `draw_candidates`.
+        repeats: permutations.
+        seed: of these, and of the first weights of networks.
 
     Returns:
         ``repeat, auroc, auroc_within_folds`` of the held-out probabilities. The second counts only pairs of
-        patients who were judged by the same combination: its expectation is 0.5 exactly if nothing leaks. The
-        first may lie a little below: two patients who are alike, of different folds and labels, push each
-        other's verdict the wrong way.
+        patients who were judged by the same combination: without a leak, its expectation is exactly 0.5. The
+        first may be a little lower: two similar patients with different folds and labels push each other's
+        probability in the wrong direction.
     """
     fold = patients["fold"].to_numpy()
     rows = []
     for repeat in range(repeats):
-        random = np.random.Generator(np.random.Philox([seed, repeat]))
-        permuted = patients.assign(label=patients["label"].to_numpy()[_permuted_within(fold, random)])
+        rng = np.random.Generator(np.random.Philox([seed, repeat]))
+        permuted = patients.assign(label=patients["label"].to_numpy()[_permuted_within(fold, rng)])
         table = judge(permuted, members, candidates, 0, seed).table
         label, probability = table["label"], table["probability"]
-        rows.append(
-            {
-                "repeat": repeat,
-                "auroc": auroc(label, probability),
-                "auroc_within_folds": auroc_within_folds(label, probability, fold),
-            }
-        )
+        within = auroc_within_folds(label, probability, fold)
+        rows.append({"repeat": repeat, "auroc": auroc(label, probability), "auroc_within_folds": within})
     return pd.DataFrame(rows)
-
-
-def read_members(
-    folder: Path, levels: Mapping[str, TaskLevel], weights: Mapping[TaskLevel, pd.DataFrame]
-) -> dict[str, pd.DataFrame]:
-    """What the members say of each patient: `aplsmear.ensembles.pooling.summarise_patients` of their scores.
-
-    Args:
-        folder: ``members/<ensemble>``, with ``<task>.scores.parquet`` of each member.
-        levels: of each member, in their order.
-        weights: scores that say how much an item of their level counts; items of other levels count whole.
-
-    Returns:
-        The summaries, in the digits of a table: `predict` rounds likewise, which hides in what order
-        cells were added up.
-
-    Raises:
-        EnsembleError: the folder holds a member that is not named (DVC would take it for an input) or lacks
-        one.
-    """
-    there = sorted(path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}"))
-    strangers = [name for name in there if name not in levels]
-    absent = [name for name in levels if name not in there]
-    problems = []
-    if strangers:
-        problems.append(
-            f"{folder} holds members that params.yaml does not name: {', '.join(strangers)}. "
-            "`aplsmear tidy` removes them (DVC keeps them in its cache)."
-        )
-    if absent:
-        problems.append(
-            f"{folder} lacks the members {', '.join(absent)}: `dvc pull member_{folder.name}` brings them "
-            "where they were pushed, `dvc repro` makes them."
-        )
-    if problems:
-        raise EnsembleError(" ".join(problems))
-    said = {
-        name: summarise_patients(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
-        for name, level in levels.items()
-    }
-    return {
-        name: table.assign(**{column: table[column].map(as_written) for column in SUMMARIES})
-        for name, table in said.items()
-    }
 
 
 def as_json(combination: Combination) -> dict[str, Any]:
@@ -378,12 +375,7 @@ def as_json(combination: Combination) -> dict[str, Any]:
     return {
         "summary": combination.summary,
         "members": list(combination.members),
-        "mean": fitted.mean.tolist(),
-        "scale": fitted.scale.tolist(),
-        "hidden": fitted.hidden.tolist(),
-        "hidden_intercept": fitted.hidden_intercept.tolist(),
-        "weights": fitted.weights.tolist(),
-        "intercept": fitted.intercept,
+        **{each.name: np.asarray(getattr(fitted, each.name)).tolist() for each in fields(Weights)},
         "slope": combination.slope,
         "offset": combination.offset,
         "thresholds": combination.thresholds,
@@ -391,27 +383,25 @@ def as_json(combination: Combination) -> dict[str, Any]:
 
 
 def combination_of(model: Mapping[str, Any]) -> Combination:
-    """The combination in what `as_json` gave, also after a trip through JSON.
+    """The combination of an object of `as_json`, also after a trip through JSON.
 
     Raises:
-        EnsembleError: it is none: something is missing, or does not fit together.
+        EnsembleError: something is missing or does not fit together.
     """
     try:
         members = tuple(str(member) for member in model["members"])
-        arrays = {
-            name: np.asarray(model[name], dtype=np.float64)
-            for name in ("mean", "scale", "hidden", "hidden_intercept", "weights")
-        }
+        arrays = {each.name: np.asarray(model[each.name], dtype=np.float64) for each in fields(Weights)}
         arrays["hidden"] = arrays["hidden"].reshape(len(members), -1)
         units = arrays["hidden"].shape[1]
-        lengths = {"mean": len(members), "scale": len(members), "hidden_intercept": units}
-        lengths["weights"] = units or len(members)
-        if any(arrays[name].shape != (length,) for name, length in lengths.items()):
+        shapes: dict[str, tuple[int, ...]]
+        shapes = {"mean": (len(members),), "scale": (len(members),), "hidden_intercept": (units,)}
+        shapes |= {"weights": (units or len(members),), "intercept": ()}
+        if any(arrays[name].shape != shape for name, shape in shapes.items()):
             raise ValueError("numbers of weights that do not fit the members")
         return Combination(
             members=members,
             summary=SUMMARIES[SUMMARIES.index(model["summary"])],
-            fitted=Weights(**arrays, intercept=float(model["intercept"])),
+            fitted=Weights(**arrays),
             slope=float(model["slope"]),
             offset=float(model["offset"]),
             thresholds={point: float(model["thresholds"][point]) for point in ("balanced", "sensitive")},
@@ -421,21 +411,22 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
 
 
 def _check_members(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame]) -> None:
-    silent = [name for name, table in members.items() if not patients["patient"].isin(table["patient"]).any()]
-    if silent:
+    seen = patients["patient"]
+    without = [name for name, table in members.items() if not seen.isin(table["patient"]).any()]
+    if without:
         raise EnsembleError(
-            f"the members {', '.join(silent)} have scored none of the {len(patients)} patients of this "
+            f"the members {', '.join(without)} have scored none of the {len(patients)} patients of this "
             "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
         )
 
 
 def _logits(
-    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], outer_fold: int, kind: str
+    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], outer_fold: int, summary_name: str
 ) -> np.ndarray:
-    """float64 (patients, members): scores of the members in an outer fold, NaN without items."""
+    """float64 (patients, members): one summary of the scores in an outer fold, NaN without items."""
     columns = []
     for table in members.values():
-        mine = table[table["outer_fold"] == outer_fold].set_index("patient")[kind]
+        mine = table[table["outer_fold"] == outer_fold].set_index("patient")[summary_name]
         columns.append(mine.reindex(patients["patient"]).to_numpy(dtype=np.float64))
     return np.stack(columns, axis=1)
 
@@ -449,16 +440,16 @@ def _choose(
 ) -> tuple[Candidate, np.ndarray]:
     """The simplest candidate within one standard error of the best, and its logits held out on inner folds.
 
-    Among equally simple ones the better, then the first.
+    Among equally simple ones the best is chosen, then the first.
     """
     inner = [
         _cross_fitted(candidate, logits[candidate.summary], label, fold, seed) for candidate in candidates
     ]
     aurocs = [auroc_within_folds(label, each, fold) for each in inner]
     best = int(np.argmax(aurocs))
-    bar = aurocs[best] - auroc_standard_error(label, inner[best], fold=fold)
+    lowest = aurocs[best] - auroc_standard_error(label, inner[best], fold=fold)
     place = min(
-        (place for place, value in enumerate(aurocs) if value >= bar),
+        (place for place, value in enumerate(aurocs) if value >= lowest),
         key=lambda place: (candidates[place].complexity, -aurocs[place], place),
     )
     return candidates[place], inner[place]
@@ -476,19 +467,19 @@ def _cross_fitted(
 
 
 def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int) -> Weights:
-    """The weights of a candidate, on members' logits that are standardised first; gaps count as usual."""
+    """The weights of a candidate on members' logits; these are standardised, and the mean replaces gaps."""
     known = ~np.isnan(logits)
-    usual = np.where(known, logits, 0).sum(0) / np.maximum(known.sum(0), 1)
-    centred = np.where(known, logits, usual) - usual
-    scale = np.maximum(centred.std(0), _LEAST_SCALE)
+    mean = np.where(known, logits, 0).sum(0) / np.maximum(known.sum(0), 1)
+    centred = np.where(known, logits, mean) - mean
+    scale = np.maximum(centred.std(0), _MIN_SCALE)
     inputs = centred / scale
     hidden, hidden_intercept = np.zeros((inputs.shape[1], 0)), np.zeros(0)
     if candidate.model == "average":
         weights = np.sign(np.round(inputs.T @ (label - label.mean()), 9)) / inputs.shape[1]
-        intercept = 0.0
+        intercept = np.zeros(())
     elif candidate.model == "logistic":
         model = LogisticRegression(C=candidate.C, tol=1e-6, max_iter=1000).fit(inputs, label)
-        weights, intercept = model.coef_[0], float(model.intercept_[0])
+        weights, intercept = model.coef_[0], model.intercept_[0]
     else:
         network = MLPClassifier(
             (candidate.units,),
@@ -499,63 +490,81 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
             random_state=seed,
         ).fit(inputs, label)
         (hidden, outer), (hidden_intercept, last) = network.coefs_, network.intercepts_
-        weights, intercept = outer[:, 0], float(last[0])
-    return Weights(usual, scale, hidden, hidden_intercept, weights, intercept)
+        weights, intercept = outer[:, 0], last[0]
+    return Weights(mean, scale, hidden, hidden_intercept, weights, np.asarray(intercept))
 
 
 def _calibrated(
     fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
 ) -> Combination:
-    """Calibrate (Platt 1999) and call, on the logits `inner`, what was fitted on all inner folds."""
+    """Weights that were fitted on all inner folds, with calibration (Platt 1999) and thresholds.
+
+    Both come from `inner`, the logits held out on the inner folds.
+    """
     line = LogisticRegression(C=_CALIBRATION_C, tol=1e-6, max_iter=1000)
-    spread = max(float(inner.std()), _LEAST_SCALE)
+    spread = max(float(inner.std()), _MIN_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])
-    thresholds = _called(label, expit(slope * inner + offset))
+    thresholds = _thresholds(label, expit(slope * inner + offset))
     return Combination(members, candidate.summary, fitted, slope, offset, thresholds)
 
 
-def _called(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+def _thresholds(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
     """The operating points on calibrated probabilities.
 
     ``sensitive`` is that of `aplsmear.evaluation.operating_points.operating_points`: the highest specificity
-    at a sensitivity of 0.95 (but never above ``balanced``: whoever is called there is called here).
-    ``balanced`` is the share of the positives. Where probabilities are calibrated, sensitivity + specificity
-    is highest there; and on few patients that is far steadier than a search for the best threshold
-    (simulated, 16 + 16 patients, AUROC 0.88: balanced accuracy on new ones 0.794 +/- 0.007, against 0.779 +/-
-    0.023 by Youden's index).
+    at a sensitivity of 0.95, but never above ``balanced``: a patient who is positive at the balanced point is
+    also positive at the sensitive point. ``balanced`` is the share of positives. If probabilities are
+    calibrated, sensitivity + specificity is highest there. On few patients that is far more stable than a
+    search for the best threshold (simulated, 16 + 16 patients, AUROC 0.88: balanced accuracy on new patients
+    0.794 +/- 0.007, against 0.779 +/- 0.023 by Youden's index).
     """
     balanced = float(label.mean())
-    return {
-        "balanced": balanced,
-        "sensitive": min(operating_points(label, probability)["sensitive"], balanced),
-    }
+    sensitive = operating_points(label, probability)["sensitive"]
+    return {"balanced": balanced, "sensitive": min(sensitive, balanced)}
 
 
 def _refitted(
     candidate: Candidate, logits: np.ndarray, label: np.ndarray, refits: int, seed: list[int]
 ) -> Iterator[Weights]:
-    """The weights of a candidate on patients resampled within each class, again and again."""
-    random = np.random.Generator(np.random.Philox(seed))
+    """The weights of a candidate on patients resampled within each class, `refits` times."""
+    rng = np.random.Generator(np.random.Philox(seed))
     classes = [np.flatnonzero(label == value) for value in (0, 1)]
     for _ in range(refits):
-        rows = np.concatenate([random.choice(each, len(each)) for each in classes])
+        rows = np.concatenate([rng.choice(each, len(each)) for each in classes])
         yield _fit(candidate, logits[rows], label[rows], seed[0])
 
 
-def _permuted_within(fold: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A permutation of the patients that keeps everybody's fold: int64 (patients,)."""
+def _verdicts(
+    combination: Combination, logits: np.ndarray, refitted: Iterator[Weights]
+) -> dict[str, np.ndarray]:
+    """Columns of the table of `judge` for held-out patients, with intervals over refits."""
+    probability = combination.probability(logits)
+    drawn = [combination.probability(logits, weights) for weights in refitted]
+    low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
+    found = {
+        "probability": probability,
+        "low": np.minimum(low, probability),
+        "high": np.maximum(high, probability),
+    }
+    for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
+        found[column] = (probability >= combination.thresholds[point]).astype(int)
+    return found
+
+
+def _permuted_within(fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A permutation of the patients within their folds: int64 (patients,)."""
     order = np.arange(len(fold))
     for each in np.unique(fold):
         here = np.flatnonzero(fold == each)
-        order[here] = random.permutation(here)
+        order[here] = rng.permutation(here)
     return order
 
 
-def _probabilities(combinations: Sequence[Combination], said: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Everybody's probability by the combination that never saw his fold: float64 (patients,)."""
+def _probabilities(combinations: Sequence[Combination], logits: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Each patient's probability by the combination that never saw the fold: float64 (patients,)."""
     out = np.zeros(len(fold))
     for outer_fold in np.unique(fold):
         here = fold == outer_fold
-        out[here] = combinations[outer_fold].probability(said[here])
+        out[here] = combinations[outer_fold].probability(logits[here])
     return out

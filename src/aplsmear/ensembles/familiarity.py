@@ -1,9 +1,10 @@
-"""How far a patient lies from those that a model was trained on: by features, and by stain.
+"""How far a patient is from the training patients: by features, and by stain.
 
-A patient is described by the mean and the standard deviation of each number over his cells. The distance is
-Mahalanobis' (1936) in a small principal subspace, plus what that subspace cannot show of him, each over its
-mean: with far more numbers than patients the full covariance cannot be had. 1 is the distance that 99 of 100
-training patients keep, each measured by a cloud that was made without his fold.
+A patient is described by the mean and the standard deviation of each number over the patient's cells. The
+distance is Mahalanobis' (1936) in a small principal subspace, plus the squared residual outside of it, each
+divided by its expectation: with far more numbers than patients, the full covariance cannot be estimated. 1 is
+the distance that 99 % of the training patients do not exceed, each measured from the patients of the other
+folds; above 1, a patient is farther out than they are.
 """
 
 from __future__ import annotations
@@ -19,58 +20,58 @@ from aplsmear.files import rows_of
 from aplsmear.images.reading import decode
 from aplsmear.images.view_store import View
 
-COMMON = 0.99  # of the training patients are nearer than 1, and have no fewer cells than `least`
-_AXES = 10  # of the principal subspace, at most; and no more than a quarter of the patients
-_LEAST_SHARE = 0.05  # of the median scale: a number that hardly varied in training must not decide alone
-_LEAST_SCALE = 1e-6
-_TOGETHER = 4096  # rows that are looked at together
+COMMON = 0.99  # share of the training patients with a distance up to 1 (and with at least `min_items` cells)
+_AXES = 10  # of the principal subspace, at most; and at most a quarter of the patients
+_MIN_SHARE = 0.05  # of the median scale: a number that hardly varied in training must not decide alone
+_MIN_SCALE = 1e-6
+_ROWS = 4096  # of features read at once
 _WHITE = 256.0  # light behind a smear, as pixel values plus 1
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """Where training patients lie."""
+    """Where the training patients are."""
 
     centre: np.ndarray  # float32 (numbers,)
     scale: np.ndarray  # float32 (numbers,): standard deviations
-    axes: np.ndarray  # float32 (axes, numbers): principal ones of the standardised numbers
+    axes: np.ndarray  # float32 (axes, numbers): principal axes of the standardised numbers
     spread: np.ndarray  # float32 (axes,): standard deviations along them
-    rest: float  # mean squared length of what the axes do not show; 0: they show all
-    limit: float  # the length that becomes 1
+    rest: float  # mean squared length of the residual outside of the axes; 0: there is none
+    limit: float  # the length that becomes a distance of 1
 
     def distance(self, numbers: np.ndarray) -> float:
-        """How far away a patient lies; beyond 1, further than nearly all training patients.
+        """How far away a patient is; above 1: farther out than 99 % of the training patients.
 
         Args:
-            numbers: float (numbers,), such as `Moments.describe` gives.
+            numbers: float (numbers,), such as from `Moments.describe`.
         """
         standard = (np.asarray(numbers, np.float64) - self.centre) / self.scale
         along = self.axes @ standard
-        left = standard - along @ self.axes
+        residual = standard - along @ self.axes
         squared = float(np.mean((along / self.spread) ** 2))
         if self.rest > 0:
-            squared += float(left @ left) / self.rest
+            squared += float(residual @ residual) / self.rest
         return float(np.sqrt(squared)) / self.limit
 
 
 class Moments:
-    """Mean and standard deviation of rows that come by and by."""
+    """Mean and standard deviation of rows that are added part by part."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start without rows."""
         self.count = 0
         self._sum: np.ndarray | float = 0.0
         self._squares: np.ndarray | float = 0.0
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in some rows, of shape (rows, numbers)."""
+        """Add rows, of shape (rows, numbers)."""
         values = rows.astype(np.float64)
         self.count += len(values)
         self._sum = self._sum + values.sum(0)
         self._squares = self._squares + (values**2).sum(0)
 
     def mean(self) -> np.ndarray:
-        """float64 (numbers,); at least one row must have come."""
+        """Float64 (numbers,); there must be at least one row."""
         return np.asarray(self._sum / self.count)
 
     def describe(self) -> np.ndarray:
@@ -80,18 +81,18 @@ class Moments:
 
 
 def make_cloud(patients: np.ndarray, fold: np.ndarray) -> Cloud:
-    """The cloud of all training patients; its limit from patients whom the cloud had not seen.
+    """The cloud of all training patients; its limit comes from held-out patients.
 
     Args:
         patients: float (patients, numbers).
         fold: int64 (patients,).
     """
-    far = np.zeros(len(patients))
+    distance = np.zeros(len(patients))
     for held_out in np.unique(fold):
         there = fold == held_out
         others = _cloud(patients[~there])
-        far[there] = [others.distance(each) for each in patients[there]]
-    return _cloud(patients, limit=max(float(np.quantile(far, COMMON)), _LEAST_SCALE))
+        distance[there] = [others.distance(each) for each in patients[there]]
+    return _cloud(patients, limit=max(float(np.quantile(distance, COMMON)), _MIN_SCALE))
 
 
 def stain_of(view: View) -> np.ndarray:
@@ -102,29 +103,29 @@ def stain_of(view: View) -> np.ndarray:
 
 
 def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """What `Moments.describe` says of the plain views of each patient, patients sorted.
+    """`Moments.describe` of the plain views of each patient, by patient, sorted.
 
     Args:
         features: of some items.
-        owner: item -> patient; other items are passed over.
+        owner: item -> patient; other items are left out.
     """
     rows = pd.DataFrame({"patient": features.index["item"].map(owner), "view": features.index["view"]})
     plain = rows[(rows["view"] == 0) & rows["patient"].notna()]
     found = {}
     for patient, places in sorted(plain.groupby("patient").indices.items()):
         moments, mine = Moments(), plain.index.to_numpy()[places]
-        for start in range(0, len(mine), _TOGETHER):
-            moments.add(rows_of(features.values, mine[start : start + _TOGETHER]))
+        for start in range(0, len(mine), _ROWS):
+            moments.add(rows_of(features.values, mine[start : start + _ROWS]))
         found[str(patient)] = moments.describe()
     return found
 
 
 def describe_stain(batches: Iterable[list[View]], owner: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The mean of `stain_of` over the plain views of each patient, patients sorted.
+    """The mean of `stain_of` over the plain views of each patient, by patient, sorted.
 
     Args:
         batches: of views.
-        owner: item -> patient; other items are passed over.
+        owner: item -> patient; other items are left out.
     """
     moments: dict[str, Moments] = {}
     for batch in batches:
@@ -135,7 +136,12 @@ def describe_stain(batches: Iterable[list[View]], owner: Mapping[str, str]) -> d
 
 
 def how_stained(cloud: Cloud, numbers: np.ndarray) -> str:
-    """In words, how a patient's stain differs from the middle of the cloud, such as ``darker, bluer``."""
+    """How a patient's stain differs from the centre of the cloud, in words, such as ``darker, bluer``.
+
+    Args:
+        cloud: of the stain of the training patients.
+        numbers: float (6,), of `stain_of`.
+    """
     red, green, blue = ((np.asarray(numbers) - cloud.centre) / cloud.scale)[:3]
     words = []
     level = (red + green + blue) / 3
@@ -147,8 +153,9 @@ def how_stained(cloud: Cloud, numbers: np.ndarray) -> str:
 
 
 def _cloud(patients: np.ndarray, limit: float = 1.0) -> Cloud:
+    """The cloud of these patients, float (patients, numbers), with a given limit."""
     centre, scale = patients.mean(0), patients.std(0)
-    scale = np.maximum(scale, max(_LEAST_SHARE * float(np.median(scale)), _LEAST_SCALE))
+    scale = np.maximum(scale, max(_MIN_SHARE * float(np.median(scale)), _MIN_SCALE))
     standard = (patients - centre) / scale
     _, lengths, axes = np.linalg.svd(standard, full_matrices=False)
     shown = max(1, min(_AXES, len(patients) // 4, len(lengths)))
@@ -157,7 +164,7 @@ def _cloud(patients: np.ndarray, limit: float = 1.0) -> Cloud:
         centre=centre.astype(np.float32),
         scale=scale.astype(np.float32),
         axes=axes[:shown].astype(np.float32),
-        spread=np.sqrt(np.maximum(variances[:shown], _LEAST_SCALE)).astype(np.float32),
+        spread=np.sqrt(np.maximum(variances[:shown], _MIN_SCALE)).astype(np.float32),
         rest=float(variances[shown:].sum()),
         limit=limit,
     )
