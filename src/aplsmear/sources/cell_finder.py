@@ -534,9 +534,8 @@ def _over_empty_field(image: npt.NDArray[np.uint8], side: int) -> Floats:
         if kept.sum() < _SQUARES:
             palest = np.percentile(density.reshape(-1, 3), 3, axis=0).astype(np.float32)
             return np.asarray(np.maximum(density - palest, 0), np.float32)
-        surface = np.linalg.lstsq(terms[kept], value[kept], rcond=None)[0].round(
-            5
-        )  # the last bits differ between CPUs
+        surface, *_ = np.linalg.lstsq(terms[kept], value[kept], rcond=None)
+        surface = surface.round(5)  # the last bits differ between CPUs
         kept &= (value - terms @ surface).sum(axis=1) < 0.1
     rows = ((np.arange(height, dtype=np.float32) + 0.5) / height - 0.5)[:, None]
     columns = ((np.arange(width, dtype=np.float32) + 0.5) / width - 0.5)[None, :]
