@@ -400,7 +400,7 @@ def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mappin
     """The same cells with other settings, as in `MEASURES`: by the stages of the pipeline."""
     params = bench.params.model_dump()
     params["augment"] |= {knob: value for knob, value in settings.items() if knob != "tune"}
-    params["tune"] |= {"trials": TRIALS, "generation": TRIALS, "average": 0} | settings.get("tune", {})
+    params["tune"] |= {"trials": TRIALS, "average": 0} | settings.get("tune", {})
     params["tune"]["space"]["views"] = [params["augment"]["views"]]
     params["overrides"] = {task: {} for task in params["tasks"]}
     params["dataset"]["root"] = str(Path(params["dataset"]["root"]).resolve())

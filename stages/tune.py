@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.errors import UserError
 from aplsmear.heads.results import conclude
 from aplsmear.heads.search import Trial, run_study, study_key
@@ -29,11 +28,9 @@ def main(name: str, role: str = "") -> None:
     params = read_params(Path("params.yaml"))
     task = named(params.tasks, name, "tasks")
     settings, seed = params.tune_of(name), params.seed
-    threads = params.compute.threads
-    start_tensorflow(threads)
 
     task_data = read_task_data(task, params.backbones)
-    key = f"{name}-{study_key(task_data, settings, seed, threads)}"
+    key = f"{name}-{study_key(task_data, settings, seed)}"
     url = os.environ.get(STORAGE_VARIABLE, settings.storage)
     journal = home() / f".studies/{key}.journal"
     study = open_study(key, journal, url)

@@ -32,7 +32,7 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
     params["backbones"] = {
         "mobilenet": params["backbones"]["mobilenet"] | {"input_size": {"cell": 32, "smear": 64}}
     }
-    params["tune"] |= {"trials": 2, "generation": 2}
+    params["tune"] |= {"trials": 2}
     params["tune"]["space"]["epochs"] = [2]
     params["tasks"] = {task: params["tasks"][task] for task in tasks}
     params["overrides"] = {task: {"trials": 2} for task in tasks}

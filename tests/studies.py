@@ -1,4 +1,4 @@
-"""A study that takes milliseconds: a board of made-up items, and a judge that needs no TensorFlow."""
+"""A study that takes milliseconds: items that are made up, and a judge that trains nothing."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ SETTINGS = read_params(ROOT / "params.yaml").tune
 
 def settings(space: Mapping[str, Any] | None = None, **changed: Any) -> Tune:
     """Those of params.yaml, small."""
-    small = {"trials": 9, "generation": 2, "pick": {}} | changed
+    small = {"trials": 9, "pick": {}} | changed
     merged = (
         SETTINGS.space.model_dump()
         | {"views": [0], "depth": [0, 1], "batch": [16], "epochs": [4]}

@@ -56,6 +56,7 @@ RENAMED: dict[str, str] = {
     "finetune.head.kinds": "finetune.head.subclasses",
     "finetune.head.middle": "finetune.head.centre_crop",
     "combine.space.freedom": "combine.space.C",
+    "tune.generation": "was removed: a trial trains alone, as fast. Delete this line.",
     "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
     "augment.more": "augment.extra_views",
     "augment.stain": "was removed: it gained nothing on real cells. Delete this line.",
@@ -204,7 +205,6 @@ class Tune(_Strict):
     """The search over heads on bottleneck features."""
 
     trials: int = Field(ge=1)
-    generation: int = Field(ge=1, le=256)
     items_per_patient: int = Field(ge=1)
     cells_per_step: int = Field(ge=2)
     average: int = Field(ge=0)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from aplsmear.evaluation.auroc import auroc_within_folds
+from aplsmear.heads import search
 from aplsmear.heads import task_data as task_data_module
 from aplsmear.heads.head import Head, Job, score
 from aplsmear.heads.results import (
@@ -197,9 +198,9 @@ def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -
     with pytest.raises(KeyboardInterrupt):
         list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))
     assert told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
-    assert calls == [0, 2, 4, 4, 6, 8]
+    assert calls == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
     assert told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
-    assert len(calls) == 6
+    assert len(calls) == 10
 
 
 def test_all_trials_failing_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -215,18 +216,17 @@ def test_all_trials_failing_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 def test_a_study_is_named_after_all_that_it_depends_on() -> None:
     whole, used = task_data(), settings()
-    key = study_key(whole, used, 1, 2)
-    assert key == study_key(task_data(), settings(), 1, 2)
-    assert key == study_key(whole, settings(pick={"a": 1}, storage="postgresql+psycopg://host/db"), 1, 2)
+    key = study_key(whole, used, 1)
+    assert key == study_key(task_data(), settings(), 1)
+    assert key == study_key(whole, settings(pick={"a": 1}, storage="postgresql+psycopg://host/db"), 1)
     others = [
-        study_key(task_data(seed=2), used, 1, 2),
-        study_key(replace(whole, label=1 - whole.label), used, 1, 2),
-        study_key(replace(whole, table=whole.table.assign(fold=0)), used, 1, 2),
-        study_key(whole, settings(trials=10), 1, 2),
-        study_key(whole, settings(patience=1), 1, 2),
-        study_key(whole, settings({"width": [3]}), 1, 2),
-        study_key(whole, used, 2, 2),
-        study_key(whole, used, 1, 1),
+        study_key(task_data(seed=2), used, 1),
+        study_key(replace(whole, label=1 - whole.label), used, 1),
+        study_key(replace(whole, table=whole.table.assign(fold=0)), used, 1),
+        study_key(whole, settings(trials=10), 1),
+        study_key(whole, settings(patience=1), 1),
+        study_key(whole, settings({"width": [3]}), 1),
+        study_key(whole, used, 2),
     ]
     assert len({key, *others}) == len(others) + 1
 
@@ -237,7 +237,7 @@ def test_a_study_starts_anew_when_a_module_that_scores_it_changes(tmp_path: Path
     shutil.copytree(ROOT / "src" / "aplsmear", library)
     code = (
         "import studies; from pathlib import Path; from aplsmear.heads.search import study_key\n"
-        "key = study_key(studies.task_data(), studies.settings(), 5, 1)\n"
+        "key = study_key(studies.task_data(), studies.settings(), 5)\n"
         "print(*(trial.auroc(4) for trial in studies.work('.', name=key)))"
     )
     paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
@@ -292,7 +292,7 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
             scored.append((seen[id(head)][0], set(fold.tolist())))
         return score(heads, values, rows)
 
-    monkeypatch.setattr(task_data_module, "train_heads", train)
+    monkeypatch.setattr(search, "train_heads", train)
     monkeypatch.setattr(task_data_module, "score", spy)
     scores, outer = held_out_scores(whole, chosen, used, 5)
     assert scores.shape == (len(whole.table), FOLDS + 1)
@@ -336,7 +336,7 @@ def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> 
     x = (marks[who] + random.normal(size=(len(who), 64)) * 0.3).astype(np.float16)
     features = {name: replace(each, values=x) for name, each in whole.features.items()}
     whole = replace(whole, label=lots[who].astype(np.int8), features=features)
-    used = settings({"width": [32], "depth": [1], "epochs": [12]}, trials=8, generation=8)
+    used = settings({"width": [32], "depth": [1], "epochs": [12]}, trials=8)
     trials = list(run_study(whole, used, 5, open_study("s", tmp_path / "j")))
     choices = choose_all(trials, FOLDS)
     scores, heads = held_out_scores(whole, [choice.trial for choice in choices], used, 5)
@@ -384,7 +384,7 @@ def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> N
     }
     seen = replace(whole, features=doubled, row=2 * whole.row, views=np.ones_like(whole.row))
     head = Head(RECIPE.features, (), ())
-    monkeypatch.setattr(task_data_module, "train_heads", lambda jobs, _: [replace(head) for _ in jobs])
+    monkeypatch.setattr(search, "train_heads", lambda jobs, _: [replace(head) for _ in jobs])
     monkeypatch.setattr(task_data_module, "score", lambda _, __, rows: (rows % 2).astype(np.float32)[None])
     chosen = [trial(0, level(0.8))] * (FOLDS + 1)
     for average, expected in ((0, 0.0), (1, 0.5)):

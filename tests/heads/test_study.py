@@ -37,7 +37,7 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a study lives; every generation that is trained is noted there."""
+    """Where a study lives; every trial that is trained is noted there."""
     monkeypatch.setenv("JUDGED", str(tmp_path / "judged"))
     monkeypatch.setenv("JUDGING", "0.05")
     return tmp_path
@@ -70,7 +70,7 @@ def test_any_number_of_workers(processes: ForkServerContext, folder: Path, peace
         worker.join(60)
         assert worker.exitcode == 0
     assert ends(folder) == {peaceful}
-    assert sorted(trained(folder)) == [0, 2, 4, 6, 8]
+    assert sorted(trained(folder)) == list(range(9))
 
 
 def test_twenty_kills(processes: ForkServerContext, folder: Path, peaceful: str) -> None:
@@ -100,22 +100,22 @@ def test_twenty_kills(processes: ForkServerContext, folder: Path, peaceful: str)
     assert ends(folder) == {peaceful}
 
 
-def test_a_finished_generation_is_never_trained_again(
+def test_a_finished_trial_is_never_trained_again(
     processes: ForkServerContext, folder: Path, peaceful: str
 ) -> None:
-    """A kill costs the generation that was being trained, and nothing else."""
+    """A kill costs the trial that was being trained, and nothing else."""
     for done in (1, 2, 3):
         worker = start(processes, folder)
         while not (folder / "judged").exists() or len(set(trained(folder))) <= done:
             time.sleep(0.002)
         assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGKILL)  # in the midst of the generation after those
+        os.kill(worker.pid, signal.SIGKILL)  # while the next one trains
         worker.join(60)
     last = start(processes, folder)
     last.join(60)
     assert last.exitcode == 0
     assert ends(folder) == {peaceful}
-    assert trained(folder) == [0, 2, 2, 4, 4, 6, 6, 8]
+    assert trained(folder) == [0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_line_written_half_is_taken_back(folder: Path, peaceful: str) -> None:
@@ -128,22 +128,17 @@ def test_a_line_written_half_is_taken_back(folder: Path, peaceful: str) -> None:
         assert all(json.loads(line) for line in journal.read_bytes().splitlines())
 
 
-def test_a_generation_stored_in_part_is_trained_again_and_keeps_what_it_has(
-    folder: Path, peaceful: str
-) -> None:
-    """Killed between the results of two trials that trained together."""
+def test_a_trial_stored_in_part_is_trained_again(folder: Path, peaceful: str) -> None:
+    """Killed when its attributes were stored, and its value was not."""
     work(str(folder))
     journal = folder / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     ends = [place for place, line in enumerate(lines) if b"datetime_complete" in line]
     assert len(ends) == 9
-    journal.write_bytes(b"".join(lines[: ends[4] + 1]))
+    journal.write_bytes(b"".join(lines[: ends[4]]))
     (folder / "judged").unlink()
     assert repr(told(work(str(folder)))) == peaceful
-    assert trained(folder) == [4, 6, 8]
-    stored = journal.read_bytes().splitlines(keepends=True)
-    assert sum(b"datetime_complete" in line for line in stored) == 9
-    assert stored[: ends[4] + 1] == lines[: ends[4] + 1]
+    assert trained(folder) == [4, 5, 6, 7, 8]
 
 
 def test_all_trials_are_waiting_from_the_start_and_running_while_they_train(tmp_path: Path) -> None:
@@ -156,8 +151,8 @@ def test_all_trials_are_waiting_from_the_start_and_running_while_they_train(tmp_
         return quick_judge(jobs, material, patience)
 
     list(run_study(task_data(), settings(), 5, study, judge))
-    assert states[0] == ["RUNNING"] * 2 + ["WAITING"] * 7
-    assert states[2] == ["COMPLETE"] * 3 + ["FAIL"] + ["RUNNING"] * 2 + ["WAITING"] * 3
+    assert states[0] == ["RUNNING"] + ["WAITING"] * 8
+    assert states[5] == ["COMPLETE"] * 3 + ["FAIL", "COMPLETE", "RUNNING"] + ["WAITING"] * 3
 
 
 def test_trials_carry_what_the_dashboard_shows(tmp_path: Path) -> None:
@@ -187,13 +182,13 @@ def test_postgres_with_two_workers_one_killed(
     while not (folder / "judged").exists() or len(trained(folder)) < 2:
         time.sleep(0.002)
     assert killed.pid is not None
-    os.kill(killed.pid, signal.SIGKILL)  # both are at a generation of their own
+    os.kill(killed.pid, signal.SIGKILL)  # each trains a trial of its own
     other.join(60)
     assert other.exitcode == 0
     killed.join(60)
     assert ends(folder) == {peaceful}
-    assert set(trained(folder)) == {0, 2, 4, 6, 8}
-    assert len(trained(folder)) <= 6
+    assert set(trained(folder)) == set(range(9))
+    assert len(trained(folder)) <= 10
     assert not list(folder.glob("study.*"))
     late = start(processes, folder, postgres)
     late.join(60)
@@ -229,7 +224,7 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
     server.cleanup()
     assert again.returncode == 0, said
     assert ends(folder) == {peaceful}
-    assert len(trained(folder)) <= 6
+    assert len(trained(folder)) <= 10
 
 
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:

@@ -459,9 +459,10 @@ def final_model(context: FinetuneContext, final: Deepened) -> Any:
 
 def finetune_key(context: FinetuneContext, found: Sequence[Start], threads: int) -> str:
     """A name for the work by all that it depends on: other inputs or code, another name."""
-    digest = hashlib.sha256(study_key(context.task_data, context.tune, context.seed, threads).encode())
+    digest = hashlib.sha256(study_key(context.task_data, context.tune, context.seed).encode())
     networks = {name: each.model_dump() for name, each in context.networks.items()}
-    told = [context.settings.model_dump(exclude=WITHOUT_EFFECT), networks, version("keras")]
+    versions = [version(package) for package in ("tensorflow", "keras")]
+    told = [context.settings.model_dump(exclude=WITHOUT_EFFECT), networks, versions, threads]
     digest.update(json.dumps(told, sort_keys=True).encode())
     for module in (backbones, training, unfreezing):
         digest.update(Path(str(module.__file__)).read_bytes())

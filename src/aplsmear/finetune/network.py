@@ -255,7 +255,10 @@ def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int, name: str = "
     sizes = layer_sizes(recipe.depth, recipe.width, channels)
     for number, (_, width) in enumerate(sizes):
         if number:
-            signal = layers.Activation(recipe.activation, dtype="float32")(signal)
+            if recipe.activation == "gelu":  # the form of `aplsmear.heads.arithmetic`
+                signal = keras.ops.gelu(signal, approximate=True)
+            else:
+                signal = layers.Activation(recipe.activation, dtype="float32")(signal)
             signal = layers.Dropout(recipe.dropout, seed=seed, dtype="float32")(signal)
         units = width if number < len(sizes) - 1 else kinds
         signal = layers.Dense(units, name=f"product_{number}", dtype="float32")(signal)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from scipy.linalg import block_diag
 
 from aplsmear.evaluation.splits import HeldOut
 from aplsmear.files import rows_of, write_arrays
+from aplsmear.heads.arithmetic import activate, sigmoid
 
 CHUNK = 2048  # items scored at a time
 _BLOCK = 64  # whole ones alone: the last rows of another product have other last digits
@@ -85,8 +85,24 @@ class TrainingItems:
 
     @property
     def image_fold(self) -> np.ndarray:
-        """int64 (images,)."""
+        """The fold of each image, int64 (images,)."""
         return self.fold if self.size is None else np.repeat(self.fold, self.size)
+
+    def images(self, items: np.ndarray) -> np.ndarray:
+        """The places of the images of some items, one item after another: int64."""
+        if self.size is None:
+            return items
+        size, start = self.size[items], (np.cumsum(self.size) - self.size)[items]
+        return np.asarray(np.arange(size.sum()) + np.repeat(start - (np.cumsum(size) - size), size))
+
+
+def padded_deviation(deviation: np.ndarray) -> np.ndarray:
+    """What features are divided by, from the standard deviation of each channel.
+
+    A part of the mean deviation is added, so that a channel that hardly varies is not enlarged to the size of
+    the others.
+    """
+    return np.asarray(deviation + 0.05 * deviation.mean() + 1e-6)
 
 
 def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
@@ -135,30 +151,32 @@ def mean_head(heads: Sequence[Head]) -> Head:
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class; those of an item do not depend on what else is scored.
+    """Probabilities of the positive class. That of an item does not depend on the other items.
 
     Args:
-        heads: that read these features.
+        heads: that read these features; not on bags.
         values: float16 (views, channels).
-        rows: int64 (items,), which views to score.
+        rows: int64 (items,), the views to score.
 
     Returns:
         float32 (heads, items).
     """
     scores = np.zeros((len(heads), len(rows)), dtype=np.float32)
-    for kind in sorted({(len(head.kernels), head.activation) for head in heads}):
-        chosen = [place for place, head in enumerate(heads) if (len(head.kernels), head.activation) == kind]
-        weights = []
-        for layer in range(kind[0]):
-            weights.append(_padded([heads[place].kernels[layer] for place in chosen]))
-            weights.append(_padded([heads[place].biases[layer][None] for place in chosen]))
-        for start in range(0, len(rows), CHUNK):
-            part = rows_of(values, rows[start : start + CHUNK]).astype(np.float32)
-            short = -len(part) % _BLOCK
-            part = np.pad(part, ((0, short), (0, 0)))
-            said = _forward(*kind)(part, weights).numpy()
-            scores[chosen, start : start + CHUNK] = said[:, : said.shape[1] - short]
+    for start in range(0, len(rows), CHUNK):
+        x = rows_of(values, rows[start : start + CHUNK]).astype(np.float32)
+        count = len(x)
+        x = np.pad(x, ((0, -count % _BLOCK), (0, 0)))
+        for place, head in enumerate(heads):
+            scores[place, start : start + count] = sigmoid(_logits(head, x))[:count, 0]
     return scores
+
+
+def _logits(head: Head, x: np.ndarray) -> np.ndarray:
+    """float32 (items, 1)."""
+    signal = x
+    for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
+        signal = (activate(signal, head.activation)[0] if layer else signal) @ kernel + bias
+    return signal
 
 
 def mean_over_views(
@@ -217,31 +235,3 @@ def read_average(path: Path) -> int:
     """How many augmented views are averaged with the plain one; see `write_heads`."""
     with np.load(path, allow_pickle=False) as file:
         return int(file["average"])
-
-
-def _padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Matrices of several sizes stacked on a leading axis, padded with zeros."""
-    rows, columns = np.max([array.shape for array in arrays], axis=0)
-    out = np.zeros((len(arrays), rows, columns), np.float32)
-    for place, array in enumerate(arrays):
-        out[place, : array.shape[0], : array.shape[1]] = array
-    return out
-
-
-@lru_cache(maxsize=16)
-def _forward(layers: int, activation: str) -> Any:
-    """The graph that scores items by heads of so many products: (items, channels) -> (heads, items)."""
-    import tensorflow as tf
-
-    functions = {"relu": tf.nn.relu, "gelu": tf.nn.gelu, "tanh": tf.tanh}
-    cube = [None, None, None]
-    signature = [tf.TensorSpec([None, None], tf.float32), [tf.TensorSpec(cube, tf.float32)] * (2 * layers)]
-
-    def forward(x: Any, weights: list[Any]) -> Any:
-        signal = x[None]
-        for layer in range(layers):
-            signal = functions[activation](signal) if layer else signal
-            signal = signal @ weights[2 * layer] + weights[2 * layer + 1]
-        return tf.sigmoid(signal[..., 0])
-
-    return tf.function(forward, input_signature=signature)

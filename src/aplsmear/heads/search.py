@@ -24,7 +24,7 @@ from aplsmear.evaluation.auroc import auroc_within_folds
 from aplsmear.evaluation.splits import inner_sets, outer_set, tuning_sets
 from aplsmear.files import give_back
 from aplsmear.heads.head import Head, Job, Recipe
-from aplsmear.heads.stack import Judged, Material
+from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Study
 from aplsmear.heads.task_data import TaskData, TuneError
 from aplsmear.params import Range, Tune, nearest
@@ -32,7 +32,7 @@ from aplsmear.runs.imports import code_hash
 
 Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
 POLL = 0.5  # seconds between two looks at the results of other workers
-WITHOUT_EFFECT = {"pick", "storage", "restarts"}  # settings that change no trial
+WITHOUT_EFFECT = {"memory", "pick", "restarts", "storage"}  # settings that change no trial
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ class Choice:
     why: str
 
 
-def study_key(task_data: TaskData, settings: Tune, seed: int, threads: int) -> str:
+def study_key(task_data: TaskData, settings: Tune, seed: int) -> str:
     """The name of a study: a hash of all inputs, settings, versions and code that its results depend on."""
     digest = hashlib.sha256()
     used = settings.model_dump(exclude=WITHOUT_EFFECT)
-    versions = [version(package) for package in ("tensorflow", "numpy", "optuna")]
+    versions = [version(package) for package in ("numpy", "scipy", "optuna")]
     code = code_hash(Path(__file__))
-    digest.update(json.dumps([used, seed, threads, task_data.folds, versions, code], sort_keys=True).encode())
+    digest.update(json.dumps([used, seed, task_data.folds, versions, code], sort_keys=True).encode())
     digest.update(task_data.table.to_csv(index=False).encode())
     for array in (task_data.label, task_data.row, task_data.views):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -145,16 +145,16 @@ def draw_candidates(
 
 
 def run_study(
-    task_data: TaskData, settings: Tune, seed: int, study: Study, judge: Judge | None = None
+    task_data: TaskData, settings: Tune, seed: int, study: Study, judge: Judge = judge_heads
 ) -> Iterator[Trial]:
     """Train each candidate on each pair of folds. Other workers may train trials of the same study.
 
     Args:
         task_data: items and features.
-        settings: the space, and the numbers of trials and of trials that train together (a generation).
+        settings: the space and the number of trials.
         seed: of candidates and heads.
         study: stores finished trials.
-        judge: trains and judges heads; None: `TaskData.judge`.
+        judge: trains and judges heads.
 
     Yields:
         All trials by number, as soon as they and all before them are finished. They are the same, to the bit,
@@ -166,8 +166,17 @@ def run_study(
     recipes, space = draw_candidates(settings, sorted(task_data.features), seed)
     material = task_data.material(settings, seed)
     study.queue([asdict(recipe) for recipe in recipes], space)
-    every, size = range(len(recipes)), settings.generation
-    generations = [every[start : start + size] for start in every[::size]]
+    pairs = tuning_sets(task_data.folds)
+
+    def train(number: int) -> bool:
+        """Train a trial; False if it is finished or another worker trains it."""
+        with study.claim(number) as claimed:
+            if claimed:
+                jobs = [Job(number, recipes[number], pair) for pair in pairs]
+                judged = judge(jobs, material, settings.patience)
+                study.finish(number, *_result(recipes[number], judged, material, task_data.folds))
+        return claimed
+
     failures: list[str] = []
     passed = 0
     while passed < len(recipes):
@@ -178,33 +187,11 @@ def run_study(
             failures += [f"trial {trial.number}: {trial.failure}"] if trial.failure else []
             passed += 1
             yield trial
-        if passed < len(recipes) and not any(
-            _train(numbers, recipes, task_data, material, settings, study, judge) for numbers in generations
-        ):
+        claims = (train(number) for number in range(passed, len(recipes)))
+        if passed < len(recipes) and not any(claims):
             time.sleep(POLL)  # other workers train the rest
     if len(failures) == settings.trials:
         raise TuneError("all trials failed:\n  " + "\n  ".join(failures))
-
-
-def _train(
-    numbers: range,
-    recipes: Sequence[Recipe],
-    task_data: TaskData,
-    material: Material,
-    settings: Tune,
-    study: Study,
-    judge: Judge | None,
-) -> bool:
-    """Train the trials of these numbers; False where they are finished or another worker trains them."""
-    pairs = tuning_sets(task_data.folds)
-    with study.claim(numbers) as claimed:
-        if claimed:
-            jobs = [Job(number, recipes[number], pair) for number in numbers for pair in pairs]
-            judged = (judge or task_data.judge)(jobs, material, settings.patience)
-            for place, number in enumerate(numbers):
-                mine = judged[place * len(pairs) : (place + 1) * len(pairs)]
-                study.finish(number, *_result(recipes[number], mine, material, task_data.folds))
-    return claimed
 
 
 def _result(
@@ -317,7 +304,7 @@ def held_out_scores(
         for scored, unseen in held_out.items():
             wanted[outer_fold, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(outer_fold))
     jobs = list(dict.fromkeys(wanted.values()))
-    trained = dict(zip(jobs, task_data.train(jobs, task_data.material(settings, seed)), strict=True))
+    trained = dict(zip(jobs, train_heads(jobs, task_data.material(settings, seed)), strict=True))
     scores = np.full((len(fold), len(chosen)), np.nan, dtype=np.float32)
     for (outer_fold, scored), job in wanted.items():
         places = np.flatnonzero(fold == scored)

@@ -1,9 +1,9 @@
 """The study of one task: an Optuna study that one worker or several workers fill.
 
 All trials are in the study from the start, as waiting trials, so the number of a trial does not depend on the
-worker that trains it. A worker claims some trials with a lock, trains them together and stores their results.
-A lock ends with the process or connection that holds it: the trials of a killed worker are free at once, and
-a finished trial is never trained again.
+worker that trains it. A worker claims a trial with a lock, trains it and stores its result. A lock ends with
+the process or connection that holds it: the trial of a killed worker is free at once, and a finished trial is
+never trained again.
 
 The study is a journal file of Optuna, with locks in a file beside it. With a PostgreSQL URL, workers on many
 machines share it.
@@ -94,28 +94,26 @@ class Study:
         return self._study.get_trials(deepcopy=False)
 
     @contextmanager
-    def claim(self, numbers: range) -> Iterator[bool]:
-        """Hold the trials of these numbers; False where all are finished, or another worker holds them."""
+    def claim(self, number: int) -> Iterator[bool]:
+        """Hold a trial; False if it is finished, or another worker holds it."""
         with _storage_errors():
-            taken = self._locks.take(TRIALS + numbers[0], wait=False)
+            taken = self._locks.take(TRIALS + number, wait=False)
         try:
-            yield taken and self._start(numbers)
+            yield taken and self._start(number)
         finally:
             if taken:
                 with _storage_errors():
-                    self._locks.give(TRIALS + numbers[0])
+                    self._locks.give(TRIALS + number)
 
     @_storage_errors()
-    def _start(self, numbers: range) -> bool:
-        """Mark the trials that are not finished as running; False if there is none."""
+    def _start(self, number: int) -> bool:
+        """Mark a trial as running; False if it is finished."""
         from optuna.trial import TrialState
 
-        waiting = [
-            trial for trial in self.trials() if trial.number in numbers and not trial.state.is_finished()
-        ]
-        for trial in waiting:
+        trial = self.trials()[number]
+        if not trial.state.is_finished():
             self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
-        return bool(waiting)
+        return not trial.state.is_finished()
 
     @_storage_errors()
     def finish(self, number: int, value: float | None, attributes: Mapping[str, Any]) -> None:

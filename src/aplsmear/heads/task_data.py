@@ -7,7 +7,7 @@ patient is a bag of cells, one image each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from aplsmear.data.tasks import task_items, task_labels
 from aplsmear.errors import UserError
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import rows_of
-from aplsmear.heads.bags import attend, bag_parameters, judge_bags, train_bags
-from aplsmear.heads.head import Head, Job, Recipe, TrainingItems, mean_over_views, parameters, score
-from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
+from aplsmear.heads.bags import attend, bag_parameters
+from aplsmear.heads.head import Head, Recipe, TrainingItems, mean_over_views, parameters, score
+from aplsmear.heads.stack import Material
 from aplsmear.params import Task, Tune
 from aplsmear.tables import read_table
 
@@ -72,14 +72,6 @@ class TaskData:
         """The number of weights of a head."""
         return parameters(recipe, self.features[recipe.features].values.shape[1])
 
-    def judge(self, jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
-        """Train heads and judge them on their held-out folds; see `aplsmear.heads.stack.judge_heads`."""
-        return judge_heads(jobs, material, patience)
-
-    def train(self, jobs: Sequence[Job], material: Material) -> list[Head]:
-        """Train heads; see `aplsmear.heads.stack.train_heads`."""
-        return train_heads(jobs, material)
-
     def score(self, head: Head, places: np.ndarray, average: int) -> np.ndarray:
         """Probabilities of the items in these rows of the table, float32 (places,).
 
@@ -123,14 +115,6 @@ class PatientTaskData(TaskData):
     def parameters(self, recipe: Recipe) -> int:
         """The number of weights of a head."""
         return bag_parameters(recipe, self.features[recipe.features].values.shape[1])
-
-    def judge(self, jobs: Sequence[Job], material: Material, patience: int) -> list[Judged]:
-        """Train heads and judge them on their held-out folds; see `aplsmear.heads.stack.judge_heads`."""
-        return judge_bags(jobs, material, patience)
-
-    def train(self, jobs: Sequence[Job], material: Material) -> list[Head]:
-        """Train heads; see `aplsmear.heads.stack.train_heads`."""
-        return train_bags(jobs, material)
 
     def score(self, head: Head, places: np.ndarray, average: int) -> np.ndarray:
         """Probabilities of the patients in these rows of the table, float32 (places,)."""
