@@ -1,16 +1,17 @@
-"""What happens when things break: kills, and what fails around the pipeline.
+"""What happens when commands are killed, and when disks, memory and servers fail.
 
 Usage: python benchmarks/faults.py [--kills N] [--seed S] [--keep DIR]
 
-In a clone with a tiny data set, N commands are killed with all their children at a moment drawn by lot:
-`dvc repro` in every stage and from nothing, `dvc exp run`, in the workspace and beside it, and `aplsmear
-predict`, all the while with changes of a person in a file that git knows. After each kill the same command is
-given again, at once. Then all files but DVC's and git's own must be, to the byte, those of a run that nobody
-disturbed, dvc.lock included, MLflow's database and the study must open, git must be on its branch, and
-nothing may lie about that a person has to clean up. Where the same command does not do, `aplsmear mend` is
-called, and that is counted.
+In a clone with a tiny data set, N commands are killed with all their children at a random moment: `dvc repro`
+in every stage and from nothing, `dvc exp run` in the workspace and with `--temp`, and `aplsmear predict`. A
+file that git tracks has uncommitted changes all the time. After each kill the same command is given again, at
+once. Where it refuses and names `aplsmear mend`, this is called, and then the same command again.
 
-Then the cases of benchmarks/surroundings.py: full disks, other users, flipped bits, servers that stop.
+Then all files except those of DVC and git must have the bytes of a run that was not disturbed, dvc.lock
+included; MLflow's database and the study must open; git must be on its branch; nothing must be left to clean
+up. Where something is left that no message has named, `aplsmear mend` is called too, and counted apart.
+
+Then come the cases of benchmarks/surroundings.py: full disks, other users, flipped bits, servers that stop.
 
 Results go to benchmarks/results/faults.json.
 """
@@ -47,27 +48,30 @@ REPRO = ("dvc", "repro")
 EXPERIMENT = ("dvc", "exp", "run", "--name", "killed", "-S", "combine.refits=21")
 BESIDE = (*EXPERIMENT, "--temp")
 SHARE = {"experiment": 0.14, "experiment beside": 0.06, "predict": 0.14, "from nothing": 0.08}  # of the kills
-CHANGED = "README.md"  # by a person, who has not committed it
-DONE = "conflicts with existing experiment"  # says DVC of one that had come to its end before the kill
-TAIL = 0.7  # seconds behind the end of a stage in which it may still be killed: DVC takes note of its outs
+CHANGED = "README.md"  # a tracked file with uncommitted changes
+DONE = "conflicts with existing experiment"  # DVC's message if the experiment had ended before the kill
+TAIL = 0.7  # seconds after the end of a stage in which DVC may still be killed: it stores the outs
+MEND = "aplsmear mend"
+COUNTED = ("kills", "identical", "by_mend", "unnamed")
 
 
 @dataclass
 class Count:
-    """What came of the kills of one kind."""
+    """The results of the kills of one kind."""
 
     kills: int = 0
-    identical: int = 0
-    mended: int = 0
+    identical: int = 0  # in the end
+    by_mend: int = 0  # of these, by the command that the message named
+    unnamed: int = 0  # of these, by the same command, though no message named it
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Bench:
-    """A clone in which all has run once, undisturbed."""
+    """A clone in which everything has run once, undisturbed."""
 
     place: Place
-    new: Path  # patients to judge
+    new: Path  # patients for `aplsmear predict`
     spare: Path  # a copy of the clone
     random: np.random.Generator
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage and command
@@ -76,13 +80,13 @@ class Bench:
 
     @property
     def predict(self) -> tuple[str, ...]:
-        """The command, from a copy of the bundle."""
+        """The command `aplsmear predict`."""
         here = ("--ensemble", "ensembles/apl_aml", "--data", str(self.new), "--overwrite")
         return ("aplsmear", "predict", *here, "--out", "new.csv", "--report", "new.html")
 
 
 def make_bench(folder: Path, seed: int) -> Bench:
-    """Run all once, undisturbed; or take what an earlier run of this bench left in the folder."""
+    """Run everything once, undisturbed; or read what an earlier run of this benchmark left in the folder."""
     place, spare, known = Place(folder / "clone", folder / "outside"), folder / "spare", folder / "known.json"
     bench = Bench(place, folder / "new", spare, np.random.Generator(np.random.Philox(seed)))
     if known.is_file():
@@ -113,20 +117,20 @@ def make_bench(folder: Path, seed: int) -> Bench:
 
 
 def reset(bench: Bench) -> None:
-    """The clone as it was after the undisturbed run."""
+    """Put a fresh copy of the undisturbed run in place of the clone."""
     shutil.rmtree(bench.place.folder, ignore_errors=True)
     shutil.copytree(bench.spare, bench.place.folder, symlinks=True)
 
 
 def experiment_in(place: Place) -> dict[str, str]:
-    """What the experiment holds, if there is one."""
+    """The tree of the experiment's commit, if there is one."""
     refs = place.run("git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
     trees = [place.run("git", "rev-parse", f"{ref}^{{tree}}") for ref in refs if ref.endswith("/killed")]
     return {"experiment": " ".join(trees)} if trees else {}
 
 
 def put_back(bench: Bench) -> None:
-    """As it was after the undisturbed run, without any of DVC's memory of what it ran since."""
+    """Undo what a command did since the undisturbed run, and delete DVC's run cache."""
     place = bench.place
     for name in ("new.csv", "new.html"):
         (place.folder / name).unlink(missing_ok=True)
@@ -139,7 +143,7 @@ def put_back(bench: Bench) -> None:
 
 
 def wipe(place: Place) -> None:
-    """Nothing has ever run here."""
+    """Delete all outs, dvc.lock and the cache, as if nothing had ever run here."""
     place.run("git", "rm", "--quiet", "--cached", "--ignore-unmatch", "dvc.lock")
     place.run("git", "commit", "--quiet", "--allow-empty", "-m", "nothing has run")
     place.run("git", "clean", "--quiet", "--force", "-d", "-x", "--exclude=.venv")
@@ -147,10 +151,10 @@ def wipe(place: Place) -> None:
 
 
 def strike(bench: Bench, kind: str) -> None:
-    """One kill, the same command again, and what came of it.
+    """Kill once, give the same command again, and count the result.
 
     Args:
-        bench: where.
+        bench: the clone and the counts.
         kind: a stage, or a key of `SHARE`.
     """
     place, count = bench.place, bench.counts.setdefault(kind, Count())
@@ -169,30 +173,31 @@ def strike(bench: Bench, kind: str) -> None:
             break
         if not re.search(after, printed):
             raise RuntimeError(f"{kind} did not run:\n{printed}")
-        put_back(bench)  # too late: it was done; once more, sooner
+        put_back(bench)  # it had ended: try again, with an earlier kill
         span = max(span / 2, 1.0)
     count.kills += 1
     note = f"{kind}, {seconds:.2f} s: "
     code, again = place.code(*command)
     code = 0 if DONE in again else code
-    mended = ""
+    unnamed = False
     if code:
-        note += f"[again: {again.strip().splitlines()[-1][:300]}] "
-        mended = place.run("aplsmear", "mend", ok=False)
+        note += f"[again: {again.strip()[-300:]}] "
+        unnamed = MEND not in again
+        note += f"[mend: {place.run(*MEND.split(), ok=False)}] "
+        count.by_mend += not unnamed
         code, again = place.code(*command)
-    left = place.leftovers()
-    if left:
-        mended += place.run("aplsmear", "mend", ok=False)
-    if mended:
-        count.mended += 1
-        note += f"[left: {left}] [mend: {mended}] "
+        code = 0 if DONE in again else code
+    if left := place.leftovers():
+        unnamed = True
+        note += f"[left: {left}] [mend: {place.run(*MEND.split(), ok=False)}] "
+    count.unnamed += unnamed
     found = place.files() | experiment_in(place)
     wanted = bench.wanted.get(kind, bench.wanted[""])
     differ = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     wrong = [*differ, *place.leftovers(), *place.unreadable(), *([again[-2000:]] if code else [])]
     count.identical += not wrong
-    if wrong or mended:
-        count.notes.append(f"{note}{f'WRONG: {wrong}' if wrong else 'right after that'}")
+    if wrong or "[" in note:
+        count.notes.append(f"{note}{f'WRONG: {wrong}' if wrong else 'then identical'}")
         print(count.notes[-1], file=sys.stderr, flush=True)
     if wrong or kind == "from nothing":
         reset(bench)
@@ -201,9 +206,9 @@ def strike(bench: Bench, kind: str) -> None:
 
 
 def plan(bench: Bench, kills: int) -> list[str]:
-    """The kind of each kill: stages in turn, shuffled."""
+    """The kind of each kill, in random order; each stage gets as many as the others."""
     chosen = [kind for kind, share in SHARE.items() for _ in range(round(share * kills))]
-    # Members are copies of what `tune` made: DVC has them and does not run these stages.
+    # The outs of `member_*` are copies of those of `tune`: DVC takes them from its cache.
     stages = sorted(kind for kind in bench.seconds.keys() - SHARE.keys() if not kind.startswith("member_"))
     chosen += [stages[place % len(stages)] for place in range(kills - len(chosen))]
     return [chosen[place] for place in bench.random.permutation(len(chosen))]
@@ -215,7 +220,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=9)
-    parser.add_argument("--keep", type=Path, help="a folder that stays; a second run goes on in it")
+    parser.add_argument("--keep", type=Path, help="a folder to work in; a second run continues in it")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = asked.keep or Path(temporary)
@@ -244,7 +249,7 @@ def main() -> None:
 
 
 def surroundings(bench: Bench, folder: Path) -> dict[str, str]:
-    """What came of each case."""
+    """The result of each case."""
     found = {}
     for happens in CASES:
         name = str(happens.__doc__)
@@ -261,23 +266,18 @@ def surroundings(bench: Bench, folder: Path) -> dict[str, str]:
 
 
 def summary(bench: Bench) -> dict[str, Any]:
-    totals = {
-        name: sum(getattr(count, name) for count in bench.counts.values())
-        for name in ("kills", "identical", "mended")
-    }
+    totals = {name: sum(getattr(each, name) for each in bench.counts.values()) for name in COUNTED}
     by_kind = {
-        kind: {"kills": each.kills, "identical": each.identical, "mended": each.mended}
-        for kind, each in sorted(bench.counts.items())
+        kind: {name: getattr(each, name) for name in COUNTED} for kind, each in sorted(bench.counts.items())
     }
     return totals | {"litter_bytes": bench.place.litter(), "by_kind": by_kind}
 
 
 def table(bench: Bench) -> str:
-    lines = [f"{'killed in':<28}{'kills':>7}{'identical':>11}{'needed mend':>13}"]
-    for kind, each in sorted(bench.counts.items()):
-        lines.append(f"{kind:<28}{each.kills:>7}{each.identical:>11}{each.mended:>13}")
     whole = summary(bench)
-    lines.append(f"{'all':<28}{whole['kills']:>7}{whole['identical']:>11}{whole['mended']:>13}")
+    rows = whole["by_kind"] | {"all": {name: whole[name] for name in COUNTED}}
+    lines = [f"{'killed in':<28}" + "".join(f"{name:>11}" for name in COUNTED)]
+    lines += [f"{kind:<28}" + "".join(f"{row[name]:>11}" for name in COUNTED) for kind, row in rows.items()]
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""What a failing disk does."""
+"""Damages a file as a failing disk does."""
 
 import os
 from pathlib import Path
 
 
 def flip(path: Path) -> None:
-    """Turn one bit in the middle of a file; nobody looks at a clock."""
+    """Change one bit in the middle of a file; its time of change stays the same."""
     stat = path.stat()
     with path.open("r+b") as file:
         file.seek(stat.st_size // 2)

@@ -1,4 +1,4 @@
-"""Kills a command at a chosen moment, has it done again, and tells what is not as if nothing had happened."""
+"""Kills a command at a chosen moment, and compares what is there with a run that was not disturbed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import yaml
 
 from clones import UNSET, run
@@ -28,12 +27,12 @@ KEPT = (".git", ".dvc", ".studies", ".finetuning", "mlflow.db", "mlflow.db.lock"
 
 @dataclass
 class Place:
-    """A repository in which things break, with a home of its own for what programs leave outside.
+    """A repository in which commands are killed, and a folder for what programs write elsewhere.
 
     Attributes:
         folder: a clone.
-        outside: becomes TMPDIR and DVC's folder for the site.
-        env: what else the commands see.
+        outside: becomes TMPDIR and DVC's site cache.
+        env: other environment variables of the commands.
     """
 
     folder: Path
@@ -42,7 +41,7 @@ class Place:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of every command that runs here."""
+        """Environment variables of every command that runs here."""
         (self.outside / "tmp").mkdir(parents=True, exist_ok=True)
         return {
             "TMPDIR": str(self.outside / "tmp"),
@@ -52,17 +51,17 @@ class Place:
         } | dict(self.env)
 
     def run(self, *command: str, ok: bool = True) -> str:
-        """What the command prints."""
+        """Run a command and return what it prints."""
         return run(self.folder, *command, env=self.environment, ok=ok)
 
     def code(self, *command: str) -> tuple[int, str]:
-        """How the command ends, and what it prints."""
+        """Run a command and return its exit code and what it prints."""
         done = self.start(*command)
         printed, _ = done.communicate()
         return done.returncode, printed
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """The command, the first process of a group of its own."""
+        """Start a command as the first process of a new process group."""
         whole = {key: value for key, value in os.environ.items() if key not in UNSET}
         whole |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -79,7 +78,7 @@ class Place:
         )
 
     def files(self) -> dict[str, str]:
-        """SHA-256 of every file that a command could have written in the workspace, and what git sees."""
+        """The SHA-256 of every file in the workspace, without what git, DVC, MLflow and Optuna keep."""
         found = {}
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
@@ -87,24 +86,8 @@ class Place:
                 found[str(name)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    def settle(self, seconds: float = 10) -> None:
-        """Wait until the guards (`aplsmear.runs.guard`) of what ran here have done what they are for."""
-        deadline = time.monotonic() + seconds
-        while any(self.guards()):
-            assert time.monotonic() < deadline, "a guard does not end"
-            time.sleep(0.02)
-
-    def guards(self) -> Iterator[psutil.Process]:
-        """Those that are alive."""
-        top = str(self.folder.resolve())
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if "aplsmear.runs.guard" in words and top in words:
-                yield process
-
     def leftovers(self) -> list[str]:
-        """What a person would have to clean up."""
-        self.settle()
+        """What a killed command has left for a person to clean up."""
         found = [f".finetuning/{path.name}/" for path in self.folder.glob(".finetuning/*/")]
         found += [str(path) for path in self.folder.glob(".dvc/tmp/exps/standalone/tmp*")]
         found += [f"{path.name} in .git" for path in self.folder.glob(".git/**/*.lock")]
@@ -121,11 +104,11 @@ class Place:
         return found
 
     def litter(self) -> int:
-        """Bytes in the folder for temporary files: the system clears it, sooner or later."""
+        """Bytes in the folder for temporary files, which the system empties at some time."""
         return sum(path.stat().st_size for path in (self.outside / "tmp").rglob("*") if path.is_file())
 
     def unreadable(self) -> list[str]:
-        """Databases and studies that no longer open."""
+        """Databases and studies that do not open, and MLflow runs that count as running."""
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
@@ -137,7 +120,7 @@ class Place:
                 running = connection.execute("select count(*) from runs where status = 'RUNNING'").fetchone()
             connection.close()
             found += [] if verdict == "ok" else [f"mlflow.db: {verdict}"]
-            found += [f"mlflow.db: {running[0]} runs for ever running"] if running[0] else []
+            found += [f"mlflow.db: {running[0]} runs still count as running"] if running[0] else []
         for journal in self.folder.glob(".studies/*.journal"):
             storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
             if not storage.get_all_studies():
@@ -146,7 +129,7 @@ class Place:
 
 
 def stages(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """The outs of each stage, as dvc.lock has them: path and hash."""
+    """The outs of each stage in dvc.lock: path -> hash."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))
     return {
         name: {out["path"]: out["md5"] for out in stage.get("outs", [])}
@@ -155,7 +138,7 @@ def stages(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def forget(place: Place, stage: str) -> None:
-    """Take away what a stage made, here and in DVC's cache, so that it has to run again."""
+    """Delete the outs of a stage, here and in DVC's cache, so that it must run again."""
     for path, md5 in stages(place.folder)[stage].items():
         out = place.folder / path
         shutil.rmtree(out) if out.is_dir() else out.unlink()
@@ -167,13 +150,13 @@ def kill(place: Place, command: Sequence[str], seconds: float, after: str = "") 
     """Start a command and kill it with all its children.
 
     Args:
-        place: where.
-        command: it.
-        seconds: to wait before the kill.
-        after: a regular expression; seconds count from when it was printed. Empty: from the start.
+        place: the clone.
+        command: its words.
+        seconds: from the start of the command to the kill.
+        after: a regular expression; if not empty, seconds count from the line that matches it.
 
     Returns:
-        Whether it was still running, and what it had printed.
+        Whether it was still running when it was killed, and what it had printed.
     """
     process = place.start(*command)
     printed: list[str] = []
@@ -185,7 +168,7 @@ def kill(place: Place, command: Sequence[str], seconds: float, after: str = "") 
             printed.append(line)
             if after and re.search(after, line):
                 seen.set()
-        seen.set()  # it has ended, or all of its children have been killed
+        seen.set()  # the command has ended
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -205,7 +188,7 @@ def kill(place: Place, command: Sequence[str], seconds: float, after: str = "") 
 
 
 def timed(place: Place, *command: str) -> dict[str, float]:
-    """Run a command to its end; the seconds that each stage took, and '' the whole."""
+    """Run a command to its end and return the seconds of each stage, and of the whole under ''."""
     began = time.monotonic()
     process = place.start(*command)
     starts: list[tuple[str, float]] = []

@@ -1,4 +1,4 @@
-"""A few kills of `dvc repro` and of `aplsmear predict`: `make faults`, in short."""
+"""The short form of `make faults`: a few kills of `dvc repro` and of `aplsmear predict`."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from kills import Place, forget, kill
 
 pytestmark = pytest.mark.pipeline
 
-STAGES = {"augment": 2.5, "ensemble_apl_aml": 2.5}  # seconds that they may last
+STAGES = {"augment": 2.5, "ensemble_apl_aml": 2.5}  # seconds from the start within which it is killed
 REPRO = ("dvc", "repro")
 PREDICT = ("aplsmear", "predict", "--ensemble", "ensembles/apl_aml", "--data", "data", "--out")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # SQLite and Optuna of their own
-def test_killed_anywhere_the_same_command_again_leaves_nothing_to_see(small: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLite and Optuna
+def test_after_a_kill_the_same_command_ends_as_if_nothing_had_happened(small: Path, tmp_path: Path) -> None:
     place = Place(small, tmp_path / "outside")
     before = place.files()
     random = np.random.Generator(np.random.Philox(7))
@@ -23,13 +23,15 @@ def test_killed_anywhere_the_same_command_again_leaves_nothing_to_see(small: Pat
         forget(place, stage)
         running = False
         while not running:
-            running, said = kill(place, REPRO, float(random.uniform(0, seconds)), f"Running stage '{stage}'")
-            assert f"Running stage '{stage}'" in said, said
+            running, printed = kill(
+                place, REPRO, float(random.uniform(0, seconds)), f"Running stage '{stage}'"
+            )
+            assert f"Running stage '{stage}'" in printed, printed
             if not running:
                 forget(place, stage)
-        code, said = place.code(*REPRO)
-        assert not code, said
-        assert place.files() == before, said
+        code, printed = place.code(*REPRO)
+        assert not code, printed
+        assert place.files() == before, printed
         assert not place.leftovers()
         assert not place.unreadable()
     predict = (*PREDICT, str(tmp_path / "new.csv"))

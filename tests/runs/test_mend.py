@@ -1,9 +1,15 @@
-"""`aplsmear mend` puts right what kills and failing disks leave behind, and touches nothing else."""
+"""`aplsmear mend` repairs what kills and failing disks leave behind, and touches nothing else.
+
+A stage refuses to run in what a killed `dvc exp run` has left, and names this command.
+"""
 
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +18,7 @@ from dvc.scm import Git
 
 from aplsmear.errors import UserError
 from aplsmear.runs.mend import mend
-from clones import commit, run, start
+from clones import ROOT, commit, run, start
 from flips import flip
 
 # DVC's own use of SQLite and of threads.
@@ -21,7 +27,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-CMD = "mkdir -p folder && cp params.yaml folder/a && cat params.yaml params.yaml > file && sleep $(cat nap)"
+EXPERIMENT = ("dvc", "exp", "run", "--name", "killed", "-S", "knob=2")
+STAGE = """
+import time
+from pathlib import Path
+from aplsmear.runs.stage import run
+
+def main():
+    print("At work", flush=True)
+    time.sleep(float(Path("nap").read_text()))
+    params = Path("params.yaml").read_text()
+    Path("folder").mkdir(exist_ok=True)
+    Path("folder/a").write_text(params)
+    Path("file").write_text(params * 2)
+
+run(main)
+"""
+NOTES = "notes of a person, not committed\n"
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +51,12 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with one quick stage that has run."""
     folder = tmp_path_factory.mktemp("mend") / "first"
     folder.mkdir()
-    stage = {"cmd": CMD, "params": ["knob"], "outs": ["folder", "file"]}
+    cmd = f"env PYTHONPATH={ROOT / 'src'} {sys.executable} -P stage.py"
+    stage = {"cmd": cmd, "params": ["knob"], "deps": ["stage.py"], "outs": ["folder", "file"]}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"make": stage}}))
+    (folder / "stage.py").write_text(STAGE)
     (folder / "params.yaml").write_text("knob: 1\n")
+    (folder / "notes").write_text("")
     (folder / "nap").write_text("0\n")
     run(folder, "git", "init", "--quiet", "--initial-branch", "main")
     run(folder, "dvc", "init", "--quiet")
@@ -54,6 +79,30 @@ def whole(place: Path) -> dict[str, bytes]:
     return {name: (place / name).read_bytes() for name in ("file", "folder/a", "dvc.lock", "params.yaml")}
 
 
+def branch(place: Path) -> str:
+    """What git says of the branch: ``## main``, or ``## HEAD (no branch)``."""
+    return run(place, "git", "status", "--branch", "--short").splitlines()[0]
+
+
+def begun(place: Path, *command: str) -> subprocess.Popen[str]:
+    """The command, the first process of a group of its own, whose stage is at work and takes a minute."""
+    if "--temp" in command:
+        run(place, "git", "add", "--force", "nap")  # else it is not in the folder beside the workspace
+    (place / "nap").write_text("60\n")
+    process = start(place, "setsid", *command)
+    assert process.stdout is not None
+    while "At work" not in process.stdout.readline():
+        assert process.poll() is None
+    (place / "nap").write_text("0\n")
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """With its children."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def test_nothing_to_mend_is_left_alone(place: Path) -> None:
     (place / "file").write_text("changed by hand, as DVC sees itself")
     before = whole(place)
@@ -72,10 +121,10 @@ def test_a_flipped_bit_is_named_and_mended_from_what_is_sound(place: Path, where
             path.chmod(0o644)
             flip(path)
             path.chmod(0o444)
-    assert "up to date" in run(place, "dvc", "status")  # that is why
-    said = list(mend(place))
-    assert all(line.startswith(("damaged: ", "object ")) for line in said)
-    assert any("folder/a" in line for line in said) or where == "cache"
+    assert "up to date" in run(place, "dvc", "status")  # DVC does not notice
+    lines = list(mend(place))
+    assert all(line.startswith(("damaged: ", "object ")) for line in lines)
+    assert any("folder/a" in line for line in lines) or where == "cache"
     assert list(mend(place)) == []
     printed = run(place, "dvc", "repro")
     assert ("Running stage" in printed) == (where == "both")
@@ -86,7 +135,9 @@ def test_a_flipped_bit_is_named_and_mended_from_what_is_sound(place: Path, where
 
 
 @pytest.mark.parametrize("name", ["dvc.lock", "params.yaml"])
-def test_a_file_that_dvc_was_killed_in_writing_is_that_of_the_last_commit(place: Path, name: str) -> None:
+def test_a_file_that_dvc_was_killed_in_writing_is_restored_from_the_last_commit(
+    place: Path, name: str
+) -> None:
     before = whole(place)
     (place / name).write_bytes(before[name][: len(before[name]) // 2].rstrip() + b"\n  - : [")
     assert name in run(place, "dvc", "repro", ok=False)
@@ -95,83 +146,127 @@ def test_a_file_that_dvc_was_killed_in_writing_is_that_of_the_last_commit(place:
     assert whole(place) == before
 
 
-def test_a_lock_that_dvc_was_killed_in_writing_goes_and_that_of_the_dead_too(place: Path) -> None:
+def test_a_list_of_locks_that_was_cut_off_or_belongs_to_the_dead_is_removed(place: Path) -> None:
     lock = place / ".dvc" / "tmp" / "rwlock"
     lock.write_text("")
     assert "corrupted" in run(place, "dvc", "repro", ok=False)
     assert [str(lock) in line for line in mend(place)] == [True]
-    mine = {"pid": os.getpid(), "cmd": "dvc repro of another life"}  # a number that is in use again
+    mine = {"pid": os.getpid(), "cmd": "dvc repro, killed; another process has its number now"}
     lock.write_text(json.dumps({"write": {str(place / "file"): mine}, "read": {}}))
     assert "busy" in run(place, "dvc", "repro", "--force", ok=False)
     assert len(list(mend(place))) == 1
 
 
-def test_an_experiment_that_was_killed_gives_git_its_branch_back(place: Path) -> None:
-    (place / "nap").write_text("60\n")
-    command = ("dvc", "exp", "run", "--name", "killed", "-S", "knob=2")
-    process = start(place, "setsid", *command)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "Running stage" in line:
-            break
-    with pytest.raises(UserError, match="at work here"):
-        list(mend(place))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert "(no branch)" in run(place, "git", "status", "--branch", "--short")
-    said = "\n".join(mend(place))
-    assert "branch main again" in said
-    (place / "nap").write_text("0\n")
-    run(place, *command)
-    assert "## main" in run(place, "git", "status", "--branch", "--short")
+@pytest.mark.parametrize("again", [EXPERIMENT, ("dvc", "repro")], ids=["the same", "dvc repro"])
+def test_after_a_killed_experiment_a_stage_refuses_and_names_the_command_that_helps(
+    place: Path, again: tuple[str, ...]
+) -> None:
+    (place / "notes").write_text(NOTES)
+    kill(begun(place, *EXPERIMENT))
+    assert branch(place) == "## HEAD (no branch)"
+    printed = run(place, *again, ok=False)
+    assert "git is off its branch main" in printed
+    assert "Type `aplsmear mend`, then the same command again." in printed
+    assert "git is on the branch main again" in list(mend(place))
+    assert list(mend(place)) == []
+    run(place, *again)
+    assert branch(place) == "## main"
+    assert (place / "notes").read_text() == NOTES
     assert (place / "file").read_text() == "knob: 2\n" * 2
+    assert run(place, "git", "diff", "--cached", "--name-only") == ""  # nothing staged
+    if again == EXPERIMENT:
+        (name,) = run(place, "git", "for-each-ref", "--format=%(refname)", "refs/exps/*/*/killed").split()
+        assert run(place, "git", "rev-parse", "main").strip() in name.replace("/", "")
+        assert run(place, "git", "show", f"{name}:notes") == NOTES
+        assert run(place, "git", "show", f"{name}:params.yaml") == "knob: 2\n"
+
+
+def test_an_experiment_beside_the_workspace_that_was_killed_leaves_no_folder(place: Path) -> None:
+    command = (*EXPERIMENT, "--temp")
+    kill(begun(place, *command))
+    assert "standalone/tmp" in run(place, *command, ok=False)
+    assert any(line.startswith("removed") for line in mend(place))
+    run(place, *command)
+    assert list(place.glob(".dvc/tmp/exps/standalone/tmp*")) == []
+    assert branch(place) == "## main"
+
+
+def test_nothing_is_touched_while_dvc_runs_in_the_repository_or_in_another_worktree(place: Path) -> None:
+    tree = place.parent / "worktree"
+    run(place, "git", "worktree", "add", "--quiet", "--detach", str(tree))
+    process = begun(place, *EXPERIMENT)
+    refs = run(place, "git", "for-each-ref")
+    for folder in (place, tree):
+        with pytest.raises(UserError, match="DVC is running here"):
+            list(mend(folder))
+    assert run(place, "git", "for-each-ref") == refs
+    kill(process)
+
+
+@pytest.mark.parametrize("how", ["--detach", "COMMIT"])
+def test_a_person_may_leave_the_branch(place: Path, how: str) -> None:
+    run(place, *EXPERIMENT)
+    full = run(place, "git", "rev-parse", "HEAD").strip()
+    run(place, "git", "checkout", "--quiet", how.replace("COMMIT", full))
     assert list(mend(place)) == []
-    run(place, "git", "checkout", "--quiet", "--force", "HEAD~0")  # off the branch by hand: so it stays
+    run(place, "dvc", "exp", "run", "--name", "off-the-branch", "-S", "knob=3")
+    run(place, "dvc", "repro", "--force")
     assert list(mend(place)) == []
-    assert "(no branch)" in run(place, "git", "status", "--branch", "--short")
+    assert branch(place) == "## HEAD (no branch)"
 
 
-def changed(place: Path) -> Path:
-    """A file that is in git and that a person has changed."""
-    file = place / "dvc.yaml"
-    file.write_text(f"{file.read_text()}# mine\n")
-    return file
+def in_the_stash(git: Git, place: Path) -> None:
+    git.stash.push()
+    git.checkout(git.get_rev(), detach=True)
 
 
-@pytest.mark.parametrize("moment", ["put aside", "for the experiment", "taken away"])
-def test_changes_that_dvc_held_when_it_was_killed_are_here_again(place: Path, moment: str) -> None:
+def for_the_experiment(git: Git, place: Path) -> None:
+    stashed = git.stash.push()
+    git.checkout(git.get_rev(), detach=True)
+    git.stash.apply(stashed)
+    (place / "params.yaml").write_text("knob: 2\n")
+
+
+def taken_away(git: Git, place: Path) -> None:
+    kept = run(place, "git", "stash", "create").strip()
+    run(place, "git", "update-ref", "refs/exps/exec/EXEC_MERGE", kept)
+    git.checkout(git.get_rev(), detach=True, force=True)
+
+
+@pytest.mark.parametrize("moment", [in_the_stash, for_the_experiment, taken_away])
+def test_changes_that_dvc_held_when_it_was_killed_are_here_again(
+    place: Path, moment: Callable[[Git, Path], None]
+) -> None:
     """The three moments of `dvc exp run` before its first stage, in DVC's own steps."""
-    file = changed(place)
-    wanted = file.read_text()
+    (place / "notes").write_text(NOTES)
     git = Git(str(place))
-    if moment == "taken away":
-        run(
-            place,
-            "git",
-            "update-ref",
-            "refs/exps/exec/EXEC_MERGE",
-            run(place, "git", "stash", "create").strip(),
-        )
-        git.checkout(git.get_rev(), detach=True, force=True)
-    else:
-        stashed = git.stash.push()
-        git.checkout(git.get_rev(), detach=True)
-        if moment == "for the experiment":
-            git.stash.apply(stashed)
-            (place / "params.yaml").write_text("knob: 2\n")
+    moment(git, place)
     git.close()
-    assert (file.read_text() == wanted) == (moment == "for the experiment")
+    assert ((place / "notes").read_text() == NOTES) == (moment == for_the_experiment)
+    if moment == in_the_stash:
+        assert "`git stash`" in run(place, *EXPERIMENT, ok=False)
     assert len(list(mend(place))) >= 2
-    assert file.read_text() == wanted
+    assert (place / "notes").read_text() == NOTES
     assert list(mend(place)) == []
     assert run(place, "git", "stash", "list") == ""
+    run(place, *EXPERIMENT)
+    assert branch(place) == "## main"
 
 
-def test_what_a_person_put_aside_stays_there(place: Path) -> None:
-    changed(place)
+def test_what_a_person_put_into_the_stash_stays_there(place: Path) -> None:
+    (place / "notes").write_text(NOTES)
     run(place, "git", "stash")
     git = Git(str(place))
-    git.checkout(git.get_rev(), detach=True)  # by DVC, at once
+    git.checkout(git.get_rev(), detach=True)  # by DVC, at once, which held a lock when it was killed
     git.close()
-    assert len(list(mend(place))) == 1
+    lock = place / ".dvc" / "tmp" / "exps" / "rwlock"
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"read": {}, "write": {"workspace": {"pid": 1, "cmd": "dvc exp run"}}}))
+    assert any("branch main again" in line for line in mend(place))
     assert run(place, "git", "stash", "list").count("\n") == 1
+
+
+def test_where_git_fails_mend_says_why(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(UserError, match="dubious ownership"):
+        list(mend(place))

@@ -23,7 +23,6 @@ WITHOUT_EFFECT = {
     "params",
     "progress",
     "runs.checksums",
-    "runs.guard",
     "runs.mend",
     "runs.stage",
     "runs.tracking",

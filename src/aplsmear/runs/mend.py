@@ -1,4 +1,4 @@
-"""What a kill, a full disk or a failing one leaves behind in a repository, and how it is put right."""
+"""`aplsmear mend`: repairs what a kill, a full disk or a failing disk has left in a repository."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from aplsmear.errors import UserError
+from aplsmear.files import copy_whole, whole
+from aplsmear.runs.checksums import is_sound, unsound_objects
 
-# What git and DVC need while an experiment runs in the workspace, and take away at its end.
-_MERGE = "refs/exps/exec/EXEC_MERGE"
-_OF_THE_WORKSPACE = (_MERGE, "refs/exps/exec/EXEC_BASELINE", "refs/exps/exec/EXEC_BRANCH")
-_OF_A_RUN = (*_OF_THE_WORKSPACE, "refs/exps/temp/", "refs/exps/stash")
-_TEXTS = ("params.yaml", "data.dvc", "dvc.lock")
-_FULL_NAME = r"[0-9a-f]{40}"  # of a commit
-_OFF = rf"checkout: moving from (\S+) to {_FULL_NAME}"
-_STASHING = 10  # seconds at most from the stash to the move, on a busy machine
+# What DVC sets in git for an experiment, and removes at its end.
+_MERGE, _WAITING = "refs/exps/exec/EXEC_MERGE", "refs/exps/stash"
+_REFS = (_MERGE, "refs/exps/exec/EXEC_BASELINE", "refs/exps/exec/EXEC_BRANCH", "refs/exps/temp/", _WAITING)
+_TEXTS = ("params.yaml", "data.dvc", "dvc.lock")  # DVC writes these in place: a kill can cut them off
+_EXPERIMENTS = ".dvc/tmp/exps"
+_COMMIT = r"[0-9a-f]{40}"
+_OWN_MOVES = rf"commit: dvc: commit experiment|dvc: Restore HEAD to '{_COMMIT}'"
+_STASHING = 10  # seconds at most from `git stash` to the detached HEAD, on a busy machine
+
+
+class GitError(UserError):
+    """A git command failed."""
 
 
 def mend(folder: Path) -> Iterator[str]:
-    """Put right what a kill, a full disk or a failing one has left behind; what is sound stays as it is.
+    """Repair what a kill, a full disk or a failing disk has left; everything else stays as it is.
 
     Args:
         folder: the top of a repository.
@@ -32,7 +39,7 @@ def mend(folder: Path) -> Iterator[str]:
         What was done, in lines.
 
     Raises:
-        UserError: there is no repository, or DVC is at work in it.
+        UserError: there is no repository, git does not work in it, or DVC is running in it.
     """
     from dvc.exceptions import NotDvcRepoError
     from dvc.lock import LockError
@@ -41,29 +48,27 @@ def mend(folder: Path) -> Iterator[str]:
     if not (folder / ".dvc").is_dir():
         raise UserError(f"{folder.resolve()} is not the top of a DVC repository: type this in a clone.")
     try:
-        with alone(folder):
-            for process in at_work(folder):
+        with _lock(folder):
+            for process in running_dvc(folder):
                 words = " ".join(process.info["cmdline"])
-                raise UserError(f"DVC is at work here (process {process.pid}, {words}): let it end.")
-            yield from _mend_locks(folder / ".dvc" / "tmp")
-            yield from mend_texts(folder)
-            yield from mend_experiments(folder)
+                raise UserError(
+                    f"DVC is running here (process {process.pid}, {words}): wait until it has ended."
+                )
+            yield from _mend_texts(folder)
+            yield from _mend_experiments(folder)
+            yield from _mend_locks(folder)
             with Repo(str(folder)) as repo:
                 yield from _mend_outs(repo, folder)
     except LockError:
-        raise UserError("DVC is at work here: let it end.") from None
+        raise UserError("DVC is running here: wait until it has ended.") from None
     except NotDvcRepoError:
         raise UserError(f"{folder.resolve()} cannot be opened as a DVC repository.") from None
 
 
-def alone(folder: Path, patient: bool = False) -> Any:
-    """DVC's lock of a repository, a context manager: while it is held, no DVC begins, but waits up to 3 s.
+def _lock(folder: Path) -> Any:
+    """DVC's lock of a repository, as a context manager. DVC waits for it for 3 s, then it gives up.
 
-    A DVC that runs a stage does not hold it: see `at_work`.
-
-    Args:
-        folder: the top of the repository.
-        patient: wait for the lock as long as need be, and not 3 seconds.
+    DVC does not hold it while a stage runs: see `running_dvc`.
     """
     from dvc.config import Config
     from dvc.lock import make_lock
@@ -71,29 +76,57 @@ def alone(folder: Path, patient: bool = False) -> Any:
     temporary = folder / ".dvc" / "tmp"
     temporary.mkdir(exist_ok=True)
     hardlink = Config(str(folder / ".dvc"))["core"].get("hardlink_lock", False)
-    lock = str(temporary / "lock")
-    return make_lock(lock, tmp_dir=str(temporary), hardlink_lock=hardlink, wait=patient)
+    return make_lock(str(temporary / "lock"), tmp_dir=str(temporary), hardlink_lock=hardlink)
 
 
 def is_dvc(words: Sequence[str] | None) -> bool:
-    """Whether a command line is DVC's; None: that of a process of others, which the system does not show."""
+    """Whether a command line is DVC's; None, of a process that the system does not show to us, is not."""
     return any(Path(word).name == "dvc" for word in (words or [])[:3])
 
 
-def at_work(folder: Path) -> Iterator[Any]:
-    """The processes (of psutil) of DVC in the repository, those included that begin and wait for its lock."""
+def running_dvc(folder: Path) -> Iterator[Any]:
+    """The processes (of psutil) of DVC in the repository, in any of its worktrees: they share git's refs."""
     import psutil
 
+    listed = _git(folder, "worktree", "list", "--porcelain").splitlines()
+    trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
     for process in psutil.process_iter(["cmdline", "cwd"]):
         where = process.info["cwd"]
-        if where and Path(where).is_relative_to(folder.resolve()) and is_dvc(process.info["cmdline"]):
+        if (
+            where
+            and is_dvc(process.info["cmdline"])
+            and any(Path(where).is_relative_to(tree) for tree in trees)
+        ):
             yield process
 
 
-def _mend_locks(temporary: Path) -> Iterator[str]:
-    """DVC's list of who reads and writes what: DVC takes the dead out of it, except where their number is
-    another process's by now, or where it was cut off while it was written."""
-    for path in (temporary / "rwlock", temporary / "exps" / "rwlock"):
+def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
+    """What a killed `dvc exp run` has left that would disturb the next one, in words.
+
+    Args:
+        folder: the top of a repository.
+        mine: the folder in which an experiment runs that is alive; None: none runs.
+
+    Raises:
+        GitError: git does not work here.
+    """
+    if branch := _left_branch(folder, alive=mine is not None and mine.samefile(folder)):
+        yield f"git is off its branch {branch}"
+    if _is_put_aside(folder):
+        yield "your uncommitted changes are in `git stash`"
+    if _refs(folder, (_WAITING,)):
+        yield "an experiment still waits to be run"
+    yield from (
+        f"{path} is still there" for path in _beside(folder) if mine is None or path != mine.resolve()
+    )
+
+
+def _mend_locks(folder: Path) -> Iterator[str]:
+    """Remove DVC's lists of locks that are not empty, or are cut off.
+
+    DVC itself takes out those of dead processes, unless another process has got the same number since.
+    """
+    for path in (folder / ".dvc/tmp/rwlock", folder / _EXPERIMENTS / "rwlock"):
         try:
             idle = not any(json.loads(path.read_text(encoding="utf-8")).values())
         except FileNotFoundError:
@@ -102,33 +135,26 @@ def _mend_locks(temporary: Path) -> Iterator[str]:
             idle = False
         if not idle:
             path.unlink()
-            yield f"removed {path}: it was of a DVC that is no longer there"
+            yield f"removed {path}: it belonged to a DVC that no longer runs"
 
 
-def mend_texts(folder: Path, names: Sequence[str] = _TEXTS) -> Iterator[str]:
-    """What DVC writes in place, so that a kill can cut it off: back to the last commit.
-
-    Yields:
-        What was done, in lines.
-    """
-    from aplsmear.files import whole  # NumPy, which the guard does without
-
-    for name in names:
+def _mend_texts(folder: Path) -> Iterator[str]:
+    """Restore files that are cut off from the last commit."""
+    for name in _TEXTS:
         path = folder / name
-        if not is_cut_off(path):
+        if not _is_cut_off(path):
             continue
-        kept = _git(folder, "show", f"HEAD:{name}")
-        if kept is None:
+        if _git(folder, "rev-parse", "--verify", "--quiet", f"HEAD:{name}", fails=1):
+            with whole(path) as part:
+                part.write_text(_git(folder, "show", f"HEAD:{name}") + "\n", encoding="utf-8")
+            yield f"{name} was cut off: it is restored from the last commit"
+        else:
             path.unlink()
             yield f"removed {name}, which was cut off: DVC makes it again"
-        else:
-            with whole(path) as part:
-                part.write_text(f"{kept}\n", encoding="utf-8")
-            yield f"{name} was cut off: it is that of the last commit again"
 
 
-def is_cut_off(path: Path) -> bool:
-    """Whether a file of DVC's holds no keys or, if it is dvc.lock, is none; one that is not there is fine."""
+def _is_cut_off(path: Path) -> bool:
+    """Whether a file of DVC's holds no keys or, if it is dvc.lock, does not fit its schema."""
     import yaml
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
     from voluptuous import Invalid
@@ -144,117 +170,124 @@ def is_cut_off(path: Path) -> bool:
     return not isinstance(content, dict)
 
 
-def remains(folder: Path) -> bool:
-    """Whether there is anything for `mend_experiments` to do."""
-    return bool(_refs(folder, _OF_A_RUN) or _beside(folder) or left_branch(folder) or put_aside(folder))
-
-
-def mend_experiments(folder: Path) -> Iterator[str]:
-    """Put right what `dvc exp run` left behind that was killed, here or beside the workspace.
-
-    No experiment may be running.
-
-    Yields:
-        What was done, in lines.
-    """
-    # DVC takes all changes away, and brings them back from there.
-    lost = _git(folder, "diff", "--name-only", f"{_MERGE}^", _MERGE, "--", ".", ":(exclude).dvc/tmp")
-    if lost and left_branch(folder) and _git(folder, "diff", "--quiet", f"{_MERGE}^") is not None:
-        _git(folder, "stash", "apply", _MERGE)
-        yield f"what you had changed is here again: {', '.join(lost.split())}"
-    yield from mend_branch(folder, _OF_A_RUN)
-    for path in _beside(folder):
-        shutil.rmtree(path)
-        yield f"removed {path}: an experiment that was cut off ran there"
-    if put_aside(folder):
-        back = "drop" if has_changes(folder, folder) else "pop"
-        if _git(folder, "stash", back, "--quiet") is not None:
-            yield "what you had changed, and `dvc exp run` had put aside (`git stash`), is here again"
-        else:
-            yield "what you had changed lies in `git stash`: git cannot put it together with what is here now"
-
-
-def mend_branch(folder: Path, refs: tuple[str, ...] = _OF_THE_WORKSPACE) -> Iterator[str]:
-    """`dvc exp run` takes git off its branch, and back at its end: what of that is left to do.
-
-    Args:
-        folder: the top of a repository.
-        refs: how the names begin of those refs that are to go.
-
-    Yields:
-        What was done, in lines.
-    """
-    for ref in _refs(folder, refs):
+def _mend_experiments(folder: Path) -> Iterator[str]:
+    """Repair what a killed `dvc exp run` has left; no experiment may be running."""
+    branch, aside = _left_branch(folder), _is_put_aside(folder)
+    if branch and _refs(folder, (_MERGE,)):
+        # DVC removes all changes from the workspace, and then takes them back from there.
+        lost = _git(
+            folder, "diff", "--name-only", f"{_MERGE}^", _MERGE, "--", ".", ":(exclude).dvc/tmp"
+        ).split()
+        if lost and _git(folder, "diff", "--quiet", f"{_MERGE}^", fails=1) is not None:
+            _git(folder, "stash", "apply", _MERGE)
+            yield f"your uncommitted changes are here again: {', '.join(lost)}"
+    for ref in _refs(folder, _REFS):
         _git(folder, "update-ref", "-d", ref)
-        yield f"removed {ref}: it was of an experiment that was cut off"
-    if branch := left_branch(folder):
+        yield f"removed {ref}: it belonged to an experiment that was killed"
+    if branch:
         _git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{branch}")
         _git(folder, "restore", "--staged", ":/")  # the index alone, as DVC does it
-        yield f"git is on the branch {branch} again, off which `dvc exp run` had taken it"
+        yield f"git is on the branch {branch} again"
+    for path in _beside(folder):
+        shutil.rmtree(path)
+        yield f"removed {path}: an experiment that was killed ran there"
+    if aside:
+        back = "drop" if _has_changes(folder) else "pop"
+        if _git(folder, "stash", back, "--quiet", fails=1) is not None:
+            yield "your uncommitted changes, which `dvc exp run` had put into `git stash`, are here again"
+        else:
+            yield "your uncommitted changes are in `git stash`: they do not fit here (`git stash pop`)"
 
 
 def _refs(folder: Path, begins: tuple[str, ...]) -> list[str]:
-    found = (_git(folder, "for-each-ref", "--format=%(refname)", "refs/exps") or "").split()
+    found = _git(folder, "for-each-ref", "--format=%(refname)", "refs/exps").split()
     return [ref for ref in found if ref.startswith(begins)]
 
 
 def _beside(folder: Path) -> list[Path]:
-    """The folders in which `dvc exp run --temp` runs its experiments."""
-    return sorted((folder / ".dvc" / "tmp" / "exps" / "standalone").glob("tmp*"))
+    """The folders in which `dvc exp run --temp` runs experiments."""
+    return sorted((folder.resolve() / _EXPERIMENTS / "standalone").glob("tmp*"))
 
 
-def left_branch(folder: Path) -> str | None:
-    """The branch that DVC took git off and that stands where git stands, but for DVC's own commits; None:
-    git is on a branch, or a person took it off."""
-    if _git(folder, "symbolic-ref", "--quiet", "HEAD"):
-        return None
-    for line in (_git(folder, "log", "--walk-reflogs", "--format=%gs", "HEAD") or "").splitlines():
-        moved = re.fullmatch(r"checkout: moving from (\S+) to (\S+)", line)
-        if moved and not re.fullmatch(_FULL_NAME, moved[2]):
-            return None  # a person did it: DVC gives the full name of the commit
-        if moved and not re.fullmatch(_FULL_NAME, moved[1]):
-            behind = _git(folder, "rev-list", f"HEAD..refs/heads/{moved[1]}")
-            ahead = _git(folder, "log", "--format=%s", f"refs/heads/{moved[1]}..HEAD")
-            if behind == "" and ahead is not None:
-                mine = all(subject.startswith("dvc: commit experiment") for subject in ahead.splitlines())
-                return moved[1] if mine else None
-            return None
-    return None
+def _left_branch(folder: Path, alive: bool = False) -> str | None:
+    """The branch that a killed `dvc exp run` took git off.
 
+    Args:
+        folder: the top of a repository.
+        alive: an experiment runs in the workspace, which takes git off its branch as long as it does.
 
-def put_aside(folder: Path) -> bool:
-    """Whether git's stash holds changes of a person that DVC had put aside there when it was killed.
-
-    DVC takes git off its branch right after that; git's own command resets to HEAD.
+    Returns:
+        The branch; None: git is on a branch, a person took it off, or commits were made since.
     """
-    stashed = int(_git(folder, "log", "-1", "--format=%ct", "refs/stash") or 0)
-    found = (_git(folder, "log", "-g", "--date=unix", "--format=%gd %gs", "HEAD") if stashed else "") or ""
-    entries = re.findall(r"^HEAD@\{(\d+)\} (.*)", found, re.MULTILINE)
-    then = [move for when, move in entries if 0 <= int(when) - stashed <= _STASHING]
-    return "reset: moving to HEAD" not in then and any(re.fullmatch(_OFF, move) for move in then)
+    if _git(folder, "symbolic-ref", "--quiet", "HEAD", fails=1):
+        return None
+    moves = list(dropwhile(lambda each: re.match(_OWN_MOVES, each[1]), _moves(folder)))
+    found = re.fullmatch(rf"checkout: moving from (\S+) to {_COMMIT}", moves[0][1] if moves else "")
+    if not found or (alive and not _is_older(folder, "logs/HEAD", _MERGE)):
+        return None  # DVC sets its ref first, and then takes git off the branch
+    branch = f"refs/heads/{found[1]}"
+    if not _git(folder, "for-each-ref", branch) or _git(folder, "rev-list", f"HEAD..{branch}"):
+        return None
+    ahead = _git(folder, "log", "--format=%s", f"{branch}..HEAD").splitlines()
+    if not all(each.startswith("dvc: commit experiment") for each in ahead):
+        return None
+    # A person can detach HEAD in the same way (`git checkout COMMIT`). DVC does it twice, the second time
+    # right after the end of the first; in the first it holds a lock, and may have put changes aside.
+    ended = f"dvc: Restore HEAD to '{found[1]}'"
+    twice = [move for when, move in moves[:3] if moves[0][0] - when <= _STASHING] == [
+        found[0],
+        ended,
+        found[0],
+    ]
+    lock = folder / _EXPERIMENTS / "rwlock"
+    sure = (
+        twice
+        or (not alive and _refs(folder, _REFS))
+        or (lock.exists() and '"workspace"' in lock.read_text(encoding="utf-8"))
+        or _is_put_aside(folder)
+    )
+    return found[1] if sure else None
 
 
-def has_changes(top: Path, folder: Path) -> bool:
-    """Whether a folder has what is put aside in the repository `top`, too, but for what DVC itself writes."""
+def _is_older(folder: Path, one: str, other: str) -> bool:
+    """Whether a file of git was changed before another one."""
+    times = [
+        (folder / _git(folder, "rev-parse", "--git-path", name)).stat().st_mtime_ns for name in (one, other)
+    ]
+    return bool(times[0] < times[1])
+
+
+def _moves(folder: Path) -> list[tuple[int, str]]:
+    """Git's reflog of HEAD, newest first: seconds since 1970, and what happened."""
+    if not _git(folder, "rev-parse", "--verify", "--quiet", "HEAD", fails=1):
+        return []  # no commit yet
+    found = _git(folder, "log", "--walk-reflogs", "--date=unix", "--format=%gd %gs", "HEAD")
+    return [(int(when), move) for when, move in re.findall(r"^HEAD@\{(\d+)\} (.*)", found, re.MULTILINE)]
+
+
+def _is_put_aside(folder: Path) -> bool:
+    """Whether `git stash` holds changes of a person that DVC put there before it was killed.
+
+    DVC takes git off its branch right after that; git's own command resets to HEAD instead.
+    """
+    stashed = int(_git(folder, "for-each-ref", "--format=%(creatordate:unix)", "refs/stash") or 0)
+    then = [move for when, move in _moves(folder) if 0 <= when - stashed <= _STASHING] if stashed else []
+    detached = any(re.fullmatch(rf"checkout: moving from \S+ to {_COMMIT}", move) for move in then)
+    return detached and "reset: moving to HEAD" not in then
+
+
+def _has_changes(folder: Path) -> bool:
+    """Whether the changes in `git stash` are in the workspace too, apart from what DVC itself writes."""
     wanted = (".", ":(exclude)dvc.lock", ":(exclude)data.dvc")
     show = ("git", "diff", "--binary", "--unified=0", "stash^", "stash", "--", *wanted)
-    patch = subprocess.run(show, cwd=top, capture_output=True, check=True).stdout
+    patch = subprocess.run(show, cwd=folder, capture_output=True, check=True).stdout
     back = ("git", "apply", "--reverse", "--check", "--unidiff-zero")
     fits = subprocess.run(back, cwd=folder, input=patch, capture_output=True, check=False)
     return not patch or not fits.returncode
 
 
-def experiment_at_work(folder: Path) -> str | None:
-    """What DVC calls EXEC_MERGE, another commit for each `dvc exp run` in the workspace; None: there is none,
-    or it has ended."""
-    return _git(folder, "rev-parse", "--verify", "--quiet", _MERGE)
-
-
 def _mend_outs(repo: Any, folder: Path) -> Iterator[str]:
-    """Outs and objects of the cache that are not what they were: each is made again of the other, or goes."""
-    from aplsmear.files import copy_whole
-    from aplsmear.runs.checksums import is_sound, unsound_objects
-
+    """Restore damaged outs from DVC's cache, and damaged objects of the cache from outs; or remove them."""
     cache = repo.cache.local
     lost = set()
     for path in unsound_objects(Path(cache.path)):
@@ -274,17 +307,17 @@ def _mend_outs(repo: Any, folder: Path) -> Iterator[str]:
         kept = Path(cache.oid_to_path(expected))
         if kept.is_file():
             copy_whole(kept, file)
-        how = (
-            "it is here again, from DVC's cache"
-            if kept.is_file()
-            else "it is gone, `dvc repro` makes it again"
+        now = (
+            "it is here again, from DVC's cache" if kept.is_file() else "removed, `dvc repro` makes it again"
         )
-        yield f"damaged: {file.relative_to(folder.resolve())}; {how}"
+        yield f"damaged: {file.relative_to(folder.resolve())}; {now}"
 
 
 def _files(repo: Any) -> Iterator[tuple[Path, str]]:
-    """The files of all outs, each with the hash that it should have, without those of outs that DVC itself
-    finds changed: by hand, by a kill, by a look at another commit."""
+    """The files of all outs and the hashes that they should have.
+
+    Left out are outs that DVC itself finds changed: by a person, by a kill, by `git checkout`.
+    """
     for out in repo.index.outs:
         path = Path(out.fs_path)
         ours = out.hash_name == "md5" and out.hash_info and not out.stage.is_import
@@ -297,7 +330,13 @@ def _files(repo: Any) -> Iterator[tuple[Path, str]]:
                 yield path.joinpath(*key), each.value
 
 
-def _git(folder: Path, *words: str) -> str | None:
-    """What git prints, without blanks at its end; None where it fails."""
+def _git(folder: Path, *words: str, fails: int = 0) -> Any:
+    """The output of a git command without blanks at its end; None where it ends with the exit code `fails`.
+
+    Raises:
+        GitError: it ends with another code than 0 and `fails`.
+    """
     done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode not in {0, fails}:
+        raise GitError(f"`git {' '.join(words)}` failed in {folder.resolve()}:\n{done.stderr.rstrip()}")
     return None if done.returncode else done.stdout.rstrip()

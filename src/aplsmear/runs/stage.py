@@ -15,9 +15,8 @@ from typing import Any, NoReturn
 import yaml
 
 from aplsmear.errors import UserError
-from aplsmear.runs import guard
 from aplsmear.runs.checksums import unsound
-from aplsmear.runs.mend import has_changes, put_aside
+from aplsmear.runs.mend import GitError, is_dvc, leftovers, running_dvc
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
 FAILED, MISUSED = 1, 2  # exit codes
@@ -36,8 +35,7 @@ _SURROUNDINGS = {
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> NoReturn:
     """Call a stage's `main` with the words of its command line and end the process.
 
-    Where DVC runs the stage, a guard goes beside DVC (`aplsmear.runs.guard`), and what other stages made for
-    this one is held against dvc.lock first.
+    Where DVC runs the stage, the state of the repository and the inputs are checked first.
 
     The exit code is what `main` returns (None: 0); 1 after a `UserError` or where disk or memory do not do,
     with a message on stderr instead of a traceback; 2 where the words do not fit `main`, with the usage from
@@ -57,8 +55,7 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         sys.exit(MISUSED)
     try:
         if "DVC_STAGE" in os.environ:
-            guard.start(home())
-            check_changes(home())
+            check_repository(home())
         check_inputs(os.environ.get("DVC_STAGE", ""))
         code = main(*words)
     except UserError as error:
@@ -76,25 +73,32 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     sys.exit(code)
 
 
-def check_changes(top: Path) -> None:
-    """See that an experiment does not run without changes that an earlier one, killed, had put aside.
+def check_repository(top: Path) -> None:
+    """Check that no killed `dvc exp run` has left git off its branch, or changes of a person in git's stash.
+
+    Nothing is checked where DVC was not started as a command, or while another DVC runs in the repository,
+    or where git does not work: `dvc exp run` does not work there either.
 
     Args:
         top: the top of the repository that DVC was called in.
 
     Raises:
-        UserError: it would.
+        UserError: one has.
     """
-    if (
-        "DVC_EXP_NAME" in os.environ
-        and put_aside(top)
-        and not has_changes(top, Path())
-        and not guard.others(top)  # who puts aside for a moment what was changed since
-    ):
+    import psutil
+
+    above = psutil.Process().parents()
+    if not any(is_dvc(each.as_dict(["cmdline"])["cmdline"]) for each in above):
+        return
+    try:
+        left = list(leftovers(top, Path() if "DVC_EXP_NAME" in os.environ else None))
+        others = {each.pid for each in running_dvc(top)} - {each.pid for each in above} if left else ()
+    except GitError:
+        return
+    if left and not others:
         raise UserError(
-            "`dvc exp run` was killed when it had put your changes aside (`git stash`): this one would run "
-            "without them.\nThey are put back now: the same command once more (if it says this again, git "
-            "cannot put them together with what is here now: `git stash pop`)."
+            f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
+            "Type `aplsmear mend`, then the same command again."
         )
 
 
