@@ -46,7 +46,7 @@ from aplsmear.heads.head import Head, read_average, read_heads, score
 from aplsmear.images import stains, views
 from aplsmear.images.reading import read_image
 from aplsmear.images.view_store import View
-from aplsmear.images.views import cell_views, prepared, room, smear_views
+from aplsmear.images.views import cell_views, prepared, smear_views, source_factor
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
 from aplsmear.prediction.recalibration import adapted
 from aplsmear.progress import progress
@@ -389,7 +389,7 @@ def surroundings(
     box: tuple[int, int, int, int], params: Params, shape: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
     """The part of a smear that a cell's views are made of, with a rim for focus, in step with its JPEG."""
-    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * room(params.augment)
+    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * source_factor(params.augment)
     reach = int(side / 2) + RIM
     y, x = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
     y0, x0 = (max(middle - reach, 0) // JPEG_BLOCK * JPEG_BLOCK for middle in (y, x))

@@ -1,4 +1,4 @@
-"""Cut the cells out of their smears and make the plain and augmented views of both."""
+"""Cut the cells out of their smears and make plain and augmented views of cells and smears."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from aplsmear.compute.engine import engine_of
 from aplsmear.data.pseudonyms import Pseudonyms, read_key
 from aplsmear.images.view_store import ViewWriter
-from aplsmear.images.views import all_views, idle_labels
+from aplsmear.images.views import all_views, unused_labels
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
 from aplsmear.runs.stage import home, run
@@ -19,8 +19,8 @@ def main() -> None:
     root = Path(params.dataset.root)
     smears = read_table(Path("dataset/smears.csv"))
     cells = read_table(Path("dataset/cells.csv"))
-    for label in idle_labels(params.augment.extra_views, [smears, cells]):
-        print(f"augment.extra_views: nothing carries the label {label!r}", file=sys.stderr)
+    for label in unused_labels(params.augment.extra_views, [smears, cells]):
+        print(f"augment.extra_views: no item has the label {label!r}", file=sys.stderr)
     names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
     files = names.files(root, smears["image"]) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}

@@ -9,7 +9,7 @@ import pytest
 
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head
-from aplsmear.images.views import cut, room
+from aplsmear.images.views import cut, source_factor
 from aplsmear.params import read_params
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,6 @@ def test_what_is_cut_out_around_a_cell_shows_all_that_its_views_need(shift, box)
     params = read_params(ROOT / "params.yaml")
     image = np.random.Generator(np.random.Philox(1)).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     y0, x0, y1, x1 = shift.surroundings(box, params, image.shape)
-    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * room(params.augment)
+    side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * source_factor(params.augment)
     inside = (box[0] - y0, box[1] - x0, box[2] - y0, box[3] - x0)
     assert (cut(image[y0:y1, x0:x1], inside, side, 64) == cut(image, box, side, 64)).all()

@@ -186,7 +186,7 @@ def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such_
     for each in (Here(1), None):
         with engine_of(None) as engine, pytest.raises(ImageError, match=r"bad\.png") as caught:
             list((each or engine).map(read_image, [Path("bad.png")]))
-        assert caught.value.mend
+        assert caught.value.fix
     with engine_of(None) as engine:
         tidied = engine.map(tidy, [f"{n} " for n in range(30)])
         next(tidied)

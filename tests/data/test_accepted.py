@@ -15,7 +15,7 @@ from PIL import Image
 from aplsmear.data.dataset import DataSetError, read_data_set
 from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import SplitError, make_folds
-from aplsmear.images.views import all_views, copies
+from aplsmear.images.views import all_views, view_multipliers
 from aplsmear.params import read_params
 
 T = TypeVar("T")
@@ -92,8 +92,10 @@ def test_a_data_set_is_accepted_and_can_be_used_or_has_its_problems_reported(
             assert set(folds["patient"]) == set(found.smears["patient"])
         made = list(all_views(folder, found.smears, found.cells, SETTINGS, seed=1))
         assert (
-            sum(len(each["smear"]) for each in made) == (1 + copies(found.smears, SETTINGS.extra_views)).sum()
+            sum(len(each["smear"]) for each in made)
+            == (1 + view_multipliers(found.smears, SETTINGS.extra_views)).sum()
         )
         assert (
-            sum(len(each["cell"]) for each in made) == (1 + copies(found.cells, SETTINGS.extra_views)).sum()
+            sum(len(each["cell"]) for each in made)
+            == (1 + view_multipliers(found.cells, SETTINGS.extra_views)).sum()
         )

@@ -190,7 +190,7 @@ def test_what_is_wrong_with_a_file_is_said(make, said, tmp_path):
     with pytest.raises(ImageError, match=said) as caught:
         read_image(path)
     assert caught.value.path == path
-    assert caught.value.mend
+    assert caught.value.fix
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])

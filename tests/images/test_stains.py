@@ -48,5 +48,5 @@ def test_none_is_none(smear):
 
 @pytest.mark.parametrize("method", ["reinhard", "macenko"])
 def test_an_empty_field_is_an_error(method):
-    with pytest.raises(StainError, match="nearly nothing in it is stained"):
+    with pytest.raises(StainError, match="hardly anything in it is stained"):
         normalised(np.full((64, 64, 3), 245, np.uint8), method)

@@ -17,13 +17,13 @@ from aplsmear.images.views import (
     all_views,
     augmented,
     cell_views,
-    copies,
     cut,
-    idle_labels,
     make_augmenter,
     resize,
-    room,
     smear_views,
+    source_factor,
+    unused_labels,
+    view_multipliers,
     view_seed,
 )
 from aplsmear.params import Augment
@@ -121,8 +121,8 @@ def test_an_augmented_view_is_pixel_for_pixel_what_imgaug_itself_gives(changed, 
 def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
     """Turned on, it changes most views; turned by nothing, none. Flips and turns stay what they were."""
     settings = knobs(**{knob: KNOBS[knob]})
-    side = round(32 * room(settings))
-    wide = cut(smear, BOX, 40 * room(settings), side)
+    side = round(32 * source_factor(settings))
+    wide = cut(smear, BOX, 40 * source_factor(settings), side)
     plain = cut(smear, BOX, 40, 32)
     without, using = make_augmenter(knobs(), 32), make_augmenter(settings, 32)
     difference = []
@@ -149,7 +149,7 @@ def test_turning_shifting_and_scaling_reach_no_further_than_the_room_they_are_gi
         rimmed = np.pad(np.full((side - 2, side - 2, 3), 255, np.uint8), ((1, 1), (1, 1), (0, 0)))
         return sum(int(augmented(rimmed, augmenter, seed).min() < 255) for seed in range(100))
 
-    assert rims_seen(round(64 * room(settings)) + 2) == 0
+    assert rims_seen(round(64 * source_factor(settings)) + 2) == 0
     assert rims_seen(round(64 * 1.5)) > 20
 
 
@@ -191,16 +191,16 @@ SMEARS = pd.DataFrame(
 
 
 def test_rare_items_get_as_many_copies_as_their_most_wanted_label_says():
-    assert copies(CELLS, {"Auer rods": 3, "Faggot cell": 6, "apl": 2}).tolist() == [6, 2, 1]
-    assert copies(CELLS, {}).tolist() == [1, 1, 1]
-    assert copies(SMEARS, {"apl": 2}).tolist() == [2, 1, 1]
+    assert view_multipliers(CELLS, {"Auer rods": 3, "Faggot cell": 6, "apl": 2}).tolist() == [6, 2, 1]
+    assert view_multipliers(CELLS, {}).tolist() == [1, 1, 1]
+    assert view_multipliers(SMEARS, {"apl": 2}).tolist() == [2, 1, 1]
 
 
 def test_a_misspelt_rare_label_is_an_error_and_an_absent_one_is_named():
-    assert idle_labels({"Auer rods": 3, "Mitosis": 2, "apl": 2}, [SMEARS, CELLS]) == ["Mitosis"]
+    assert unused_labels({"Auer rods": 3, "Mitosis": 2, "apl": 2}, [SMEARS, CELLS]) == ["Mitosis"]
     with pytest.raises(ViewError, match=r"'Auer rods'\?\)\n.*'APL' .*'apl'\?"):
-        idle_labels({"Auer rod": 3, "APL": 2}, [SMEARS, CELLS])
-    assert idle_labels({"apl": 2}, [SMEARS[1:], CELLS[2:]]) == ["apl"]  # no aml was meant
+        unused_labels({"Auer rod": 3, "APL": 2}, [SMEARS, CELLS])
+    assert unused_labels({"apl": 2}, [SMEARS[1:], CELLS[2:]]) == ["apl"]  # no aml was meant
 
 
 @pytest.fixture
@@ -238,7 +238,8 @@ def test_the_image_of_a_smear_is_opened_once(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "open", noting)
     list(all_views(folder, SMEARS, CELLS, knobs(), 1))
-    assert sorted(opened) == sorted(folder / image for image in SMEARS["image"])
+    of_smears = [path for path in opened if path.parent == folder]
+    assert sorted(of_smears) == sorted(folder / image for image in SMEARS["image"])
 
 
 def test_another_order_of_smears_and_cells_gives_the_same_views(folder, monkeypatch):
@@ -305,5 +306,5 @@ def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypa
 def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     Image.new("RGB", (160, 120), (250, 250, 250)).save(folder / "a.png")
-    with pytest.raises(ViewError, match=r"a\.png: cannot be brought .* or set augment\.normalise"):
+    with pytest.raises(ViewError, match=r"a\.png: colours cannot be normalised .* or set augment\.normalise"):
         list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))

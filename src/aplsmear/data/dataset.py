@@ -368,7 +368,7 @@ def _look(path: Path, whole: bool) -> _Look:
         height, width = images.decode(data).shape[:2] if whole else images.image_size(path)
         return _Look(height, width, hashlib.sha256(data).hexdigest())
     except images.ImageError as error:
-        return _Look(wrong=error.what, fix=error.mend)
+        return _Look(wrong=error.what, fix=error.fix)
 
 
 def _with_images(

@@ -1,4 +1,4 @@
-"""What a network runs on, and how precisely: all GPUs of the machine, in half precision, if there are any."""
+"""The devices and the precision of TensorFlow networks: all GPUs in half precision, or the CPU in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from aplsmear.params import Precision
 
 
 def machine_strategy() -> Any:
-    """All GPUs that TensorFlow sees, each with its share of a batch; with one or none, no strategy at all."""
+    """TensorFlow's distribution strategy: with several GPUs each computes a part of a batch.
+
+    Returns:
+        tf.distribute.MirroredStrategy with several GPUs, otherwise the current strategy.
+    """
     import tensorflow as tf
 
     several = len(tf.config.list_logical_devices("GPU")) > 1
@@ -19,11 +23,13 @@ def machine_strategy() -> Any:
 
 @contextmanager
 def precision_of(half: Precision) -> Iterator[None]:
-    """Layers that are made in the block compute so; Keras must not be cleared in it, which would undo this.
+    """Set the precision of Keras layers that are created in the block.
+
+    Do not clear the Keras session in the block: this would reset the precision.
 
     Args:
-        half: `on`: half precision where a network is large (a GPU is twice as fast so), weights in float32;
-            `off`: float32; `auto`: on, if there is a GPU.
+        half: ``on``: computes in float16 and keeps weights in float32, which is twice as fast on a GPU;
+            ``off``: float32; ``auto``: on if there is a GPU.
     """
     import keras
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Bottleneck features on disk: one memory-mapped float16 array a layer, rows in the order of the views."""
+"""Bottleneck features on disk: one memory-mapped float16 array per layer, rows in the order of the views."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ INDEX = "index.csv"
 
 
 class FeaturesError(UserError, ValueError):
-    """The features on disk are not those that params.yaml speaks of."""
+    """The features on disk do not match the backbones of params.yaml."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features of one layer of one backbone on one level."""
+    """The features of one layer of one backbone at one level.
 
-    name: str  # backbone/layer
-    index: pd.DataFrame  # item, view: one row a row of `values`; the views of an item stand together, 0 first
-    values: np.ndarray  # float16, (views, channels), memory-mapped
+    Attributes:
+        name: ``backbone/layer``.
+        index: columns `item` and `view`, one row for each row of `values`; the views of an item are
+            consecutive, the plain view (0) first.
+        values: float16, shape (views, channels), memory-mapped.
+    """
+
+    name: str
+    index: pd.DataFrame
+    values: np.ndarray
 
 
 def write_features(
     folder: Path, index: pd.DataFrame, layers: list[str], batches: Iterable[list[np.ndarray]]
 ) -> None:
-    """Write batches of features as they come.
+    """Write batches of features while they are computed.
 
     Args:
-        folder: gets ``index.csv`` and, for each layer, ``<layer>.npy``.
-        index: item and view of each row.
-        layers: their names.
-        batches: for each batch one float16 array (views, channels) per layer; in all as many rows as `index`.
+        folder: receives ``index.csv`` and, for each layer, ``<layer>.npy``.
+        index: columns `item` and `view`.
+        layers: names of the layers.
+        batches: for each batch one float16 array (views, channels) per layer.
 
     Raises:
-        ValueError: they are not as many.
+        ValueError: the batches have more or fewer rows in total than `index`.
     """
     with ExitStack() as stack:
-        there = layers if len(index) else []  # without views there is an index of no rows, and no array
+        there = layers if len(index) else []  # without views: an index without rows, and no array
         parts = [stack.enter_context(whole(folder / f"{layer}.npy")) for layer in there]
         row = 0
         arrays: list[np.memmap] = []
@@ -70,24 +77,31 @@ def write_features(
 
 
 def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Features]:
-    """All features of one level: ``folder/<backbone>/<layer>.npy``, by the name ``backbone/layer``.
+    """Open all features of one level.
+
+    Args:
+        folder: of the level, with ``<backbone>/<layer>.npy``.
+        backbones: names of the backbones in params.yaml.
+
+    Returns:
+        Features by the name ``backbone/layer``.
 
     Raises:
-        FeaturesError: the folder holds a backbone that is not one of `backbones` (DVC would take it for an
-            input), or lacks one.
+        FeaturesError: the folder has a backbone that is not in `backbones` (DVC would hash it as an input),
+            or lacks one.
     """
     there = {path.parent.name for path in folder.glob(f"*/{INDEX}")}
-    strangers, absent = sorted(there - set(backbones)), sorted(set(backbones) - there)
+    unnamed, absent = sorted(there - set(backbones)), sorted(set(backbones) - there)
     problems = []
-    if strangers:
+    if unnamed:
         problems.append(
-            f"{folder} holds features of backbones that params.yaml does not name: {', '.join(strangers)}. "
-            "`aplsmear tidy` removes them (DVC keeps them in its cache)."
+            f"{folder} has features of backbones that params.yaml does not name: {', '.join(unnamed)}. "
+            "Run `aplsmear tidy` to remove them (DVC keeps them in its cache)."
         )
     if absent:
         problems.append(
-            f"{folder} lacks those of {', '.join(absent)}: `dvc pull bottleneck` brings them where they were "
-            "pushed, `dvc repro` makes them."
+            f"{folder} has no features of {', '.join(absent)}: get them with `dvc pull bottleneck` if they "
+            "were pushed, or compute them with `dvc repro`."
         )
     if problems:
         raise FeaturesError(" ".join(problems))

@@ -1,7 +1,7 @@
-"""Reading pictures of smears: whatever a microscope or a spreadsheet user saved becomes RGB of 8 bits.
+"""Reads pictures of smears as 8-bit RGB, and encodes views as JPEG.
 
-Pillow decodes everything: it knows the odd modes (palette, alpha, CMYK, 16 bits), says so when a file is
-truncated, and its libjpeg-turbo gives the same pixels on every x86-64 machine.
+Pillow decodes the pictures: it supports rare modes (palette, alpha, CMYK, 16 bits), reports truncated files,
+and its libjpeg-turbo gives the same pixels on every x86-64 machine.
 """
 
 from __future__ import annotations
@@ -22,69 +22,78 @@ from aplsmear.errors import UserError
 Rgb = npt.NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "TIFF")
-MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own ceiling against decompression bombs
-_BACKGROUND = (255, 255, 255, 255)  # transparent pixels become what an empty bright field is
+MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
+_BACKGROUND = (255, 255, 255, 255)  # replaces transparent pixels: an empty bright field is white
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _PLAIN = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
-MAX_BYTES = 2 * 1024**3  # of a file; so many pixels of four channels and 16 bits are 1.2e9
-_MAX_SCANS = 200  # of a JPEG; progressive ones have about ten, and each costs a pass over all pixels
+MAX_BYTES = 2 * 1024**3  # of a file; MAX_PIXELS with four channels of 16 bits are 1.2e9 bytes
+_MAX_SCANS = 200  # of a JPEG; a progressive JPEG has about ten, and each scan is a pass over all pixels
 _SCAN = b"\xff\xda"
-_DARK = 16  # of 256; a 16-bit picture that stays below holds 12 bits or fewer
+_DARK = 16  # of 256; a 16-bit picture whose upper bytes are all smaller holds 12 bits or fewer
 
 
 class ImageError(UserError, ValueError):
     """A picture cannot be read.
 
     Attributes:
-        path: the file, as it was asked for ('' for bytes).
+        path: the file as the caller named it ('' for bytes).
         what: what is wrong with it.
-        mend: what to do about it.
+        fix: what the user can do.
     """
 
-    def __init__(self, path: str | Path, what: str, mend: str) -> None:
-        """Keep the parts apart, so that a table of problems can show them."""
-        super().__init__(str(path), what, mend)
-        self.path, self.what, self.mend = path, what, mend
+    def __init__(self, path: str | Path, what: str, fix: str) -> None:
+        """Store the parts, so that a table of problems can show them in columns."""
+        super().__init__(str(path), what, fix)
+        self.path, self.what, self.fix = path, what, fix
 
     def __str__(self) -> str:
-        """One line: file, what is wrong, the mend."""
-        return f"{self.path}: {self.what}; {self.mend}" if str(self.path) else f"{self.what}; {self.mend}"
+        """One line: file, what is wrong, what to do."""
+        return f"{self.path}: {self.what}; {self.fix}" if str(self.path) else f"{self.what}; {self.fix}"
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
-    """The whole picture, upright.
+    """Read a whole PNG, JPEG or TIFF picture, upright.
 
-    PNG, JPEG and TIFF; grey, palette, CMYK and 16-bit pictures are converted (16 bits: the upper eight),
-    transparent pixels become white, and the EXIF orientation is applied. Of several pictures in one file (a
-    pyramid's levels, a camera's preview) the first counts.
+    Grey, palette, CMYK and 16-bit pictures are converted to RGB (of 16 bits the upper eight are kept).
+    Transparent pixels become white. The EXIF orientation is applied. If a file holds several pictures (levels
+    of a pyramid, a preview), the first one is read.
+
+    Args:
+        path: the file.
+        max_pixels: a larger picture is an error.
 
     Returns:
         uint8, shape (height, width, 3), RGB.
 
     Raises:
-        ImageError: the file is missing, no picture, truncated, damaged, of a kind without a sure way to
-            8-bit RGB (float, 32-bit, Lab, 12 bits stored as 16), or larger than `max_pixels`.
+        ImageError: the file is missing, is no picture, is truncated or damaged, has a mode that cannot be
+            converted to 8-bit RGB without a guess (float, 32-bit, Lab, 12 bits stored as 16), or has more
+            than `max_pixels` pixels.
     """
     with _open_file(path) as file:
         return _decode(file, path, max_pixels)
 
 
 def image_bytes(path: Path) -> bytes:
-    """A picture's file, as it is.
+    """The content of a picture file.
 
     Raises:
-        ImageError: it is missing or cannot be opened.
+        ImageError: the file is missing, cannot be opened or has more than 2 GiB.
     """
     with _open_file(path) as file:
         return file.read()
 
 
 def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of the upright picture in px, from the file's head alone.
+    """Height and width of the upright picture in px; only the header of the file is decoded.
+
+    Args:
+        path: the file.
+        max_pixels: a larger picture is an error.
 
     Raises:
-        ImageError: the file is missing, no picture, or larger than `max_pixels`.
+        ImageError: the file is missing, is no picture, or has more than `max_pixels` pixels.
     """
     with _open_file(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -101,25 +110,29 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
-    """A picture from its encoded bytes; see `read_image`.
+    """Decode the bytes of a picture file; see `read_image`.
+
+    Args:
+        data: content of a PNG, JPEG or TIFF file.
+        max_pixels: a larger picture is an error.
 
     Returns:
         uint8, shape (height, width, 3), RGB.
 
     Raises:
-        ImageError: as `read_image`, with an empty path.
+        ImageError: as `read_image`; its path is empty.
     """
     return _decode(io.BytesIO(data), "", max_pixels)
 
 
 def decode_jpeg(data: bytes) -> Rgb:
-    """A picture of `encode_jpeg`: the pixels that `decode` gives, in a quarter of the time.
+    """Decode a JPEG of `encode_jpeg`: the same pixels as `decode`, four times as fast.
 
     Returns:
         uint8, shape (height, width, 3), RGB.
 
     Raises:
-        ImageError: damaged.
+        ImageError: the JPEG is damaged.
     """
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
@@ -128,14 +141,17 @@ def decode_jpeg(data: bytes) -> Rgb:
 
 
 def encode_jpeg(rgb: Rgb, quality: int = 95) -> bytes:
-    """JPEG with full chroma (4:4:4): granules and Auer rods are told by colour.
+    """Encode a view as JPEG with full colour resolution (4:4:4): granules and Auer rods differ in colour.
 
     Args:
         rgb: uint8, shape (height, width, 3).
-        quality: 1 to 100, libjpeg's scale.
+        quality: of libjpeg, 1 to 100.
 
     Returns:
-        The same bytes for the same pixels, on every machine.
+        The JPEG; the same bytes for the same pixels on every machine.
+
+    Raises:
+        ValueError: `rgb` has another type or shape.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"expected uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}")
@@ -151,14 +167,14 @@ def _open_file(path: Path) -> IO[bytes]:
         if not path.is_file():
             raise ImageError(path, "not a file", "put a picture there or remove its row")
         if path.stat().st_size > MAX_BYTES:
-            raise ImageError(path, "a file of more than 2 GiB", "save its picture alone, as PNG")
+            raise ImageError(path, "a file of more than 2 GiB", "save only its picture, as PNG")
         return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(
-            path, f"cannot be opened ({reason})", "check the name and the rights of the file"
+            path, f"cannot be opened ({reason})", "check the name and the permissions of the file"
         ) from error
 
 
@@ -169,7 +185,7 @@ def _open_picture(file: IO[bytes], path: str | Path, max_pixels: int) -> ImageFi
         what = (
             "empty file"
             if file.seek(0, io.SEEK_END) == 0
-            else "not a PNG, JPEG or TIFF picture, or its head is damaged"
+            else "not a PNG, JPEG or TIFF picture, or its header is damaged"
         )
         raise ImageError(path, what, "copy it again from its source, or save it as PNG") from None
     except Image.DecompressionBombError:
@@ -182,11 +198,11 @@ def _open_picture(file: IO[bytes], path: str | Path, max_pixels: int) -> ImageFi
 
 
 def _scans(file: IO[bytes]) -> int:
-    """How often a scan may begin in a JPEG file; its place in the file stays as it is."""
-    place = file.tell()
+    """Upper limit of the number of scans in a JPEG file; the read position stays where it was."""
+    position = file.tell()
     file.seek(0)
     count = sum(block.count(_SCAN) for block in iter(lambda: file.read(1 << 20), b""))
-    file.seek(place)
+    file.seek(position)
     return count
 
 
@@ -200,8 +216,8 @@ def _damaged(path: str | Path, error: Exception) -> ImageError:
 
 
 def _decode(file: IO[bytes], path: str | Path, max_pixels: int) -> Rgb:
-    # A decoder fed with damaged bytes may raise nearly anything: all of it means "damaged". Warnings (about
-    # broken EXIF, about pictures of more than half Pillow's ceiling) say nothing about the pixels.
+    # A decoder may raise nearly any exception on damaged bytes: each of them means "damaged". Warnings are
+    # about broken EXIF data and large pictures, not about pixels.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -219,7 +235,7 @@ def _decode(file: IO[bytes], path: str | Path, max_pixels: int) -> Rgb:
 
 
 def _bits_are_deep(picture: ImageFile.ImageFile) -> bool:
-    """Whether the file stores 16 bits a channel (of 16-bit colours Pillow keeps the upper eight)."""
+    """Whether the file stores 16 bits per channel (Pillow keeps the upper eight bits of colours)."""
     raw = picture.tile[0].args if picture.tile else ""
     mode = raw[0] if isinstance(raw, tuple) and raw else raw
     return ";16" in str(mode)
@@ -243,23 +259,23 @@ def _to_rgb(picture: Image.Image, path: str | Path, deep: bool) -> Rgb:
         )
     if deep and rgb.size and int(rgb.max()) < _DARK:
         raise ImageError(
-            path, "16-bit picture whose values use 12 bits or fewer: it would be read as black",
-            "save it as 8-bit RGB, with the brightness as on the screen",
+            path, "a 16-bit picture that uses 12 bits or fewer: it would be read as black",
+            "save it as 8-bit RGB, as bright as on the screen",
         )  # fmt: skip
     return np.array(rgb, dtype=np.uint8, order="C", copy=not rgb.flags.writeable)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Scale to a square of `size` pixels: by area where it shrinks, linearly where it grows."""
+    """Scale to a square of `size` px: means of areas if it shrinks, linear interpolation if it grows."""
     method = scaling(size / min(image.shape[:2]))
     return np.asarray(cv2.resize(image, (size, size), interpolation=method), dtype=np.uint8)
 
 
 def scaling(factor: float) -> int:
-    """How OpenCV is to scale by this factor."""
+    """OpenCV's interpolation method for a scale factor: area below 1, otherwise linear."""
     return cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
 
 
 def fitting(image: np.ndarray, size: int) -> np.ndarray:
-    """A square image, scaled if need be: uint8 (size, size, 3)."""
+    """A square image of another size is scaled: uint8 (size, size, 3)."""
     return image if image.shape[0] == size else resize(image, size)

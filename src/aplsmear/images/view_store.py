@@ -1,4 +1,4 @@
-"""Encoded views in one large, byte-stable file a level, written and read as a stream."""
+"""The view store: all encoded views of one level in one large Parquet file, written and read as a stream."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from aplsmear.params import Level
 
 
 class View(NamedTuple):
-    """One view of one item (a cell or a smear): 0 is the plain one; `image` is encoded."""
+    """One view of one item."""
 
-    item: str
-    view: int
-    image: bytes
+    item: str  # name of a cell or smear
+    view: int  # 0: the plain view; 1 and above: augmented views
+    image: bytes  # JPEG
 
 
-# Pictures are compressed already and no two are alike; statistics would hold some of them a second time.
+# JPEGs are compressed already and all different; column statistics would store some of them again.
 _FORMAT = {"compression": "NONE", "use_dictionary": False, "write_statistics": False}
 
 SCHEMA = pa.schema([("item", pa.string()), ("view", pa.int32()), ("image", pa.binary())])
 
 
 class ViewWriter:
-    """Writes the views of each level to a file of its own, group by group; memory holds one group.
+    """Writes one view store per level, group by group; memory holds one group.
 
-    A context: the files are there when the block ends well, and not at all when it does not.
+    Use it as a context manager. The files appear when the block ends without an error; after an error there
+    are none.
     """
 
     def __init__(self, paths: Mapping[Level, Path]) -> None:
-        """Take the file of each level; nothing is written before the block starts."""
+        """Take the path of each level's file; nothing is written before the block starts."""
         self._paths = paths
         self._stack = ExitStack()
         self._files: dict[Level, pq.ParquetWriter] = {}
 
     def __enter__(self) -> ViewWriter:
-        """Start the files."""
+        """Open the files."""
         with ExitStack() as stack:
             for level, path in self._paths.items():
                 part = stack.enter_context(whole(path))
@@ -53,11 +54,11 @@ class ViewWriter:
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
-        """Finish them, or remove them after an error."""
+        """Close the files, or remove them after an error."""
         return self._stack.__exit__(*error)
 
     def write(self, groups: Mapping[Level, list[View]]) -> None:
-        """Append one group of views to the file of each level."""
+        """Append the views of one smear and its cells to the files of their levels."""
         for level, views in groups.items():
             if views:
                 columns = dict(zip(SCHEMA.names, zip(*views, strict=True), strict=True))
@@ -65,22 +66,22 @@ class ViewWriter:
 
 
 def count_views(path: Path) -> int:
-    """How many views a file of `ViewWriter` holds."""
+    """Number of views in a view store."""
     return int(pq.ParquetFile(path).metadata.num_rows)
 
 
 def read_views(path: Path, batch: int, rows: range | None = None) -> Iterator[list[View]]:
-    """The views of a file of `ViewWriter`, in its order, `batch` at a time (the last may be smaller).
+    """Read views in the order of the file, in batches (the last batch may be smaller).
 
     Args:
-        path: the file.
-        batch: views that are given together.
-        rows: consecutive ones; only the groups that hold some of them are read. None: all.
+        path: a view store.
+        batch: views per batch.
+        rows: consecutive rows to read; row groups without any of them are skipped. None: all rows.
     """
     file = pq.ParquetFile(path)
     rows = range(file.metadata.num_rows) if rows is None else rows
     groups: list[int] = []
-    before = start = 0  # rows of those groups that come before the first one asked for; rows so far
+    before = start = 0  # rows of the first group read that precede `rows`; first row of the current group
     for group in range(file.num_row_groups):
         end = start + file.metadata.row_group(group).num_rows
         if start < rows.stop and end > rows.start:
@@ -93,14 +94,14 @@ def read_views(path: Path, batch: int, rows: range | None = None) -> Iterator[li
 
 
 def _views(file: pq.ParquetFile, groups: list[int], batch: int) -> Iterator[View]:
-    for group in groups:  # of several, Arrow keeps all that it has read until the last one ends
+    for group in groups:  # one by one: Arrow keeps every group of one call in memory until its end
         for rows in file.iter_batches(batch, row_groups=[group]):
             columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
             yield from map(View, *columns)
 
 
 def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:
-    """The encoded plain view of each of some items, by item; only the groups that hold one are read whole."""
+    """The JPEGs of the plain views of some items, by item; row groups without any of them are skipped."""
     found: dict[str, bytes] = {}
     file = pq.ParquetFile(path)
     for group in range(file.num_row_groups):
@@ -114,6 +115,6 @@ def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:
 
 
 def read_index(path: Path) -> pd.DataFrame:
-    """Item and view of each view of a file of `ViewWriter`, without their images."""
+    """The columns `item` and `view` of a view store; images are not read."""
     index: pd.DataFrame = pq.read_table(path, columns=["item", "view"]).to_pandas()
     return index

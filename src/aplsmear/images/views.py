@@ -1,7 +1,8 @@
 """Plain and augmented views of cells and smears.
 
-View 0 of an item is plain; the others are augmented, each drawn from (seed, item, view) alone, so that
-neither the order of files nor the number of workers changes a pixel. imgaug lives in this module only.
+View 0 of an item is the plain view. Every other view is augmented with random numbers that depend only on
+(seed, item, view), so neither the order of files nor the number of workers changes a pixel. Only this module
+imports imgaug.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from aplsmear.tables import SEPARATOR
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 BOX = ("y0", "x0", "y1", "x1")
 
-_LIKE = 0.85  # of 1; "Auer rod" is like "Auer rods" (0.94), "aml" is not like "apl" (0.67)
+_SIMILAR = 0.85  # of 1; "Auer rod" is similar to "Auer rods" (0.94), "aml" is not similar to "apl" (0.67)
 
 
 class ViewError(UserError, ValueError):
-    """Views cannot be made as params.yaml asks."""
+    """Views cannot be made with the settings of params.yaml."""
 
 
-def copies(items: pd.DataFrame, more: Mapping[str, int]) -> np.ndarray:
-    """How many times the usual number of augmented views each item gets: the most any label of it asks for.
+def view_multipliers(items: pd.DataFrame, extra_views: Mapping[str, int]) -> np.ndarray:
+    """The multiplier of the number of augmented views of each item: the largest one of its labels, or 1.
 
     Args:
-        items: a table with some of `LABEL_COLUMNS`, labels joined by ``|``.
-        more: label -> factor.
+        items: a table with some of `LABEL_COLUMNS`; labels are joined by ``|``.
+        extra_views: label -> multiplier.
 
     Returns:
         int64, shape (items,).
@@ -50,19 +51,19 @@ def copies(items: pd.DataFrame, more: Mapping[str, int]) -> np.ndarray:
     for column in LABEL_COLUMNS:
         if column in items:
             for text, rows in items.groupby(column, sort=False).indices.items():
-                wanted = max((more.get(label, 1) for label in str(text).split(SEPARATOR)), default=1)
+                wanted = max((extra_views.get(label, 1) for label in str(text).split(SEPARATOR)), default=1)
                 factor[rows] = np.maximum(factor[rows], wanted)
     return factor
 
 
 def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: int) -> np.ndarray:
-    """A square of `side` pixels around the middle of `box`, scaled to `size`; a smear's edge is mirrored.
+    """Cut a square around the centre of a box and scale it; beyond the image its edge is mirrored.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
-        box: y0, x0, y1, x1 in pixels, end exclusive.
-        side: pixels of `image`.
-        size: pixels of the result.
+        box: y0, x0, y1, x1 in px, end exclusive.
+        side: of the square, in px of `image`.
+        size: of the result, in px.
 
     Returns:
         uint8 RGB, shape (size, size, 3).
@@ -86,106 +87,112 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: in
 
 
 def view_seed(seed: int, item: str, view: int) -> int:
-    """A 31-bit seed that depends on nothing but the three."""
+    """A 31-bit seed that depends only on the three arguments."""
     digest = hashlib.sha256(f"{seed}/{item}/{view}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def room(settings: Augment) -> float:
-    """How many times wider than a view its source must be for no turn, shift or scale to leave it."""
+def source_factor(settings: Augment) -> float:
+    """Width of the source of an augmented view, relative to the view.
+
+    A source of this width contains every rotated, shifted and scaled view.
+    """
     angle = math.radians(min(settings.rotate, 45.0))
-    turn = math.cos(angle) + math.sin(angle)  # side of the square around a turned square of side 1
+    turn = math.cos(angle) + math.sin(angle)  # side of the square around a rotated square of side 1
     return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
 
 
 def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
-    """A smear as its views are cut from it: in the colours that `settings.normalise` asks for.
+    """Normalise the colours of a smear before its views are cut from it.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
-        settings: of the views.
+        settings: of the views; `settings.normalise` is the method.
         name: of the image, for messages.
 
+    Returns:
+        uint8 RGB of the same shape.
+
     Raises:
-        ViewError: it cannot be normalised.
+        ViewError: the colours cannot be normalised.
     """
     try:
         return normalised(image, settings.normalise)
     except StainError as error:
         raise ViewError(
-            f"{name}: cannot be brought to common colours ({error}): take the smear out of wsi.csv, or set "
+            f"{name}: its colours cannot be normalised ({error}): remove the smear from wsi.csv, or set "
             "augment.normalise in params.yaml to none"
         ) from None
 
 
 def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None = None) -> Any:
-    """imgaug's augmenter: geometry, the middle, stain, lamp, focus and camera, as wide as `settings` say.
+    """The augmentations as an imgaug augmenter: geometry, centre crop, stain, lamp, focus and camera.
 
-    A knob at 0 leaves its place empty, so that it changes neither pixels nor what the others draw.
+    A setting of 0 leaves its place empty, so it changes neither pixels nor the random numbers of the others.
 
     Args:
-        settings: of the views.
-        size: pixels of a view.
-        field: height and width in pixels of what is kept of the middle and then squeezed into a view; None:
-            as large as a view.
+        settings: ranges of the augmentations.
+        size: of a view, in px.
+        field: height and width in px of the centre crop, which is then resized to a view; None: as a view.
     """
     height, width = field or (size, size)
     iaa = _imgaug()
-    knobs = settings
-    reach = knobs.shift / room(knobs)
+    reach = settings.shift / source_factor(settings)
 
-    def unless_0(knob: float, augmenter: Any) -> Any:
-        return augmenter if knob else iaa.Identity()
+    def unless_0(setting: float, augmenter: Any) -> Any:
+        return augmenter if setting else iaa.Identity()
 
     return iaa.Sequential(
         [
             iaa.Fliplr(0.5),
             iaa.Rot90((0, 3), keep_size=False),
             unless_0(
-                knobs.rotate + knobs.scale + knobs.shift,
+                settings.rotate + settings.scale + settings.shift,
                 iaa.Affine(
-                    rotate=(-knobs.rotate, knobs.rotate),
-                    scale=(1 - knobs.scale, 1 + knobs.scale),
+                    rotate=(-settings.rotate, settings.rotate),
+                    scale=(1 - settings.scale, 1 + settings.scale),
                     translate_percent={"x": (-reach, reach), "y": (-reach, reach)},
                     mode="reflect",
                 ),
             ),
             iaa.CenterCropToFixedSize(width, height),
             unless_0(field is not None, iaa.Resize(size, interpolation="area")),
-            unless_0(knobs.hue, iaa.AddToHue((-knobs.hue, knobs.hue))),
-            unless_0(knobs.saturation, iaa.AddToSaturation((-knobs.saturation, knobs.saturation))),
-            unless_0(knobs.brightness, iaa.Multiply((1 - knobs.brightness, 1 + knobs.brightness))),
-            unless_0(knobs.blur, iaa.GaussianBlur((0.0, knobs.blur))),
-            unless_0(knobs.noise, iaa.AdditiveGaussianNoise(scale=(0.0, knobs.noise), per_channel=True)),
+            unless_0(settings.hue, iaa.AddToHue((-settings.hue, settings.hue))),
+            unless_0(settings.saturation, iaa.AddToSaturation((-settings.saturation, settings.saturation))),
+            unless_0(settings.brightness, iaa.Multiply((1 - settings.brightness, 1 + settings.brightness))),
+            unless_0(settings.blur, iaa.GaussianBlur((0.0, settings.blur))),
+            unless_0(
+                settings.noise, iaa.AdditiveGaussianNoise(scale=(0.0, settings.noise), per_channel=True)
+            ),
         ]
     )
 
 
 def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
-    """One augmented view: pixel for pixel what imgaug gives once ``augmenter.seed_(seed)`` was said.
+    """Make one augmented view, with the pixels that imgaug gives after ``augmenter.seed_(seed)``.
 
-    imgaug itself takes longer over seeds, hooks and copies than over pixels. Here each augmenter gets the
-    generator that `seed_` would derive for it, and is called at its core.
+    imgaug takes longer for seeds, hooks and copies than for pixels. So each child augmenter is given the
+    generator that `seed_` would derive for it, and its inner method is called.
 
     Args:
-        wide: uint8 RGB, shape (width, width, 3): the item and its surroundings, `room` times as wide.
-        augmenter: of `make_augmenter`; it is seeded anew here, for every view.
+        wide: uint8 RGB, shape (width, width, 3): the item and its surroundings, see `source_factor`.
+        augmenter: of `make_augmenter`.
         seed: of this view.
 
     Returns:
-        uint8 RGB, shape (size, size, 3), with the size that the augmenter was made for.
+        uint8 RGB, shape (size, size, 3), with the size of `make_augmenter`.
     """
     from imgaug import random
     from imgaug.augmentables.batches import _BatchInAugmentation
 
-    # Of each pair of numbers imgaug takes the second for a seed.
+    # imgaug takes the second number of each pair as the seed.
     drawn = random.RNG(seed).generator.integers(
         random.SEED_MIN_VALUE, random.SEED_MAX_VALUE, size=(len(augmenter), 2), dtype=np.int32
     )
     batch = _BatchInAugmentation(images=[wide.copy()])
     for each, own in zip(augmenter, drawn[:, 1].tolist(), strict=True):
         if not isinstance(each, _imgaug().Identity):
-            source = np.random.SeedSequence(own, spawn_key=(0,))  # the first that one of `own` spawns
+            source = np.random.SeedSequence(own, spawn_key=(0,))  # the first one spawned from `own`
             batch = each._augment_batch_(batch, random.RNG(source), [], None)
     return np.ascontiguousarray(batch.images[0])
 
@@ -193,13 +200,13 @@ def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
 def cell_views(
     image: np.ndarray, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
-    """The views of one cell: the plain one, then `count` augmented ones.
+    """Make the views of one cell: the plain view, then the augmented views.
 
     Args:
         image: uint8 RGB, shape (height, width, 3): the smear.
-        box: y0, x0, y1, x1 in pixels, end exclusive.
+        box: y0, x0, y1, x1 in px, end exclusive.
         name: of the cell.
-        count: of augmented views.
+        count: number of augmented views.
         settings: of the views.
         seed: of the augmented views.
     """
@@ -207,20 +214,20 @@ def cell_views(
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + settings.margin)
     yield View(name, 0, encode_jpeg(cut(image, box, side, size)))
     if count:
-        wide = cut(image, box, side * room(settings), round(size * room(settings)))
+        wide = cut(image, box, side * source_factor(settings), round(size * source_factor(settings)))
         yield from _augmented_views(wide, size, name, count, settings, seed)
 
 
 def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
-    """The views of one whole smear, squeezed into a square: the plain one, then `count` augmented ones.
+    """Make the views of one whole smear, resized to a square: the plain view, then the augmented views.
 
-    A field is turned before it is squeezed, as a slide is turned under a camera. It has no surroundings, so
-    its mirrored edge gives the room that turning needs.
+    The field is rotated before it is resized, as a slide is rotated under a camera. Beyond the field its edge
+    is mirrored.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
         name: of the smear.
-        count: of augmented views.
+        count: number of augmented views.
         settings: of the views.
         seed: of the augmented views.
     """
@@ -230,7 +237,7 @@ def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, see
         shrink = size / min(image.shape[:2])
         height, width = (round(side * shrink) for side in image.shape[:2])
         field = np.asarray(cv2.resize(image, (width, height), interpolation=scaling(shrink)), dtype=np.uint8)
-        side = math.ceil(max(height, width) * room(settings))
+        side = math.ceil(max(height, width) * source_factor(settings))
         above, left = (side - height) // 2, (side - width) // 2
         below, right = side - height - above, side - width - left
         wide = np.asarray(cv2.copyMakeBorder(field, above, below, left, right, cv2.BORDER_REFLECT), np.uint8)
@@ -238,15 +245,15 @@ def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, see
         yield from _augmented_views(wide, size, name, count, settings, seed, squeezed)
 
 
-def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
-    """The labels of `more` that no item carries.
+def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
+    """The labels of `extra_views` that no item has.
 
     Args:
-        more: label -> factor.
+        extra_views: label -> multiplier.
         tables: items, each with some of `LABEL_COLUMNS`.
 
     Raises:
-        ViewError: one of them is probably misspelt: it is nearly that of some items.
+        ViewError: such a label is similar to a label of the tables, so it is probably misspelt.
     """
     texts = {
         text
@@ -256,26 +263,28 @@ def idle_labels(more: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list
         for text in table[column].unique()
     }
     carried = {label.casefold(): label for text in texts for label in text.split(SEPARATOR) if label}
-    idle = [label for label in more if label not in carried.values()]
-    near = {label: difflib.get_close_matches(label.casefold(), carried, n=1, cutoff=_LIKE) for label in idle}
+    unused = [label for label in extra_views if label not in carried.values()]
+    near = {
+        label: difflib.get_close_matches(label.casefold(), carried, n=1, cutoff=_SIMILAR) for label in unused
+    }
     problems = [
-        f"augment.extra_views: nothing carries {label!r} (did you mean {carried[found[0]]!r}?)"
+        f"augment.extra_views: no item has the label {label!r} (did you mean {carried[found[0]]!r}?)"
         for label, found in near.items()
         if found
     ]
     if problems:
         raise ViewError("\n".join(problems))
-    return idle
+    return unused
 
 
 class _Smear(NamedTuple):
-    """A partition of the work: one smear with its cells."""
+    """One partition of the work: a smear and its cells."""
 
     path: Path
-    shown: str  # of its image, in messages
+    shown: str  # name of its image in messages
     name: str
-    wanted: int  # augmented views
-    cells: pd.DataFrame
+    views: int  # number of augmented views
+    cells: pd.DataFrame  # cell, the box, and the number of augmented `views`
 
 
 def all_views(
@@ -287,57 +296,59 @@ def all_views(
     engine: Engine = HERE,
     files: Mapping[str, str] | None = None,
 ) -> Iterator[dict[Level, list[View]]]:
-    """The views of every smear and its cells, smear by smear as in `smears`; each image is decoded once.
+    """Make the views of every smear and its cells, in the order of `smears`; each image is decoded once.
 
     Args:
-        root: the folder that the `image` column of `smears` starts from.
+        root: folder of the images.
         smears: ``dataset/smears.csv``.
         cells: ``dataset/cells.csv``.
         settings: of the views.
         seed: of the augmented views.
-        engine: does the smears; changes no result.
-        files: the path below `root` of each image, where `image` is no path but stands for one.
+        engine: runs the smears in parallel; the results are the same with each engine.
+        files: the path below `root` of each value of the column `image`; None: the value is the path.
 
     Yields:
         For each smear, the views of the smear and those of its cells in the order of `cells`.
     """
-    counts = settings.views * copies(smears, settings.extra_views)
-    cells = cells[["smear", "cell", *BOX]].assign(wanted=settings.views * copies(cells, settings.extra_views))
+    counts = settings.views * view_multipliers(smears, settings.extra_views)
+    cells = cells[["smear", "cell", *BOX]].assign(
+        views=settings.views * view_multipliers(cells, settings.extra_views)
+    )
     rows = cells.groupby("smear", sort=False).indices
     parts = (
         _Smear(
             root / (files[each.image] if files else each.image),
             each.image,
             each.smear,
-            each.wanted,
+            each.views,
             cells.iloc[rows.get(each.smear, [])],
         )
-        for each in _rows(smears[["smear", "image"]].assign(wanted=counts))
+        for each in _rows(smears[["smear", "image"]].assign(views=counts))
     )
     yield from engine.map(partial(_views_of_smear, settings=settings, seed=seed), parts)
 
 
 def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, list[View]]:
-    """Views of one smear; errors speak of its image as `shown`."""
+    """Views of one smear; messages name its image `shown`."""
     cv2.setNumThreads(1)
     try:
         image = prepared(read_image(smear.path), settings, smear.shown)
     except ImageError as error:
-        raise ImageError(smear.shown, error.what, error.mend) from None
+        raise ImageError(smear.shown, error.what, error.fix) from None
     return {
-        "smear": list(smear_views(image, smear.name, smear.wanted, settings, seed)),
+        "smear": list(smear_views(image, smear.name, smear.views, settings, seed)),
         "cell": [
             view
             for row in _rows(smear.cells)
             for view in cell_views(
-                image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.wanted, settings, seed
+                image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.views, settings, seed
             )
         ],
     }
 
 
 def _rows(table: pd.DataFrame) -> Iterator[Any]:
-    """Rows as named tuples, whose fields type checkers cannot know."""
+    """Rows as named tuples; Any, because type checkers cannot see their fields."""
     return iter(table.itertuples(index=False))
 
 
@@ -357,12 +368,12 @@ def _augmented_views(
 
 @lru_cache(maxsize=4)
 def _augmenter(settings: str, size: int, field: tuple[int, int] | None) -> Any:
-    """Building one costs as much as many views; a worker process keeps it."""
+    """The augmenter, cached: to build one takes as long as many views."""
     return make_augmenter(Augment.model_validate_json(settings), size, field)
 
 
 def _imgaug() -> Any:
-    """imgaug 0.4 asks NumPy for `sctypes`, which NumPy 2 took away; given back, what we use of it works."""
+    """Import imgaug 0.4, which needs `numpy.sctypes`; NumPy 2 has removed it, so it is defined here."""
     if not hasattr(np, "sctypes"):
         kinds = {
             "int": [np.int8, np.int16, np.int32, np.int64],
