@@ -1,12 +1,12 @@
-"""How fast tuning is: against a `keras.Model.fit` loop, end-to-end training, and the bare arithmetic.
+"""How fast the search is, beside `keras.Model.fit`, end-to-end training, and the bare matrix products.
 
 Usage: python benchmarks/tuning.py [--data DIR --weights FILE --work DIR] [--task T] [--trials N] [--fits N]
 
-With --data (a folder in the Kaggle layout) and --weights (of MobileNet, alpha 1), features are made by
-the pipeline's own stages, in the folder --work; without, those of the demo are used, as `make demo`
-leaves them. Everything is measured in this process, on the same features, folds, candidates and epochs;
-nothing stops early. What is too slow to be measured whole is measured on a part, drawn by lot, and
-extrapolated: names that begin with `extrapolated_` say so. Results go to benchmarks/results/tuning.json,
+With --data (a folder in the Kaggle layout) and --weights (of MobileNet, alpha 1), the stages of the pipeline
+make features in the folder --work; without, the features of `make demo` are used. Everything is measured in
+this process on the same features, folds, candidates and epochs, and nothing stops early. The search and the
+bare products use one thread, TensorFlow all cores. What is too slow to measure whole is measured on a random
+part and extrapolated: such names begin with `extrapolated_`. Results go to benchmarks/results/tuning.json,
 one section a data set.
 """
 
@@ -23,25 +23,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aplsmear.heads.stack import JUDGED, Material, judge_heads, pace, steps_of_epoch, train_heads
+
+# The library comes first: it pins what NumPy reads when it is imported.
+# isort: split
 import numpy as np
 import yaml
 from record import commit, machine
 
 from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.data.tasks import task_labels
 from aplsmear.evaluation.auroc import auroc_within_folds
 from aplsmear.evaluation.splits import tuning_sets
 from aplsmear.features.backbones import build_backbone
-from aplsmear.features.store import read_features
 from aplsmear.files import write_json
-from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, score
+from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, padded_deviation, score
 from aplsmear.heads.search import draw_candidates
-from aplsmear.heads.stack import JUDGED, Judged, Material, judge_heads, pace, steps_of_epoch, train_heads
-from aplsmear.heads.task_data import TaskData, make_task_data
+from aplsmear.heads.task_data import TaskData, read_task_data
 from aplsmear.images.reading import decode
 from aplsmear.images.view_store import read_views
 from aplsmear.params import Params, Tune, read_params
-from aplsmear.tables import read_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "tuning.json"
@@ -75,15 +75,11 @@ def main() -> None:
     os.chdir(asked.work)
     task = asked.task or ("blast" if asked.data else "apl_aml_cell")
     params = read_params(Path("params.yaml"))
-    tf = start_tensorflow(params.compute.threads)
-    task_data = task_data_of(task, params)
+    task_data = read_task_data(params.tasks[task], params.backbones)
     tune = params.tune_of(task)
     space = tune.space.model_dump() | SPACE
-    tune = Tune.model_validate(
-        tune.model_dump()
-        | {"trials": asked.trials, "generation": asked.trials, "patience": 0, "space": space}
-    )
-    found = measure(task_data, tune, params, asked.fits, tf)
+    tune = Tune.model_validate(tune.model_dump() | {"trials": asked.trials, "patience": 0, "space": space})
+    found = measure(task_data, tune, params, asked.fits)
     found |= {
         "data": "real cells" if asked.data else "demo",
         "task": task,
@@ -129,18 +125,7 @@ def prepare(work: Path, data: Path, weights: Path) -> None:
             subprocess.run(script, cwd=work, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, check=True)
 
 
-def task_data_of(task: str, params: Params) -> TaskData:
-    level = params.tasks[task].level
-    items = read_table(Path(f"dataset/{level}s.csv")).assign(item=lambda table: table[level])
-    return make_task_data(
-        items,
-        task_labels(items, params.tasks[task]),
-        read_table(Path("splits/folds.csv")),
-        read_features(Path(f"features/{level}"), params.backbones),
-    )
-
-
-def measure(task_data: TaskData, tune: Tune, params: Params, fits: int, tf: Any) -> dict[str, Any]:
+def measure(task_data: TaskData, tune: Tune, params: Params, fits: int) -> dict[str, Any]:
     """Everything about one data set."""
     recipes, _ = draw_candidates(tune, sorted(task_data.features), params.seed)
     material = task_data.material(tune, params.seed)
@@ -150,14 +135,15 @@ def measure(task_data: TaskData, tune: Tune, params: Params, fits: int, tf: Any)
         for pair in tuning_sets(task_data.folds)
     ]
     load = os.getloadavg()[0]
-    stacked, _ = timed(lambda: search(jobs, material, tune.generation * len(tuning_sets(task_data.folds))))
+    stacked, _ = timed(lambda: judge_heads(jobs, material, 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    bare = bare_arithmetic(jobs, material)
+    tf = start_tensorflow()
     random = np.random.Generator(np.random.Philox(params.seed))
     sample = [jobs[i] for i in sorted(random.choice(len(jobs), min(fits, len(jobs)), replace=False))]
     keras_seconds, keras_aurocs = zip(*(keras_fit(job, material, tf.keras) for job in sample), strict=True)
     share = sum(steps_of(job, material) for job in sample) / sum(steps_of(job, material) for job in jobs)
     mine = own_aurocs(sample, material)
-    bare = bare_arithmetic(jobs, material, tf)
     image_seconds = end_to_end(params, task_data, tf.keras)
     images = sum(images_of(job, material) for job in jobs)
     found = {
@@ -191,14 +177,6 @@ def timed(action: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def search(jobs: Sequence[Job], material: Material, at_once: int) -> list[Judged]:
-    """What the stage does with a study: a generation after the other."""
-    found: list[Judged] = []
-    for start in range(0, len(jobs), at_once):
-        found += judge_heads(jobs[start : start + at_once], material, 0)
-    return found
-
-
 def steps_of(job: Job, material: Material) -> int:
     """Steps of training, to which a fit of Keras is about proportional."""
     return job.recipe.epochs * steps_of_epoch(material.items, len(job.held_out), job.recipe.batch)
@@ -229,14 +207,14 @@ def own_aurocs(jobs: Sequence[Job], material: Material) -> list[float]:
 
 
 def keras_fit(job: Job, material: Material, keras: Any) -> tuple[float, float]:
-    """Seconds and held-out AUROC of one head by the usual loop: build, compile, fit with validation data."""
+    """Seconds and held-out AUROC of one head by the loop of Keras: build, compile, fit and validate."""
     items, recipe = material.items, job.recipe
     x = np.asarray(material.values[recipe.features])[items.row].astype(np.float32)
     inside = ~np.isin(items.fold, sorted(job.held_out))
     label = items.label.astype(np.float32)
     started = time.perf_counter()
     mean, spread = x[inside].mean(axis=0), x[inside].std(axis=0)
-    x = (x - mean) / (spread + 0.05 * spread.mean() + 1e-6)
+    x = (x - mean) / padded_deviation(spread)
     heavier = ((label[inside] == 0).sum() / (label[inside] == 1).sum()) ** recipe.balance
     weight = np.where(label == 1, heavier, 1.0)
     weight /= weight[inside].mean()
@@ -266,23 +244,17 @@ def keras_fit(job: Job, material: Material, keras: Any) -> tuple[float, float]:
     return seconds, held_out_auroc(job, model.predict(x, verbose=0, batch_size=2048)[:, 0], material)
 
 
-def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
+def bare_arithmetic(jobs: Sequence[Job], material: Material) -> float:
     """Seconds of the same matrix products, forward and backward, with nothing around them."""
 
-    @tf.function(reduce_retracing=True)
-    def products(x: Any, kernels: list[Any], count: Any, backward: bool) -> Any:
-        total = tf.constant(0.0)
-        for _ in tf.range(count):
-            signals = [x]
-            for kernel in kernels:
-                signals.append(tf.matmul(signals[-1], kernel))
-            back = signals[-1]
-            total += back[0, 0, 0]
-            if backward:
-                for layer in range(len(kernels) - 1, -1, -1):
-                    total += tf.matmul(signals[layer], back, transpose_a=True)[0, 0, 0]
-                    back = tf.matmul(back, kernels[layer], transpose_b=True) if layer else back
-        return total
+    def products(x: np.ndarray, kernels: list[np.ndarray], backward: bool) -> None:
+        signals = [x]
+        for kernel in kernels:
+            signals.append(signals[-1] @ kernel)
+        back = signals[-1]
+        for layer in range(len(kernels) - 1, -1, -1) if backward else ():
+            np.matmul(np.swapaxes(signals[layer], 1, 2), back)
+            back = back @ np.swapaxes(kernels[layer], 1, 2) if layer else back
 
     random = np.random.Generator(np.random.Philox(1))
     shapes: dict[tuple[int, int, int, int], list[int]] = {}
@@ -299,14 +271,14 @@ def bare_arithmetic(jobs: Sequence[Job], material: Material, tf: Any) -> float:
     seconds = 0.0
     for (channels, depth, width, batch), counts in sorted(shapes.items()):
         kernels = [
-            tf.constant(random.normal(size=(together, *size)).astype(np.float32))
+            random.normal(size=(together, *size)).astype(np.float32)
             for size in layer_sizes(depth, width, channels)
         ]
         for items, count, backward in ((batch, counts[0], True), (JUDGED, counts[1], False)):
-            x = tf.constant(random.normal(size=(together, items, channels)).astype(np.float32))
-            products(x, kernels, 2, backward).numpy()
-            run = partial(products, x, kernels, repeats, backward)
-            took = min(timed(lambda run=run: run().numpy())[0] for _ in range(3))
+            x = random.normal(size=(together, items, channels)).astype(np.float32)
+            run = partial(products, x, kernels, backward)
+            run()
+            took = min(timed(lambda run=run: [run() for _ in range(repeats)])[0] for _ in range(3))
             seconds += count * took / together / repeats
     return seconds
 

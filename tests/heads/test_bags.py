@@ -12,8 +12,16 @@ from scipy.special import expit, logit, softmax
 from aplsmear.data.tasks import task_items, task_labels
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.features.store import Features
-from aplsmear.heads.bags import attend, bag_parameters
-from aplsmear.heads.head import Head, Job, TrainingItems, padded_deviation, read_heads, write_heads
+from aplsmear.heads.bags import attend
+from aplsmear.heads.head import (
+    Head,
+    Job,
+    TrainingItems,
+    padded_deviation,
+    parameters,
+    read_heads,
+    write_heads,
+)
 from aplsmear.heads.results import held_out_predictions, scores_table
 from aplsmear.heads.search import Trial, choose_all, held_out_scores, run_study
 from aplsmear.heads.stack import Lane, Material, judge_heads, plan, train_heads
@@ -266,7 +274,7 @@ def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) 
     for job, head, kept in zip(jobs, heads, read_heads(tmp_path / "b.npz"), strict=True):
         assert same(head, kept)
         assert len(kept.attention) == (3 if job.recipe.depth else 0)
-        assert bag_parameters(job.recipe, 8) == sum(each.size for each in weights_of(kept))
+        assert parameters(job.recipe, 8, bags=True) == sum(each.size for each in weights_of(kept))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

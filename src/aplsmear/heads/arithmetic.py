@@ -34,7 +34,7 @@ class Bags(NamedTuple):
 
 
 class Tape(NamedTuple):
-    """What `Network.gradients` needs of a forward pass."""
+    """What `Network.backward` needs of a forward pass."""
 
     inputs: list[np.ndarray]  # of each product, float32 (lanes, rows, units)
     slopes: list[np.ndarray]  # of each activation, dropout included, in the same shape

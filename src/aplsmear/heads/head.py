@@ -1,8 +1,8 @@
-"""Heads on bottleneck features: what one is, what it says, and how it is kept.
+"""Heads on bottleneck features: their form, their scores, and their files.
 
 A head is a logistic regression or a network with a few hidden layers; `aplsmear.heads.stack` trains many of
-them together. A head that sees a patient as a bag of cells weighs them by attention besides
-(`aplsmear.heads.bags`).
+them side by side. A head on bags (patients with many cells) also weighs the cells by attention; see
+`aplsmear.heads.bags`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aplsmear.files import rows_of, write_arrays
 from aplsmear.heads.arithmetic import activate, sigmoid
 
 CHUNK = 2048  # items scored at a time
-_BLOCK = 64  # whole ones alone: the last rows of another product have other last digits
+_BLOCK = 64  # rows; in a product of whole blocks, no row depends on the number of rows
 ACTIVATIONS = ("relu", "gelu", "tanh")
 
 
@@ -30,7 +30,7 @@ class Recipe:
     """The hyper-parameters of a head."""
 
     features: str  # backbone/layer
-    views: int  # augmented views that training sees of an item, at most (times the item's copies)
+    views: int  # largest number of augmented views of an item in training (times its copies)
     depth: int  # hidden layers; 0: a logistic regression
     width: int  # units of each hidden layer
     activation: str  # one of ACTIVATIONS
@@ -52,8 +52,8 @@ class Job:
     trial: int
     recipe: Recipe
     held_out: HeldOut
-    epochs: int | None = None  # stop after so many of the recipe's; None: after all
-    start: int = 0  # which of the heads that differ by chance alone
+    epochs: int | None = None  # number of epochs of the recipe's schedule; None: all
+    start: int = 0  # number among heads that differ by their random numbers alone
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,24 @@ class Head:
     """A trained head; the standardisation of the features is folded into its first product."""
 
     features: str
-    # float32: (channels, width), ..., (width, 1); one more than hidden layers
-    kernels: tuple[np.ndarray, ...]
+    kernels: tuple[np.ndarray, ...]  # float32: (channels, width), (width, width) ..., (width, 1)
     biases: tuple[np.ndarray, ...]  # float32: (units,) each
     activation: str = ACTIVATIONS[0]
-    # Of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width, 1). The
-    # mean of n such heads looks n times: its weights are (width, n), its last kernel too.
+    # Of a head on bags, float32: gates (width, 2 width), their biases (2 width,), weights (width, 1). A mean
+    # of n such heads has n attentions: weights and last kernel have n columns, and logits are averaged.
     attention: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingItems:
-    """The labelled items of a task. A cell or a smear is one image; a patient, a bag of cells, has many."""
+    """The items to train on. A cell or a smear is one image; a patient is a bag of cells, many images."""
 
-    row: np.ndarray  # int64 (images,): the row of the image's plain view; its augmented views follow
-    views: np.ndarray  # int64 (images,): how many augmented views follow
-    copies: np.ndarray  # int64 (items,): how often an epoch shows the item
+    row: np.ndarray  # int64 (images,): the row of the image's plain view in the features
+    views: np.ndarray  # int64 (images,): number of augmented views, in the rows after the plain one
+    copies: np.ndarray  # int64 (items,): number of times that an epoch shows the item
     label: np.ndarray  # int8 (items,): 0 or 1
     fold: np.ndarray  # int64 (items,)
-    size: np.ndarray | None = (
-        None  # int64 (items,), of bags: so many images, one behind another, are an item's
-    )
+    size: np.ndarray | None = None  # int64 (items,), of bags: number of images; those of an item are adjacent
 
     @property
     def image_fold(self) -> np.ndarray:
@@ -111,15 +108,23 @@ def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
     return list(pairwise(units))
 
 
-def parameters(recipe: Recipe, channels: int) -> int:
-    """The number of weights of a head on features of so many channels."""
-    return sum((rows + 1) * columns for rows, columns in layer_sizes(recipe.depth, recipe.width, channels))
+def parameters(recipe: Recipe, channels: int, *, bags: bool = False) -> int:
+    """The number of weights of a head.
+
+    Args:
+        recipe: of the head.
+        channels: of its features.
+        bags: whether it is a head on bags, with attention.
+    """
+    sizes = layer_sizes(recipe.depth, recipe.width, channels)
+    attention = (recipe.width + 1) * 2 * recipe.width + recipe.width if bags and recipe.depth else 0
+    return sum((rows + 1) * columns for rows, columns in sizes) + attention
 
 
 def mean_head(heads: Sequence[Head]) -> Head:
-    """One head that says the mean of what several of one recipe say, as a logit.
+    """One head whose logit is the mean of the logits of several heads of one recipe.
 
-    Their hidden layers stand side by side and do not hear each other (block-diagonal products).
+    Their hidden layers are side by side and independent (block-diagonal products).
     """
     first = heads[0]
     if len(heads) == 1:
@@ -195,12 +200,12 @@ def mean_over_views(
 
 
 def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
-    """Write heads to a byte-stable .npz that holds arrays only (nothing in it can run).
+    """Write heads to a .npz of arrays: the same bytes from the same heads, and no code in it.
 
     Args:
         path: of the file.
         heads: of each outer fold.
-        average: augmented views whose scores are averaged with that of the plain one.
+        average: number of augmented views whose scores are averaged with that of the plain view.
     """
     arrays: dict[str, np.ndarray] = {
         "average": np.array(average),
@@ -232,6 +237,6 @@ def read_heads(path: Path) -> list[Head]:
 
 
 def read_average(path: Path) -> int:
-    """How many augmented views are averaged with the plain one; see `write_heads`."""
+    """The number of augmented views that are averaged with the plain view; see `write_heads`."""
     with np.load(path, allow_pickle=False) as file:
         return int(file["average"])

@@ -19,7 +19,7 @@ from aplsmear.data.tasks import task_items, task_labels
 from aplsmear.errors import UserError
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import rows_of
-from aplsmear.heads.bags import attend, bag_parameters
+from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, Recipe, TrainingItems, mean_over_views, parameters, score
 from aplsmear.heads.stack import Material
 from aplsmear.params import Task, Tune
@@ -114,7 +114,7 @@ class PatientTaskData(TaskData):
 
     def parameters(self, recipe: Recipe) -> int:
         """The number of weights of a head."""
-        return bag_parameters(recipe, self.features[recipe.features].values.shape[1])
+        return parameters(recipe, self.features[recipe.features].values.shape[1], bags=True)
 
     def score(self, head: Head, places: np.ndarray, average: int) -> np.ndarray:
         """Probabilities of the patients in these rows of the table, float32 (places,)."""
