@@ -1,0 +1,81 @@
+"""Pages from Jinja templates: one frame, one stylesheet, one set of charts for all of them.
+
+A template lies in the room of its page (``reports/templates``, ``prediction``, ``workspace``), so a change of
+one page makes no stage stale that writes another. Text from data is escaped, a name that a template lacks is
+an error, and equal content gives equal bytes. A page opens offline: it has no script and loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from scipy.special import expit
+
+from aplsmear.files import whole
+
+_DIAGNOSES = {"apl": "APL", "aml": "other AML", "healthy": "healthy"}
+_SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
+
+
+def render(template: str, **content: Any) -> str:
+    """Fill in a template.
+
+    Args:
+        template: path below ``aplsmear``, such as ``reports/templates/ensemble.html.j2``.
+        content: what the template names, as plain numbers, texts, lists and dicts.
+
+    Raises:
+        jinja2.UndefinedError: the template names something that `content` lacks.
+    """
+    return _ENVIRONMENT.get_template(template).render(content)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page as UTF-8; a reader finds the old file or the new one, whole."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
+
+
+def diagnosis(name: str) -> str:
+    """A diagnosis as people write it."""
+    return _DIAGNOSES.get(name, name)
+
+
+def member_scores(members: Sequence[str], logits: np.ndarray) -> list[tuple[str, float | None]]:
+    """The summary of each member for one patient as a probability; None: the member had no cell or smear.
+
+    Args:
+        members: names.
+        logits: float64 (members,), NaN where there is none.
+    """
+    return [
+        (member, None if np.isnan(logit) else float(expit(logit)))
+        for member, logit in zip(members, logits, strict=True)
+    ]
+
+
+def _data_uri(picture: bytes) -> str:
+    """A picture (PNG, JPEG, GIF or SVG) as an address that holds it."""
+    kind = next((kind for mark, kind in _SIGNATURES.items() if picture.startswith(mark)), "image/svg+xml")
+    return f"data:{kind};base64,{base64.b64encode(picture).decode('ascii')}"
+
+
+def _percent(share: float) -> str:
+    """A place between 0 and 1, as CSS writes it."""
+    return f"{100 * min(max(share, 0.0), 1.0):.1f}%"
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.PackageLoader("aplsmear", ""),
+    autoescape=jinja2.select_autoescape((), ("md.j2",), default_for_string=True, default=True),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.filters |= {"data_uri": _data_uri, "percent": _percent}

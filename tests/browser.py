@@ -1,0 +1,55 @@
+"""Pages as a parser and as a browser without a network see them."""
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = '<script>alert("x")</script>&'
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, texts, and whether every element is closed."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, name, attributes) -> None:
+        self.tags.append((name, dict(attributes)))
+        if name not in self.VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, text) -> None:
+        self.texts.append(text)
+
+
+def read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser to look at the page with: `apt-get install chromium` brings one"
+)
+BARE = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+BARE += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
+
+
+def browse(folder: Path, *arguments: str) -> str:
+    """What a headless browser prints, with nothing of its own but what lies in a folder."""
+    command = [CHROMIUM, *BARE, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
