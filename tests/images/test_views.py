@@ -306,5 +306,7 @@ def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypa
 def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
     Image.new("RGB", (160, 120), (250, 250, 250)).save(folder / "a.png")
-    with pytest.raises(ViewError, match=r"a\.png: its colours cannot be normalised .* or set augment\.normalise"):
+    with pytest.raises(
+        ViewError, match=r"a\.png: its colours cannot be normalised .* or set augment\.normalise"
+    ):
         list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))

@@ -29,7 +29,7 @@ from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logi
 from aplsmear.errors import UserError
 from aplsmear.features.backbones import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
-from aplsmear.heads.head import score
+from aplsmear.heads.head import mean_over_views, score
 from aplsmear.images.view_store import View
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Level
@@ -191,10 +191,11 @@ class Judge:
         channels).
         """
         head = scorer.heads[self.outer_fold]
-        rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
+        values = features[head.features]
         if scorer.member.level == "patient":
-            return np.asarray(features[head.features][np.stack(rows, axis=1)])
-        return np.asarray(np.mean([score([head], features[head.features], each)[0] for each in rows], axis=0))
+            rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
+            return np.asarray(values[np.stack(rows, axis=1)])
+        return mean_over_views(lambda rows: score([head], values, rows)[0], plain, more, scorer.average)
 
     def conclude(self, patient: str, seen: _InHand) -> Judged:
         """What all smears of a patient say together."""
