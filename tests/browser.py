@@ -1,4 +1,4 @@
-"""Pages as a parser and as a browser without a network see them."""
+"""Read a page with a parser, and open it in a browser without a network."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ EVIL = '<script>alert("x")</script>&'
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, texts, and whether every element is closed."""
+    """Collects tags with their attributes and texts, and checks that every element is closed."""
 
     VOID = ("meta", "img")
 
@@ -43,13 +43,13 @@ def read(html: str) -> Reader:
 
 
 needs_browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser to look at the page with: `apt-get install chromium` brings one"
+    CHROMIUM is None, reason="there is no browser: `apt-get install chromium` installs one"
 )
 BARE = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 BARE += ["--disable-background-networking", "--disable-component-update", "--allow-file-access-from-files"]
 
 
 def browse(folder: Path, *arguments: str) -> str:
-    """What a headless browser prints, with nothing of its own but what lies in a folder."""
+    """What a headless browser prints; its profile lies in the folder."""
     command = [CHROMIUM, *BARE, f"--user-data-dir={folder / 'profile'}", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

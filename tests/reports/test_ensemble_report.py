@@ -1,4 +1,4 @@
-"""The page for people: whole, offline, escaped, the same bytes every time, readable on a phone."""
+"""The report of an ensemble: complete, offline, escaped, the same bytes every time, readable on a phone."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def html() -> str:
     return page(findings())
 
 
-def test_the_page_says_what_was_found(html) -> None:
+def test_the_page_has_every_section_number_and_patient(html) -> None:
     text = " ".join(read(html).texts)
     found = findings()
     for heading in (
@@ -77,7 +77,7 @@ def test_the_page_says_what_was_found(html) -> None:
     assert "nan" not in text.lower().split()
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_runs_nothing(html) -> None:
+def test_the_page_loads_nothing_and_has_no_script(html) -> None:
     reader = read(html)
     names = {name for name, _ in reader.tags}
     assert not names & {"script", "link", "iframe", "object"}
@@ -95,13 +95,13 @@ def test_a_name_that_a_template_lacks_is_an_error() -> None:
         pages.render("reports/templates/ensemble.html.j2")
 
 
-def test_the_page_is_the_same_bytes_every_time_and_holds_no_date(html, tmp_path) -> None:
+def test_the_page_has_the_same_bytes_every_time_and_no_date(html, tmp_path) -> None:
     write_page(tmp_path / "report.html", findings())
     assert (tmp_path / "report.html").read_bytes() == html.encode()
     assert re.search(r"20\d\d-\d\d|\d\d:\d\d", html) is None
 
 
-def test_names_are_escaped() -> None:
+def test_patient_names_are_escaped() -> None:
     html = page(findings(patient=EVIL))
     reader = read(html)
     assert "script" not in {name for name, _ in reader.tags}
@@ -109,17 +109,17 @@ def test_names_are_escaped() -> None:
     assert EVIL in reader.texts
 
 
-def test_a_network_and_a_gap_have_a_page_too() -> None:
+def test_the_page_can_show_a_network_and_a_member_without_scores() -> None:
     found = findings(NETWORK)
-    said = found.verdicts.logits.copy()
-    said[:, 0] = np.nan
-    holey = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, logits=said))
-    text = " ".join(read(page(holey)).texts)
+    logits = found.verdicts.logits.copy()
+    logits[:, 0] = np.nan
+    incomplete = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, logits=logits))
+    text = " ".join(read(page(incomplete)).texts)
     assert "no cell or smear" in text
     assert "3 hidden units" in text
 
 
-def test_a_card_shows_the_cells_that_speak_most_for_and_against(html) -> None:
+def test_a_card_shows_the_cells_that_count_most_for_and_against_the_diagnosis(html) -> None:
     found = findings()
     wanted = wanted_cells(found)
     for most, least in wanted.values():
@@ -141,7 +141,7 @@ def test_a_card_shows_the_cells_that_speak_most_for_and_against(html) -> None:
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: int) -> None:
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
-    # In a frame, since a headless window has a least width; the frame says how far its page reaches.
+    # In a frame, because a headless window has a minimum width. The script measures the page in it.
     (tmp_path / "frame.html").write_text(
         f"""<body><iframe src="report.html" style="width:{width}px;height:900px;border:0"></iframe>
         <script>document.querySelector("iframe").onload = event => {{
@@ -161,7 +161,7 @@ def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: i
 
 @needs_browser
 def test_a_long_list_of_patients_is_printed_whole(tmp_path: Path) -> None:
-    """On a screen it scrolls in a box of its own; on paper what is cut off would be lost."""
+    """On a screen the list scrolls in its own box; on paper, hidden rows would be lost."""
     pages = {}
     for each in (6, 60):
         (tmp_path / "report.html").write_text(page(findings(each=each)), encoding="utf-8")

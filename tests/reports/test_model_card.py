@@ -1,4 +1,4 @@
-"""The card that travels with an ensemble: its numbers, its limits, nobody's name."""
+"""The model card: the numbers and the limits of an ensemble, without a patient's name."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from aplsmear import __version__
 from aplsmear.reports.model_card import model_card, write_model_card
 
 
-def test_it_says_what_the_ensemble_is_for_how_good_it_is_and_where_it_ends() -> None:
+def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
     found = findings()
     card = model_card(found)
     headings = [line for line in card.splitlines() if line.startswith("#")]

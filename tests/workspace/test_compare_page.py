@@ -1,4 +1,4 @@
-"""Experiments side by side: all that differs, on one page that needs nothing from elsewhere."""
+"""Experiments side by side: everything that differs, on one page that loads nothing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def html() -> str:
     return page(compared())
 
 
-def test_what_matters_comes_first_with_how_far_it_is_from_the_first(html: str) -> None:
+def test_the_auroc_comes_first_with_its_interval_and_its_difference(html: str) -> None:
     text = " ".join(read(html).texts)
     order = [
         "AUROC",
@@ -73,7 +73,7 @@ def test_what_matters_comes_first_with_how_far_it_is_from_the_first(html: str) -
     assert "seed" not in text
 
 
-def test_the_page_needs_nothing_from_elsewhere_and_everything_is_escaped(html: str) -> None:
+def test_the_page_loads_nothing_and_escapes_all_text(html: str) -> None:
     reader = read(html)
     names = {name for name, _ in reader.tags}
     assert not names & {"script", "link", "iframe", "object"}
@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_from_elsewhere_and_everything_is_escaped(html: s
     assert not re.search(r"url\(|@import|://", html)
 
 
-def test_nothing_that_differs_is_said_to_be_the_same_and_the_other_way_round() -> None:
+def test_equal_values_are_counted_and_different_ones_are_listed() -> None:
     same = compared(
         revisions=["a", "b"],
         metrics={"m.json": {"x": [1, 1.00001], "y": [2, None]}},
@@ -184,7 +184,7 @@ def test_the_command_compares_commits_and_experiments(workspace: Path) -> None:
     assert all(f">{name}</text>" in svg for name in ("main", "better", "worse"))
 
 
-def test_a_workspace_that_differs_in_nothing_is_shown_too(workspace: Path, tmp_path: Path) -> None:
+def test_a_workspace_without_a_difference_has_a_page_too(workspace: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "--quiet", str(workspace), "other")
     run(tmp_path / "other", "dvc", "repro", "--quiet")
     done = compare(tmp_path / "other", "main", "workspace")
@@ -193,7 +193,7 @@ def test_a_workspace_that_differs_in_nothing_is_shown_too(workspace: Path, tmp_p
     assert "All are the same." in " ".join(read(html).texts)
 
 
-def test_an_unknown_name_is_told_with_the_experiments_that_there_are(workspace: Path) -> None:
+def test_the_error_of_an_unknown_name_lists_the_experiments(workspace: Path) -> None:
     done = compare(workspace, "main", "bettr", "nought")
     assert (done.returncode, done.stdout) == (1, "")
     assert "no experiment, branch, tag or commit is called bettr or nought" in done.stderr
@@ -201,7 +201,7 @@ def test_an_unknown_name_is_told_with_the_experiments_that_there_are(workspace: 
     assert not (workspace / "compare.html").exists()
 
 
-def test_results_that_are_not_here_are_told(workspace: Path, tmp_path: Path) -> None:
+def test_the_error_of_missing_results_names_the_revision(workspace: Path, tmp_path: Path) -> None:
     run(tmp_path, "git", "clone", "--quiet", str(workspace), "other")
     done = compare(tmp_path / "other", "main", "HEAD")
     assert done.returncode == 1
