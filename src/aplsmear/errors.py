@@ -9,3 +9,8 @@ class UserError(Exception):
     A stage that ends with it shows the message alone (`aplsmear.runs.stage`); any other exception is a fault
     of this repository and shows its traceback.
     """
+
+
+def brief(error: object) -> str:
+    """The first line of the message of an error, or the name of its type if it has no message."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""A bundle is whole, of this version, and harmless, or it is not used."""
+"""A bundle is complete, of this version and harmless, or it is refused."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ LEVELS = {"m0": "cell", "m1": "smear", "m2": "cell", "gate": "cell"}
 
 
 def augment() -> Augment:
-    """Whatever knobs there are, at 0."""
+    """Every setting at 0."""
     off = {name: 0 if field.annotation is int else 0.0 for name, field in Augment.model_fields.items()}
     return Augment(
         **off
@@ -39,7 +39,7 @@ def augment() -> Augment:
 
 
 def make(folder: Path) -> Path:
-    """An ensemble's folder with a bundle in it."""
+    """A folder of an ensemble, with a bundle in it."""
     patients, members = cohort()
     verdicts = judge(patients, members, RIDGE, 0, 1)
     random = np.random.default_rng(1)
@@ -47,8 +47,8 @@ def make(folder: Path) -> Path:
     for task in LEVELS:
         heads[task] = folder / "tuned" / task / "heads.npz"
         kernels = [random.normal(size=(5, 1)).astype(np.float32) for _ in verdicts.combinations]
-        of_worlds = [Head("net/a", (kernel,), (np.zeros(1, np.float32),)) for kernel in kernels]
-        write_heads(heads[task], of_worlds, average=1)
+        of_folds = [Head("net/a", (kernel,), (np.zeros(1, np.float32),)) for kernel in kernels]
+        write_heads(heads[task], of_folds, average=1)
     for level in ("cell", "smear"):
         path = folder / "backbones" / "net" / f"{level}.weights.h5"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,7 @@ def make(folder: Path) -> Path:
     reference = Reference("cell", "net/a", 4.0, *clouds)
     of_task = {task: Member(task=task, level=level) for task, level in LEVELS.items()}
     model = make_model(
+        reference,
         name="apl_aml",
         positive="apl",
         negative="aml",
@@ -68,9 +69,6 @@ def make(folder: Path) -> Path:
         augment=augment(),
         backbones={"net": BACKBONE},
         combinations=verdicts.combinations,
-        reference_level="cell",
-        reference_features="net/a",
-        min_items=4.0,
         pictured_by="m0",
         high_is_positive=True,
         inputs={"splits/folds.csv": "0123"},
@@ -86,12 +84,12 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(made, tmp_path) -> Path:
-    """A copy of the folder `model` alone, somewhere else."""
+    """A copy of the folder `model` alone, in another place."""
     return Path(shutil.copytree(made / "model", tmp_path / "a copy"))
 
 
 def signed(folder: Path) -> None:
-    """Make the manifest agree with the files: whoever alters one may alter both."""
+    """Make the manifest agree with the files, as an attacker could."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         manifest["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -108,11 +106,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_copy_of_its_folder_is_all_that_is_needed(made, copy) -> None:
+def test_a_copy_of_the_folder_gives_the_same_probabilities(made, copy) -> None:
     here, there = read_bundle(made), read_bundle(copy)
-    said = np.random.default_rng(2).normal(size=(9, 3))
+    logits = np.random.default_rng(2).normal(size=(9, 3))
     for mine, other in zip(here.combinations, there.combinations, strict=True):
-        assert mine.probability(said).tolist() == other.probability(said).tolist()
+        assert mine.probability(logits).tolist() == other.probability(logits).tolist()
     assert [each.task for each in there.members] == ["m0", "m1", "m2"]
     assert {each.average for each in there.members} == {1}
     assert there.reference.typical.distance(np.ones(10)) == here.reference.typical.distance(np.ones(10))
@@ -123,11 +121,11 @@ def test_the_same_bytes_from_the_same_inputs(made, tmp_path) -> None:
     assert contents(make(tmp_path) / "model") == contents(made / "model")
 
 
-def test_nobodys_name_is_in_it(made) -> None:
+def test_it_holds_no_name_of_a_patient(made) -> None:
     assert not [name for name, data in contents(made / "model").items() if b"apl000" in data]
 
 
-def test_the_models_of_a_fold_or_those_for_new_patients(made) -> None:
+def test_the_models_of_a_fold_or_the_final_model_can_judge(made) -> None:
     bundle = read_bundle(made)
     assert [bundle.outer_fold_of(fold) for fold in (0, 4, None)] == [0, 4, 5]
     for fold in (-1, 5):
@@ -135,7 +133,7 @@ def test_the_models_of_a_fold_or_those_for_new_patients(made) -> None:
             bundle.outer_fold_of(fold)
 
 
-def test_all_that_is_missing_or_altered_is_named_at_once(copy) -> None:
+def test_all_missing_and_changed_files_are_listed_together(copy) -> None:
     (copy / "heads" / "m1.npz").unlink()
     path = copy / "backbones" / "net" / "cell.weights.h5"
     data = bytearray(path.read_bytes())
@@ -144,30 +142,33 @@ def test_all_that_is_missing_or_altered_is_named_at_once(copy) -> None:
     with pytest.raises(BundleError) as error:
         read_bundle(copy)
     assert "heads/m1.npz is missing" in str(error.value)
-    assert "backbones/net/cell.weights.h5 is not what it was" in str(error.value)
+    assert "backbones/net/cell.weights.h5 has changed since" in str(error.value)
     assert "dvc repro" in str(error.value)
 
 
-def test_another_version_says_who_wrote_it(copy) -> None:
-    edited(copy / "manifest.json", version=1, aplsmear="7.0.1")
-    with pytest.raises(BundleError, match=r"version 1 .*reads 2.*7\.0\.1"):
+def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None:
+    """Also if model.json has settings that this version does not have."""
+    edited(copy / "model.json", standardise=0.0, upwards=True)
+    edited(copy / "manifest.json", version=1, aplsmear="0.2.0")
+    with pytest.raises(BundleError, match=r"version 1 .*reads 2.*0\.2\.0.*dvc repro") as error:
         read_bundle(copy)
+    assert "standardise" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 2, "files": {}}', "\x00"])
-def test_what_is_no_manifest_is_refused(copy, text) -> None:
+def test_an_invalid_manifest_is_refused(copy, text) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=r"manifest\.json cannot be used"):
         read_bundle(copy)
 
 
-def test_a_folder_that_is_no_bundle_says_where_one_comes_from(tmp_path) -> None:
+def test_for_a_folder_without_a_bundle_the_message_names_the_command_that_makes_one(tmp_path) -> None:
     with pytest.raises(BundleError, match="dvc repro"):
         read_bundle(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "heads/../../secret"])
-def test_nothing_outside_the_folder_is_touched(copy, name) -> None:
+def test_paths_out_of_the_folder_are_refused(copy, name) -> None:
     (copy.parent / "secret").write_text("secret")
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256(b"secret").hexdigest()
@@ -197,31 +198,31 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
     with (copy / name).open("wb") as out:
         np.savez(out, **dict.fromkeys(arrays, np.array([Trap()], dtype=object)))
     signed(copy)
-    with pytest.raises(BundleError, match="does not fit together"):
+    with pytest.raises(BundleError, match="do not fit together"):
         read_bundle(copy)
     assert not Path("sprung").exists()
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"surprise": 1}, "surprise"),
         ({"seed": "1"}, "seed"),
         ({"combinations": []}, "heads for 0 outer folds"),
-        ({"reference_features": "net/c"}, "no backbone that gives net/c"),
+        ({"reference_features": "net/c"}, "no backbone with the features net/c"),
         ({"members": [{"task": "../m0", "level": "cell"}]}, "not in its manifest"),
-        ({"backbones": {}}, "no backbone that gives net/a"),
+        ({"backbones": {}}, "no backbone with the features net/a"),
     ],
     ids=lambda each: str(each)[:20],
 )
-def test_settings_that_do_not_fit_together_are_refused(copy, changed, said) -> None:
+def test_settings_that_do_not_fit_together_are_refused(copy, changed, message) -> None:
     edited(copy / "model.json", **changed)
     signed(copy)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         read_bundle(copy)
 
 
-def test_its_weights_are_its_own_whatever_it_says(copy) -> None:
+def test_weights_outside_the_bundle_are_ignored(copy) -> None:
     model = json.loads((copy / "model.json").read_text())
     model["backbones"]["net"]["weights"] = "/etc/hostname"
     (copy / "model.json").write_text(json.dumps(model))
@@ -229,7 +230,7 @@ def test_its_weights_are_its_own_whatever_it_says(copy) -> None:
     assert read_bundle(copy).backbone("net", "cell").weights.startswith(str(copy))
 
 
-def test_the_features_of_most_heads_describe_patients() -> None:
+def test_patients_are_described_by_the_features_that_most_heads_read() -> None:
     def heads(*features: str) -> list[Head]:
         return [Head(each, (), ()) for each in features]
 

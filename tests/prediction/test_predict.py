@@ -161,6 +161,7 @@ def trained(tmp_path_factory) -> Run:
         for task, (level, _) in TASKS.items()
     }
     model = make_model(
+        reference,
         name="apl_aml",
         positive="apl",
         negative="aml",
@@ -171,9 +172,6 @@ def trained(tmp_path_factory) -> Run:
         augment=settings,
         backbones={"net": BACKBONE},
         combinations=verdicts.combinations,
-        reference_level="cell",
-        reference_features=chosen.name,
-        min_items=reference.min_items,
         pictured_by="nuclei",
         high_is_positive=True,
         inputs={},

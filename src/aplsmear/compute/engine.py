@@ -36,7 +36,7 @@ import joblib
 
 from aplsmear import cpu
 from aplsmear.compute.runtime import device, start_tensorflow
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 from aplsmear.params import Params
 
 ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"  # beats params.yaml; Dask's own tools know it by this name
@@ -183,7 +183,7 @@ class Cluster:
 
     def _gone(self, error: BaseException) -> EngineError:
         address = self._client.scheduler.address
-        return EngineError(f"the scheduler at {address} is gone ({_brief(error)}): start it again, then this")
+        return EngineError(f"the scheduler at {address} is gone ({brief(error)}): start it again, then this")
 
 
 @contextmanager
@@ -245,14 +245,14 @@ def _connected(address: str) -> Iterator[Any]:
         client = Client(address, timeout=_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"no Dask scheduler answers at {address} ({_brief(error)}): start it, mend engine.address in "
+            f"no Dask scheduler answers at {address} ({brief(error)}): start it, mend engine.address in "
             f"params.yaml or the variable {ADDRESS_VARIABLE}, or empty both to work on this machine"
         ) from None
     with client:
         try:
             wrong = list(_differences(client.run_on_scheduler(fingerprint), fingerprint()))
         except Exception as error:  # whatever its Python says where it cannot load ours
-            wrong = [f"cannot run aplsmear ({_brief(error)})"]
+            wrong = [f"cannot run aplsmear ({brief(error)})"]
         if wrong:
             raise EngineError(
                 f"the scheduler at {address} does not fit: it {', '.join(wrong)}. Start it in this "
@@ -280,7 +280,7 @@ def _agreed(client: Any, terms: Terms) -> Terms:
     problems: dict[str, list[str]] = defaultdict(list)
     for worker, answer in sorted(answers.items()):
         if not isinstance(answer, _Answer):
-            problems[f"cannot run aplsmear ({_brief(answer)})"].append(worker)
+            problems[f"cannot run aplsmear ({brief(answer)})"].append(worker)
             continue
         found = list(answer.problems)
         if answer.device and len(devices) > 1:
@@ -296,11 +296,6 @@ def _agreed(client: Any, terms: Terms) -> Terms:
 def _unfit(problems: Mapping[str, Sequence[str]]) -> str:
     lines = [f"  {problem}: {', '.join(workers)}" for problem, workers in problems.items()]
     return "\n".join(["workers cannot do as this machine would (docs/cluster.md):", *lines])
-
-
-def _brief(error: object) -> str:
-    """The first line of what was said."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @cache

@@ -1,4 +1,4 @@
-"""All that judging new patients needs, in one folder: ``ensembles/<name>/model``.
+"""All that is needed to judge new patients, in one folder: ``ensembles/<name>/model``.
 
 ::
 
@@ -6,12 +6,12 @@
     model.json                                members, views, backbones, a combination for every outer fold
     heads/<task>.npz                          heads of every outer fold
     backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
-    reference.npz                             where the training patients lie
+    reference.npz                             where the training patients are
 
-No pickle, no code, no path out of the folder, and no network as a file: `aplsmear.features.backbones` builds
-it from its name in keras.applications, so a stranger's folder has nothing that could run. (Keras's own
-loading of
-architectures, safe mode or not, had holes: CVE-2025-1550, -8747, -9906.)
+There is no pickle, no code, no path out of the folder, and no network as a file: the module
+`aplsmear.features.backbones` builds it from its name in keras.applications. So a folder from a stranger has
+nothing that could run. (Keras's own loading of architectures had holes, with and without safe mode:
+CVE-2025-1550, -8747, -9906.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 import aplsmear
 from aplsmear.ensembles.combination import Combination, as_json, combination_of
 from aplsmear.ensembles.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 from aplsmear.features.store import Features
 from aplsmear.files import copy_whole, sha256, write_arrays, write_json
 from aplsmear.heads.head import Head, read_average, read_heads
@@ -40,12 +40,13 @@ from aplsmear.params import Augment, Backbone, Level, TaskLevel
 
 FORMAT, VERSION = "aplsmear ensemble", 2
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
-_DIGITS = 12  # of numbers in model.json, behind the point
+_CLOUDS = ("typical", "stain")
+_DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
 
 
 class BundleError(UserError, ValueError):
-    """A folder is no bundle, or one that cannot be used; the message says why, and what to do."""
+    """A folder is no bundle, or a bundle cannot be used; the message gives the reason and what to do."""
 
 
 class _Strict(BaseModel):
@@ -58,7 +59,8 @@ class Member(_Strict):
     Attributes:
         task: name.
         level: of its items.
-        one_each: whether no patient of the training run had more than one item: nothing was summarised.
+        one_each: whether no patient of the training run had more than one item, so that nothing was
+            summarised.
     """
 
     task: str
@@ -67,31 +69,31 @@ class Member(_Strict):
 
     @property
     def images(self) -> Level:
-        """What an item is seen by: a patient by all its cells."""
+        """The images that its heads read: of a patient, all cells."""
         return "cell" if self.level == "patient" else self.level
 
 
 class Model(_Strict):
-    """What model.json holds.
+    """The content of model.json.
 
     Attributes:
         name: of the ensemble.
         positive: diagnosis.
         negative: diagnosis.
         members: in the order of the combinations.
-        weigh_by: the task that says how much a cell counts.
+        weigh_by: the task whose scores are the weights of the cells.
         seed: of the views and of untrained backbones.
         min_box: px; smaller boxes are left out.
-        augment: how views are cut.
+        augment: how views are made.
         backbones: as in params.yaml, without `weights` and their `sha256`.
-        combinations: of every outer fold, see `aplsmear.ensembles.combination.as_json`; the last is for new
-        patients.
-        reference_level: whose items `reference_features` describe.
-        reference_features: backbone/layer of the cloud of familiar patients.
-        min_items: cells or smears of that level that 99 of 100 training patients had, or more.
-        pictured_by: the member that says which cells tell most; '' for none.
-        high_is_positive: whether a high score of it points to the positive diagnosis.
-        inputs: file -> md5 of what the ensemble was made from, as dvc.lock has it.
+        combinations: of every outer fold, by `aplsmear.ensembles.combination.as_json`; the last is for new
+            patients.
+        reference_level: level of the items of `reference_features`.
+        reference_features: backbone/layer whose features describe the training patients.
+        min_items: 99 % of the training patients had at least so many cells or smears of that level.
+        pictured_by: the member whose scores choose the cells that are shown; empty: there is none.
+        high_is_positive: whether a high score of that member points to the positive diagnosis.
+        inputs: file -> MD5 of the tables that the ensemble was made from, as dvc.lock has it.
     """
 
     name: str
@@ -114,22 +116,22 @@ class Model(_Strict):
 
 @dataclass(frozen=True)
 class Reference:
-    """What is familiar; see `aplsmear.ensembles.familiarity`."""
+    """The training patients, as `aplsmear.ensembles.familiarity` describes them."""
 
     level: Level
     features: str  # backbone/layer
-    min_items: float  # items of a patient
+    min_items: float  # see `Model`
     typical: Cloud
     stain: Cloud
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """The heads of one task, one an outer fold."""
+    """The heads of one task, one for each outer fold."""
 
     member: Member
     heads: list[Head]
-    average: int  # augmented views whose scores are averaged with that of the plain one
+    average: int  # augmented views whose scores are averaged with that of the plain view
 
     @property
     def task(self) -> str:
@@ -139,7 +141,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle, ready to use; networks are built later, from `backbone`."""
+    """A checked bundle; the networks are built later, from `backbone`."""
 
     folder: Path
     model: Model
@@ -149,7 +151,10 @@ class Bundle:
     reference: Reference
 
     def outer_fold_of(self, fold: int | None) -> int:
-        """The outer fold whose models never saw this outer fold; None: that for new patients, the last one.
+        """The outer fold whose models judge.
+
+        Args:
+            fold: whose models never saw this fold. None: the last one, for new patients.
 
         Raises:
             BundleError: there is no such fold.
@@ -160,13 +165,13 @@ class Bundle:
         return last if fold is None else fold
 
     def backbone(self, name: str, level: Level) -> Backbone:
-        """A backbone whose weights are those of the bundle."""
+        """A backbone with the weights of the bundle."""
         weights = str(self.folder / _weights(name, level))
         return Backbone.model_validate(self.model.backbones[name] | {"weights": weights})
 
 
 def reference_features(heads: Iterable[Sequence[Head]]) -> str:
-    """Of some tasks, the features that most final heads read; among equals the first by name."""
+    """The features that most final heads of some tasks read; among equals the first by name."""
     counts = Counter(each[-1].features for each in heads)
     return min(counts, key=lambda name: (-counts[name], name))
 
@@ -178,12 +183,12 @@ def make_reference(
     features: Features,
     views: Iterable[list[View]],
 ) -> Reference:
-    """What is familiar to an ensemble.
+    """Describe the training patients of an ensemble.
 
     Args:
-        patients: ``patient, fold`` of those that it is trained on.
-        items: ``item, patient`` of the level, of these and others.
-        level: cells, or smears where there are no cells.
+        patients: ``patient, fold`` of the training patients.
+        items: ``item, patient`` of the level, of these patients and others.
+        level: cells, or smears if there are no cells.
         features: of the level.
         views: of the level, see `aplsmear.images.view_store.read_views`.
     """
@@ -198,99 +203,103 @@ def make_reference(
     return Reference(level, features.name, min_items, clouds[0], clouds[1])
 
 
-def write_bundle(
-    folder: Path,
-    model: Model,
-    heads: Mapping[str, Path],
-    backbones: Path,
+def make_model(
     reference: Reference,
+    combinations: Iterable[Combination],
+    backbones: Mapping[str, Backbone],
+    **settings: Any,
+) -> Model:
+    """The content of model.json.
+
+    Args:
+        reference: of `make_reference`.
+        combinations: of every outer fold.
+        backbones: of params.yaml.
+        settings: the other attributes of `Model`.
+    """
+    without = {"weights", "sha256"}
+    return Model(
+        reference_level=reference.level,
+        reference_features=reference.features,
+        min_items=reference.min_items,
+        combinations=[as_json(combination) for combination in combinations],
+        backbones={name: each.model_dump(exclude=without) for name, each in backbones.items()},
+        **settings,
+    )
+
+
+def write_bundle(
+    folder: Path, model: Model, heads: Mapping[str, Path], backbones: Path, reference: Reference
 ) -> None:
-    """Write a bundle; the same bytes from the same inputs. The manifest comes last.
+    """Write a bundle: the same bytes from the same inputs. The manifest is written last.
 
     Args:
         folder: ``ensembles/<name>/model``.
-        model: of it.
-        heads: task -> file of `aplsmear.heads.head.write_heads`, of members and weigher.
+        model: of `make_model`.
+        heads: task -> file of `aplsmear.heads.head.write_heads`, of the members and of `Model.weigh_by`.
         backbones: the folder with ``<backbone>/<level>.weights.h5``.
         reference: of `make_reference`.
     """
-    levels = {member.task: member.images for member in [model.weigh_by, *model.members]}
-    read = {task: read_heads(path) for task, path in heads.items()}
-    needed = needed_backbones(levels, read) | {(reference.features.split("/")[0], reference.level)}
+    read = {(reference.features, reference.level)}
+    for member in [model.weigh_by, *model.members]:
+        read |= {(head.features, member.images) for head in read_heads(heads[member.task])}
+    needed = {(features.split("/")[0], level) for features, level in read}
     files = {_heads(task): path for task, path in heads.items()}
     files |= {_weights(name, level): backbones / name / f"{level}.weights.h5" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
-    arrays: dict[str, np.ndarray] = {}
-    for kind in ("typical", "stain"):
-        cloud = getattr(reference, kind)
-        arrays |= {f"{kind}.{each.name}": np.asarray(getattr(cloud, each.name)) for each in fields(Cloud)}
+    arrays = {
+        f"{kind}.{each.name}": np.asarray(getattr(getattr(reference, kind), each.name))
+        for kind in _CLOUDS
+        for each in fields(Cloud)
+    }
     write_arrays(folder / REFERENCE, arrays)
     sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
-    described = {"format": FORMAT, "version": VERSION, "aplsmear": aplsmear.__version__, "files": sums}
-    write_json(folder / MANIFEST, described)
-
-
-def make_model(**settings: Any) -> Model:
-    """A `Model`; `combinations` as objects, `backbones` as of params.yaml."""
-    settings["combinations"] = [as_json(each) for each in settings["combinations"]]
-    settings["backbones"] = {
-        name: each.model_dump(exclude={"weights", "sha256"}) for name, each in settings["backbones"].items()
-    }
-    return Model(**settings)
-
-
-def needed_backbones(
-    levels: Mapping[str, Level], heads: Mapping[str, Sequence[Head]]
-) -> set[tuple[str, Level]]:
-    """The backbones, each with its level, whose features some heads read."""
-    return {(head.features.split("/")[0], levels[task]) for task, each in heads.items() for head in each}
+    manifest = {"format": FORMAT, "version": VERSION, "aplsmear": aplsmear.__version__, "files": sums}
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_bundle(folder: Path) -> Bundle:
     """Read and check a bundle, or the one in ``<folder>/model``.
 
     Raises:
-        BundleError: there is none; it is of another version; files are missing or altered (all of them are
-            named), or lead out of the folder; or what they hold does not fit together.
+        BundleError: there is none; it has another version; files are missing, changed, or lead out of the
+            folder (all of them are named); or the contents do not fit together.
     """
     folder = next((each for each in (folder / "model", folder) if (each / MANIFEST).is_file()), folder)
     listed = _checked(folder)
     try:
         model = Model.model_validate_json((folder / MODEL).read_text(encoding="utf-8"))
-        combinations = [combination_of(each) for each in model.combinations]
         scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
-            reference = Reference(
-                model.reference_level,
-                model.reference_features,
-                model.min_items,
-                _cloud(arrays, "typical"),
-                _cloud(arrays, "stain"),
-            )
+            clouds = [_cloud(arrays, kind) for kind in _CLOUDS]
         bundle = Bundle(
             folder=folder,
             model=model,
             members=[scorers[each.task] for each in model.members],
             weigher=scorers[model.weigh_by.task],
-            combinations=combinations,
-            reference=reference,
+            combinations=[combination_of(each) for each in model.combinations],
+            reference=Reference(model.reference_level, model.reference_features, model.min_items, *clouds),
         )
-        _check_fit(bundle, listed)
+        if problems := _misfits(bundle, listed):
+            raise ValueError("; ".join(problems))
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        if isinstance(error, BundleError):
-            raise
+        why = brief(error)
+        if isinstance(error, ValidationError):
+            why = "; ".join(
+                f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3]
+            )
         writer = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("aplsmear")
         raise BundleError(
-            f"{folder}: what it holds does not fit together ({_brief(error)}). It was written by aplsmear "
+            f"{folder}: its contents do not fit together ({why}). It was written by aplsmear "
             f"{str(writer)[:20]}, this is {aplsmear.__version__}: {_AGAIN}"
         ) from None
     return bundle
 
 
 def _checked(folder: Path) -> set[str]:
-    """The files of a bundle, each there and as it was written."""
+    """The files of a bundle, each present and unchanged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version, sums = manifest["version"], manifest["files"]
@@ -302,7 +311,7 @@ def _checked(folder: Path) -> set[str]:
             "(`dvc repro` makes it), or a copy of its folder `model`"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder / MANIFEST} cannot be used ({_brief(error)}); {_AGAIN}") from None
+        raise BundleError(f"{folder / MANIFEST} cannot be used ({brief(error)}); {_AGAIN}") from None
     if version != VERSION:
         raise BundleError(
             f"{folder} has version {version!r} of the format, this program reads {VERSION}: "
@@ -316,16 +325,16 @@ def _checked(folder: Path) -> set[str]:
         elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != expected:
-            problems.append(f"{name} is not what it was when the bundle was written")
+            problems.append(f"{name} has changed since the bundle was written")
     problems += [f"{name} is not in its manifest" for name in (MODEL, REFERENCE) if name not in sums]
     if problems:
         raise BundleError("\n  ".join([f"{folder} cannot be used:", *problems, _AGAIN]))
     return set(sums)
 
 
-def _check_fit(bundle: Bundle, listed: set[str]) -> None:
-    """Check that every outer fold has its heads, and every head its backbone, and weights."""
-    model, outer_folds = bundle.model, len(bundle.combinations)
+def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
+    """Outer folds without heads, heads without backbone or weights, combinations of other members."""
+    outer_folds = len(bundle.combinations)
     scorers = [*bundle.members, bundle.weigher]
     names = tuple(each.task for each in bundle.members)
     problems = [
@@ -338,19 +347,18 @@ def _check_fit(bundle: Bundle, listed: set[str]) -> None:
     used.add((bundle.reference.features, bundle.reference.level))
     for features, level in sorted(used):
         name, _, layer = features.partition("/")
-        if layer not in model.backbones.get(name, {}).get("layer", []):
-            problems.append(f"there is no backbone that gives {features}")
+        if layer not in bundle.model.backbones.get(name, {}).get("layer", []):
+            problems.append(f"there is no backbone with the features {features}")
         elif _weights(name, level) not in listed:
             problems.append(f"{_weights(name, level)} is not in its manifest")
         else:
             bundle.backbone(name, level)
-    if outer_folds < 2 or problems:
-        raise ValueError("; ".join(problems) or "no combination")
+    return problems or ["there are too few combinations"] * (outer_folds < 2)
 
 
 def _scorer(folder: Path, member: Member, listed: set[str]) -> Scorer:
     name = _heads(member.task)
-    if name not in listed:  # whatever is listed lies in the folder
+    if name not in listed:  # a listed file is in the folder
         raise ValueError(f"{name} is not in its manifest")
     return Scorer(member, read_heads(folder / name), read_average(folder / name))
 
@@ -367,10 +375,3 @@ def _heads(task: str) -> str:
 
 def _weights(backbone: str, level: Level) -> str:
     return f"backbones/{backbone}/{level}.weights.h5"
-
-
-def _brief(error: Exception) -> str:
-    """The first lines of what was said."""
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -239,6 +239,7 @@ def write_model(
         read_views(Path(f"augmented/{level}/views.parquet"), _VIEWS),
     )
     model = make_model(
+        reference,
         name=inputs.name,
         positive=ensemble.positive,
         negative=ensemble.negative,
@@ -249,9 +250,6 @@ def write_model(
         augment=augment,
         backbones=backbones,
         combinations=results.verdicts.combinations,
-        reference_level=level,
-        reference_features=chosen,
-        min_items=reference.min_items,
         pictured_by=pictured_by,
         high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),
         inputs=dict(inputs.md5),

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 from aplsmear.features.devices import machine_strategy, precision_of
 from aplsmear.files import sha256
 from aplsmear.images.reading import decode_jpeg, resize
@@ -304,7 +304,7 @@ class ForwardPass:
                 if self.settings.precision != "on":
                     raise
                 raise BackboneError(
-                    f"{self.settings.application} does not run in half precision here ({_brief(error)}): it "
+                    f"{self.settings.application} does not run in half precision here ({brief(error)}): it "
                     "takes a GPU; set `precision` of the backbone to auto"
                 ) from error
         whole = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -366,12 +366,12 @@ def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) ->
     try:
         return builder(**fixed, **settings.options)
     except (TypeError, ValueError) as error:
-        raise BackboneError(f"Keras cannot build {settings.application} so: {_brief(error)}") from error
+        raise BackboneError(f"Keras cannot build {settings.application} so: {brief(error)}") from error
     except Exception as error:  # what Keras raises where a download fails is no narrower
         if settings.weights != IMAGENET:
             raise
         raise BackboneError(
-            f"the ImageNet weights of {settings.application} could not be had ({_brief(error)}): they come "
+            f"the ImageNet weights of {settings.application} could not be had ({brief(error)}): they come "
             "from the network at first use; without one, give `weights` the path of a file, or `none`"
         ) from error
 
@@ -440,7 +440,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
             f"the weights in {str(path)!r} do not fit {full.name} with these options and layers: "
-            f"{_brief(error)}"
+            f"{brief(error)}"
         ) from error
 
 
@@ -476,8 +476,3 @@ def _leads_elsewhere(path: Path) -> bool:
 
     with h5py.File(path) as file:
         return leads(file)
-
-
-def _brief(error: Exception) -> str:
-    """The first line of what was said, without addresses of objects."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
