@@ -1,4 +1,4 @@
-"""The one base of every error that a user can mend."""
+"""The base of every error that a user can correct."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class UserError(Exception):
     """Something in the data, params.yaml or the surroundings must change; the message says what, and how.
 
-    A stage that ends with it shows the message alone (`aplsmear.runs.stage`); any other exception is a fault
+    A stage that ends with it shows the message alone (`aplsmear.runs.stage`). Any other exception is a fault
     of this repository and shows its traceback.
     """
 

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 
 from aplsmear.errors import UserError
 from aplsmear.params import ParamsError
+from aplsmear.runs.checksums import unsound
 from aplsmear.runs.stage import check_inputs, home, run
 from flips import flip
 
@@ -243,7 +244,6 @@ def test_a_folder_that_was_pulled_in_part_is_not_taken_for_a_damaged_one(made):
 
 def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
     check_inputs("tune@blast")
-    check_inputs("")
     for name in ("features/cell/net/a.npy", "dataset/cells.csv", "tuned/blast/best.yaml"):
         flip(made / name)
     with pytest.raises(UserError) as told:
@@ -258,3 +258,20 @@ def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
     )
     with pytest.raises(UserError, match=r"tuned/blast/best\.yaml"):
         check_inputs("finetune")
+
+
+def test_an_input_is_read_once_in_a_run_and_again_if_it_has_changed(tmp_path):
+    path, record = tmp_path / "cells.csv", tmp_path / "sound"
+    path.write_bytes(b"cells")
+    outs = {str(path): hashed(path)}
+    for run_of_dvc in ("first", "second"):
+        assert unsound(outs, record, run_of_dvc) == []
+        flip(path)  # keeps size and time
+        assert unsound(outs, record, run_of_dvc) == []
+        assert unsound(outs, record, "") == [str(path)]
+        assert unsound(outs, record, f"after the {run_of_dvc}") == [str(path)]
+        flip(path)
+    path.touch()
+    assert unsound(outs, record, "third") == []
+    path.write_bytes(b"CELLS")
+    assert unsound(outs, record, "third") == [str(path)]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 from aplsmear.runs.checksums import unsound
 from aplsmear.runs.mend import GitError, is_dvc, leftovers, running_dvc
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
@@ -56,7 +56,7 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     try:
         if "DVC_STAGE" in os.environ:
             check_repository(home())
-        check_inputs(os.environ.get("DVC_STAGE", ""))
+            check_inputs(os.environ["DVC_STAGE"])
         code = main(*words)
     except UserError as error:
         print(without_secrets(str(error)), file=sys.stderr)
@@ -66,9 +66,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         if number not in _SURROUNDINGS:
             raise
         where = getattr(error, "filename", None) or Path().resolve()
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        said = f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({reason})"
-        print(without_secrets(said), file=sys.stderr)
+        message = f"{where}: {_SURROUNDINGS[number]}; then the same command again. ({brief(error)})"
+        print(without_secrets(message), file=sys.stderr)
         sys.exit(FAILED)
     sys.exit(code)
 
@@ -85,14 +84,11 @@ def check_repository(top: Path) -> None:
     Raises:
         UserError: one has.
     """
-    import psutil
-
-    above = psutil.Process().parents()
-    if not any(is_dvc(each.as_dict(["cmdline"])["cmdline"]) for each in above):
+    if _dvc() is None:
         return
     try:
         left = list(leftovers(top, Path() if "DVC_EXP_NAME" in os.environ else None))
-        others = {each.pid for each in running_dvc(top)} - {each.pid for each in above} if left else ()
+        others = left and {each.pid for each in running_dvc(top)} - {each.pid for each in _above()}
     except GitError:
         return
     if left and not others:
@@ -103,16 +99,18 @@ def check_repository(top: Path) -> None:
 
 
 def check_inputs(stage: str) -> None:
-    """See that what a stage depends on is, to the bit, what other stages wrote.
+    """Check that the inputs of a stage have the hashes that dvc.lock has of them.
+
+    Each file is read once in a run of DVC, however many stages depend on it (`aplsmear.runs.checksums`).
 
     Args:
-        stage: its name in DVC, such as ``tune@blast``; empty: nothing is known of it.
+        stage: its name in DVC, such as ``tune@blast``.
 
     Raises:
-        UserError: some is not; all of it is named.
+        UserError: some have another hash; the message names all of them.
     """
-    pipeline, lock = Path("dvc.yaml"), Path("dvc.lock")
-    if not stage or not lock.is_file():
+    pipeline, lock, dvc = Path("dvc.yaml"), Path("dvc.lock"), _dvc()
+    if not lock.is_file():
         return
     params = _loaded(Path("params.yaml"))
     template, _, item = stage.partition("@")
@@ -126,12 +124,24 @@ def check_inputs(stage: str) -> None:
         if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
         if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
     }
-    damaged = list(unsound(mine, Path()))
+    damaged = unsound(mine, Path(".dvc/tmp/sound"), f"{dvc.pid} {dvc.create_time()}" if dvc else "")
     if damaged:
         raise UserError(
-            "\n  ".join(["not what the pipeline wrote, by dvc.lock (a failing disk?):", *damaged])
-            + "\n`aplsmear mend`, then `dvc repro`, put it right."
+            "\n  ".join(["these do not have the hashes in dvc.lock (a failing disk?):", *damaged])
+            + "\nType `aplsmear mend`, then the same command again."
         )
+
+
+def _above() -> list[Any]:
+    """The processes (of psutil) above this one."""
+    import psutil
+
+    return list(psutil.Process().parents())
+
+
+def _dvc() -> Any:
+    """The DVC that runs this process; None: there is none, or it is a library of another program."""
+    return next((each for each in _above() if is_dvc(each.as_dict(["cmdline"])["cmdline"])), None)
 
 
 def _is_complete(path: Path, files: int) -> bool:
