@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from aplsmear.workspace.experiments import Experiment, changed, table
+from aplsmear.workspace.experiments import Experiment, table
 
 PARAMS = {"seed": 1, "task": "blast", "tune.space.width": [16, 32], "dataset.root": "data"}
 
@@ -17,9 +17,9 @@ def gain(value: float) -> dict[str, float]:
     return {"difference.value": value, "difference.low": value - 0.01, "difference.high": value + 0.01}
 
 
-def drawn(experiments: list[Experiment], width: int = 80, tasks: bool = False) -> str:
+def drawn(experiments: list[Experiment], width: int = 80) -> str:
     console = Console(file=StringIO(), width=width)
-    console.print(table(experiments, tasks))
+    console.print(table(experiments))
     return console.file.getvalue()
 
 
@@ -67,23 +67,24 @@ def test_what_has_no_numbers_yet_says_so_and_stands_there_without() -> None:
     assert line.split() == ["waiting", "(queued)", "tune.space.width=[64]", "-", "-"]
 
 
-def test_parameters_are_held_against_the_commit_that_an_experiment_started_from() -> None:
+def test_changes_are_shown_against_the_commit_that_an_experiment_started_from() -> None:
     older = Experiment("older", True, params=PARAMS | {"seed": 2})
     then = Experiment("then", False, params=PARAMS | {"seed": 2, "task": "faggot"})
-    found = changed([MAIN, FAGGOT, older, then])
-    assert found == [{}, {"task": "faggot"}, {}, {"task": "faggot"}]
+    lines = drawn([MAIN, FAGGOT, older, then], 100).splitlines()
+    (line,) = [line for line in lines if "then" in line]
+    assert line.split()[:2] == ["then", "task=faggot"]
+    assert "seed" not in "".join(lines)
 
 
-def test_tuned_heads_that_differ_are_named_and_shown_when_asked_for() -> None:
+def test_tuned_heads_are_shown_if_nothing_else_differs() -> None:
     better = Experiment(
         "better", False, params=PARAMS, metrics=dict(MAIN.metrics) | {"tuned/blast/metrics.json": auroc(0.65)}
     )
     shown = drawn([MAIN, better], 100)
-    assert "(--tasks): blast" in shown
-    assert "0.650" not in shown
-    asked = drawn([MAIN, better], 100, tasks=True)
-    assert "tuned blast" in asked
-    assert "0.650" in asked
+    assert "tuned blast" in shown
+    assert "0.650" in shown
+    assert "apl_aml" not in shown
+    assert "tuned blast" not in drawn([MAIN, FAGGOT, better], 100)
 
 
 def test_it_fits_eighty_columns_whatever_the_names() -> None:

@@ -201,7 +201,7 @@ def answered(code: str) -> Exception:
         (broken(answered("RequestTimeTooSkewed"), readable=False), "clock skew"),
         (broken(answered("PermanentRedirect"), readable=False), "another region"),
         (broken(answered("Unheard")), "it fails with Unheard"),
-        (broken(None), "came back other than it was written"),
+        (broken(None), "was not read back as it was written"),
     ],
 )
 def test_every_failure_has_its_words_and_no_key_is_in_them(files: Mock, told: str) -> None:

@@ -116,7 +116,7 @@ def cells(
     found = cell_finder.find_all(folder, smears, expected)
     sheet = cell_finder.write_search(table, kept, folder, smears, found)
     if listed:
-        typer.echo(f"{listed} is new: a row for each image, with an empty label")
+        typer.echo(f"{listed} was not there: it now has a row for each image, with an empty label")
     for line in cell_finder.summary(found, smears["smear"]):
         typer.echo(line)
     if found.cells.empty:

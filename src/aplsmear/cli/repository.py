@@ -117,13 +117,12 @@ def mend() -> None:
 
 @app.command(rich_help_panel=_PANEL)
 def experiments(
-    commits: Annotated[int, typer.Option(min=1, help="So many commits back, each with its own.")] = 1,
-    tasks: Annotated[bool, typer.Option("--tasks", help="Also the tuned heads, where they differ.")] = False,
+    commits: Annotated[int, typer.Option(min=1, help="How many of the last commits to show.")] = 1,
 ) -> None:
-    """Which experiment is better? What each changed, and each AUROC that differs, with its 95 % interval.
+    """Show what each experiment changed, and each AUROC that differs, with its 95 % interval.
 
-    `dvc exp show` has every number and parameter, `aplsmear compare` what lies behind two of them. The runs
-    and trials of an experiment in MLflow have its name in their tag DVC_EXP_NAME.
+    `dvc exp show` shows every number and parameter, `aplsmear compare` also the plots. In MLflow, the runs of
+    an experiment have its name in the tag DVC_EXP_NAME.
 
     Example: `aplsmear experiments --commits 3`
     """
@@ -133,7 +132,7 @@ def experiments(
     from aplsmear.workspace.experiments import table
 
     found = known(Path(), commits)
-    Console().print(table(found, tasks))
+    Console().print(table(found))
     if len(found) <= commits:
         typer.echo("\nNo experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one.")
 

@@ -1,4 +1,4 @@
-"""What commands ask of DVC about the repository that they are typed in."""
+"""What commands read from DVC about the repository that they run in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from aplsmear.workspace import remote as share
 from aplsmear.workspace.compare_page import Compared
 from aplsmear.workspace.experiments import Experiment
 
-# Parts of the names of DVC's settings whose values must not stand in a file that git shares.
+# Parts of the names of DVC's settings whose values must not be in a file that git shares.
 _SECRETS = (
     "secret",
     "password",
@@ -30,34 +31,42 @@ _SECRETS = (
 )
 
 
-def check_remote(folder: Path, name: str | None = None) -> list[str]:
-    """Try out a remote of the repository that holds `folder`.
-
-    Args:
-        folder: anywhere in the repository.
-        name: of the remote; None: the default one.
-
-    Returns:
-        What is to be known of a remote that is fine, in lines.
-
-    Raises:
-        UserError: what is wrong with it, and the mend.
-    """
-    from dvc.exceptions import DvcException, NotDvcRepoError
-    from dvc.fs import ConfigError, RemoteMissingDepsError
+@contextmanager
+def _repository(folder: Path) -> Iterator[Any]:
+    """The DVC repository that holds a folder."""
+    from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
 
     try:
         with Repo(str(folder)) as repo:
-            return _check_remote(repo, name)
+            yield repo
     except NotDvcRepoError:
-        failure = f"{folder.resolve()} lies in no DVC repository: type this in a clone."
+        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+
+
+def check_remote(folder: Path, name: str | None = None) -> list[str]:
+    """Test a remote of a repository.
+
+    Args:
+        folder: anywhere in the repository.
+        name: of the remote; None: the default remote.
+
+    Returns:
+        Lines about a remote that works.
+
+    Raises:
+        UserError: the remote does not work; the message says why, and how to fix it.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.fs import ConfigError, RemoteMissingDepsError
+
+    try:
+        with _repository(folder) as repo:
+            return _check_remote(repo, name)
     except RemoteMissingDepsError as error:
         failure = f"what DVC needs for remotes of this kind is not installed: {error.missing_deps}"
     except (ConfigError, DvcException) as error:
-        failure = (
-            f".dvc/config or .dvc/config.local cannot be used ({type(error).__name__}): see its remotes."
-        )
+        failure = f".dvc/config or .dvc/config.local cannot be used ({type(error).__name__}): check it."
     raise UserError(failure)
 
 
@@ -76,16 +85,16 @@ def _check_remote(repo: Any, asked: str | None) -> list[str]:
     secrets = [key for key in shared if any(part in key for part in _SECRETS)]
     if secrets or urlsplit(str(shared.get("url", ""))).password:
         raise place.error(
-            f"{' and '.join(secrets) or 'a password in its url'} stands in .dvc/config, which git hands on.",
+            f"{' and '.join(secrets) or 'a password in its url'} stands in .dvc/config, which git shares.",
             f"`dvc remote modify --unset {name} {secrets[0] if secrets else 'url'}`, and set it again with "
-            "--local; if it was ever committed, have the key replaced.",
+            "--local; if it was ever committed, get a new key.",
         )
     kind, settings, path = get_cloud_fs(repo.config, name=name)
     if kind.protocol == "local":
         if not share.look_for_folder(place, Path(path)):
             return [
                 f"Remote {name} ({path}): fine, and not there yet: the first `dvc push` makes it.",
-                "Until then `dvc pull` finds nothing in it: README, Share, says how to name another place.",
+                "Until then `dvc pull` finds nothing in it. docs/share.md says how to use another remote.",
             ]
         files = kind(**settings).fs
     else:
@@ -95,23 +104,21 @@ def _check_remote(repo: Any, asked: str | None) -> list[str]:
 
 
 def _signed_in(place: share.Place, kind: Any, settings: dict[str, Any]) -> tuple[share.Place, Any]:
-    """The file system of a store; for S3, once its server has answered."""
+    """The file system of a store. The server of an S3 store is tested first."""
     s3 = kind.protocol == "s3"
     timeouts = {"connect_timeout": share.PATIENCE, "read_timeout": share.PATIENCE} if s3 else {}
     try:
         files = share.within(lambda: kind(**settings | timeouts).fs, 3 * share.PATIENCE)  # imports much
     except Exception as error:
-        failure = share.explained(place, error)
-    else:
-        if s3:
-            place = share.Place(place.name, place.url, files.s3.meta.endpoint_url, _key_from(settings))
-            share.look_for_server(place, settings.get("ssl_verify", True))
-        return place, files
-    raise failure
+        raise share.explained(place, error) from None
+    if s3:
+        place = share.Place(place.name, place.url, files.s3.meta.endpoint_url, _key_from(settings))
+        share.look_for_server(place, settings.get("ssl_verify", True))
+    return place, files
 
 
 def _key_from(settings: dict[str, Any]) -> str:
-    """Where boto looks first of those places that have a key."""
+    """Where boto takes the key from: the first of its places that has one."""
     if "access_key_id" in settings:
         return ".dvc/config.local"
     if "AWS_ACCESS_KEY_ID" in os.environ and "profile" not in settings:
@@ -120,42 +127,36 @@ def _key_from(settings: dict[str, Any]) -> str:
 
 
 def _counted(repo: Any, place: share.Place) -> str:
-    """How many outs of this revision the remote holds."""
+    """A line on how many outs of this revision the remote holds."""
     wanted = {out.hash_info.value for out in repo.index.outs if out.use_cache and out.hash_info}
     held = repo.cloud.get_remote_odb(place.name)
     try:
         there = len(set(share.within(lambda: held.list_oids_exists(wanted))))
     except TimeoutError:
-        return f"Which of the {len(wanted)} outs of this revision it holds was not found out in time."
+        return f"It did not list in time which of the {len(wanted)} outs of this revision it holds."
     verdict = f"It holds {there} of the {len(wanted)} outs of this revision"
     if there == len(wanted):
         return f"{verdict}: `dvc pull` brings them."
-    return f"{verdict}: the rest comes by `dvc push` from where they were made, or by `dvc repro` here."
+    return f"{verdict}: `dvc push` where they were made adds the rest, or `dvc repro` makes it here."
 
 
 def compare(folder: Path, revisions: Sequence[str]) -> Compared:
-    """What DVC knows of experiments, branches, tags or commits, ready for a page.
+    """Read what DVC has of experiments, branches, tags or commits, for a page.
 
     Args:
-        folder: the top of a repository, with all that these revisions need in DVC's cache.
-        revisions: two or more names; ``workspace`` is what lies there now.
+        folder: the top of a repository; DVC's cache must hold the results of all revisions.
+        revisions: two or more names; ``workspace`` is the present state of the folder.
 
     Raises:
         UserError: a name is unknown, or the results of a revision are not in the cache.
     """
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(folder)) as repo:
-            _check_revisions(repo, revisions)
-            # DVC would leave out a workspace that has the numbers of its branch.
-            metrics, params = (
-                _by_name(shown.show(revs=list(revisions), hide_workspace=False), revisions)
-                for shown in (repo.metrics, repo.params)
-            )
-    except NotDvcRepoError:
-        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    with _repository(folder) as repo:
+        _check_revisions(repo, revisions)
+        # With the workspace hidden, DVC leaves it out if it has the numbers of its branch.
+        metrics, params = (
+            _by_name(shown.show(revs=list(revisions), hide_workspace=False), revisions)
+            for shown in (repo.metrics, repo.params)
+        )
     for place, revision in enumerate(revisions):
         if all(values[place] is None for numbers in metrics.values() for values in numbers.values()):
             raise UserError(
@@ -172,36 +173,34 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
 
 
 def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
-    """The last commits of the branch, the newest first, each with its experiments behind it.
+    """The last commits of the branch, the newest first, each followed by its experiments.
+
+    Args:
+        folder: anywhere in a repository.
+        commits: how many commits.
 
     Raises:
-        UserError: there is no repository.
+        UserError: the folder lies in no repository.
     """
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-
-    try:
-        with Repo(str(folder)) as repo:
-            states = repo.experiments.show(num=commits, hide_workspace=True)
-    except NotDvcRepoError:
-        raise UserError(f"{folder.resolve()} lies in no DVC repository: type this in a clone.") from None
+    with _repository(folder) as repo:
+        states = repo.experiments.show(num=commits, hide_workspace=True)
     found = []
     for state in states:
-        found.append(_experiment(state, baseline=True))
+        found.append(_experiment(state, is_commit=True))
         for line in state.experiments or []:
             done = "" if line.executor is None or line.executor.state == "success" else line.executor.state
             found.append(_experiment(line.revs[0], state=done))
     return found
 
 
-def _experiment(shown: Any, baseline: bool = False, state: str = "") -> Experiment:
-    """One of `dvc exp show`."""
+def _experiment(shown: Any, is_commit: bool = False, state: str = "") -> Experiment:
+    """A row of `dvc exp show`."""
     params, metrics = (
         {file: dict(flat(read.get("data") or {})) for file, read in kind.items()}
         for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
     )
     by_name = {name: value for values in params.values() for name, value in values.items()}
-    return Experiment(shown.name or shown.rev[:7], baseline, state, by_name, {} if state else metrics)
+    return Experiment(shown.name or shown.rev[:7], is_commit, state, by_name, {} if state else metrics)
 
 
 def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
@@ -226,7 +225,7 @@ def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
 
 
 def _by_name(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """What DVC shows by revision, file and nested name: file -> dotted name -> values in their order."""
+    """What DVC shows, turned around: file -> dotted name -> a value for each revision, in order."""
     found: dict[str, dict[str, list[Any]]] = {}
     for place, revision in enumerate(revisions):
         for file, read in shown.get(revision, {}).get("data", {}).items():

@@ -1,4 +1,7 @@
-"""Experiments in a table that fits a terminal: what each changed, and how good it is."""
+"""Experiments in a table that fits a terminal: what each changed, and its AUROC with 95 % interval.
+
+`dvc exp show` has the same numbers in columns named after file and metric, of which 100 characters hold one.
+"""
 
 from __future__ import annotations
 
@@ -9,122 +12,75 @@ from typing import Any
 
 from rich.table import Table
 
-DEEPENED = "finetuned/metrics.json"
-NONE = "-"
+# Numbers with an interval: their key in metrics.json, title and format.
+_SHOWN = {"auroc": ("{}\nAUROC", ".3f"), "difference": ("gain over\nfrozen", "+.3f")}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is known of one experiment, or of the commit that it started from.
+    """An experiment, or the commit that it started from.
 
     Attributes:
-        name: as `dvc exp apply` takes it; that of a commit's branch or tag, or its hash.
-        baseline: whether it is a commit, which the experiments behind it started from.
+        name: as `dvc exp apply` takes it; of a commit its branch or tag, or else its hash.
+        is_commit: whether it is a commit; the experiments behind it started from it.
         state: queued, running or failed; empty: done.
         params: dotted name -> value.
-        metrics: file -> dotted name -> value; empty where there are none yet.
+        metrics: file -> dotted name -> value; empty if there are none yet.
     """
 
     name: str
-    baseline: bool
+    is_commit: bool
     state: str = ""
     params: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Column:
-    """Texts of one number, a row each."""
-
-    title: str
-    cells: Sequence[str]
-
-    @property
-    def differs(self) -> bool:
-        """Whether the rows that have the number do not all have the same."""
-        return len({cell for cell in self.cells if cell != NONE}) > 1
-
-
-def table(experiments: Sequence[Experiment], tasks: bool = False) -> Table:
-    """A row an experiment: name, changed parameters, each AUROC with its 95 % interval below it.
+def table(experiments: Sequence[Experiment]) -> Table:
+    """A table with a row for each experiment: its name, what it changed, and its AUROC with interval.
 
     Args:
-        experiments: each commit with its experiments behind it.
-        tasks: also show the heads that `tune` chose, where they differ.
+        experiments: each commit, followed by its experiments.
 
     Returns:
-        The AUROC of ensembles and of the finetuned model that are not the same everywhere (if all are: all),
-        and what finetuning gained over the frozen model.
+        Columns of the finetuned model and the ensembles, those that differ between experiments. If none
+        does: those of tuned heads that differ. If none of these does either: all of the first.
     """
-    found = _columns(experiments)
-    heads = [column for column in found if _of_tune(column)]
-    others = [column for column in found if column not in heads]
-    shown = [column for column in others if column.differs] or others
-    differing = [column for column in heads if column.differs]
-    names = ", ".join(column.title.removeprefix("tuned ") for column in differing)
-    drawn = Table(
-        box=None,
-        pad_edge=False,
-        header_style="bold",
-        caption_justify="left",
-        caption=f"Tasks whose tuned heads differ, too (--tasks): {names}" if names and not tasks else None,
-    )
-    drawn.add_column("experiment", overflow="fold")
-    drawn.add_column("changed", overflow="fold")
-    shown += differing if tasks else []
-    for column in shown:
-        drawn.add_column(column.title, overflow="fold")
-    for place, (experiment, what) in enumerate(zip(experiments, changed(experiments), strict=True)):
-        name = experiment.name if experiment.baseline else f"  {experiment.name}"
+    cells = [_cells(experiment.metrics) for experiment in experiments]
+    titles = list(dict.fromkeys(title for row in cells for title in row))
+    differ = [title for title in titles if len({row[title] for row in cells if title in row}) > 1]
+    first = [title for title in titles if not title.startswith("tuned ")]
+    shown = [title for title in differ if title in first] or differ or first
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("experiment", "changed", *shown):
+        drawn.add_column(title, overflow="fold")
+    base: Mapping[str, Any] = {}
+    for experiment, row in zip(experiments, cells, strict=True):
+        base = experiment.params if experiment.is_commit else base
+        name = experiment.name if experiment.is_commit else f"  {experiment.name}"
         state = f" ({experiment.state})" if experiment.state else ""
-        text = ", ".join(f"{key}={value}" for key, value in what.items())
-        drawn.add_row(
-            name + state, text, *(column.cells[place] for column in shown), style=_style(experiment)
-        )
+        changed = ", ".join(f"{key}={value}" for key, value in _changed(base, experiment.params).items())
+        style = "bold" if experiment.is_commit else ""
+        drawn.add_row(name + state, changed, *(row.get(title, "-") for title in shown), style=style)
     return drawn
 
 
-def changed(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    """Of each experiment, the parameters that are not as in its commit: dotted name -> value; None: gone."""
-    found: list[dict[str, Any]] = []
-    base: Mapping[str, Any] = {}
-    for experiment in experiments:
-        if experiment.baseline:
-            base = experiment.params
-        names = sorted({*experiment.params, *base}) if experiment.params else []
-        now = {name: experiment.params.get(name) for name in names}
-        found.append({name: value for name, value in now.items() if value != base.get(name)})
+def _changed(base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that are not as in the commit; None: the parameter is gone."""
+    names = sorted({*params, *base}) if params else []
+    return {name: params.get(name) for name in names if params.get(name) != base.get(name)}
+
+
+def _cells(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Title -> the task if it can change, the number, and its interval in a line below."""
+    found = {}
+    for file in sorted(metrics, key=lambda file: (not file.startswith("finetuned"), file)):
+        numbers, folder = metrics[file], PurePosixPath(file).parent
+        for key, (title, form) in _SHOWN.items():
+            if f"{key}.value" in numbers:
+                value, low, high = (
+                    format(numbers[f"{key}.{part}"], form) for part in ("value", "low", "high")
+                )
+                task = f"{numbers['task']}\n" if "task" in numbers and key == "auroc" else ""
+                name = f"tuned {folder.name}" if folder.parts[0] == "tuned" else folder.name
+                found[title.format(name)] = f"{task}{value}\n{low} to {high}"
     return found
-
-
-def _style(experiment: Experiment) -> str:
-    return "bold" if experiment.baseline else ""
-
-
-def _of_tune(column: Column) -> bool:
-    return column.title.startswith("tuned ")
-
-
-def _columns(experiments: Sequence[Experiment]) -> list[Column]:
-    files = {file for experiment in experiments for file in experiment.metrics}
-    columns = []
-    for file in sorted(files, key=lambda file: (file.startswith("tuned/"), file != DEEPENED, file)):
-        numbers = [experiment.metrics.get(file, {}) for experiment in experiments]
-        if any("auroc.value" in each for each in numbers):
-            folder = PurePosixPath(file).parent
-            title = f"tuned {folder.name}" if folder.parts[0] == "tuned" else folder.name
-            columns.append(Column(f"{title}\nAUROC", [_number(each, "auroc", "") for each in numbers]))
-        if any("difference.value" in each for each in numbers):
-            columns.append(
-                Column("gain over\nfrozen", [_number(each, "difference", "+") for each in numbers])
-            )
-    return columns
-
-
-def _number(numbers: Mapping[str, Any], name: str, sign: str) -> str:
-    """The task, if there is one, the number, and its interval in a line below."""
-    if f"{name}.value" not in numbers:
-        return NONE
-    value, low, high = (format(numbers[f"{name}.{part}"], f"{sign}.3f") for part in ("value", "low", "high"))
-    task = f"{numbers['task']}\n" if "task" in numbers and name == "auroc" else ""
-    return f"{task}{value}\n{low} to {high}"

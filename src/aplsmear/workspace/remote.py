@@ -1,8 +1,7 @@
-"""What is wrong with the place where outs are shared: tried out, not guessed.
+"""Tests of the place where outs are shared.
 
-A remote is tried as DVC uses it: an object of a new name is written, read back, compared and deleted. What a
-store says in its answers may hold keys, so none of it is passed on: only its error code, in words of this
-module.
+A remote is tested as DVC uses it: write an object of a new name, read it, compare, delete it. The answers of
+a store can hold keys, so none is passed on: a message names the error code alone, in words of this module.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, TypeVar
 
 import requests
 
 from aplsmear.errors import UserError
 
-PATIENCE = 4.0  # s, for one answer
-SKEW = 15 * 60  # s; S3 refuses what was signed longer ago, or so far in the future
+PATIENCE = 4.0  # s; how long to wait for one answer
+SKEW = 15 * 60  # s; S3 refuses a request whose time differs by more
 _NOTE = b"of `aplsmear share-check`; may be deleted\n"
 
-# What a store or a disk means by its error codes, by the names of S3, of botocore and of errno.
+# Error codes of S3, botocore and errno, by their meaning.
 _REFUSED = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403", "MethodNotAllowed", "405"}
 _REFUSED |= {"EACCES", "EPERM", "EROFS"}
 _EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "UnauthorizedSSOTokenError"}
@@ -42,34 +41,18 @@ T = TypeVar("T")
 
 
 class ShareError(UserError):
-    """A remote is of no use as it is; the message says what is wrong, and the mend."""
-
-
-class Files(Protocol):
-    """What is needed of an fsspec file system."""
-
-    def pipe_file(self, path: str, value: bytes) -> object:
-        """Write a file."""
-
-    def cat_file(self, path: str) -> bytes:
-        """Read a file."""
-
-    def rm_file(self, path: str) -> object:
-        """Delete a file."""
-
-    def ls(self, path: str) -> object:
-        """List a folder."""
+    """A remote cannot be used; the message says why, and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A remote, as its errors speak of it.
+    """A remote, as messages name it.
 
     Attributes:
         name: of the remote.
-        url: where it lies, without credentials.
+        url: its address, without credentials.
         endpoint: address of the store's server; empty for a folder on a disk.
-        key_from: where the store's credentials come from.
+        key_from: where the credentials come from; empty for a folder on a disk.
     """
 
     name: str
@@ -84,21 +67,25 @@ class Place:
 
     @property
     def rename(self) -> str:
-        """How another place is named."""
+        """The command that sets another address."""
         return f"`dvc remote modify {self.name} url URL`"
 
-    def error(self, happened: str, mend: str) -> ShareError:
-        """What a person is told."""
+    def error(self, happened: str, fix: str) -> ShareError:
+        """The error with its fix."""
         where = f"{self.url} at {self.endpoint}" if self.endpoint else self.url
-        return ShareError(f"Remote {self.name} ({where}): {happened}\n  What to do: {mend}")
+        return ShareError(f"Remote {self.name} ({where}): {happened}\n  What to do: {fix}")
 
 
 def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """What `act` returns or raises.
+    """The result of a function, or the exception that it raises.
+
+    Args:
+        act: called in a thread that does not keep the process from ending, because a call to a dead network
+            drive or to a silent server cannot be interrupted.
+        seconds: how long to wait.
 
     Raises:
-        TimeoutError: no answer in so many seconds. `act` is left to itself, in a thread that does not keep
-            the process from ending: neither a dead network drive nor a silent server can be interrupted.
+        TimeoutError: there is no result in this time.
     """
     answer: Future[T] = Future()
 
@@ -113,10 +100,14 @@ def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
 
 
 def look_for_folder(place: Place, folder: Path) -> bool:
-    """Is the folder there? If not, the first `dvc push` can make it.
+    """Whether the folder of a remote exists. If it does not, the first `dvc push` can make it.
+
+    Args:
+        place: the remote.
+        folder: its folder.
 
     Raises:
-        ShareError: the disk is missing or refuses, or there is a file of that name.
+        ShareError: the disk is missing or refuses to write, or the folder is a file.
     """
     try:
         if within(folder.is_dir):
@@ -133,79 +124,73 @@ def look_for_folder(place: Place, folder: Path) -> bool:
     if not os.access(folder.parent, os.W_OK | os.X_OK):
         raise place.error(
             f"it does not exist, and you may not make folders in {folder.parent}.",
-            "ask who runs the disk to make it and let you write to it.",
+            "ask the person who runs the disk to make it, with the right to write for you.",
         )
     return False
 
 
 def look_for_server(place: Place, verify: bool | str = True) -> None:
-    """Does the server at `place.endpoint` answer, and is our clock right?
+    """Check that the server at `place.endpoint` answers and that this machine's clock is right.
 
     Args:
-        place: what is asked about.
-        verify: whether the server must prove who it is, or the file of certificates that it must prove it by.
+        place: the remote.
+        verify: whether to check the server's certificate, or a file of certificates to check it against.
 
     Raises:
-        ShareError: it does not, or the clocks are further apart than `SKEW`.
+        ShareError: there is no answer, or the clocks differ by more than `SKEW`.
     """
-    address = "see whether the network is there (VPN, proxy, firewall), and whether the address is right: "
+    address = "check the network (VPN, proxy, firewall) and the address: "
     address += f"`dvc remote modify {place.name} endpointurl URL`."
     try:
         answer = requests.head(place.endpoint, timeout=PATIENCE, allow_redirects=False, verify=verify)
     except requests.exceptions.SSLError:
-        failure = place.error(
-            "the server cannot prove who it is, or speaks no TLS.",
-            f"see whether the address begins with http or https rightly; for certificates of your own: "
+        raise place.error(
+            "its certificate is not valid, or the server does not use TLS.",
+            f"check whether the address must begin with http or https; for your own certificates: "
             f"`dvc remote modify {place.name} ssl_verify FILE`.",
-        )
+        ) from None
     except requests.exceptions.Timeout:
-        failure = place.error(f"unreachable: the server does not answer within {PATIENCE:g} s.", address)
+        message = f"unreachable: the server does not answer within {PATIENCE:g} s."
+        raise place.error(message, address) from None
     except requests.exceptions.RequestException:
-        failure = place.error("unreachable: no server answers there.", address)
-    else:
-        sent = answer.headers.get("Date")
-        apart = (datetime.now(UTC) - parsedate_to_datetime(sent)).total_seconds() if sent else 0.0
-        if abs(apart) <= SKEW:
-            return
+        raise place.error("unreachable: no server answers there.", address) from None
+    sent = answer.headers.get("Date")
+    apart = (datetime.now(UTC) - parsedate_to_datetime(sent)).total_seconds() if sent else 0.0
+    if abs(apart) > SKEW:
         ahead = "ahead of" if apart > 0 else "behind"
-        failure = place.error(*_skew(f"{abs(apart) / 60:.0f} minutes {ahead}"))
-    raise failure from None
+        raise place.error(*_skew(f"{abs(apart) / 60:.0f} minutes {ahead}"))
 
 
-def try_out(place: Place, files: Files, folder: str) -> None:
-    """Write a small object of a new name into a folder, read it back, compare, delete it.
+def try_out(place: Place, files: Any, folder: str) -> None:
+    """Write a small object of a new name into a folder, read it back, compare it and delete it.
 
     Args:
-        place: what is tried.
-        files: its file system, signed in.
-        folder: path of the remote in it.
+        place: the remote.
+        files: its file system (fsspec), signed in.
+        folder: path of the remote in this file system.
 
     Raises:
-        ShareError: what is wrong, by what the store answered.
+        ShareError: one of these steps failed; the message follows from the error code.
     """
     path = f"{folder.rstrip('/')}/.share-check-{uuid.uuid4().hex}"
     try:
         within(lambda: files.pipe_file(path, _NOTE))
     except Exception as error:
-        failure = explained(place, error, readable=_readable(files, folder))
-    else:
-        try:
-            back = within(lambda: files.cat_file(path))
-            within(lambda: files.rm_file(path))
-        except Exception as error:
-            failure = explained(place, error)
-        else:
-            if back == _NOTE:
-                return
-            failure = place.error(
-                "an object came back other than it was written.",
-                "do not share anything there, and tell who runs it.",
-            )
-    raise failure from None
+        raise explained(place, error, readable=_readable(files, folder)) from None
+    try:
+        back = within(lambda: files.cat_file(path))
+        within(lambda: files.rm_file(path))
+    except Exception as error:
+        raise explained(place, error) from None
+    if back != _NOTE:
+        raise place.error(
+            "an object was not read back as it was written.",
+            "do not share anything there, and tell the person who runs it.",
+        )
 
 
-def _readable(files: Files, folder: str) -> bool:
-    """Whether a folder can be listed; one that is not there yet can."""
+def _readable(files: Any, folder: str) -> bool:
+    """Whether a folder can be listed; a folder that does not exist yet counts as readable."""
     try:
         within(lambda: files.ls(folder))
     except FileNotFoundError:
@@ -216,61 +201,67 @@ def _readable(files: Files, folder: str) -> bool:
 
 
 def explained(place: Place, error: Exception, *, readable: bool = False) -> ShareError:
-    """What a failure means.
+    """The error that explains a failure.
 
     Args:
-        place: what was tried.
-        error: what it raised.
-        readable: what is there can be read all the same.
+        place: the remote.
+        error: the exception of its file system.
+        readable: whether the folder can be read, although writing failed.
     """
     code = _code(error)
-    whose = f" (it comes from {place.key_from})" if place.key_from else ""
+    source = f" (it comes from {place.key_from})" if place.key_from else ""
     key = (
-        "give the right key in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), or for this clone "
-        f"alone: `dvc remote modify --local {place.name} access_key_id ID`, then secret_access_key likewise."
+        "set the right key in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), or for this clone "
+        f"only: `dvc remote modify --local {place.name} access_key_id ID`, and the same for "
+        "secret_access_key."
     )
     meanings = [
         ({"RequestTimeTooSkewed"}, *_skew("too far from")),
         (
             _REFUSED | _SILENT if readable else set(),
             "read-only: it can be read, not written. `dvc pull` works, `dvc push` does not.",
-            "to push, ask who runs it for the right to write"
-            + (", or take a key that has it." if whose else "."),
+            "to push, ask the person who runs it for the right to write"
+            + (", or use a key that has it." if source else "."),
         ),
         (
             _SILENT,
             f"unreachable: no answer within {PATIENCE:g} s.",
-            "try again; then see whether network and disk are there, or ask who runs it.",
+            "try again; then check network and disk, or ask the person who runs it.",
         ),
-        ({"InvalidAccessKeyId"}, f"wrong key: the store does not know this access key id{whose}.", key),
-        ({"SignatureDoesNotMatch"}, f"wrong key: the secret is not that of the access key id{whose}.", key),
-        (_EXPIRED, f"wrong key: its session has ended{whose}.", f"sign in anew, then {key}"),
-        (_NO_KEY, "no key: no credentials were found, or not the whole of them.", key),
+        ({"InvalidAccessKeyId"}, f"wrong key: the store does not know this access key id{source}.", key),
+        (
+            {"SignatureDoesNotMatch"},
+            f"wrong key: the secret is not that of the access key id{source}.",
+            key,
+        ),
+        (_EXPIRED, f"wrong key: its session has ended{source}.", f"sign in again, then {key}"),
+        (_NO_KEY, "no key: there are no credentials, or only a part of them.", key),
         (
             _REFUSED,
-            f"no rights: neither reading nor writing is allowed{whose}.",
-            "ask who runs it for rights" + (f"; if this is the wrong key: {key}" if whose else "."),
+            f"no rights: neither reading nor writing is allowed{source}.",
+            "ask the person who runs it for rights"
+            + (f"; if this is the wrong key: {key}" if source else "."),
         ),
         (
             _NO_BUCKET,
             f"no such bucket: {place.bucket}.",
-            f"make it, or see whether the name is right: {place.rename}.",
+            f"make it, or correct the name: {place.rename}.",
         ),
         (
             _REGION,
-            f"the bucket {place.bucket} lies in another region.",
+            f"the bucket {place.bucket} is in another region.",
             f"`dvc remote modify {place.name} region REGION`, with the region of the bucket.",
         ),
-        (_FULL, "it is full.", "ask who runs it for more space."),
+        (_FULL, "it is full.", "ask the person who runs it for more space."),
     ]
-    for codes, happened, mend in meanings:
+    for codes, happened, fix in meanings:
         if code in codes:
-            return place.error(happened, mend)
-    return place.error(f"it fails with {code}.", f"see whether the address is right: {place.rename}.")
+            return place.error(happened, fix)
+    return place.error(f"it fails with {code}.", f"check the address: {place.rename}.")
 
 
 def _code(error: BaseException) -> str:
-    """The code that S3 gave, or that of errno, or the name of the exception."""
+    """The error code of S3 or of errno, or the name of the exception."""
     cause: BaseException | None = error
     while cause is not None:
         response = getattr(cause, "response", None)
@@ -284,6 +275,6 @@ def _code(error: BaseException) -> str:
 
 def _skew(how: str) -> tuple[str, str]:
     return (
-        f"clock skew: the clock of this machine is {how} the server's, which refuses what is signed by it.",
-        "set the clock (`timedatectl set-ntp true`), or ask who runs this machine.",
+        f"clock skew: the clock of this machine is {how} the server's, so the server refuses its requests.",
+        "set the clock (`timedatectl set-ntp true`), or ask the person who runs this machine.",
     )
