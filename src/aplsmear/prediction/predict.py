@@ -99,6 +99,8 @@ class Judge:
         bundle: it.
         outer_fold: whose models judge.
         combination: of that outer fold.
+        weighs: whether its summary weights cells.
+        scorers: level -> the members, and the task that weights cells, whose scores are needed.
         passes: forward passes that they need; their networks are built where they are made.
     """
 

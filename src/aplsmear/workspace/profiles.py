@@ -18,7 +18,7 @@ from aplsmear.params import Params, flat, nearest, no_yaml, renamed
 
 BASE = "demo"  # the profile that is a whole params.yaml
 # Tables that hold exactly the rows that a profile names; it is merged into all others.
-REPLACED = {"augment.more", "backbones", "tune.pick", "tasks", "overrides"}
+REPLACED = {"augment.extra_views", "backbones", "tune.pick", "tasks", "overrides"}
 
 
 class ProfileError(UserError, ValueError):
