@@ -1,4 +1,4 @@
-"""The table of networks and layers is that of the Keras which is installed."""
+"""The table of networks and layers agrees with the installed Keras."""
 
 import json
 import re
@@ -16,15 +16,15 @@ USED = set(
 )
 
 
-def test_it_was_written_by_the_keras_that_is_installed():
+def test_it_was_written_by_the_installed_keras():
     import keras
 
-    mend = "run tools/keras_layers.py"
-    assert WRITTEN["keras"] == keras.__version__, mend
-    assert list(WRITTEN["applications"]) == sorted(n for n in dir(keras.applications) if n[0].isupper()), mend
+    fix = "run tools/keras_layers.py"
+    assert WRITTEN["keras"] == keras.__version__, fix
+    assert list(WRITTEN["applications"]) == sorted(n for n in dir(keras.applications) if n[0].isupper()), fix
 
 
 @pytest.mark.parametrize("name", sorted(USED | {"MobileNetV3Small", "EfficientNetV2B0"}))
-def test_it_says_what_keras_says(name):
+def test_its_layers_are_those_of_keras(name):
     described = runpy.run_path(str(ROOT / "tools" / "keras_layers.py"))["described"]
     assert WRITTEN["applications"][name] == described(name)

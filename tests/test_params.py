@@ -1,4 +1,4 @@
-"""params.yaml: every problem is said at once, in words that lead to the line to mend."""
+"""params.yaml: all problems are reported at once, each with the place to fix."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_the_parameters_of_the_repository_are_valid():
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("place", "value", "message"),
     [
         ("sed", 1, "sed: unknown key (did you mean 'seed'?)"),
         ("augment.rotat", 1, "augment.rotat: unknown key (did you mean 'rotate'?)"),
@@ -102,9 +102,9 @@ def test_the_parameters_of_the_repository_are_valid():
          "overrides.blast.space.dropout: low (0.0) is"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(tmp_path, place, value, said):
+def test_a_mistake_is_reported(tmp_path, place, value, message):
     found = problems(changed(tmp_path, (place, value)))
-    assert any(said in line for line in found), found
+    assert any(message in line for line in found), found
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_one_mistake_is_one_line(tmp_path):
     assert len(problems(changed(tmp_path, ("tune.trials", 0)))) == 1  # not again for each override
 
 
-def test_everything_is_said_at_once_shapes_and_names_alike(tmp_path):
+def test_wrong_shapes_and_wrong_names_are_reported_together(tmp_path):
     found = problems(
         changed(
             tmp_path,
@@ -197,7 +197,7 @@ def test_a_key_given_twice_is_an_error_with_its_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["seed: [1", "just words", "- a\n- b\n", "", "seed: \xff"])
-def test_what_is_no_table_is_an_error_and_no_traceback(tmp_path, text):
+def test_a_file_without_a_table_is_an_error_without_traceback(tmp_path, text):
     path = tmp_path / "params.yaml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ParamsError, match=r"params\.yaml"):
@@ -213,7 +213,7 @@ def test_what_is_no_table_is_an_error_and_no_traceback(tmp_path, text):
         "!!python/object:pathlib.Path {}",
     ],
 )
-def test_a_tag_runs_nothing(tmp_path, monkeypatch, text):
+def test_a_yaml_tag_runs_no_code(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "params.yaml"
     path.write_text(text, encoding="utf-8")
@@ -254,7 +254,7 @@ def test_numbers_are_read_as_dvc_reads_them(tmp_path):
     assert read_params(path) == expected
 
 
-def test_a_name_that_is_not_there_says_which_is_near():
+def test_an_unknown_name_is_answered_with_the_nearest_one():
     assert named({"mobilenet": 1}, "mobilenet", "backbones") == 1
     with pytest.raises(
         ParamsError, match=r"backbones of params\.yaml has no 'mobilnet' \(did you mean 'mobilenet'"

@@ -1,7 +1,7 @@
 """The networks of keras.applications and their layers, without Keras.
 
-params.yaml is checked at the start of every stage, and importing Keras takes seconds. `layers.json` is
-written by tools/keras_layers.py from the Keras that is installed.
+params.yaml is checked at the start of every stage, and to import Keras takes seconds. tools/keras_layers.py
+writes `layers.json` from the installed Keras.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ def applications() -> list[str]:
 
 
 def options_of(application: str) -> list[str]:
-    """The options that a network takes beside those that the pipeline sets itself."""
+    """The options of a network that params.yaml can set; the pipeline sets the others."""
     return list(_table()[application]["options"])
 
 
 def smallest_side(application: str) -> int:
-    """The smallest side of an image in px that a network takes."""
+    """The smallest side of an image, in px, that a network accepts."""
     return int(_table()[application]["smallest"])
 
 
 def layers_of(application: str, options: Mapping[str, Any]) -> list[str]:
-    """The layers of a network that give a map of height, width and channels.
+    """The layers of a network whose output is a map of height, width and channels.
 
     Args:
         application: one of `applications`.
-        options: of it; only those that are true or false change which layers there are.
+        options: of this network; only options that are true or false change the layers.
     """
     row = _table()[application]
     switches = {key: bool(options.get(key, default)) for key, default in row["switches"].items()}

@@ -1,4 +1,4 @@
-"""The schema of params.yaml: what each knob may be, checked whole before any work starts."""
+"""The schema of params.yaml, and its check before any work starts."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ Summary = Literal[
     "weighted_share",
     "blend",
 ]
-Name = Annotated[
-    str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)
-]  # a path and a shell word in dvc.yaml
+# A name is part of paths and of shell commands in dvc.yaml.
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
@@ -42,13 +41,13 @@ COLUMNS: dict[TaskLevel, tuple[str, ...]]
 COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis",)}
 
 
-_LONGEST = 80  # characters of a value in a message
-_LARGEST = 100_000  # values in params.yaml; a few lines with aliases (`*name`) can stand for billions
-JOINT = "+"  # between layers of a backbone whose features stand behind one another
-ANY_FEATURES = "any"  # in `tune.space.features`: whatever features there are
+_LONGEST = 80  # largest number of characters of a value in a message
+_LARGEST = 100_000  # largest number of values; a few lines with aliases (`*name`) can stand for billions
+JOINT = "+"  # between layers of a backbone whose features are concatenated
+ANY_FEATURES = "any"  # in `tune.space.features`: the features of all backbones
 
 # Parameters of earlier versions: dotted name -> the name now, or a sentence that says why it is gone.
-# A name that begins with `tune.` is looked for in the rows of `overrides`, too.
+# Rows of `overrides` are searched for the names that begin with `tune.`, too.
 RENAMED: dict[str, str] = {
     "finetune.inner": "finetune.inner_folds",
     "finetune.even": "finetune.patient_weight",
@@ -67,26 +66,28 @@ T = TypeVar("T")
 
 
 class ParamsError(UserError, ValueError):
-    """params.yaml is not what the pipeline expects; the message lists every problem."""
+    """params.yaml cannot be used; the message lists every problem."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A table that refuses unknown keys, converts no types and cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Compute(_Strict):
+class Compute(Strict):
     """How much of the machine is used."""
 
     threads: int = Field(ge=1, le=64)
 
 
-class Engine(_Strict):
-    """Who does the partitions of data stages and of `predict`."""
+class Engine(Strict):
+    """The machines that compute the data stages and `predict`."""
 
     address: str = Field(pattern=r"^$|^(tcp|tls)://\S+$")
 
 
-class Kaggle(_Strict):
+class Kaggle(Strict):
     """A data set on Kaggle."""
 
     owner: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
@@ -94,8 +95,8 @@ class Kaggle(_Strict):
     version: int = Field(ge=1)
 
 
-class Dataset(_Strict):
-    """Where the smears lie and what may be left out."""
+class Dataset(Strict):
+    """Where the smears are, and what may be left out."""
 
     root: str
     source: Literal["folder", "kaggle"]
@@ -111,14 +112,14 @@ class Dataset(_Strict):
         return self
 
 
-class Split(_Strict):
+class Split(Strict):
     """The outer folds."""
 
     folds: int = Field(ge=3, le=20)  # nested inner folds need two folds beside the held-out one
     by: Literal["patient", "site"]
 
 
-class Augment(_Strict):
+class Augment(Strict):
     """Plain and augmented views of cells and smears."""
 
     size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
@@ -136,11 +137,11 @@ class Augment(_Strict):
     noise: float = Field(ge=0, le=100)
 
 
-class Backbone(_Strict):
+class Backbone(Strict):
     """A frozen network of keras.applications, cut at a named layer.
 
-    `sha256` is that of the file which `weights` names, if it names one: DVC does not look at a file that
-    there may not be, but it knows the parameters. Empty: the file is taken as it is.
+    `sha256` belongs to the file that `weights` names, if it names a file. DVC tracks parameters and not this
+    file, so the hash makes a changed file visible. Empty: the file is not checked.
     """
 
     application: str
@@ -153,7 +154,7 @@ class Backbone(_Strict):
     precision: Precision = "auto"
 
 
-class Range(_Strict):
+class Range(Strict):
     """A number between two others."""
 
     low: float
@@ -169,8 +170,8 @@ class Range(_Strict):
         return self
 
 
-class Space(_Strict):
-    """What the search over heads may choose from."""
+class Space(Strict):
+    """What the search for a head chooses from."""
 
     features: list[str] = Field(min_length=1)
     views: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
@@ -201,8 +202,8 @@ class Space(_Strict):
         return self
 
 
-class Tune(_Strict):
-    """The search over heads on bottleneck features."""
+class Tune(Strict):
+    """The search for a head on bottleneck features."""
 
     trials: int = Field(ge=1)
     items_per_patient: int = Field(ge=1)
@@ -228,7 +229,7 @@ class Tune(_Strict):
         return value
 
 
-class FinetuneHead(_Strict):
+class FinetuneHead(Strict):
     """Training of extra heads on features, before the blocks train."""
 
     subclasses: str
@@ -241,7 +242,7 @@ class FinetuneHead(_Strict):
     weight_decay: float = Field(ge=0, le=10)
 
 
-class Finetune(_Strict):
+class Finetune(Strict):
     """Finetuning of one tuned head together with the uppermost blocks of its backbone."""
 
     trial: Literal["tuned"] | Annotated[int, Field(ge=0)]
@@ -264,8 +265,8 @@ class Finetune(_Strict):
     log_images: bool
 
 
-class Task(_Strict):
-    """A binary question about cells, smears or patients, as a row of data."""
+class Task(Strict):
+    """A binary question about cells, smears or patients."""
 
     level: TaskLevel
     positive: Condition
@@ -273,26 +274,22 @@ class Task(_Strict):
 
     @model_validator(mode="after")
     def _columns(self) -> Task:
-        known = COLUMNS[self.level]
         for condition in (self.positive, self.negative):
             for column, labels in condition.items():
-                if column not in known:
-                    raise ValueError(
-                        f"a {self.level} has no column {column!r}{nearest(column, known)}; "
-                        f"it has: {', '.join(known)}"
-                    )
+                if column not in COLUMNS[self.level]:
+                    raise ValueError(_no_column(self.level, column))
                 if not labels:
                     raise ValueError(f"column {column!r} lists no label")
         return self
 
     @property
     def images(self) -> Level:
-        """What an item is seen by: a patient by all its cells."""
+        """The level of the images of an item: those of a patient are its cells."""
         return "cell" if self.level == "patient" else self.level
 
 
-class Ensemble(_Strict):
-    """A verdict per patient, from the scores of several tasks."""
+class Ensemble(Strict):
+    """A probability per patient, from the scores of several tasks."""
 
     positive: Diagnosis
     negative: Diagnosis
@@ -300,8 +297,8 @@ class Ensemble(_Strict):
     weigh_by: Name
 
 
-class CombineSpace(_Strict):
-    """What the search over combinations may choose from."""
+class CombineSpace(Strict):
+    """What the search for a combination chooses from."""
 
     model: list[Literal["average", "logistic", "network"]] = Field(min_length=1)
     summary: list[Summary] = Field(min_length=1)
@@ -309,8 +306,8 @@ class CombineSpace(_Strict):
     units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
 
 
-class Combine(_Strict):
-    """How members become one probability per patient."""
+class Combine(Strict):
+    """How the scores of members become one probability per patient."""
 
     trials: int = Field(ge=1)
     space: CombineSpace
@@ -320,7 +317,7 @@ class Combine(_Strict):
     shares: list[Name] = []
 
 
-class Params(_Strict):
+class Params(Strict):
     """All of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
@@ -338,25 +335,22 @@ class Params(_Strict):
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
     combine: Combine
 
-    @model_validator(mode="after")
-    def _names_fit(self) -> Params:
-        problems = list(_crossed(self.model_dump()))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
-
     def tune_of(self, task: str) -> Tune:
-        """The search settings of one task: `tune`, with what its row of `overrides` says otherwise."""
+        """The search settings of one task: `tune`, changed by the task's row of `overrides`."""
         merged = _merge(self.tune.model_dump(), self.overrides[task])
         return Tune.model_validate(merged)
 
 
 def read_params(path: Path) -> Params:
-    """Read and check params.yaml, with the YAML 1.2 of DVC.
+    """Read and check params.yaml, in YAML 1.2, as DVC reads it.
+
+    Args:
+        path: of the file.
 
     Raises:
-        ParamsError: listing every problem: no such file, no YAML, a key twice, unknown keys (with the
-            nearest known one), wrong types, values out of range, names that name nothing.
+        ParamsError: the message lists every problem: a file that is missing or not valid YAML, a key given
+            twice, old or unknown keys (with the nearest known key), wrong types, values out of range, names
+            of tasks, layers or columns that do not exist.
     """
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -368,19 +362,19 @@ def read_params(path: Path) -> Params:
         raise ParamsError(f"{path} holds more than {_LARGEST:,} values, aliases (`*name`) resolved")
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds {_shown(raw)}, expected a table of keys such as `seed: 1`")
+    lines = []
     try:
-        return Params.model_validate(raw)
+        params = Params.model_validate(raw)
     except ValidationError as error:
         lines = _lines(error, Params)
-        misshapen = any(problem["loc"] for problem in error.errors())
-        if misshapen:  # then the names were not looked at
-            lines += _crossed(raw)
-        old = renamed(raw)
-        missing = {f"{answer.removeprefix(_NOW)}: is missing" for answer in old.values()}
-        lines = [line for line in lines if line not in missing and line.split(": ")[0] not in old]
-        lines += [f"{name}: {answer}" for name, answer in old.items()]
-        text = "\n".join(f"  {line}" for line in dict.fromkeys(lines))
-        raise ParamsError(f"{path} does not fit:\n{text}") from None
+    lines += _crossed(raw)
+    if not lines:
+        return params
+    old = renamed(raw)
+    missing = {f"{answer.removeprefix(_NOW)}: is missing" for answer in old.values()}
+    lines = [line for line in lines if line not in missing and line.split(": ")[0] not in old]
+    lines += [f"{name}: {answer}" for name, answer in old.items()]
+    raise ParamsError("\n  ".join([f"{path} does not fit:", *dict.fromkeys(lines)]))
 
 
 def no_yaml(path: Path, error: YAMLError) -> str:
@@ -395,10 +389,10 @@ def named(rows: Mapping[str, T], name: str, where: str) -> T:
     Args:
         rows: a table of params.yaml.
         name: the name asked for.
-        where: what the table is called.
+        where: name of the table.
 
     Raises:
-        ParamsError: there is none; says which one is nearest.
+        ParamsError: there is no such row; the message names the nearest row.
     """
     if name not in rows:
         raise ParamsError(
@@ -408,7 +402,7 @@ def named(rows: Mapping[str, T], name: str, where: str) -> T:
 
 
 def nearest(word: str, known: Any) -> str:
-    """' (did you mean X?)' for the known word nearest to `word`, or nothing."""
+    """A question after an unknown word: ``(did you mean 'X'?)``; empty if no known word is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -458,40 +452,39 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong between parts of params.yaml that may each be right; wrong shapes are passed over."""
-    tasks, ensembles, backbones = (_table(raw.get(key)) for key in ("tasks", "ensembles", "backbones"))
-    if isinstance(raw.get("task"), str) and raw["task"] not in tasks:
-        yield f"task: {raw['task']!r} is no task{nearest(raw['task'], tasks)}"
+    """Problems between parts of params.yaml. Values of a wrong shape are skipped: `Params` reports them."""
+    tasks, backbones, finetune = (_table(raw.get(key)) for key in ("tasks", "backbones", "finetune"))
     level = _table(tasks.get(str(raw.get("task")))).get("level")
-    column = _table(_table(raw.get("finetune")).get("head")).get("subclasses")
+    column = _table(finetune.get("head")).get("subclasses")
     if column and level in COLUMNS and column not in COLUMNS[level]:
-        yield (
-            f"finetune.head.subclasses: a {level} has no column {column!r}"
-            f"{nearest(str(column), COLUMNS[level])}; it has: {', '.join(COLUMNS[level])}"
-        )
+        yield f"finetune.head.subclasses: {_no_column(level, column)}"
     for name, task in tasks.items():
         for side in ("positive", "negative"):
             if _table(task).get(side) == {}:
                 yield f"tasks.{name}.{side}: is empty: name a column and its labels"
-    for name, ensemble in ensembles.items():
-        yield from _crossed_ensemble(name, _table(ensemble), tasks)
-    for name in _texts(_table(raw.get("combine")).get("shares")):
-        if name not in tasks:
-            yield f"combine.shares: {name!r} is no task{nearest(name, tasks)}"
+    yield from _not_tasks("task", [raw.get("task")], tasks)
+    yield from _not_tasks("combine.shares", _table(raw.get("combine")).get("shares"), tasks)
+    for name, row in _table(raw.get("ensembles")).items():
+        where, ensemble = f"ensembles.{name}", _table(row)
+        yield from _not_tasks(f"{where}.members", ensemble.get("members"), tasks)
+        yield from _twice(f"{where}.members", ensemble.get("members"))
+        yield from _not_tasks(f"{where}.weigh_by", [ensemble.get("weigh_by")], tasks)
+        if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
+            yield f"{where}: positive and negative are both {ensemble['positive']!r}"
     yield from _without_level("augment.size", _table(raw.get("augment")).get("size"))
     layers = []
-    for name, backbone in backbones.items():
-        yield from _crossed_backbone(f"backbones.{name}", _table(backbone))
-        layers += [f"{name}/{layer}" for layer in _texts(_table(backbone).get("layer"))]
+    for name, row in backbones.items():
+        yield from _crossed_backbone(f"backbones.{name}", _table(row))
+        layers += [f"{name}/{layer}" for layer in _texts(_table(row).get("layer"))]
     yield from _crossed_search(raw, tasks, layers)
 
 
 def _crossed_backbone(where: str, backbone: Mapping[str, Any]) -> Iterator[str]:
-    """A network that keras.applications has not got, or not so; nothing of Keras is imported."""
+    """Problems of a backbone with keras.applications; Keras is not imported."""
     sizes, options = _table(backbone.get("input_size")), _table(backbone.get("options"))
     layers, application = _texts(backbone.get("layer")), backbone.get("application")
     yield from _without_level(f"{where}.input_size", backbone.get("input_size"))
-    yield from (f"{where}.layer: {layer!r} is named twice" for layer in _twice(layers))
+    yield from _twice(f"{where}.layer", layers)
     if not isinstance(application, str):
         return
     if application not in applications():
@@ -501,12 +494,11 @@ def _crossed_backbone(where: str, backbone: Mapping[str, Any]) -> Iterator[str]:
         )
         return
     taken = options_of(application)
-    for option in options:
-        if option not in taken:
-            yield (
-                f"{where}.options: {application} has no option {option!r}{nearest(str(option), taken)}; "
-                f"the pipeline leaves open: {', '.join(taken)}"
-            )
+    for option in [option for option in options if option not in taken]:
+        yield (
+            f"{where}.options: {application} has no option {option!r}{nearest(str(option), taken)}; "
+            f"options that you can set: {', '.join(taken)}"
+        )
     least = smallest_side(application)
     for level, side in sizes.items():
         if isinstance(side, int) and side < least:
@@ -519,38 +511,19 @@ def _crossed_backbone(where: str, backbone: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where}.layer: {application} has: {', '.join(known)}"
 
 
-def _crossed_ensemble(name: str, ensemble: Mapping[str, Any], tasks: Collection[str]) -> Iterator[str]:
-    members = _texts(ensemble.get("members"))
-    for member in members:
-        if member not in tasks:
-            yield f"ensembles.{name}.members: {member!r} is no task{nearest(member, tasks)}"
-    yield from (f"ensembles.{name}.members: {member!r} is named twice" for member in _twice(members))
-    weigher = ensemble.get("weigh_by")
-    if isinstance(weigher, str) and weigher not in tasks:
-        yield f"ensembles.{name}.weigh_by: {weigher!r} is no task{nearest(weigher, tasks)}"
-    if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
-        yield f"ensembles.{name}: positive and negative are both {ensemble['positive']!r}"
-
-
 def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Collection[str]) -> Iterator[str]:
-    """`tune` and the rows of `overrides`."""
-    overrides = _table(raw.get("overrides"))
+    """Problems of `tune` and of the rows of `overrides`."""
+    overrides, tune = _table(raw.get("overrides")), _table(raw.get("tune"))
+    yield from _not_tasks("overrides", list(overrides), tasks)
     if "overrides" in raw:
-        for name in overrides:
-            if name not in tasks:
-                yield f"overrides: {name!r} is no task{nearest(str(name), tasks)}"
-        for name in tasks:
-            if name not in overrides:
-                yield f"overrides: {name!r} has no row; write `{name}: {{}}` where nothing differs"
-    tune = _table(raw.get("tune"))
+        for name in [name for name in tasks if name not in overrides]:
+            yield f"overrides: {name!r} has no row; write `{name}: {{}}` if nothing differs"
     yield from _crossed_features("tune", tune, layers)
-    for name in _table(tune.get("pick")):
-        if name not in tasks:
-            yield f"tune.pick: {name!r} is no task{nearest(str(name), tasks)}"
+    yield from _not_tasks("tune.pick", list(_table(tune.get("pick"))), tasks)
     try:
         Tune.model_validate(tune)
     except ValidationError:
-        return  # said elsewhere, and no base to override
+        return  # reported by `Params`; rows cannot be checked without `tune`
     for name, row in overrides.items():
         merged = _merge(tune, _table(row))
         try:
@@ -564,33 +537,45 @@ def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Coll
 
 
 def _crossed_picks(task: str, tune: Tune, own: Mapping[Any, Any]) -> Iterator[str]:
-    """A trial picked by hand that the search of the task does not have, or that another task's row picks."""
+    """Picked trials that the search of the task does not have, or that are of another task."""
     for other in own:
         if other != task:
-            yield f"overrides.{task}.pick: {other!r} is another task: this row picks for {task} alone"
+            yield f"overrides.{task}.pick: {other!r} is another task: this row can pick for {task} only"
     if tune.pick.get(task, 0) >= tune.trials:
         yield f"pick: {task} has no trial {tune.pick[task]}: it has {tune.trials}, counted from 0"
 
 
 def _crossed_features(where: str, tune: Mapping[str, Any], layers: Collection[str]) -> Iterator[str]:
     features = _texts(_table(tune.get("space")).get("features"))
-    if features == [ANY_FEATURES]:
-        return
+    if ANY_FEATURES in features and len(features) > 1:
+        yield f"{where}.space.features: {ANY_FEATURES!r} stands alone, without other names"
     for name in features:
-        if name == ANY_FEATURES:
-            yield f"{where}.space.features: {ANY_FEATURES!r} stands alone, without other names"
-        elif name not in layers:
-            known = ", ".join(layers)
+        if name != ANY_FEATURES and name not in layers:
             yield (
                 f"{where}.space.features: {name!r} is no backbone/layer{nearest(name, layers)}; "
-                f"`backbones` has: {known}"
+                f"`backbones` has: {', '.join(layers)}"
             )
 
 
+def _not_tasks(where: str, names: Any, tasks: Collection[str]) -> Iterator[str]:
+    for name in _texts(names):
+        if name not in tasks:
+            yield f"{where}: {name!r} is no task{nearest(name, tasks)}"
+
+
+def _twice(where: str, names: Any) -> Iterator[str]:
+    found = _texts(names)
+    yield from (f"{where}: {name!r} is named twice" for name in sorted(set(found)) if found.count(name) > 1)
+
+
 def _without_level(where: str, sizes: Any) -> Iterator[str]:
-    for level in LEVELS:
-        if isinstance(sizes, dict) and level not in sizes:
-            yield f"{where}.{level}: is missing"
+    if isinstance(sizes, dict):
+        yield from (f"{where}.{level}: is missing" for level in LEVELS if level not in sizes)
+
+
+def _no_column(level: TaskLevel, column: Any) -> str:
+    known = COLUMNS[level]
+    return f"a {level} has no column {column!r}{nearest(str(column), known)}; it has: {', '.join(known)}"
 
 
 def _table(value: Any) -> dict[Any, Any]:
@@ -601,12 +586,8 @@ def _texts(value: Any) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-def _twice(names: list[str]) -> list[str]:
-    return sorted({name for name in names if names.count(name) > 1})
-
-
 def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One line a problem: where, what was expected, what is there."""
+    """A line for each problem: where it is, what was expected, what is there."""
     lines = []
     for problem in error.errors():
         kind, parts = problem["type"], list(problem["loc"])
@@ -633,7 +614,7 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def _is_large(value: Any) -> bool:
-    """Whether a tree has more than `_LARGEST` values, what is shared counted as often as it is seen."""
+    """Whether a tree has more than `_LARGEST` values; a shared value counts each time that it occurs."""
     waiting = [value]
     for _ in range(_LARGEST):
         if not waiting:
@@ -645,13 +626,13 @@ def _is_large(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value as params.yaml would show it, but short."""
+    """A value, shortened for a message."""
     text = "nothing" if value is None else without_secrets(repr(value))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _known_keys(model: Any, location: list[int | str]) -> list[str]:
-    """The keys that the table at this place below `model` may have; none where any will do."""
+    """The keys that the table at this place in `model` can have; empty: any key."""
     for part in location:
         if isinstance(model, type) and issubclass(model, BaseModel):
             if part not in model.model_fields:

@@ -1,4 +1,4 @@
-"""Experiments in a terminal: what was changed, which is better, nothing else."""
+"""The table of experiments in a terminal: what each changed, and its AUROC."""
 
 from io import StringIO
 
@@ -43,7 +43,7 @@ FAGGOT = Experiment(
 WAITING = Experiment("waiting", False, "queued", params=PARAMS | {"tune.space.width": [64]})
 
 
-def test_only_what_differs_is_shown() -> None:
+def test_only_numbers_and_parameters_that_differ_are_shown() -> None:
     shown = drawn([MAIN, FAGGOT])
     head = " ".join(shown.splitlines()[:2]).split()
     assert sorted(head) == ["AUROC", "changed", "experiment", "finetuned", "frozen", "gain", "over"]
@@ -55,13 +55,13 @@ def test_only_what_differs_is_shown() -> None:
     assert "dataset.root" not in shown
 
 
-def test_a_commit_alone_shows_what_there_is() -> None:
+def test_a_commit_without_experiments_shows_its_numbers() -> None:
     shown = drawn([MAIN], 120)
     assert all(name in shown for name in ("finetuned", "apl_aml", "apl_healthy", "0.900", "0.800"))
     assert "tuned blast" not in shown
 
 
-def test_what_has_no_numbers_yet_says_so_and_stands_there_without() -> None:
+def test_an_experiment_that_waits_has_its_state_and_no_numbers() -> None:
     lines = drawn([MAIN, FAGGOT, WAITING], 100).splitlines()
     (line,) = [line for line in lines if "waiting" in line]
     assert line.split() == ["waiting", "(queued)", "tune.space.width=[64]", "-", "-"]
@@ -87,7 +87,7 @@ def test_tuned_heads_are_shown_if_nothing_else_differs() -> None:
     assert "tuned blast" not in drawn([MAIN, FAGGOT, better], 100)
 
 
-def test_it_fits_eighty_columns_whatever_the_names() -> None:
+def test_it_fits_eighty_columns_with_long_names() -> None:
     many = [
         MAIN,
         *(

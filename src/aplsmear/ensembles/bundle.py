@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 import aplsmear
 from aplsmear.ensembles.combination import Combination, as_json, combination_of
@@ -36,7 +36,7 @@ from aplsmear.features.store import Features
 from aplsmear.files import copy_whole, sha256, write_arrays, write_json
 from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
-from aplsmear.params import Augment, Backbone, Level, TaskLevel
+from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
 
 FORMAT, VERSION = "aplsmear ensemble", 2
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
@@ -49,11 +49,7 @@ class BundleError(UserError, ValueError):
     """A folder is no bundle, or a bundle cannot be used; the message gives the reason and what to do."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Member(_Strict):
+class Member(Strict):
     """A task whose heads are in the bundle.
 
     Attributes:
@@ -73,7 +69,7 @@ class Member(_Strict):
         return "cell" if self.level == "patient" else self.level
 
 
-class Model(_Strict):
+class Model(Strict):
     """The content of model.json.
 
     Attributes:
