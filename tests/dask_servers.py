@@ -1,4 +1,4 @@
-"""A Dask scheduler and its workers, each a process of its own, started as a person does; on 127.0.0.1."""
+"""A Dask scheduler and workers on 127.0.0.1, started by the commands that a user types."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FIT = ("--nthreads", "1", "--preload-nanny", "aplsmear")
 
 
 class Servers:
-    """A context: what it has started ends with it. Workers have names."""
+    """A context manager; all processes that it has started end with it. Workers have names."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class Servers:
             self.kill(name)
 
     def scheduler(self) -> None:
-        """At a free port, or where it was before."""
+        """Start the scheduler at a free port, or at its port of before."""
         known, port = self.folder / "scheduler.json", self.address.rpartition(":")[2] or "0"
         known.unlink(missing_ok=True)
         self._start("scheduler", "scheduler", "--port", port, "--scheduler-file", str(known))
@@ -42,12 +42,12 @@ class Servers:
         self.address = json.loads(known.read_text())["address"]
 
     def worker(self, name: str, *words: str, src: str = SRC) -> None:
-        """One worker; it needs seconds to join."""
+        """Start a worker; it needs some seconds to join."""
         room = ("--local-directory", str(self.folder))
         self._start(name, "worker", self.address, "--name", name, *room, *(words or FIT), src=src)
 
     def kill(self, name: str) -> None:
-        """At once, with its nanny, as a machine goes that loses its power."""
+        """Kill a process with its children, as a power cut does."""
         process = self.processes.pop(name)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, arrays on disk, and locks."""
+"""Files that are written completely or not at all, arrays on disk, and locks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
-_ROWS = 512  # of a mapped file looked at together: the system shows up to 64 kB around each
+_ROWS = 512  # of a mapped file read together: the system loads up to 64 kB around each
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `path` when the block ends well, and is removed when it does not.
+    """A path to write to: it is renamed to `path` at the end of the block, or removed if the block fails.
 
-    A process that is killed in the block leaves ``<name>.part`` behind, never `path`; the next run writes
-    over it. The folder of `path` is made if need be.
+    A process that is killed in the block leaves ``<name>.part``, which the next run overwrites. The folder of
+    `path` is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -46,10 +46,15 @@ def copy_whole(source: Path, path: Path) -> None:
 def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
     """A .npy file of zeros to write to, mapped into memory.
 
-    Its place on the disk is taken at once: a map that finds the disk full kills the process without a word.
+    Its space on the disk is reserved at once. Otherwise a full disk would kill the process without a message.
+
+    Args:
+        path: of the file.
+        kind: of the numbers, such as ``np.float16``.
+        shape: of the array.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk is full.
     """
     array: np.memmap = np.lib.format.open_memmap(path, "w+", kind, shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
@@ -59,16 +64,16 @@ def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
 
 
 def give_back(array: np.ndarray) -> None:
-    """Let the system have the memory in which it shows us a mapped file; what the file holds does not change.
+    """Free the memory of a mapped file; the content of the file does not change.
 
-    Otherwise each page that was ever looked at, or written, counts as memory of this process.
+    Otherwise each page that was read or written counts as memory of this process.
     """
     if isinstance(array, np.memmap) and array.mode != "c" and isinstance(array.base, mmap.mmap):
         array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def rows_of(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """``array[rows]``, from a mapped file in its order and without keeping pages of it (`give_back`).
+    """``array[rows]``; a mapped file is read in its order, and its memory is freed (`give_back`).
 
     Args:
         array: of any shape.
@@ -87,13 +92,13 @@ def rows_of(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a .npz of named arrays, the same bytes from the same arrays under every Python.
+    """Write a .npz file of named arrays: the same arrays give the same bytes under every Python.
 
-    `numpy.savez` asks for entries of 64 bits, and what comes of that hangs on the patch release of Python.
+    `numpy.savez` writes 64-bit entries, whose bytes depend on the patch release of Python.
 
     Args:
         path: of the file; see `whole`.
-        arrays: below 2 GiB each, numbers or text.
+        arrays: numbers or text, below 2 GiB each.
     """
     with whole(path) as part, ZipFile(part, "w") as bundle:
         for name, array in arrays.items():
@@ -103,7 +108,7 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -112,7 +117,7 @@ def hold(path: Path) -> IO[Any]:
     """Wait until no other process holds the lock of this name, and hold it.
 
     Returns:
-        The file that is the lock. It is free again when this is closed or the process ends, however it ends.
+        The open file. The lock ends when the file is closed or the process ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
@@ -121,13 +126,17 @@ def hold(path: Path) -> IO[Any]:
 
 
 def round_floats(obj: Any, digits: int = 6) -> Any:
-    """A copy of nested dicts and lists as JSON can hold them, floats rounded to ``digits`` decimals.
+    """Copy nested dicts and lists for JSON, with floats rounded, so that equal results give equal bytes.
 
-    NumPy numbers and arrays become plain ones and tuples lists, so that equal results give equal bytes.
+    NumPy numbers and arrays become plain numbers and lists, tuples become lists.
+
+    Args:
+        obj: dicts, lists, tuples, arrays, numbers, text, None.
+        digits: decimals of floats.
 
     Raises:
-        ValueError: NaN or infinite numbers, each named by its key (``auroc.low``).
-        TypeError: a value JSON has no form for, or a key that is not text.
+        ValueError: numbers are NaN or infinite; the message names their keys (``auroc.low``).
+        TypeError: JSON has no form for a value, or a key is not text.
     """
     infinite: list[str] = []
 
@@ -156,7 +165,13 @@ def round_floats(obj: Any, digits: int = 6) -> Any:
 
 
 def write_json(path: Path, obj: Any, digits: int = 6) -> None:
-    """Write `round_floats` of ``obj`` with sorted keys; a reader finds the old file or the new one, whole."""
+    """Write `round_floats` of an object as JSON with sorted keys; see `whole`.
+
+    Args:
+        path: of the file.
+        obj: see `round_floats`.
+        digits: decimals of floats.
+    """
     text = json.dumps(
         round_floats(obj, digits), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False
     )

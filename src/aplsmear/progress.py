@@ -1,4 +1,4 @@
-"""One look for every long wait: what is done, what is left, how long it will take."""
+"""Progress of long loops: items done, items left, remaining time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ T = TypeVar("T")
 def progress(
     items: Iterable[T], unit: str, total: int | None = None, note: Callable[[T], str] | None = None
 ) -> Iterator[T]:
-    """Pass `items` on and show how far they are: a bar on a terminal, a line every half minute in a log.
+    """Yield the items and show how many are done: a bar on a terminal, a line every 30 s in a log.
 
     Args:
-        items: what is waited for.
-        unit: what one of them is called.
-        total: how many there will be.
-        note: a remark beside the bar after each.
+        items: of the loop.
+        unit: the name of the items, in the plural.
+        total: their number, if it is known.
+        note: a text to show beside the bar after each item.
     """
-    seldom = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, unit=f" {unit}", mininterval=seldom, dynamic_ncols=True) as bar:
+    seconds = 0.1 if sys.stderr.isatty() else 30.0
+    with tqdm(total=total, unit=f" {unit}", mininterval=seconds, dynamic_ncols=True) as bar:
         for item in items:
             if note:
                 bar.set_postfix_str(note(item), refresh=False)

@@ -1,4 +1,4 @@
-"""Keys, tokens and passwords that must not get into what is printed, written or logged."""
+"""Keys, tokens and passwords: they must not appear in output, files or logs."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from urllib.parse import unquote, urlsplit
 
 HIDDEN = "***"
 _NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-_IN_URL = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)")  # user:password of a URL
+_IN_URL = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*(?=@)")  # user:password
 _IN_QUERY = re.compile(r"(?<=[?&])([^\s=&]*(?:pass|secret|token|key)[^\s=&]*)=[^\s&]*", re.IGNORECASE)
-_SHORTEST = 6  # characters of a secret: a shorter one would hide common words
+_SHORTEST = 6  # characters; to hide a shorter text would hide common words
 
 
 def without_secrets(text: str) -> str:
-    """A text without passwords of URLs, nor the values of environment variables that hold a secret."""
-    for secret in sorted(_known(), key=len, reverse=True):
+    """Replace passwords in URLs, and the values of environment variables that hold a secret, by ``***``."""
+    for secret in sorted(_secrets(), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return _IN_QUERY.sub(rf"\1={HIDDEN}", _IN_URL.sub(HIDDEN, text))
 
 
 def holds_password(url: str) -> bool:
-    """Whether a URL holds a password, before its host or in its query."""
+    """Whether a URL has a password, before its host or in its query."""
     return urlsplit(url).password is not None or _IN_QUERY.search(url) is not None
 
 
 def hide_in_tracebacks() -> None:
-    """From now on, a traceback of this process shows no secret."""
+    """Replace secrets in all tracebacks that this process prints from now on."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lines = traceback.format_exception(kind, error, trace)
@@ -38,16 +38,16 @@ def hide_in_tracebacks() -> None:
     sys.excepthook = show
 
 
-def _known() -> set[str]:
-    """What the environment holds: keys and tokens, and passwords of URLs."""
+def _secrets() -> set[str]:
+    """Secrets in the environment: values of variables that are named so, and passwords in URLs."""
     found = set()
     for name, value in os.environ.items():
-        if _NAMES.search(name) and not os.path.exists(value):  # noqa: PTH110 (a path to a key is none)
+        if _NAMES.search(name) and not os.path.exists(value):  # noqa: PTH110 (the path of a key is no secret)
             found.add(value)
         if "://" in value:
             try:
                 password = urlsplit(value).password
-            except ValueError:  # no URL after all
+            except ValueError:  # not a URL
                 password = None
             found |= {password, unquote(password)} if password else set()
     return {each for each in found if len(each) >= _SHORTEST}

@@ -1,9 +1,9 @@
-"""Reading and writing the tables of the pipeline, always the same way.
+"""Reads and writes the tables of the pipeline.
 
-Labels are text: several of one item are joined by ``|``, none is the empty string. The label ``None`` of the
-data set is a label, so nothing is ever read as missing.
+Labels are text: several labels of one item are joined by ``|``; the empty string is no label. The data set
+has a label ``None``, so no text is read as a missing value.
 
-A text that a spreadsheet would run as a formula gets a ``'`` in front, which `read_table` takes off again.
+A text that a spreadsheet would run as a formula is written with a ``'`` in front, which `read_table` removes.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ SEPARATOR = "|"  # joins several labels of one item
 _FLOAT = "%.6g"
 _SIGNS = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"  # the last four are wide = + - @
 _FORMULA = re.compile(f"'*[{re.escape(_SIGNS)}]")
-_ROWS = 8192  # read at once: a parser needs several times the memory of what it has read
+_ROWS = 8192  # read at once: the parser needs several times the memory of the rows
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV file written by `write_table`: text columns as str, `INTEGERS` as int64, `FLOATS` as float64."""
+    """Read a CSV file of `write_table`: text columns as str, `INTEGERS` as int64, `FLOATS` as float64."""
     parts = pd.read_csv(path, dtype=str, keep_default_na=False, chunksize=_ROWS)
     return pd.concat(map(_typed, parts), ignore_index=True)
 
 
 def guarded(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: with a ``'`` in front, if it needs one."""
+    """A text with a ``'`` in front if a spreadsheet would take it for a formula."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def unguarded(text: str) -> str:
-    """What `guarded` was given."""
+    """The text before `guarded`."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
@@ -63,8 +63,7 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mapped(column: pd.Series, change: Callable[[str], str]) -> pd.Series:
-    """A column with `change`, which is `guarded` or `unguarded`, of every text in it, each distinct one
-    looked at once."""
+    """A column with each text replaced by `change` (`guarded` or `unguarded`) of it."""
     if isinstance(column.dtype, pd.StringDtype) and not column.str.startswith(("'", *_SIGNS)).any():
         return column
     changed = {text: change(text) for text in column.unique() if isinstance(text, str)}
@@ -72,10 +71,10 @@ def _mapped(column: pd.Series, change: Callable[[str], str]) -> pd.Series:
 
 
 def as_written(value: float) -> float:
-    """A number after a trip through a table of `write_table`."""
+    """A number as it is read back from a table of `write_table`."""
     return float(_FLOAT % value)
 
 
 def read_scores(path: Path) -> pd.DataFrame:
-    """A table of scores as the stage `tune` leaves it (parquet, every bit of a score kept)."""
+    """Read the scores that the stage `tune` writes (parquet, at full precision)."""
     return pd.read_parquet(path)

@@ -1,4 +1,4 @@
-"""Partitions on a real Dask cluster give what this machine would give, or an error says why not."""
+"""A real Dask cluster gives the results of this machine, or an error says why it cannot."""
 
 import os
 import re
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 @pytest.fixture
 def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers]:
-    """A scheduler, which this process is told of."""
+    """A scheduler, whose address is in the environment."""
     (tmp_path / "servers").mkdir()
     with Servers(tmp_path / "servers") as started:
         monkeypatch.setenv(ADDRESS_VARIABLE, started.address)
@@ -47,7 +47,7 @@ def servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servers
 
 @pytest.fixture
 def client(servers: Servers) -> Iterator[Client]:
-    """Of the test, to look at the cluster."""
+    """A client with which the test looks at the cluster."""
     with Client(servers.address, set_as_default=False) as looking:
         yield looking
 
@@ -57,12 +57,12 @@ def joined(client: Client, *names: str) -> bool:
 
 
 def has_work(client: Client, name: str) -> bool:
-    """Whether partitions are lost with this worker: at work, or done and not fetched."""
+    """Whether partitions are lost with this worker: in progress, or done and not yet fetched."""
     address = workers(client)[name]
     return bool(client.processing()[address] or client.has_what()[address])
 
 
-def test_one_worker_after_another_is_killed_others_join_and_every_byte_is_that_of_this_machine(
+def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_join(
     trained: Run,  # noqa: F811
     servers: Servers,
     client: Client,
@@ -124,7 +124,7 @@ def test_one_worker_after_another_is_killed_others_join_and_every_byte_is_that_o
     assert list(Path().iterdir()) == []
 
 
-def test_who_does_not_fit_is_named_before_the_work_and_refuses_when_it_joins_later(
+def test_workers_of_another_environment_are_named_before_the_work_and_refuse_if_they_join_later(
     servers: Servers, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"  # code and a library of another version
@@ -157,7 +157,7 @@ def test_who_does_not_fit_is_named_before_the_work_and_refuses_when_it_joins_lat
         servers.kill(name)
     until(lambda: set(workers(client)) == {"fit"})
     here = os.open(".", os.O_RDONLY)
-    monkeypatch.setattr(Path, "cwd", lambda: Path(f"/proc/self/fd/{here}"))  # which nobody else sees
+    monkeypatch.setattr(Path, "cwd", lambda: Path(f"/proc/self/fd/{here}"))  # no other process sees it
     with pytest.raises(EngineError, match=rf"{addresses['fit']}.*|must be shared"), engine_of(None):
         pass
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_scheduler_that_does_not_answer_is_named_within_seconds(
     assert time.monotonic() - started < 15
 
 
-def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such_until_it_is_back(
+def test_an_error_in_the_data_is_reported_as_on_this_machine_and_the_end_of_the_scheduler_is_reported(
     servers: Servers, client: Client
 ) -> None:
     servers.worker("a")
@@ -201,7 +201,7 @@ def test_a_partition_at_fault_is_told_as_here_and_a_scheduler_that_goes_as_such_
         assert list(engine.map(tidy, [f"{n} " for n in range(30)])) == [tidy(f"{n} ") for n in range(30)]
 
 
-def test_the_job_scripts_of_the_page_start_workers_that_fit(tmp_path: Path) -> None:
+def test_the_job_scripts_in_the_documentation_start_suitable_workers(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     shown = [

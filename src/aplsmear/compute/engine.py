@@ -1,16 +1,15 @@
-"""Where the partitions of a long work are done: here, or on the machines of a Dask cluster.
+"""Where the partitions of a long computation are processed: here, or on the machines of a Dask cluster.
 
-A stage maps one pure function over partitions (a smear and its cells, some batches of views). An engine gives
-the results back in order, a few at a time, whoever computed them:
+A stage maps one pure function over partitions (a smear with its cells, some batches of views). An engine
+returns the results in order, a few at a time:
 
     stage -> engine.map(function, partitions) -> results, in order
                Here:    processes of this machine
-               Cluster: workers of a Dask scheduler, started by whoever runs the cluster (docs/cluster.md)
+               Cluster: workers of a Dask scheduler, which the user has started (docs/cluster.md)
 
-A worker must do as this process does, or refuse: same code, same libraries, pinned CPU kernels, same card,
-the same folder under the same name. All that are there are asked before the work starts, and each asks
-itself again before its first partition, so that one who joins later is no exception. A partition whose worker
-is killed goes to another one; nothing of it was written.
+A worker must give the same bytes as this process: same code, libraries and CPU settings, the same kind of
+GPU, the same folder under the same name. All workers are checked before the computation starts. A worker that
+joins later is checked before its first partition. If a worker is killed, its partitions go to another one.
 """
 
 from __future__ import annotations
@@ -39,36 +38,36 @@ from aplsmear.compute.runtime import device, start_tensorflow
 from aplsmear.errors import UserError, brief
 from aplsmear.params import Params
 
-ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"  # beats params.yaml; Dask's own tools know it by this name
+ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"  # Dask's own; it overrides params.yaml
 LIBRARIES = (
     "dask", "distributed", "h5py", "imgaug", "keras", "numpy", "opencv-python-headless", "pandas", "pillow",
     "pyarrow", "scikit-image", "scipy", "tensorflow", "torchstain",
 )  # fmt: skip
-AHEAD = 3  # partitions a worker that are asked for before the first of them is taken
-_ANSWER = 5  # seconds for a scheduler to answer
-_PATIENCE = 30  # seconds without a result after which it is looked whether any worker is left
-_RETRIES = 2  # of a partition that failed by no fault of the data, such as a disk that did not answer
-_LARGE = "256MB"  # of a partition, before Dask warns
+AHEAD = 3  # partitions per worker that are submitted before the first result is taken
+_ANSWER = 5  # seconds in which a scheduler must answer
+_PATIENCE = 30  # seconds without a result after which the number of workers is checked
+_RETRIES = 2  # of a partition that failed, but not because of the data
+_LARGE = "256MB"  # size of a partition above which Dask warns
 
 P = TypeVar("P")
 R = TypeVar("R")
 
 
 class EngineError(UserError, RuntimeError):
-    """The cluster cannot do the work as this machine would."""
+    """The cluster cannot give the results that this machine would give."""
 
 
 class Engine(Protocol):
-    """Does partitions of a work."""
+    """Processes partitions."""
 
     def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
         """The function of each part, in order.
 
         Args:
-            function: pure, of a module's top level (or a `functools.partial` of one).
-            parts: taken as they are needed: memory holds some parts and results, however many there are.
-            processes: False where the function uses all cores by itself (TensorFlow does): on this machine
-                the parts are then done one after another in this process.
+            function: pure, at the top level of a module (or a `functools.partial` of such a function).
+            parts: read as they are needed, so that memory holds only a few parts and results.
+            processes: False if the function itself uses all cores, as TensorFlow does: this machine then
+                processes one part after another, in this process.
         """
 
 
@@ -76,7 +75,7 @@ class Engine(Protocol):
 class Here:
     """This machine."""
 
-    workers: int = -1  # processes; -1: one a core (LOKY_MAX_CPU_COUNT may say fewer)
+    workers: int = -1  # processes; -1: one per core (LOKY_MAX_CPU_COUNT may lower it)
 
     def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
         """See `Engine.map`."""
@@ -92,19 +91,19 @@ HERE = Here()
 
 @dataclass(frozen=True)
 class Terms:
-    """What a worker must meet."""
+    """The conditions for a worker."""
 
-    folder: Path  # the working directory of the work, seen by all under one name
-    token: str  # the name of a file in it, and what it holds
-    inputs: dict[str, str]  # path -> what is seen there
-    sameness: dict[str, str]  # of `fingerprint`
-    networks: bool
-    device: str = ""  # that networks run on; '': any
+    folder: Path  # the working directory, which all machines see under this name
+    token: str  # the name of a file in it, and the file's content
+    inputs: dict[str, str]  # path -> `_seen` of it
+    sameness: dict[str, str]  # see `fingerprint`
+    networks: bool  # whether the functions run neural networks
+    device: str = ""  # that they run on; '': any
 
 
 @dataclass(frozen=True)
 class _Work:
-    """A partition on its way; one object, which Dask takes as it is."""
+    """A part and its function; one object, which Dask does not take apart."""
 
     terms: Terms
     function: Callable[[Any], Any]
@@ -113,7 +112,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a user has to mend: no use in trying again."""
+    """An error that the user must correct: to try again would not help."""
 
     error: UserError
 
@@ -122,34 +121,34 @@ class Cluster:
     """The workers of a Dask scheduler."""
 
     def __init__(self, client: Any, terms: Terms) -> None:
-        """Take a connected `distributed.Client` and what its workers have to meet."""
+        """Take a connected `distributed.Client`, and the conditions for its workers."""
         self._client, self._terms = client, terms
 
     def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
-        """See `Engine.map`; a worker does one part at a time in its one process, whatever it is.
+        """See `Engine.map`; a worker always processes one part at a time, in one process.
 
         Raises:
-            EngineError: a worker that joined does not fit, a part has ended several workers, or the
-                scheduler is gone.
+            EngineError: a worker that joined does not meet the conditions, a part has killed several workers,
+                or the scheduler has ended.
         """
         del processes
         coming = iter(parts)
-        asked: deque[Any] = deque()
+        submitted: deque[Any] = deque()
         try:
             while True:
-                room = AHEAD * max(1, self._workers()) - len(asked)
+                room = AHEAD * max(1, self._workers()) - len(submitted)
                 for part in islice(coming, max(0, room)):
                     work = _Work(self._terms, function, part)
-                    asked.append(self._client.submit(_done, work, pure=False, retries=_RETRIES))
-                if not asked:
+                    submitted.append(self._client.submit(_done, work, pure=False, retries=_RETRIES))
+                if not submitted:
                     return
-                result = self._awaited(asked.popleft())
+                result = self._result_of(submitted.popleft())
                 if isinstance(result, _Failure):
                     raise result.error
                 yield result
         finally:
             if self._client.status == "running":
-                self._client.cancel(list(asked))
+                self._client.cancel(list(submitted))
 
     def _workers(self) -> int:
         try:
@@ -157,8 +156,8 @@ class Cluster:
         except OSError as error:
             raise self._gone(error) from None
 
-    def _awaited(self, future: Any) -> Any:
-        """The result; says so where nobody is left who could give it."""
+    def _result_of(self, future: Any) -> Any:
+        """Wait for a result; print a line if there is no worker."""
         from distributed.scheduler import KilledWorker
 
         told = False
@@ -176,30 +175,32 @@ class Cluster:
             raise EngineError(
                 f"one partition has ended {error.allowed_failures + 1} workers, the last was "
                 f"{error.last_worker.address}: most likely it needs more memory than a worker has "
-                "(`dask worker --memory-limit`, and what the queue grants)"
+                "(`dask worker --memory-limit`, and the limit of the queue)"
             ) from None
         except CancelledError as error:
             raise self._gone(error) from None
 
     def _gone(self, error: BaseException) -> EngineError:
         address = self._client.scheduler.address
-        return EngineError(f"the scheduler at {address} is gone ({brief(error)}): start it again, then this")
+        return EngineError(
+            f"the scheduler at {address} is gone ({brief(error)}): start it again, then the same command"
+        )
 
 
 @contextmanager
 def engine_of(
     params: Params | None, inputs: Sequence[Path] = (), *, networks: bool = False
 ) -> Iterator[Engine]:
-    """The engine that the environment (DASK_SCHEDULER_ADDRESS), or else params.yaml, asks for.
+    """The engine that DASK_SCHEDULER_ADDRESS, or else params.yaml, asks for.
 
     Args:
         params: with `engine.address`; None: there is no params.yaml.
-        inputs: files and folders that the functions will read, from the working directory.
-        networks: whether they run networks.
+        inputs: files and folders that the functions read, relative to the working directory.
+        networks: whether the functions run neural networks.
 
     Raises:
-        EngineError: no scheduler answers within seconds, or workers do not fit: all of them, with all that
-            is wrong.
+        EngineError: no scheduler answers within seconds, or workers do not meet the conditions; the message
+            has all workers and all that is wrong.
     """
     address = os.environ.get(ADDRESS_VARIABLE, params.engine.address if params else "")
     if not address:
@@ -220,7 +221,7 @@ def engine_of(
 
 @contextmanager
 def _token(terms: Terms) -> Iterator[None]:
-    """A file that whoever shares the folder sees."""
+    """A file that every machine with the shared folder can see."""
     path = terms.folder / terms.token
     try:
         path.write_text(terms.token, encoding="utf-8")
@@ -237,26 +238,26 @@ def _token(terms: Terms) -> Iterator[None]:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """A client of the scheduler, which runs what we run."""
+    """A client of a scheduler that has our code and libraries."""
     from distributed import Client
 
     try:
-        asyncio.run(_call(address))  # first, because a client that found nobody is slow to go
+        asyncio.run(_call(address))  # first, because a client without a scheduler takes long to end
         client = Client(address, timeout=_ANSWER, set_as_default=False)
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"no Dask scheduler answers at {address} ({brief(error)}): start it, mend engine.address in "
-            f"params.yaml or the variable {ADDRESS_VARIABLE}, or empty both to work on this machine"
+            f"no Dask scheduler answers at {address} ({brief(error)}): start it, or correct engine.address "
+            f"in params.yaml or the variable {ADDRESS_VARIABLE}, or empty both to compute on this machine"
         ) from None
     with client:
         try:
             wrong = list(_differences(client.run_on_scheduler(fingerprint), fingerprint()))
-        except Exception as error:  # whatever its Python says where it cannot load ours
+        except Exception as error:  # any error of a Python that cannot load our code
             wrong = [f"cannot run aplsmear ({brief(error)})"]
         if wrong:
             raise EngineError(
-                f"the scheduler at {address} does not fit: it {', '.join(wrong)}. Start it in this "
-                "environment"
+                f"the scheduler at {address} is of another environment: it {', '.join(wrong)}. Start it in "
+                "this environment"
             )
         yield client
 
@@ -266,12 +267,12 @@ async def _call(address: str) -> None:
     from distributed.security import Security
 
     asking = connect(address, timeout=_ANSWER, **Security().get_connection_args("client"))
-    comm = await asyncio.wait_for(asking, _ANSWER + 1)  # Dask waits for ever for who listens and is silent
+    comm = await asyncio.wait_for(asking, _ANSWER + 1)  # Dask would wait for ever for a port that is silent
     await comm.close()
 
 
 def _agreed(client: Any, terms: Terms) -> Terms:
-    """The terms, with the device of the workers; every worker that is there meets them."""
+    """Check all workers; return the conditions with the device that they have."""
     if not client.nthreads():
         print("the cluster has no worker yet: waiting for one to join", file=sys.stderr)
         client.wait_for_workers(1)
@@ -295,14 +296,14 @@ def _agreed(client: Any, terms: Terms) -> Terms:
 
 def _unfit(problems: Mapping[str, Sequence[str]]) -> str:
     lines = [f"  {problem}: {', '.join(workers)}" for problem, workers in problems.items()]
-    return "\n".join(["workers cannot do as this machine would (docs/cluster.md):", *lines])
+    return "\n".join(["these workers would give other results than this machine (docs/cluster.md):", *lines])
 
 
 @cache
 def fingerprint() -> dict[str, str]:
-    """What must be the same wherever partitions of one work are done: code, Python, libraries.
+    """Code, Python and libraries of this process: they must be the same on all machines.
 
-    Of this process: code that is changed later is seen by the next one only, as it is run by the next only.
+    The code is read once; code that is changed later is not used by this process either.
     """
     digest = hashlib.sha256()
     code = Path(__file__).parents[1]
@@ -328,7 +329,7 @@ def _differences(found: Mapping[str, str], needed: Mapping[str, str]) -> Iterato
 
 
 def _seen(path: Path) -> str:
-    """A file's size; of a folder, names and sizes of what lies in it."""
+    """The size of a file; of a folder, a hash of the names and sizes in it."""
     try:
         if not path.is_dir():
             return f"{path.stat().st_size:,} bytes"
@@ -345,12 +346,12 @@ def _seen(path: Path) -> str:
 # --- on a worker ----------------------------------------------------------------------------------
 
 _RUNS_ON = "runs networks on"
-_met: set[str] = set()  # tokens of terms that this process has found met
+_met: set[str] = set()  # tokens of the conditions that this process meets
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a worker says of itself."""
+    """The result of the check of a worker."""
 
     host: str
     device: str
@@ -358,14 +359,14 @@ class _Answer:
 
 
 async def _answer(terms: Terms, dask_worker: Any) -> _Answer:
-    """Whether this worker meets the terms; it goes on answering its scheduler meanwhile."""
+    """Check this worker; in threads, so that it still answers its scheduler meanwhile."""
     problems = await asyncio.to_thread(lambda: list(_problems(terms, dask_worker)))
     where = await asyncio.to_thread(_device) if terms.networks and not problems else ""
     return _Answer(platform.node(), where, problems)
 
 
 def _done(work: _Work) -> Any:
-    """The function of a part, in the folder of the client; refused where other bytes might come of it."""
+    """The function of a part, in the folder of the client; a `_Failure` if this worker must not."""
     from distributed import get_worker
 
     terms = work.terms
@@ -385,7 +386,7 @@ def _done(work: _Work) -> Any:
 
 def _problems(terms: Terms, worker: Any) -> Iterator[str]:
     if worker.state.nthreads != 1:
-        yield f"does {worker.state.nthreads} partitions at once in one process (start it with --nthreads 1)"
+        yield f"runs {worker.state.nthreads} partitions at once in one process (start it with --nthreads 1)"
     late = cpu.late()
     if late:
         yield f"loaded NumPy before {', '.join(late)} was set (start it with --preload-nanny aplsmear)"
@@ -395,7 +396,7 @@ def _problems(terms: Terms, worker: Any) -> Iterator[str]:
     except OSError:
         seen = False
     if not seen:
-        yield f"does not see the folder {terms.folder} as it is here (it must be shared, under the same name)"
+        yield f"does not see the folder {terms.folder} (it must be shared, under the same name)"
         return
     for path, needed in terms.inputs.items():
         found = _seen(terms.folder / path)
@@ -407,6 +408,6 @@ def _problems(terms: Terms, worker: Any) -> Iterator[str]:
 
 @cache
 def _device() -> str:
-    """What this process runs networks on."""
+    """The device on which this process runs networks."""
     start_tensorflow()
     return device()
