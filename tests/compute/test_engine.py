@@ -26,7 +26,7 @@ from aplsmear.images.view_store import ViewWriter, read_index
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS
 from aplsmear.prediction import predict
-from aplsmear.prediction.predict import Judge, judge_patients
+from aplsmear.prediction.predict import Models, judge_patients
 from clones import ROOT, run
 from dask_servers import SRC, Servers, until, workers
 
@@ -112,7 +112,7 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
 
     monkeypatch.setattr(predict, "CHUNK", 20)
     bundle = read_bundle(trained.ensemble)
-    models = Judge(bundle, bundle.outer_fold_of(None))
+    models = Models(bundle, bundle.outer_fold_of(None))
     expected = list(judge_patients(models, trained.data, found.smears, found.cells, Here(1)))
     with engine_of(None, [trained.data, bundle.folder], networks=True) as engine:
         judging = judge_patients(models, trained.data, found.smears, found.cells, engine)

@@ -1,4 +1,4 @@
-"""New patients: what the training run said of held-out ones, whatever else lies in the folder."""
+"""New patients get the probabilities that they got as held-out patients of the training run."""
 
 import csv
 import re
@@ -36,7 +36,7 @@ from aplsmear.images.view_store import ViewWriter, read_index, read_views
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Backbone
 from aplsmear.prediction import predict as module
-from aplsmear.prediction.predict import Judge, judge_patients, keep_pictures, verdict_table
+from aplsmear.prediction.predict import Models, judge_patients, keep_pictures, verdict_table
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
 
@@ -61,7 +61,7 @@ RIDGE = [Candidate(0, "logistic", "blend", 1.0, 0)]
 
 @dataclass
 class Run:
-    """A training run in small: its data, its bundle, its verdicts on held-out patients."""
+    """A small training run: its data, its bundle, its verdicts on held-out patients."""
 
     data: Path
     ensemble: Path
@@ -69,7 +69,7 @@ class Run:
 
 
 def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
-    """Of every outer fold; on standardised features, so that they say different things of different items."""
+    """Of every outer fold; on standardised features, so that different items get different scores."""
     random = np.random.default_rng(list(task.encode()))
     name = sorted(features)[len(task) % 2]
     values = features[name].values.astype(np.float32)
@@ -88,7 +88,7 @@ def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
 
 
 def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, fold: dict) -> pd.DataFrame:
-    """What stages/tune writes to scores.parquet."""
+    """The scores that stages/tune.py writes to scores.parquet."""
     rows = of.index.reset_index(names="row").groupby("item", sort=False)["row"].agg(["min", "size"])
     if TASKS[task][0] == "patient":
         return bag_scores_of(task, heads, of, rows.assign(patient=patients.loc[rows.index]), fold)
@@ -102,7 +102,7 @@ def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, f
 
 
 def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame, fold: dict) -> pd.DataFrame:
-    """The same of a task whose items are patients."""
+    """The same for a task whose items are patients."""
     table = []
     for patient, mine in rows.sort_index().groupby("patient"):
         row = {"item": patient, "patient": patient, "fold": fold[patient]}
@@ -116,7 +116,7 @@ def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Run:
-    """What the stages do, one after another, with heads that were not trained."""
+    """The work of the stages, one after another, with heads that were not trained."""
     start_tensorflow()
     root = tmp_path_factory.mktemp("trained")
     draw_data_set(root / "data", 18, 3, size=(240, 320), cells_per_smear=6)
@@ -183,14 +183,14 @@ def trained(tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def final(trained) -> Judge:
+def final(trained) -> Models:
     bundle = read_bundle(trained.ensemble)
-    return Judge(bundle, bundle.outer_fold_of(None))
+    return Models(bundle, bundle.outer_fold_of(None))
 
 
 @pytest.fixture
 def data(trained, tmp_path) -> Path:
-    """A copy of the data, to be spoilt."""
+    """A copy of the data that a test may change."""
     return Path(shutil.copytree(trained.data, tmp_path / "data"))
 
 
@@ -198,13 +198,13 @@ def read(folder: Path) -> DataSet:
     return read_data_set(folder, {}, min_box=8, skip_bad_images=False, check_images=False, labelled=False)
 
 
-def predicted(judge: Judge, folder: Path, patients: set[str] | None = None) -> pd.DataFrame:
+def predicted(models: Models, folder: Path, patients: set[str] | None = None) -> pd.DataFrame:
     found = read(folder)
     smears, cells = found.smears, found.cells
     if patients is not None:
         smears, cells = (table[table["patient"].isin(patients)] for table in (smears, cells))
-    judged = list(judge_patients(judge, folder, smears, cells))
-    return verdict_table(judged, judge.combination).set_index("patient")
+    judged = list(judge_patients(models, folder, smears, cells))
+    return verdict_table(judged, models.combination).set_index("patient")
 
 
 def rewrite(path: Path, change) -> None:
@@ -221,10 +221,10 @@ def rewrite(path: Path, change) -> None:
 
 
 @pytest.mark.parametrize("fold", range(FOLDS))
-def test_held_out_patients_get_what_the_training_run_said_to_the_last_digit(trained, fold) -> None:
+def test_held_out_patients_get_the_probabilities_of_training_to_the_last_digit(trained, fold) -> None:
     bundle = read_bundle(trained.ensemble)
     mine = trained.verdicts[trained.verdicts["fold"] == fold].set_index("patient")
-    found = predicted(Judge(bundle, bundle.outer_fold_of(fold)), trained.data, set(mine.index))
+    found = predicted(Models(bundle, bundle.outer_fold_of(fold)), trained.data, set(mine.index))
     assert [f"{value:.6g}" for value in found["probability"]] == [
         f"{value:.6g}" for value in mine["probability"].loc[found.index]
     ]
@@ -233,7 +233,7 @@ def test_held_out_patients_get_what_the_training_run_said_to_the_last_digit(trai
     assert len(set(mine["probability"])) > 1
 
 
-def test_neither_order_nor_labels_nor_the_company_matters(trained, final, data, monkeypatch) -> None:
+def test_order_and_labels_and_other_patients_change_no_result(trained, final, data, monkeypatch) -> None:
     expected = predicted(final, trained.data)
     labels = {"label", "cellType", "specialCharacteristics", "objectType", "segmentationQuality"}
     for name in ("wsi.csv", "labeled_cells.csv"):
@@ -248,26 +248,31 @@ def test_neither_order_nor_labels_nor_the_company_matters(trained, final, data, 
     pd.testing.assert_frame_equal(predicted(final, data, some), expected.loc[sorted(some)], check_exact=True)
 
 
-def test_a_member_that_also_weighs_is_heard_where_nothing_is_weighed(trained) -> None:
+def test_a_member_that_also_gives_weights_is_used_where_no_summary_is_weighted(trained) -> None:
     bundle = read_bundle(trained.ensemble)
     plain = [replace(each, summary="mean") for each in bundle.combinations]
     changed = replace(bundle, weigher=bundle.members[0], combinations=plain)
-    judge = Judge(changed, changed.outer_fold_of(None))
+    judge = Models(changed, changed.outer_fold_of(None))
     assert [each.task for each in judge.scorers["cell"]] == ["nuclei", "granules", "crowd"]
-    assert [each.task for each in Judge(bundle, 0).scorers["cell"]] == ["nuclei", "granules", "crowd", "gate"]
+    assert [each.task for each in Models(bundle, 0).scorers["cell"]] == [
+        "nuclei",
+        "granules",
+        "crowd",
+        "gate",
+    ]
 
 
 # --- warnings -------------------------------------------------------------------------------------
 
 
 def lit(folder: Path, red: float, green: float, blue: float) -> None:
-    """Show its smears under another lamp."""
+    """Change the colour of the light of its smears."""
     for path in (folder / "wsi").iterdir():
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(np.float32)
         Image.fromarray((pixels * [red, green, blue]).astype(np.uint8)).save(path, quality=95)
 
 
-def test_another_stain_is_warned_of_and_the_same_is_not(final, data, tmp_path) -> None:
+def test_another_stain_gets_a_warning_and_the_same_stain_gets_none(final, data, tmp_path) -> None:
     draw_data_set(tmp_path / "new", 18, 77, size=(240, 320), cells_per_smear=6)
     same = predicted(final, tmp_path / "new")
     assert (same["stain"] > 1).mean() < 0.3
@@ -277,7 +282,7 @@ def test_another_stain_is_warned_of_and_the_same_is_not(final, data, tmp_path) -
     assert blue["warning"].str.contains(r"unfamiliar stain or camera \(.*bluer").all()
 
 
-def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, final, data) -> None:
+def test_a_patient_with_few_cells_or_none_is_judged_by_the_rest_with_a_warning(trained, final, data) -> None:
     cells = read(data).cells
     few, none = sorted(set(cells["patient"]))[:2]
     kept = {few: cells[cells["patient"] == few]["cell"].iloc[0]}
@@ -287,7 +292,7 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, fi
     assert found.loc[few, "cells"] == 1
     assert "few cells: 1" in found.loc[few, "warning"]
     assert found.loc[none, "cells"] == 0
-    assert "no cells: nuclei, granules, crowd cannot say anything" in found.loc[none, "warning"]
+    assert "no cells: there are no scores of nuclei, granules, crowd" in found.loc[none, "warning"]
     assert 0 < found.loc[none, "probability"] < 1
     everybody = predicted(final, trained.data)
     others = everybody.index.drop([few, none])
@@ -297,7 +302,7 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_what_there_is(trained, fi
 # --- what is written ------------------------------------------------------------------------------
 
 
-def test_only_the_highest_patients_keep_their_pictures(trained, final) -> None:
+def test_only_the_patients_with_the_highest_probabilities_keep_their_pictures(trained, final) -> None:
     found = read(trained.data)
     judged = list(judge_patients(final, trained.data, found.smears, found.cells))
     assert all(each.pictures[0] and each.pictures[1] for each in judged)
@@ -327,8 +332,8 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     bundle = shutil.copytree(trained.ensemble / "model", tmp_path / "elsewhere")
     for run in ("a", "b"):
         outs = ("--out", tmp_path / f"{run}.csv", "--report", tmp_path / f"{run}.html")
-        code, said = command("--ensemble", bundle, "--data", data, *outs)
-        assert (code, "18 patients judged" in said) == (0, True), said
+        code, output = command("--ensemble", bundle, "--data", data, *outs)
+        assert (code, "18 patients judged" in output) == (0, True), output
     for kind in ("csv", "html"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     table, page = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.html").read_text(encoding="utf-8")
@@ -342,10 +347,10 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
     assert "research only" in page.lower()
     assert str(data) not in page
-    code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
-    assert (code, "--overwrite" in said) == (1, True)
-    code, said = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "c.csv", "--adapt")
-    assert (code, "Adapted to these 18 patients" in said) == (0, True), said
+    code, output = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
+    assert (code, "--overwrite" in output) == (1, True)
+    code, output = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "c.csv", "--adapt")
+    assert (code, "Adapted to these 18 patients" in output) == (0, True), output
     moved = logit(pd.read_csv(tmp_path / "c.csv")["probability"]) - logit(table["probability"])
     assert moved.std() < 1e-3 < abs(moved.mean())
 
@@ -355,7 +360,7 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
 
 @pytest.fixture
 def no_work(monkeypatch) -> Iterator[None]:
-    """Whatever would build a network fails the test."""
+    """The test fails if a network would be built."""
 
     def refuse(*_: object) -> None:
         raise AssertionError("the long work has started")
@@ -365,43 +370,43 @@ def no_work(monkeypatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_work")
-def test_all_that_is_wrong_is_said_before_the_work(trained, data, tmp_path) -> None:
+def test_all_problems_of_the_data_are_listed_before_the_work(trained, data, tmp_path) -> None:
     images = sorted((data / "wsi").iterdir())
     images[0].write_bytes(images[0].read_bytes()[:500])
     images[1].unlink()
     out = tmp_path / "out.csv"
-    code, said = command("--ensemble", trained.ensemble, "--data", data, "--out", out)
+    code, output = command("--ensemble", trained.ensemble, "--data", data, "--out", out)
     assert code == 1
-    assert images[0].name in said
-    assert images[1].name in said
-    assert "params.yaml" not in said
+    assert images[0].name in output
+    assert images[1].name in output
+    assert "params.yaml" not in output
     assert not out.exists()
 
 
 @pytest.mark.usefixtures("no_work")
-def test_without_cells_it_says_what_finds_them(trained, data, tmp_path) -> None:
+def test_without_cells_the_message_names_the_command_that_finds_them(trained, data, tmp_path) -> None:
     (data / "labeled_cells.csv").unlink()
-    code, said = command("--ensemble", trained.ensemble, "--data", data, "--out", tmp_path / "out.csv")
-    assert (code, f"aplsmear cells {data}" in said, "nuclei, granules, crowd" in said) == (1, True, True)
+    code, output = command("--ensemble", trained.ensemble, "--data", data, "--out", tmp_path / "out.csv")
+    assert (code, f"aplsmear cells {data}" in output, "nuclei, granules, crowd" in output) == (1, True, True)
 
 
 @pytest.mark.usefixtures("no_work")
-def test_a_fold_that_there_was_not(trained, tmp_path) -> None:
+def test_a_fold_that_does_not_exist_is_refused(trained, tmp_path) -> None:
     words = ("--ensemble", trained.ensemble, "--data", trained.data, "--out", tmp_path / "out.csv")
-    code, said = command(*words, "--fold", 3)
-    assert (code, "no fold 3" in said) == (1, True)
+    code, output = command(*words, "--fold", 3)
+    assert (code, "no fold 3" in output) == (1, True)
 
 
 # --- a stranger's bundle -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Lambda", "layers.Lambda", "custom>Lambda", "os.system"])
-def test_a_network_is_one_of_keras_applications_and_nothing_else(name) -> None:
+def test_only_networks_of_keras_applications_are_built(name) -> None:
     with pytest.raises(BackboneError, match="has no"):
         build_backbone(BACKBONE.model_copy(update={"application": name}), "cell", 1)
 
 
-def test_weights_that_take_data_from_another_file_are_refused(trained, tmp_path) -> None:
+def test_weights_that_link_to_another_file_are_refused(trained, tmp_path) -> None:
     whole = trained.ensemble / "model" / "backbones" / "net" / "cell.weights.h5"
     path = Path(shutil.copy(whole, tmp_path / "linked.weights.h5"))
     names: list[str] = []
@@ -414,7 +419,7 @@ def test_weights_that_take_data_from_another_file_are_refused(trained, tmp_path)
         build_backbone(BACKBONE.model_copy(update={"weights": str(path)}), "cell", 1)
 
 
-def test_the_weights_of_a_bundle_are_those_of_the_network(trained) -> None:
+def test_the_weights_of_a_bundle_give_the_features_of_training(trained) -> None:
     bundle = read_bundle(trained.ensemble)
     image = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     own = build_backbone(BACKBONE, "cell", SEED)(image)

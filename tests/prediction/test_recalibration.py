@@ -1,4 +1,4 @@
-"""A cohort that another laboratory has moved is put right by its own scores; one that is right stays."""
+"""A cohort with shifted logits is corrected by its own scores; a calibrated cohort hardly changes."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from scipy.special import expit
 from aplsmear.ensembles.combination import Combination, Weights
 from aplsmear.evaluation.calibration import brier
 from aplsmear.evaluation.operating_points import balanced_accuracy
-from aplsmear.prediction.recalibration import adapted, moved
+from aplsmear.prediction.recalibration import adapted, shift_of
 
 SHARE = 0.3
 
@@ -24,7 +24,7 @@ def cohort(patients: int, seed: int, share: float = SHARE) -> tuple[np.ndarray, 
 
 
 def combination() -> Combination:
-    """Of one member whose logit is taken as it is."""
+    """One member whose logit is used unchanged."""
     weights = Weights(np.zeros(1), np.ones(1), np.zeros((1, 0)), np.zeros(0), np.ones(1), 0.0)
     return Combination(("a",), "mean", weights, 1.0, 0.0, {"balanced": SHARE, "sensitive": 0.1})
 
@@ -44,7 +44,7 @@ def simulated(shift: float, patients: int, share: float = SHARE) -> dict[str, tu
 
 
 @pytest.mark.parametrize("shift", [-2.0, 2.0])
-def test_a_moved_cohort_is_put_right(shift):
+def test_a_cohort_with_shifted_logits_is_corrected(shift):
     found = simulated(shift, 40)
     right = simulated(0.0, 40)["before"]
     assert found["before"][0] < right[0] - 0.05
@@ -53,40 +53,39 @@ def test_a_moved_cohort_is_put_right(shift):
 
 
 @pytest.mark.parametrize("patients", [12, 40])
-def test_a_cohort_that_is_right_is_not_harmed(patients):
+def test_a_calibrated_cohort_hardly_changes(patients):
     found = simulated(0.0, patients)
     assert found["after"][0] > found["before"][0] - 0.01
     assert found["after"][1] < found["before"][1] + 0.005
 
 
-def test_another_share_of_positives_misleads_it_unless_the_share_is_said():
-    """What it assumes, and the way out where that is known to be wrong."""
+def test_another_share_of_positives_gives_a_wrong_shift_unless_the_share_is_given():
     few = 0.05
     _, logit = cohort(400, 1, share=few)
     right = logit + np.log(few / (1 - few)) - np.log(SHARE / (1 - SHARE))  # calibrated for so few
-    assert moved(right, SHARE) > 1
-    assert abs(moved(right, few)) < 0.3
+    assert shift_of(right, SHARE) > 1
+    assert abs(shift_of(right, few)) < 0.3
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 999), st.floats(-8, 8), st.floats(0.05, 0.95))
-def test_it_moves_towards_the_share_and_never_beyond(patients, seed, shift, share):
+def test_the_shift_goes_towards_the_share_and_never_beyond(patients, seed, shift, share):
     _, logit = cohort(patients, seed)
     logit = logit + shift
-    delta = moved(logit, share)
+    delta = shift_of(logit, share)
     before, after = (expit(each).mean() for each in (logit, logit + delta))
     assert min(before, share) - 1e-9 <= after <= max(before, share) + 1e-9
     if before != share:
         assert np.sign(delta) == np.sign(share - before)
 
 
-def test_the_more_patients_the_further():
+def test_more_patients_give_a_larger_shift():
     _, logit = cohort(5, 1)
-    few, many = moved(logit + 2, SHARE), moved(np.repeat(logit, 20) + 2, SHARE)
+    few, many = shift_of(logit + 2, SHARE), shift_of(np.repeat(logit, 20) + 2, SHARE)
     assert many < few < 0
 
 
-def test_the_order_of_patients_and_the_operating_points_stay():
+def test_the_order_of_patients_and_the_operating_points_do_not_change():
     _, logit = cohort(20, 3)
     before, after = combination(), adapted(combination(), logit[:, None] - 1.5)
     assert after.thresholds == before.thresholds

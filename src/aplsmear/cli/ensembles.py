@@ -12,7 +12,7 @@ from aplsmear.cli.base import app, fail, params_here, params_if_any
 
 if TYPE_CHECKING:
     from aplsmear.ensembles.combination import Combination
-    from aplsmear.prediction.predict import Judged
+    from aplsmear.prediction.predict import Verdict
 
 _PANEL = "Ensembles"
 
@@ -53,29 +53,29 @@ def predict(
     from aplsmear.data.dataset import read_data_set
     from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.prediction.page import CARDS, write_page
-    from aplsmear.prediction.predict import Judge, check_input, judge_patients, keep_pictures, verdict_table
+    from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures, verdict_table
     from aplsmear.tables import write_table
 
     _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
     bundle = read_bundle(ensemble)
-    judge = Judge(bundle, bundle.outer_fold_of(fold))
+    models = Models(bundle, bundle.outer_fold_of(fold))
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
         found = read_data_set(
             data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
         )
         check_input(bundle, found.cells, data)
         start_tensorflow()
-        each = judge_patients(judge, data, found.smears, found.cells, engine)
-        judged = keep_pictures(each, CARDS if report else 0)
-    combination, remarks = judge.combination, []
+        each = judge_patients(models, data, found.smears, found.cells, engine)
+        verdicts = keep_pictures(each, CARDS if report else 0)
+    combination, remarks = models.combination, []
     if fold is not None:
         remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
     if adapt:
-        combination, remark = _adapted(combination, judged)
+        combination, remark = _adapted(combination, verdicts)
         remarks.append(remark)
-    table = verdict_table(judged, combination)
+    table = verdict_table(verdicts, combination)
     if report:
-        write_page(report, bundle, combination, judged, table, found.report["left_out"], remarks)
+        write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
     write_table(out, table)
     for what, left in found.report["left_out"].items():
         if left["count"]:
@@ -98,16 +98,16 @@ def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
         fail("\n".join(problems))
 
 
-def _adapted(combination: Combination, judged: Sequence[Judged]) -> tuple[Combination, str]:
+def _adapted(combination: Combination, verdicts: Sequence[Verdict]) -> tuple[Combination, str]:
     """The combination adapted to these patients, and the remark about it."""
     import numpy as np
 
     from aplsmear.prediction.recalibration import adapted
 
-    new = adapted(combination, np.array([each.logits for each in judged]))
+    new = adapted(combination, np.array([each.logits for each in verdicts]))
     shift, share = new.offset - combination.offset, new.thresholds["balanced"]
     return new, (
-        f"Adapted to these {len(judged)} patients: their logits are shifted by {shift:+.2f}, assuming that "
+        f"Adapted to these {len(verdicts)} patients: their logits are shifted by {shift:+.2f}, assuming that "
         f"about {share:.0%} of them are positive, as in training."
     )
 

@@ -11,7 +11,7 @@ import pandas as pd
 import aplsmear
 from aplsmear.ensembles.bundle import Bundle
 from aplsmear.ensembles.combination import Combination
-from aplsmear.prediction.predict import Judged
+from aplsmear.prediction.predict import Verdict
 from aplsmear.reports import pages
 
 CARDS = 100  # patients with a card of cells, those with the highest probability
@@ -21,7 +21,7 @@ def write_page(
     path: Path,
     bundle: Bundle,
     combination: Combination,
-    judged: Sequence[Judged],
+    verdicts: Sequence[Verdict],
     table: pd.DataFrame,
     left_out: Mapping[str, Any],
     remarks: Sequence[str],
@@ -32,8 +32,8 @@ def write_page(
         path: of the file.
         bundle: whose models judged the patients.
         combination: that gave the probabilities.
-        judged: of `aplsmear.prediction.predict.judge_patients`.
-        table: of `aplsmear.prediction.predict.verdict_table`, rows as in `judged`.
+        verdicts: of `aplsmear.prediction.predict.judge_patients`.
+        table: of `aplsmear.prediction.predict.verdict_table`, rows as in `verdicts`.
         left_out: of the report of `aplsmear.data.dataset.read_data_set`.
         remarks: for the head of the page, for example that probabilities were adapted.
     """
@@ -44,7 +44,7 @@ def write_page(
             "pictures": each.pictures,
             "scores": pages.member_scores(members, each.logits),
         }
-        for each, row in zip(judged, table.to_dict("records"), strict=True)
+        for each, row in zip(verdicts, table.to_dict("records"), strict=True)
     ]
     text = pages.render(
         "prediction/page.html.j2",
