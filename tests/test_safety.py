@@ -168,7 +168,7 @@ def test_a_profile_with_a_tag_runs_nothing(untouched):
     for tag in ("!!python/object/apply:pathlib.Path.touch [sprung]", "!!python/name:os.system"):
         text = with_settings(f"seed: {tag}\nother: 1\n", {"other": "2"})
         (untouched / "params.yaml").write_text(text, encoding="utf-8")
-        with pytest.raises(ParamsError, match="is no YAML"):
+        with pytest.raises(ParamsError, match="is not valid YAML"):
             read_params(untouched / "params.yaml")
 
 
@@ -282,7 +282,7 @@ def test_tracking_reports_nothing_to_the_makers_of_mlflow(monkeypatch):
     from aplsmear.runs.tracking import Tracker
 
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
-    monkeypatch.setattr(Tracker, "_guard", lambda *_: None)
+    monkeypatch.setattr(Tracker, "_attempt", lambda *_: None)
     Tracker(Path(), "n", "k", {}, {})
     assert os.environ.pop("MLFLOW_DISABLE_TELEMETRY") == "true"
 

@@ -1,4 +1,4 @@
-"""How stages start and end: light imports, pinned before NumPy, errors that people can act on."""
+"""The start and end of stages: light imports, CPU settings before NumPy, errors that a user can correct."""
 
 import ast
 import errno
@@ -28,7 +28,7 @@ WORDS = {
 
 
 def python(*words: str, cwd: Path, first: Path = ROOT / "src") -> subprocess.CompletedProcess[str]:
-    """Run it; libraries are looked for in `first`, before all others."""
+    """Run Python; it searches `first` for libraries before all other folders."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(first), str(ROOT / "src")])}
     return subprocess.run(
         [sys.executable, "-P", *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
@@ -42,39 +42,39 @@ def test_what_main_returns_is_the_exit_code():
         assert ended.value.code == code
 
 
-def test_words_become_arguments_and_wrong_ones_bring_the_usage(capsys):
-    heard = []
+def test_arguments_are_passed_to_main_and_wrong_ones_print_the_usage(capsys):
+    received = []
 
     def main(name: str) -> None:
-        heard.append(name)
+        received.append(name)
 
     with pytest.raises(SystemExit):
         run(main, ["blast"])
-    assert heard == ["blast"]
+    assert received == ["blast"]
     with pytest.raises(SystemExit) as ended:
         run(main, [])
     assert ended.value.code == 2
-    assert "How stages start and end" in capsys.readouterr().err
+    assert "The start and end of stages" in capsys.readouterr().err
 
 
-def test_an_error_of_the_user_is_a_message_and_another_a_traceback(capsys):
+def test_a_user_error_prints_its_message_and_another_error_its_traceback(capsys):
     def fail(error: Exception) -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        run(fail, [ParamsError("mend this")])
+        run(fail, [ParamsError("change this")])
     assert ended.value.code == 1
-    assert capsys.readouterr().err == "mend this\n"
+    assert capsys.readouterr().err == "change this\n"
     with pytest.raises(ZeroDivisionError):
         run(fail, [ZeroDivisionError()])
 
 
-def test_what_outlives_a_run_lies_where_dvc_was_called(tmp_path, monkeypatch):
+def test_files_that_are_kept_after_a_run_lie_where_dvc_was_called(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     assert home() == Path()
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert home() == Path()  # so that messages name short paths
+    assert home() == Path()  # messages then show short paths
     aside = tmp_path / ".dvc" / "tmp" / "exps" / "aside"
     aside.mkdir(parents=True)
     monkeypatch.chdir(aside)
@@ -82,7 +82,7 @@ def test_what_outlives_a_run_lies_where_dvc_was_called(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_bad_parameters_end_every_stage_before_any_work_with_all_that_is_wrong(stage, tmp_path):
+def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage, tmp_path):
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params |= {"seed": "one", "sed": 1, "task": "auer_rods"}
     params["augment"]["hue"] = 999
@@ -112,7 +112,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_that_is_wrong(s
 
 
 @pytest.mark.parametrize("stage", ["tune", "ensemble"])
-def test_a_word_that_names_nothing_is_a_message(stage, tmp_path):
+def test_an_unknown_name_of_a_task_or_ensemble_is_a_message(stage, tmp_path):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     words = [word.replace("blast", "blasts").replace("aml", "amml") for word in WORDS[stage]]
     ended = python(str(ROOT / "stages" / f"{stage}.py"), *words, cwd=tmp_path)
@@ -128,8 +128,8 @@ def test_an_unknown_backbone_ends_with_the_nearest_name(tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_nothing_comes_before_the_pins(stage):
-    """A stage imports the standard library, yaml, and aplsmear, which pins the CPU before NumPy comes."""
+def test_a_stage_imports_nothing_before_the_cpu_settings(stage):
+    """A stage imports the standard library, yaml, and aplsmear, which makes them before it imports NumPy."""
     tree = ast.parse((ROOT / "stages" / stage).read_text(encoding="utf-8"))
     roots = set()
     for node in tree.body:
@@ -141,7 +141,7 @@ def test_nothing_comes_before_the_pins(stage):
     assert "run(main)" in ast.unparse(tree.body[-1])
 
 
-def test_stages_that_run_no_network_load_none_and_stages_are_light_to_import(tmp_path):
+def test_to_import_a_stage_takes_no_large_library(tmp_path):
     """Importing a stage (all but its `main`) loads neither TensorFlow nor MLflow nor Optuna."""
     code = """
 import importlib.util, sys
@@ -155,7 +155,7 @@ print(*sorted({"tensorflow", "keras", "mlflow", "optuna", "imgaug", "matplotlib"
     assert ended.stdout.strip() == ""
 
 
-def test_errors_that_people_can_mend_have_one_base():
+def test_errors_that_a_user_can_correct_have_one_base():
     from aplsmear.data.problems import DataSetError
     from aplsmear.evaluation.splits import SplitError
     from aplsmear.features.backbones import BackboneError
@@ -184,22 +184,22 @@ def test_errors_that_people_can_mend_have_one_base():
         (OSError(errno.EIO, "no answer from s3://lab:hunter22@host"), "no answer from s3://***@host"),
     ],
 )
-def test_a_full_disk_a_locked_folder_and_no_memory_are_said_in_one_line(error, told, capsys):
+def test_a_full_disk_a_locked_folder_and_no_memory_are_reported_in_one_line(error, told, capsys):
     def fail() -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
         run(fail, [])
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == 1
-    assert told in said
-    assert "then the same command again" in said
-    assert said.count("\n") == 1
+    assert told in printed
+    assert "then the same command again" in printed
+    assert printed.count("\n") == 1
 
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """What `tune@blast` reads, as other stages wrote it and dvc.lock has it."""
+    """The inputs of `tune@blast`, with their hashes in dvc.lock."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
@@ -227,7 +227,7 @@ def made(tmp_path, monkeypatch):
 
 
 def hashed(path: Path) -> str:
-    """As DVC itself does it."""
+    """The hash that DVC itself computes."""
     from dvc_data.hashfile.build import build
     from dvc_data.hashfile.db import HashFileDB
     from dvc_objects.fs.local import LocalFileSystem
@@ -237,12 +237,12 @@ def hashed(path: Path) -> str:
     return found.hash_info.value
 
 
-def test_a_folder_that_was_pulled_in_part_is_not_taken_for_a_damaged_one(made):
+def test_a_folder_that_was_pulled_in_part_does_not_count_as_damaged(made):
     (made / "features/cell/net/a.npy").unlink()  # `dvc repro --pull --allow-missing` leaves out what it can
     check_inputs("tune@blast")
 
 
-def test_a_stage_names_inputs_that_lost_a_bit_before_it_reads_them(made):
+def test_a_stage_names_inputs_with_a_flipped_bit_before_it_reads_them(made):
     check_inputs("tune@blast")
     for name in ("features/cell/net/a.npy", "dataset/cells.csv", "tuned/blast/best.yaml"):
         flip(made / name)

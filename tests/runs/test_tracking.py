@@ -1,4 +1,4 @@
-"""MLflow sees everything once, and its absence is said once."""
+"""MLflow gets everything once; if it does not answer, this is logged once."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from aplsmear.runs.tracking import EXPERIMENT, Tracker
 
-# MLflow's own use of SQLAlchemy and SQLite.
+# Warnings about MLflow's use of SQLAlchemy and SQLite.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -44,10 +44,10 @@ def study(tags: dict[str, str], trials: int) -> Tracker:
     return tracker
 
 
-def test_trials_are_nested_runs_and_a_resumed_study_doubles_none(client: Any) -> None:
-    study(TAGS, 2)  # cut off: never closed
+def test_trials_are_nested_runs_and_a_resumed_study_logs_none_twice(client: Any) -> None:
+    study(TAGS, 2)  # killed: never closed
     study(TAGS | {"DVC_EXP_NAME": "later"}, 3).close({"chosen": "1"}, {"auroc": 0.75})
-    study(TAGS, 3).close({"chosen": "0"}, {"auroc": 0.75})  # the same study once more, another pick
+    study(TAGS, 3).close({"chosen": "0"}, {"auroc": 0.75})  # the same study again, with another choice
     found = runs(client)
     (parent,) = [run for run in found if "trial" not in run.data.tags]
     nested = {run.data.tags["trial"]: run for run in found if "trial" in run.data.tags}
@@ -108,7 +108,7 @@ def test_a_model_and_pictures_come_back_as_they_were_logged(client: Any, tmp_pat
         back.predict(images.astype(np.float32))
 
 
-def test_a_server_that_is_away_is_mentioned_once(
+def test_a_server_that_does_not_answer_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
@@ -121,7 +121,7 @@ def test_a_server_that_is_away_is_mentioned_once(
     assert sum(record.name == "aplsmear.runs.tracking" for record in caplog.records) == 1
 
 
-def test_a_server_that_goes_away_is_mentioned_once_too(
+def test_a_server_that_stops_is_logged_once(
     client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracker = study(TAGS, 1)
@@ -145,7 +145,7 @@ def test_the_names_of_all_experiments_that_a_run_belongs_to_are_kept(client: Any
     assert parent.data.tags["DVC_EXP_NAME"] == "one two"
 
 
-def test_two_processes_may_begin_at_once_and_lose_nothing(tmp_path: Path) -> None:
+def test_two_processes_that_begin_at_once_lose_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -170,9 +170,9 @@ tracker.close({}, {"auroc": 0.5})
         )
         for folder in folders
     ]
-    said = "".join(process.communicate()[1] for process in started)
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "cannot be reached" not in said
+    printed = "".join(process.communicate()[1] for process in started)
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "cannot be reached" not in printed
     found = runs(pytest.importorskip("mlflow").MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
     assert sorted(run.data.tags.get("DVC_EXP_NAME", "trial") for run in found) == ["a", "b", *["trial"] * 10]
     artifacts = {run.info.artifact_uri.split("/mlartifacts/")[0] for run in found}

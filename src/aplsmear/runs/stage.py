@@ -1,4 +1,4 @@
-"""How every script of ``stages/`` starts and ends."""
+"""The start and end of every script of ``stages/``: checks, error messages, exit codes."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ from aplsmear.runs.mend import GitError, is_dvc, leftovers, running_dvc
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
 FAILED, MISUSED = 1, 2  # exit codes
-# What is no fault of ours nor of the data, and what to do about it.
+# Errors of the machine, and what to do about them.
 _SURROUNDINGS = {
-    errno.ENOSPC: "the disk is full: make room on it",
-    errno.EDQUOT: "your share of the disk is used up: make room",
-    errno.EACCES: "you may not write (or read) there: see to whom it belongs (`ls -l`)",
-    errno.EPERM: "you may not write there: see to whom it belongs (`ls -l`)",
-    errno.EROFS: "the disk can only be read: mount it for writing",
-    errno.EIO: "the disk does not work: look at its health",
-    errno.ENOMEM: "there is too little memory: end other programs, or take a larger machine",
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your quota of the disk is used up: free some space",
+    errno.EACCES: "you may not write (or read) there: check its owner (`ls -l`)",
+    errno.EPERM: "you may not write there: check its owner (`ls -l`)",
+    errno.EROFS: "the disk is read-only: mount it for writing",
+    errno.EIO: "the disk has an error: check its health",
+    errno.ENOMEM: "there is too little memory: end other programs, or use a larger machine",
 }
 
 
 def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Call a stage's `main` with the words of its command line and end the process.
+    """Call the `main` of a stage with the arguments of its command line, and end the process.
 
-    Where DVC runs the stage, the state of the repository and the inputs are checked first.
+    If DVC runs the stage, the state of the repository and the inputs are checked first.
 
-    The exit code is what `main` returns (None: 0); 1 after a `UserError` or where disk or memory do not do,
-    with a message on stderr instead of a traceback; 2 where the words do not fit `main`, with the usage from
-    its module's docstring. Any other exception passes through. Neither message nor traceback shows a key or
-    a password (`aplsmear.secrets`).
+    Exit code 0 or the number that `main` returns; 1 after a `UserError` or an error of disk or memory, with a
+    message instead of a traceback; 2 if the arguments are not those of `main`, with the docstring of its
+    module. Any other exception is raised. Messages and tracebacks show no secrets (`aplsmear.secrets`).
 
     Args:
-        main: takes each word as a positional argument.
-        arguments: the words; None: those of this process.
+        main: takes each argument as a positional one.
+        arguments: None: those of this process.
     """
     hide_in_tracebacks()
     words = sys.argv[1:] if arguments is None else list(arguments)
@@ -145,8 +144,7 @@ def _dvc() -> Any:
 
 
 def _is_complete(path: Path, files: int) -> bool:
-    """Whether a folder holds as many files as it should: of one that was pulled in part, as by ``dvc repro
-    --pull --allow-missing``, the hash in dvc.lock says nothing."""
+    """Whether a folder has all its files: ``dvc repro --pull --allow-missing`` may have pulled a part."""
     return not path.is_dir() or sum(each.is_file() for each in path.rglob("*")) >= files
 
 
@@ -155,7 +153,7 @@ def _loaded(path: Path) -> Any:
 
 
 def _filled(text: str, params: Any, item: str) -> str:
-    """A dependency of dvc.yaml with each ``${...}`` replaced, in a stage of one matrix variable at most."""
+    """A dependency in dvc.yaml with each ``${...}`` replaced; a stage has one matrix variable at most."""
 
     def value(found: re.Match[str]) -> str:
         keys = found[1].split(".")
@@ -170,10 +168,10 @@ def _filled(text: str, params: Any, item: str) -> str:
 
 
 def home() -> Path:
-    """The folder of what is to outlive a run beside its outs: tracking, studies, a training that was cut off.
+    """The folder for files that are kept after a run, beside its outs: MLflow, studies, unfinished trainings.
 
-    It is the top of the repository that dvc was called in, also for an experiment of the queue or of
-    ``dvc exp run --temp``, which runs in a folder of its own that is gone afterwards.
+    It is the top of the repository in which dvc was called, also for an experiment of the queue or of
+    ``dvc exp run --temp``, which runs in a temporary folder.
     """
     here = Path()
     top = Path(os.environ.get("DVC_ROOT", here))
@@ -181,7 +179,12 @@ def home() -> Path:
 
 
 def origin(stage: str, task: str) -> dict[str, str]:
-    """Where a run comes from: DVC's experiment, git's commit, the version of the data set in dvc.lock."""
+    """Tags of a run: stage, task, DVC experiment, git commit, and the hash of the data set in dvc.lock.
+
+    Args:
+        stage: name of the script.
+        task: name of the task.
+    """
     found = {"stage": stage, "task": task}
     if "DVC_EXP_NAME" in os.environ:
         found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
