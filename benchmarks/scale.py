@@ -38,10 +38,12 @@ import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.figure import Figure
+from networks import keras_network
 from record import ROOT, commit, machine
 
 from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.features.backbones import batch_of, build_backbone, cut_network, features_of
+from aplsmear.features.backbones import cut_network
+from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.store import write_features
 from aplsmear.files import write_json
 from aplsmear.images.reading import decode, read_image
@@ -129,7 +131,7 @@ def measure(work: Path, patients: Sequence[int], drawn: int, form: Form) -> Iter
     for count in patients:
         sets[str(count)] = measure_set(work, whole, count, form)
         if len(sets) == 1:
-            alone["forward_fraction"] = forward_fraction(workspace(work, count))
+            alone |= forward_speeds(workspace(work, count))
             alone |= {} if form == LIGHT else against_keras(work, count, sets[str(count)]["stages"])
         yield summary(sets) | alone
 
@@ -417,32 +419,39 @@ def demand(session: int) -> dict[str, float]:
 # --- the forward pass alone ----------------------------------------------------------------------------
 
 
-def forward_fraction(folder: Path, batches: int = 40, rounds: int = 4) -> float:
-    """Speed of the stage's way, from encoded views to features on disk, over that of the network on pixels
-    that are in memory; both by turns, in CPU time."""
+def forward_speeds(folder: Path, batches: int = 40, rounds: int = 4) -> dict[str, float]:
+    """Speed of the stage's way, from encoded views to features on disk, over that of two bare forward passes
+    on pixels in memory: ONNX Runtime's, and TensorFlow's as it starts on this processor; by turns, in CPU
+    time."""
     tf = start_tensorflow()
     settings = read_params(folder / "params.yaml").backbones[BACKBONE]
-    views = folder / "augmented" / "cell" / "views.parquet"
+    views, graph = folder / "augmented" / "cell" / "views.parquet", folder / f"backbones/{BACKBONE}/cell.onnx"
     batch = batch_of(settings, "cell")
+    request = FeatureRequest(BACKBONE, graph, "cell", (LAYER,), batch)
     index = read_index(views)[: batch * batches]
     pixels = [
         np.stack([decode(view.image) for view in each]) for each in islice(read_views(views, batch), batches)
     ]
-    network = build_backbone(settings, "cell", 1)
-    graph = tf.function(lambda images: network(images, training=False))
+    keras, runtime = keras_network(settings, "cell", 1), Network(graph, [LAYER])
+    traced = tf.function(lambda images: keras(images, training=False))
 
-    def bare() -> float:
-        return cpu_seconds(lambda: [graph(images)[LAYER].numpy() for images in pixels[1:]])
+    def tensorflow() -> float:
+        return cpu_seconds(lambda: [traced(images)[LAYER].numpy() for images in pixels])
+
+    def onnx_runtime() -> float:
+        return cpu_seconds(lambda: [runtime.features(images) for images in pixels])
 
     def ours(out: Path) -> float:
-        features = features_of(islice(read_views(views, batch), batches), settings, "cell", 1)
-        next(features)  # builds and traces
-        return cpu_seconds(lambda: write_features(out, index[batch:], settings.layer, features))
+        features = features_of(islice(read_views(views, batch), batches), request)
+        return cpu_seconds(lambda: write_features(out, index, [LAYER], features))
 
-    bare()
+    tensorflow(), onnx_runtime()
     with tempfile.TemporaryDirectory() as out:
-        took = np.array([(bare(), ours(Path(out))) for _ in range(rounds)])
-    return float(np.divide(*took.sum(axis=0)))
+        took = np.array([(tensorflow(), onnx_runtime(), ours(Path(out))) for _ in range(rounds)]).sum(axis=0)
+    return {
+        "forward_fraction": float(took[1] / took[2]),
+        "bottleneck_vs_tensorflow_forward": float(took[0] / took[2]),
+    }
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
@@ -461,7 +470,7 @@ def against_keras(work: Path, patients: int, stages: dict[str, Any]) -> dict[str
     cells, smears = (read_table(folder / "dataset" / f"{level}s.csv") for level in ("cell", "smear"))
     folds = read_table(folder / "splits" / "folds.csv")
     trials = folder / "tuned" / TASK / "trials.csv"
-    weights = folder / "backbones" / BACKBONE / "cell.weights.h5"
+    weights = folder.with_suffix(".weights.h5")
     with tempfile.TemporaryDirectory() as out:
         table = Path(out) / "cells.csv"
         whole = cells.merge(smears[["smear", "image"]], on="smear")

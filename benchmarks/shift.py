@@ -39,7 +39,7 @@ from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.calibration import calibration_slope_intercept
 from aplsmear.evaluation.operating_points import balanced_accuracy
-from aplsmear.features.backbones import batch_of, features_of
+from aplsmear.features.forward import FeatureRequest, batch_of, features_of
 from aplsmear.files import write_arrays, write_json
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, read_average, read_heads, score
@@ -334,9 +334,9 @@ def forward(
     shown = list(all_shown(bench, level, items, condition))
     batches = [shown[start : start + batch] for start in range(0, len(shown), batch)]
     what = "as they are" if condition is None else f"{condition.strength}, laboratory {condition.laboratory}"
-    passed = features_of(
-        iter(progress(batches, f"{level}s {what}", len(batches))), settings, level, bench.params.seed
-    )
+    graph = Path("backbones") / backbone / f"{level}.onnx"
+    request = FeatureRequest(backbone, graph, level, tuple(settings.layer), batch)
+    passed = features_of(progress(batches, f"{level}s {what}", len(batches)), request)
     parts = list(passed)
     count = max(bench.averages.values()) + 1
     arrays = {}

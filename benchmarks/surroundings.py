@@ -344,7 +344,7 @@ CASES: tuple[Callable[[Case], str], ...] = (
     clock_set_back,
     flipped("features/cell/mobilenet/index.csv", "tune@blast"),
     flipped("augmented/smear/views.parquet", "bottleneck@mobilenet"),
-    flipped("backbones/mobilenet/cell.weights.h5", "ensemble_apl_aml"),
+    flipped("backbones/mobilenet/cell.onnx", "ensemble_apl_aml"),
     flipped_bundle,
     flipped_object,
     mlflow_stops,

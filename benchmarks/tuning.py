@@ -29,12 +29,12 @@ from aplsmear.heads.stack import JUDGED, Material, judge_heads, pace, steps_of_e
 # isort: split
 import numpy as np
 import yaml
+from networks import keras_network
 from record import commit, machine
 
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.evaluation.auroc import auroc_within_folds
 from aplsmear.evaluation.splits import tuning_sets
-from aplsmear.features.backbones import build_backbone
 from aplsmear.files import write_json
 from aplsmear.heads.head import Job, Recipe, TrainingItems, layer_sizes, padded_deviation, score
 from aplsmear.heads.search import draw_candidates
@@ -289,7 +289,7 @@ def end_to_end(params: Params, task_data: TaskData, keras: Any, count: int = 512
     settings = params.backbones[name]
     level = "cell"
     keras.utils.set_random_seed(1)
-    frozen = build_backbone(settings, level, params.seed)
+    frozen = keras_network(settings, level, params.seed)
     frozen.trainable = False
     size = settings.input_size[level]
     images = keras.Input((size, size, 3), dtype="uint8")

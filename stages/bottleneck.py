@@ -1,4 +1,4 @@
-"""One forward pass of one frozen backbone over every view of cells and smears; its weights are kept.
+"""One forward pass of one frozen backbone over all views of cells and smears; its graph is kept.
 
 Usage: python stages/bottleneck.py BACKBONE   (a name of `backbones` in params.yaml)
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from aplsmear.compute.engine import engine_of
 from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.features.backbones import features_of_file, partition, weight_files, write_weights
+from aplsmear.features.backbones import weight_files, write_graph
+from aplsmear.features.forward import FeatureRequest, batch_of, features_of_file, partition
 from aplsmear.features.store import write_features
 from aplsmear.files import sha256
 from aplsmear.images.view_store import count_views, read_index
@@ -21,7 +22,7 @@ def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     backbone = named(params.backbones, name, "backbones")
     views = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
-    start_tensorflow()
+    start_tensorflow(gpus=False)
     for file in filter(Path.is_file, weight_files(backbone)):
         if not backbone.sha256:
             print(
@@ -31,10 +32,11 @@ def main(name: str) -> None:
             )
     with engine_of(params, list(views.values()), networks=True) as engine:
         for level, path in views.items():
-            weights = Path(f"backbones/{name}/{level}.weights.h5")
-            write_weights(weights, backbone, level, params.seed)
-            found = features_of_file(path, backbone, weights, level, engine)
-            parts = -(-count_views(path) // partition(backbone, level))
+            graph = Path(f"backbones/{name}/{level}.onnx")
+            write_graph(graph, backbone, level, params.seed)
+            request = FeatureRequest(name, graph, level, tuple(backbone.layer), batch_of(backbone, level))
+            found = features_of_file(path, request, engine)
+            parts = -(-count_views(path) // partition(request))
             features = progress(found, f"partitions of {level}s", parts)
             write_features(Path(f"features/{level}/{name}"), read_index(path), backbone.layer, features)
 

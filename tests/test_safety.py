@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aplsmear.features.backbones import BackboneError, build_backbone, write_weights
+from aplsmear.features.backbones import BackboneError, cut_network
 from aplsmear.features.store import read_features
 from aplsmear.heads.head import read_average, read_heads
 from aplsmear.heads.study import StudyError, open_study
@@ -84,25 +84,25 @@ def network(weights: Path) -> Backbone:
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 def test_weights_that_bring_code_or_claim_terabytes_are_refused_or_harmless(untouched):
     good = untouched / "good.weights.h5"
-    write_weights(good, network(Path("none")), "cell", 1)
+    cut_network(network(Path("none")), "cell", 1)[0].save_weights(good)
     layer = {"class_name": "Lambda", "config": {"function": ["Path('sprung').touch()", None, None]}}
     config = {"class_name": "Functional", "config": {"layers": [layer]}}
     with h5py.File(good, "a") as file:  # all that Keras ever took code from
         file.attrs["model_config"] = json.dumps(config)
         file.attrs["keras_version"], file.attrs["backend"] = "2.2.4", "tensorflow"
         file.attrs["trap"] = np.void(pickle.dumps(Trap()))
-    assert build_backbone(network(good), "cell", 1)
+    assert cut_network(network(good), "cell", 1)
     with h5py.File(good, "a") as file:
         names: list[str] = []
         file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
         del file[names[0]]
         file.create_dataset(names[0], (10**6, 10**6), "f4", chunks=(1000, 1000))  # 4 TB in a kilobyte
     with pytest.raises(BackboneError, match="it holds 1,000,000,0"):
-        build_backbone(network(good), "cell", 1)
+        cut_network(network(good), "cell", 1)
     pickled = untouched / "pickled.weights.h5"
     pickled.write_bytes(pickle.dumps(Trap()))
     with pytest.raises(BackboneError, match="do not fit"):
-        build_backbone(network(pickled), "cell", 1)
+        cut_network(network(pickled), "cell", 1)
 
 
 def test_arrays_with_pickles_are_refused(untouched):

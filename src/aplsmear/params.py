@@ -47,13 +47,14 @@ JOINT = "+"  # between layers of a backbone whose features are concatenated
 ANY_FEATURES = "any"  # in `tune.space.features`: the features of all backbones
 
 # Parameters of earlier versions: dotted name -> the name now, or a sentence that says why it is gone.
-# Rows of `overrides` are searched for the names that begin with `tune.`, too.
+# Rows of `overrides` are searched for the names that begin with `tune.`, too; `*` stands for any backbone.
 RENAMED: dict[str, str] = {
     "finetune.inner": "finetune.inner_folds",
     "finetune.even": "finetune.patient_weight",
     "finetune.deeper": "finetune.rate_decay",
     "finetune.head.kinds": "finetune.head.subclasses",
     "finetune.head.middle": "finetune.head.centre_crop",
+    "backbones.*.precision": "was removed: features are float32 everywhere. Delete this line.",
     "combine.space.freedom": "combine.space.C",
     "tune.generation": "was removed: a trial trains alone, as fast. Delete this line.",
     "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
@@ -151,7 +152,6 @@ class Backbone(Strict):
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
-    precision: Precision = "auto"
 
 
 class Range(Strict):
@@ -419,7 +419,8 @@ def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
     found = {}
     for name, _ in flat(raw, tables=True):
         row = re.sub(r"(^overrides\.[^.]+\.)?.*", r"\1", name, count=1, flags=re.DOTALL)
-        now = RENAMED.get(f"tune.{name.removeprefix(row)}" if row else name)
+        listed = re.sub(r"^backbones\.[^.]+", "backbones.*", name)
+        now = RENAMED.get(f"tune.{name.removeprefix(row)}" if row else listed)
         if now and " " not in now:
             now = _NOW + (row + now.removeprefix("tune.") if row else now)
         if now:

@@ -18,8 +18,8 @@ from aplsmear.compute.engine import ADDRESS_VARIABLE, EngineError, Here, engine_
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.labels import tidy
 from aplsmear.ensembles.bundle import read_bundle
-from aplsmear.features import backbones
-from aplsmear.features.backbones import features_of_file
+from aplsmear.features import forward
+from aplsmear.features.forward import FeatureRequest, batch_of, features_of_file
 from aplsmear.features.store import write_features
 from aplsmear.images.reading import ImageError, read_image
 from aplsmear.images.view_store import ViewWriter, read_index
@@ -97,11 +97,12 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
         assert path.read_bytes() == (root / "augmented" / f"{level}.parquet").read_bytes()
     assert client.run(lambda dask_worker: dask_worker.state.executed_count)[workers(client)["d"]] > 0
 
-    monkeypatch.setattr(backbones, "_BATCHES", 1)
+    monkeypatch.setattr(forward, "_BATCHES", 1)
     with engine_of(None, list(views.values()), networks=True) as engine:
         for level, path in views.items():
-            weights = root / "backbones" / "net" / f"{level}.weights.h5"
-            features = features_of_file(path, BACKBONE, weights, level, engine)
+            graph = root / "backbones" / "net" / f"{level}.onnx"
+            request = FeatureRequest("net", graph, level, tuple(BACKBONE.layer), batch_of(BACKBONE, level))
+            features = features_of_file(path, request, engine)
             first = next(features)
             if level == "cell":
                 assert has_work(client, "b")

@@ -50,7 +50,7 @@ def make(folder: Path) -> Path:
         of_folds = [Head("net/a", (kernel,), (np.zeros(1, np.float32),)) for kernel in kernels]
         write_heads(heads[task], of_folds, average=1)
     for level in ("cell", "smear"):
-        path = folder / "backbones" / "net" / f"{level}.weights.h5"
+        path = folder / "backbones" / "net" / f"{level}.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"weights of " + level.encode())
     fold = patients["fold"].to_numpy()
@@ -114,7 +114,7 @@ def test_a_copy_of_the_folder_gives_the_same_probabilities(made, copy) -> None:
     assert [each.task for each in there.members] == ["m0", "m1", "m2"]
     assert {each.average for each in there.members} == {1}
     assert there.reference.typical.distance(np.ones(10)) == here.reference.typical.distance(np.ones(10))
-    assert there.backbone("net", "smear").weights == str(copy / "backbones" / "net" / "smear.weights.h5")
+    assert there.backbone("net", "smear", []).graph == copy / "backbones" / "net" / "smear.onnx"
 
 
 def test_the_same_bytes_from_the_same_inputs(made, tmp_path) -> None:
@@ -135,14 +135,14 @@ def test_the_models_of_a_fold_or_the_final_model_can_judge(made) -> None:
 
 def test_all_missing_and_changed_files_are_listed_together(copy) -> None:
     (copy / "heads" / "m1.npz").unlink()
-    path = copy / "backbones" / "net" / "cell.weights.h5"
+    path = copy / "backbones" / "net" / "cell.onnx"
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
     with pytest.raises(BundleError) as error:
         read_bundle(copy)
     assert "heads/m1.npz is missing" in str(error.value)
-    assert "backbones/net/cell.weights.h5 has changed since" in str(error.value)
+    assert "backbones/net/cell.onnx has changed since" in str(error.value)
     assert "dvc repro" in str(error.value)
 
 

@@ -72,9 +72,9 @@ def test_a_picture_has_the_same_bytes_each_time(image: np.ndarray, tmp_path: Pat
 
 
 def test_on_drawn_cells_the_maps_lie_on_the_rods_more_than_chance_does() -> None:
+    from networks import keras_network
     from sklearn.linear_model import LogisticRegression
 
-    from aplsmear.features.backbones import build_backbone
     from aplsmear.finetune.network import divide, set_head
     from aplsmear.heads.head import Head, Recipe
     from aplsmear.images.reading import resize
@@ -93,7 +93,7 @@ def test_on_drawn_cells_the_maps_lie_on_the_rods_more_than_chance_does() -> None
             cells.append((seen, resize(cell.rods.astype(np.uint8) * 255, 64) > 127))
     images = np.stack([image for image, _ in cells])
     label = np.array([mask.any() for _, mask in cells])
-    features = build_backbone(backbone, "cell", 1).predict(images, verbose=0)[name]
+    features = keras_network(backbone, "cell", 1).predict(images, verbose=0)[name]
     train = np.arange(len(cells)) % 2 == 0
     mean, scale = features[train].mean(axis=0), features[train].std(axis=0) + 1e-3
     fit = LogisticRegression(class_weight="balanced").fit((features[train] - mean) / scale, label[train])

@@ -130,12 +130,12 @@ def test_before_the_first_epoch_it_is_the_frozen_model_with_its_head(
     blocks: int, members: tuple[int, int], kinds: tuple[int, int], middle: float
 ) -> None:
     import keras
+    from networks import keras_network
 
-    from aplsmear.features.backbones import build_backbone
     from aplsmear.finetune.network import divide, set_head
 
     shown = images()[:6]
-    features = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
+    features = keras_network(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
     expected = score([head()], features, np.arange(6))[0]
     network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, kinds, members, middle)
     times = 2 if middle < 1 else 1
@@ -232,8 +232,9 @@ def test_heads_that_join_and_the_tuned_one_each_count_the_same(depth: int, middl
 @pytest.mark.parametrize("blocks", [1, 99])
 def test_members_see_the_middle_of_each_map_and_in_the_order_of_the_features(blocks: int) -> None:
     import keras
+    from networks import keras_network
 
-    from aplsmear.features.backbones import build_backbone, cut_network
+    from aplsmear.features.backbones import cut_network
     from aplsmear.finetune.network import divide
 
     shown = images()[:6]
@@ -250,7 +251,7 @@ def test_members_see_the_middle_of_each_map_and_in_the_order_of_the_features(blo
     network = divide(BACKBONE, "cell", LAYER, RECIPE, CHANNELS, blocks, 5, (1, 1), (2, 5), 0.5)
     middles = network.middles(network.trunk(shown)).numpy()
     np.testing.assert_allclose(middles, np.concatenate(expected, axis=1), rtol=1e-3, atol=1e-7)
-    whole = build_backbone(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
+    whole = keras_network(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
     assert np.abs(middles - whole).max() > 0.001
 
 

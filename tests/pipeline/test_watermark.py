@@ -11,7 +11,7 @@ from aplsmear.ensembles import combination as ensembles
 from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.evaluation.auroc import auroc, auroc_within_folds
 from aplsmear.evaluation.splits import make_folds
-from aplsmear.features.backbones import features_of
+from aplsmear.features.forward import features_of
 from aplsmear.features.store import Features
 from aplsmear.heads.head import Recipe
 from aplsmear.heads.results import scores_table
@@ -20,6 +20,7 @@ from aplsmear.heads.task_data import make_task_data
 from aplsmear.images.reading import encode_jpeg
 from aplsmear.images.view_store import View
 from aplsmear.params import Backbone, read_params
+from backbone_graphs import request_of
 
 ROOT = Path(__file__).parents[2]
 PATIENTS, CELLS, SIDE, FOLDS = 48, 6, 32, 3
@@ -36,7 +37,7 @@ RECIPE = Recipe(f"net/{LAYER}", 1, 1, 32, "relu", 0.0, 0.01, "constant", 0.01, 0
 
 
 @pytest.fixture(scope="module")
-def features() -> Features:
+def features(tmp_path_factory) -> Features:
     """Of cells that differ by chance alone, each with its patient's own pattern of colours in a corner."""
     random = np.random.Generator(np.random.Philox(1))
     marks = random.integers(0, 256, (PATIENTS, 4, 4, 3), dtype=np.uint8)
@@ -45,7 +46,8 @@ def features() -> Features:
         cell[:12, :12] = marks[place // CELLS].repeat(3, axis=0).repeat(3, axis=1)
     views = [View(str(place), 0, encode_jpeg(cell)) for place, cell in enumerate(cells)]
     batches = [views[start : start + BACKBONE.batch] for start in range(0, len(views), BACKBONE.batch)]
-    values = np.concatenate([part[0] for part in features_of(iter(batches), BACKBONE, "cell", 1)])
+    request = request_of(BACKBONE, tmp_path_factory.mktemp("graph"))
+    values = np.concatenate([part[0] for part in features_of(iter(batches), request)])
     index = pd.DataFrame({"item": [view.item for view in views], "view": 0})
     return Features(f"net/{LAYER}", index, values)
 

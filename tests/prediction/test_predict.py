@@ -3,11 +3,12 @@
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -28,7 +29,8 @@ from aplsmear.ensembles.bundle import (
 )
 from aplsmear.ensembles.combination import Candidate, judge, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
-from aplsmear.features.backbones import BackboneError, batch_of, build_backbone, features_of, write_weights
+from aplsmear.features.backbones import BackboneError, cut_network, write_graph
+from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.store import Features, read_features, write_features
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, score, write_heads
@@ -63,6 +65,7 @@ RIDGE = [Candidate(0, "logistic", "blend", 1.0, 0)]
 class Run:
     """A small training run: its data, its bundle, its verdicts on held-out patients."""
 
+    root: Path
     data: Path
     ensemble: Path
     verdicts: pd.DataFrame
@@ -131,10 +134,12 @@ def trained(tmp_path_factory) -> Run:
             writer.write(of_smear)
     features = {}
     for level in LEVELS:
-        made = features_of(read_views(views[level], batch_of(BACKBONE, level)), BACKBONE, level, SEED)
+        graph = root / "backbones" / "net" / f"{level}.onnx"
+        write_graph(graph, BACKBONE, level, SEED)
+        request = FeatureRequest("net", graph, level, tuple(BACKBONE.layer), batch_of(BACKBONE, level))
+        made = features_of(read_views(views[level], request.batch), request)
         write_features(root / "features" / level / "net", read_index(views[level]), BACKBONE.layer, made)
         features[level] = read_features(root / "features" / level, ["net"])
-        write_weights(root / "backbones" / "net" / f"{level}.weights.h5", BACKBONE, level, SEED)
     owner = {
         "cell": found.cells.set_index("cell")["patient"],
         "smear": found.smears.set_index("smear")["patient"],
@@ -179,7 +184,7 @@ def trained(tmp_path_factory) -> Run:
     write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference)
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
     verdicts = read_table(root / "apl_aml" / "predictions.csv")
-    return Run(root / "data", root / "apl_aml", verdicts)
+    return Run(root, root / "data", root / "apl_aml", verdicts)
 
 
 @pytest.fixture(scope="module")
@@ -403,12 +408,12 @@ def test_a_fold_that_does_not_exist_is_refused(trained, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["Lambda", "layers.Lambda", "custom>Lambda", "os.system"])
 def test_only_networks_of_keras_applications_are_built(name) -> None:
     with pytest.raises(BackboneError, match="has no"):
-        build_backbone(BACKBONE.model_copy(update={"application": name}), "cell", 1)
+        cut_network(BACKBONE.model_copy(update={"application": name}), "cell", 1)
 
 
-def test_weights_that_link_to_another_file_are_refused(trained, tmp_path) -> None:
-    whole = trained.ensemble / "model" / "backbones" / "net" / "cell.weights.h5"
-    path = Path(shutil.copy(whole, tmp_path / "linked.weights.h5"))
+def test_weights_that_link_to_another_file_are_refused(tmp_path) -> None:
+    path = tmp_path / "linked.weights.h5"
+    cut_network(BACKBONE, "cell", SEED)[0].save_weights(path)
     names: list[str] = []
     with h5py.File(path, "r+") as file:
         file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
@@ -416,13 +421,25 @@ def test_weights_that_link_to_another_file_are_refused(trained, tmp_path) -> Non
         del file[names[0]]
         file.create_dataset(names[0], shape, kind, external=[("/etc/hostname", 0, h5py.h5f.UNLIMITED)])
     with pytest.raises(BackboneError, match="another file"):
-        build_backbone(BACKBONE.model_copy(update={"weights": str(path)}), "cell", 1)
+        cut_network(BACKBONE.model_copy(update={"weights": str(path)}), "cell", 1)
 
 
-def test_the_weights_of_a_bundle_give_the_features_of_training(trained) -> None:
-    bundle = read_bundle(trained.ensemble)
-    image = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
-    own = build_backbone(BACKBONE, "cell", SEED)(image)
-    theirs = build_backbone(bundle.backbone("net", "cell"), "cell", SEED + 1)(image)
-    for layer in BACKBONE.layer:
-        np.testing.assert_array_equal(own[layer], theirs[layer])
+def test_the_graph_of_a_bundle_gives_the_features_of_training(trained) -> None:
+    request = read_bundle(trained.ensemble).backbone("net", "cell", BACKBONE.layer)
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    own = Network(trained.root / "backbones" / "net" / "cell.onnx", BACKBONE.layer).features(images)
+    theirs = Network(request.graph, request.layers).features(images)
+    for one, other in zip(own, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_new_patients_are_judged_without_tensorflow(trained, tmp_path) -> None:
+    words = ["predict", "--ensemble", str(trained.ensemble), "--data", str(trained.data)]
+    code = (
+        "import sys\nfrom aplsmear.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
+    out = ["--out", str(tmp_path / "out.csv")]
+    subprocess.run([sys.executable, "-c", code, *words, *out], check=True, capture_output=True)
+    assert (tmp_path / "out.csv").exists()

@@ -49,7 +49,6 @@ def predict(
     report.html`
     """
     from aplsmear.compute.engine import engine_of
-    from aplsmear.compute.runtime import start_tensorflow
     from aplsmear.data.dataset import read_data_set
     from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.prediction.page import CARDS, write_page
@@ -64,7 +63,6 @@ def predict(
             data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
         )
         check_input(bundle, found.cells, data)
-        start_tensorflow()
         each = judge_patients(models, data, found.smears, found.cells, engine)
         verdicts = keep_pictures(each, CARDS if report else 0)
     combination, remarks = models.combination, []

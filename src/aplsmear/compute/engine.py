@@ -34,14 +34,14 @@ from typing import Any, Protocol, TypeVar
 import joblib
 
 from aplsmear import cpu
-from aplsmear.compute.runtime import device, start_tensorflow
+from aplsmear.compute.runtime import device
 from aplsmear.errors import UserError, brief
 from aplsmear.params import Params
 
 ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"  # Dask's own; it overrides params.yaml
 LIBRARIES = (
     "dask", "distributed", "h5py", "imgaug", "keras", "numpy", "opencv-python-headless", "pandas", "pillow",
-    "pyarrow", "scikit-image", "scipy", "tensorflow", "torchstain",
+    "onnxruntime", "pyarrow", "scikit-image", "scipy", "tensorflow", "torchstain",
 )  # fmt: skip
 AHEAD = 3  # partitions per worker that are submitted before the first result is taken
 _ANSWER = 5  # seconds in which a scheduler must answer
@@ -361,7 +361,7 @@ class _Answer:
 async def _answer(terms: Terms, dask_worker: Any) -> _Answer:
     """Check this worker; in threads, so that it still answers its scheduler meanwhile."""
     problems = await asyncio.to_thread(lambda: list(_problems(terms, dask_worker)))
-    where = await asyncio.to_thread(_device) if terms.networks and not problems else ""
+    where = await asyncio.to_thread(device) if terms.networks and not problems else ""
     return _Answer(platform.node(), where, problems)
 
 
@@ -402,12 +402,5 @@ def _problems(terms: Terms, worker: Any) -> Iterator[str]:
         found = _seen(terms.folder / path)
         if found != needed:
             yield f"sees {found} at {path}, here {needed}"
-    if terms.networks and terms.device and _device() != terms.device:
-        yield f"{_RUNS_ON} {_device()}, the others on {terms.device}"
-
-
-@cache
-def _device() -> str:
-    """The device on which this process runs networks."""
-    start_tensorflow()
-    return device()
+    if terms.networks and terms.device and device() != terms.device:
+        yield f"{_RUNS_ON} {device()}, the others on {terms.device}"

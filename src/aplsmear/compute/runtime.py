@@ -1,4 +1,4 @@
-"""TensorFlow, started the same way by every stage that runs a network."""
+"""What runs networks: ONNX Runtime for frozen ones, TensorFlow to build and to train them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # read when TensorFlow is imported; 0: all messages, 3: only fatal ones
 
 
-def start_tensorflow(threads: int | None = None) -> Any:
+def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
     """Import TensorFlow with deterministic kernels, and print one line that names its devices.
 
     TensorFlow's own messages are not shown, unless its import fails or the environment sets
@@ -21,7 +21,8 @@ def start_tensorflow(threads: int | None = None) -> Any:
 
     Args:
         threads: of TensorFlow's operations; None: as many as there are cores. Another number changes the last
-            bits of a training, but not of a forward pass.
+            bits of a training.
+        gpus: whether it may use GPUs; a process that only builds networks leaves their memory to others.
 
     Returns:
         The module.
@@ -32,26 +33,32 @@ def start_tensorflow(threads: int | None = None) -> Any:
     ):  # the first messages come before TensorFlow reads its level
         import tensorflow as tf
 
-        gpus = tf.config.list_physical_devices("GPU")
+        if not gpus:
+            tf.config.set_visible_devices([], "GPU")
+        found = tf.config.get_visible_devices("GPU")
         if threads is not None and tf.config.threading.get_intra_op_parallelism_threads() != threads:
             tf.config.threading.set_intra_op_parallelism_threads(threads)
             tf.config.threading.set_inter_op_parallelism_threads(1)
         tf.config.experimental.enable_op_determinism()
         tf.constant(0)  # starts the devices
-    where = ", ".join(gpu.name for gpu in gpus) or "CPU"
-    if not gpus and shutil.which("nvidia-smi"):
+    where = ", ".join(gpu.name for gpu in found) or "CPU"
+    if gpus and not found and shutil.which("nvidia-smi"):
         where += f", though there is an NVIDIA driver (`export {_LOG_LEVEL}=0`: then TensorFlow says why)"
     print(f"TensorFlow {tf.__version__} on {where}", file=sys.stderr)
     return tf
 
 
-def device() -> str:
-    """The devices of a started TensorFlow: the names of its GPUs, or CPU."""
-    import tensorflow as tf
+def providers() -> list[str]:
+    """What ONNX Runtime runs networks on: a GPU (with the package onnxruntime-gpu), else the CPU."""
+    import onnxruntime
 
-    gpus = tf.config.list_physical_devices("GPU")
-    names = [str(tf.config.experimental.get_device_details(gpu).get("device_name")) for gpu in gpus]
-    return ", ".join(names) or "CPU"
+    there = onnxruntime.get_available_providers()
+    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+
+
+def device() -> str:
+    """The first of `providers` in short: CUDA or CPU."""
+    return providers()[0].removesuffix("ExecutionProvider")
 
 
 @contextmanager

@@ -5,13 +5,13 @@
     manifest.json                             format, its version, SHA-256 of every file; checked before use
     model.json                                members, views, backbones, a combination for every outer fold
     heads/<task>.npz                          heads of every outer fold
-    backbones/<backbone>/<level>.weights.h5   weights, up to the deepest layer used
+    backbones/<backbone>/<level>.onnx         graph of a backbone, up to the deepest layer used
     reference.npz                             where the training patients are
 
-There is no pickle, no code, no path out of the folder, and no network as a file: the module
-`aplsmear.features.backbones` builds it from its name in keras.applications. So a folder from a stranger has
-nothing that could run. (Keras's own loading of architectures had holes, with and without safe mode:
-CVE-2025-1550, -8747, -9906.)
+There is no pickle, no code and no path out of the folder. A graph is a list of operations of the ONNX standard
+with their weights. `aplsmear.features.onnx_graph.read_graph` refuses all other operations, so a folder from a
+stranger has nothing that could run. (Keras's own loading of architectures had holes, with and without safe
+mode: CVE-2025-1550, -8747, -9906.)
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ import aplsmear
 from aplsmear.ensembles.combination import Combination, as_json, combination_of
 from aplsmear.ensembles.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.errors import UserError, brief
+from aplsmear.features.forward import FeatureRequest, batch_of
 from aplsmear.features.store import Features
 from aplsmear.files import copy_whole, sha256, write_arrays, write_json
 from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
 
-FORMAT, VERSION = "aplsmear ensemble", 2
+FORMAT, VERSION = "aplsmear ensemble", 3
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _CLOUDS = ("typical", "stain")
 _DIGITS = 12  # decimals of numbers in model.json
@@ -160,10 +161,11 @@ class Bundle:
             raise BundleError(f"there is no fold {fold}: the training run had {last}, from 0")
         return last if fold is None else fold
 
-    def backbone(self, name: str, level: Level) -> Backbone:
-        """A backbone with the weights of the bundle."""
-        weights = str(self.folder / _weights(name, level))
-        return Backbone.model_validate(self.model.backbones[name] | {"weights": weights})
+    def backbone(self, name: str, level: Level, layers: Sequence[str]) -> FeatureRequest:
+        """What `aplsmear.features.forward` needs to compute layers of a backbone."""
+        settings = Backbone.model_validate(self.model.backbones[name] | {"weights": ""})
+        graph = self.folder / _graph(name, level)
+        return FeatureRequest(name, graph, level, tuple(layers), batch_of(settings, level))
 
 
 def reference_features(heads: Iterable[Sequence[Head]]) -> str:
@@ -233,7 +235,7 @@ def write_bundle(
         folder: ``ensembles/<name>/model``.
         model: of `make_model`.
         heads: task -> file of `aplsmear.heads.head.write_heads`, of the members and of `Model.weigh_by`.
-        backbones: the folder with ``<backbone>/<level>.weights.h5``.
+        backbones: the folder with ``<backbone>/<level>.onnx``.
         reference: of `make_reference`.
     """
     read = {(reference.features, reference.level)}
@@ -241,7 +243,7 @@ def write_bundle(
         read |= {(head.features, member.images) for head in read_heads(heads[member.task])}
     needed = {(features.split("/")[0], level) for features, level in read}
     files = {_heads(task): path for task, path in heads.items()}
-    files |= {_weights(name, level): backbones / name / f"{level}.weights.h5" for name, level in needed}
+    files |= {_graph(name, level): backbones / name / f"{level}.onnx" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
@@ -345,10 +347,10 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
         name, _, layer = features.partition("/")
         if layer not in bundle.model.backbones.get(name, {}).get("layer", []):
             problems.append(f"there is no backbone with the features {features}")
-        elif _weights(name, level) not in listed:
-            problems.append(f"{_weights(name, level)} is not in its manifest")
+        elif _graph(name, level) not in listed:
+            problems.append(f"{_graph(name, level)} is not in its manifest")
         else:
-            bundle.backbone(name, level)
+            bundle.backbone(name, level, [layer])
     return problems or ["there are too few combinations"] * (outer_folds < 2)
 
 
@@ -369,5 +371,5 @@ def _heads(task: str) -> str:
     return f"heads/{task}.npz"
 
 
-def _weights(backbone: str, level: Level) -> str:
-    return f"backbones/{backbone}/{level}.weights.h5"
+def _graph(backbone: str, level: Level) -> str:
+    return f"backbones/{backbone}/{level}.onnx"

@@ -27,7 +27,7 @@ from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.familiarity import Moments, how_stained, stain_of
 from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logits
 from aplsmear.errors import UserError
-from aplsmear.features.backbones import FeatureRequest, features_of_views
+from aplsmear.features.forward import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import mean_over_views, score
 from aplsmear.images.view_store import View
@@ -127,8 +127,7 @@ class Models:
             names.add(self.bundle.reference.features)
         for backbone in sorted({name.split("/")[0] for name in names}):
             layers = sorted(name.partition("/")[2] for name in names if name.split("/")[0] == backbone)
-            settings = self.bundle.backbone(backbone, level)
-            yield FeatureRequest(backbone, settings, level, self.bundle.model.seed, tuple(layers))
+            yield self.bundle.backbone(backbone, level, layers)
 
     @property
     def views(self) -> int:
@@ -150,7 +149,7 @@ class Models:
 
         Args:
             chunk: record of the patient and needed views of each smear.
-            features: of all these views, of `aplsmear.features.backbones.features_of_views`.
+            features: of all these views, of `aplsmear.features.forward.features_of_views`.
         """
         for level in LEVELS:
             owners = [(record, view) for record, views in chunk for view in views[level]]
@@ -285,7 +284,7 @@ def judge_patients(
     views = map(models.needed, all_views(root, smears, cells, settings, model.seed, engine))
     of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
     chunks, again = tee(_chunks(of_smears))
-    forward = partial(features_of_views, passes=models.requests)
+    forward = partial(features_of_views, requests=models.requests)
     records: dict[str, _Record] = defaultdict(_Record)
     for chunk, features in zip(
         chunks, engine.map(forward, map(_together, again), processes=False), strict=True

@@ -1,0 +1,125 @@
+"""Bottleneck features: the same bytes for any batch and any number of threads, and those of plain Keras."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from networks import keras_network
+
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.features.forward import ForwardError, Network, batch_of, features_of
+from aplsmear.features.onnx_graph import GraphError
+from aplsmear.images.reading import decode, resize
+from backbone_graphs import features, mobilenet, pictures, request_of, views
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+SRC = str(Path(__file__).parents[2] / "src")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keras():
+    start_tensorflow()
+    import keras
+
+    return keras
+
+
+def test_features_are_those_of_the_plain_keras_network(tmp_path):
+    images = pictures(5, 32)
+    found = Network(request_of(mobilenet(), tmp_path).graph, mobilenet().layer).features(images)
+    expected = keras_network(mobilenet(), "cell", 1)(images)
+    for layer, rows in zip(mobilenet().layer, found, strict=True):
+        assert rows.dtype == np.float16
+        np.testing.assert_allclose(rows, np.asarray(expected[layer]), rtol=1e-3, atol=1e-6)
+
+
+def test_a_view_of_another_size_is_scaled(tmp_path):
+    large = views(2, size=40)
+    small = np.stack([resize(decode(view.image), 32) for view in large])
+    network = Network(request_of(mobilenet(), tmp_path).graph, ["conv_pw_1_relu"])
+    np.testing.assert_array_equal(features(mobilenet(), large, tmp_path)[0], network.features(small)[0])
+
+
+def test_a_row_does_not_depend_on_the_batch_that_it_is_in(tmp_path):
+    found = views(7)
+    one_by_one = features(mobilenet(batch=1), found, tmp_path)
+    for batch in (3, 7):
+        for alone, other in zip(one_by_one, features(mobilenet(batch=batch), found, tmp_path), strict=True):
+            np.testing.assert_array_equal(alone, other)
+
+
+def test_layers_named_together_stand_behind_one_another(tmp_path):
+    found = views(3)
+    early, late = features(mobilenet(), found, tmp_path)
+    (both,) = features(mobilenet(layer=["conv_pw_2_relu+conv_pw_1_relu"]), found, tmp_path)
+    np.testing.assert_array_equal(both, np.hstack([late, early]))
+
+
+def test_a_layer_alone_is_the_same_as_among_others(tmp_path):
+    graph, images = request_of(mobilenet(), tmp_path).graph, pictures(2, 32)
+    both = Network(graph, mobilenet().layer).features(images)
+    (early,) = Network(graph, mobilenet().layer[:1]).features(images)
+    np.testing.assert_array_equal(early, both[0])
+    with pytest.raises(GraphError, match=r"gives no conv_pw_9_relu; it gives conv_pw_1_relu"):
+        Network(graph, ["conv_pw_9_relu"])
+
+
+def test_a_batch_of_smears_has_no_more_pixels_than_one_of_cells():
+    settings = mobilenet(batch=8, input_size={"cell": 32, "smear": 64})
+    assert (batch_of(settings, "cell"), batch_of(settings, "smear")) == (8, 2)
+    assert batch_of(mobilenet(batch=1), "smear") == 1
+
+
+def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_and_on_all(tmp_path):
+    code = """
+import hashlib, os, pathlib, sys
+if sys.argv[1] == "1" and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import numpy as np
+from aplsmear.features.forward import FeatureRequest, features_of
+from aplsmear.images.reading import encode_jpeg
+from aplsmear.images.view_store import View
+images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
+views = [View(str(n), 0, encode_jpeg(image)) for n, image in enumerate(images)]
+request = FeatureRequest("net", pathlib.Path(sys.argv[2]), "cell", tuple(sys.argv[3:]), 4)
+rows = [row for batch in features_of(iter([views[:4], views[4:]]), request) for row in batch]
+print(hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest())
+assert "tensorflow" not in sys.modules
+"""
+    request, found = request_of(mobilenet(), tmp_path), views(6)
+    rows = [row for batch in features_of(iter([found[:4], found[4:]]), request) for row in batch]
+    here = hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest()
+    for processors in ("1", "all"):
+        command = [sys.executable, "-c", code, processors, str(request.graph), *request.layers]
+        printed = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": SRC}, text=True)
+        assert printed.strip() == here
+
+
+def test_views_are_not_decoded_far_ahead_of_the_features_that_are_taken(tmp_path):
+    found, taken = views(60), 0
+
+    def batches():
+        nonlocal taken
+        for start in range(0, len(found), 2):
+            taken += 1
+            yield found[start : start + 2]
+
+    rows = features_of(batches(), request_of(mobilenet(batch=2), tmp_path))
+    next(rows)
+    assert taken <= 2 * len(os.sched_getaffinity(0)) + 2
+
+
+def test_features_that_float16_cannot_hold_are_an_error(keras, tmp_path):
+    full = keras.applications.MobileNet(include_top=False, weights=None, alpha=0.25, input_shape=(32, 32, 3))
+    layer = full.get_layer("conv_pw_1_bn")
+    gamma, beta, *moving = layer.get_weights()
+    layer.set_weights([gamma, beta + 1e9, *moving])
+    full.save_weights(tmp_path / "huge.weights.h5")
+    settings = mobilenet(weights=str(tmp_path / "huge.weights.h5"), layer=["conv_pw_1_bn"])
+    with pytest.raises(ForwardError, match="'conv_pw_1_bn' gives features beyond float16"):
+        features(settings, views(1), tmp_path)

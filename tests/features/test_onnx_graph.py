@@ -1,0 +1,156 @@
+"""Networks of keras.applications as graphs: the same features, the same bytes, and nothing that could run."""
+
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.features.backbones import BackboneError, cut_network, write_graph
+from aplsmear.features.onnx_graph import OPERATIONS, PIXELS, GraphError, as_graph, read_graph
+from backbone_graphs import mobilenet, pictures
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+# One of each family: a layer in the middle and one near the end.
+FAMILIES = {
+    "ConvNeXtTiny": 32,
+    "DenseNet121": 32,
+    "EfficientNetB0": 32,
+    "EfficientNetV2B0": 32,
+    "InceptionResNetV2": 75,
+    "MobileNet": 32,
+    "MobileNetV2": 32,
+    "MobileNetV3Small": 32,
+    "NASNetMobile": 32,
+    "ResNet50V2": 32,
+    "VGG16": 32,
+    "Xception": 71,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keras():
+    start_tensorflow()
+    import keras
+
+    return keras
+
+
+def trained(network: object) -> None:
+    """Statistics and scales as of a trained network; those of an untrained one would hide mistakes."""
+    rng = np.random.default_rng(0)
+    for weight in network.weights:
+        kind = weight.path.rsplit("/", 1)[-1]
+        if kind in ("moving_mean", "beta", "bias"):
+            weight.assign(rng.normal(0, 0.1, weight.shape))
+        elif kind in ("moving_variance", "gamma"):
+            weight.assign(rng.uniform(0.5, 1.5, weight.shape))
+
+
+@pytest.mark.parametrize("application", FAMILIES)
+def test_every_family_of_networks_gives_the_features_of_keras(application, keras):
+    keras.utils.clear_session()
+    size, builder = FAMILIES[application], getattr(keras.applications, application)
+    full = builder(include_top=False, weights=None, input_shape=(size, size, 3))
+    trained(full)
+    maps = [layer.name for layer in full.layers if len(layer.output.shape) == 4]
+    names = [maps[len(maps) // 2], maps[-1]]
+    cut = keras.Model(full.input, {name: full.get_layer(name).output for name in names})
+    preprocess = sys.modules[builder.__module__].preprocess_input
+    images = pictures(2, size)
+    expected = cut(preprocess(images.astype(np.float32)), training=False)
+    graph = as_graph(cut, preprocess, size).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    for name, found in zip(names, session.run(names, {PIXELS: images}), strict=True):
+        rows = np.asarray(expected[name]).mean(axis=(1, 2))
+        assert np.abs(found - rows).max() < 1e-5 * np.abs(rows).max()
+
+
+def test_batch_normalisation_is_folded_away(keras):
+    cut, preprocess = cut_network(mobilenet(), "cell", 1)
+    trained(cut)
+    graph = as_graph(cut, preprocess, 32).graph
+    assert {node.op_type for node in graph.node} == {"Cast", "Transpose", "Pad", "Conv", "Clip", "ReduceMean"}
+
+
+def test_a_graph_has_the_same_bytes_whatever_was_built_before(tmp_path):
+    for name, seed in (("one", 1), ("other", 2), ("again", 1)):
+        write_graph(tmp_path / name, mobilenet(), "cell", seed)
+    one, other, again = ((tmp_path / name).read_bytes() for name in ("one", "other", "again"))
+    assert one == again
+    assert one != other
+
+
+def test_untrained_filters_are_the_same_on_both_levels(tmp_path):
+    weights = []
+    for level in ("cell", "smear"):
+        write_graph(tmp_path / level, mobilenet(), level, 1)
+        graph = read_graph((tmp_path / level).read_bytes()).graph
+        weights.append([numpy_helper.to_array(each) for each in graph.initializer])
+    assert all(np.array_equal(cell, smear) for cell, smear in zip(*weights, strict=True))
+
+
+def test_layers_that_keras_numbers_have_the_same_names_each_time(tmp_path):
+    """Xception's `conv2d` would be `conv2d_4` in the second network of a process."""
+    sizes = {"cell": 71, "smear": 71}
+    settings = mobilenet(application="Xception", options={}, input_size=sizes, layer=["conv2d"])
+    for level in ("cell", "smear"):
+        write_graph(tmp_path / level, settings, level, 1)
+        assert [each.name for each in onnx.load(tmp_path / level).graph.output] == ["conv2d"]
+
+
+def test_a_layer_that_is_no_map_is_an_error(tmp_path):
+    settings = mobilenet(application="DenseNet121", options={"pooling": "avg"}, layer=["avg_pool"])
+    with pytest.raises(GraphError, match="'avg_pool' gives no map"):
+        write_graph(tmp_path / "graph", settings, "cell", 1)
+
+
+def test_a_layer_or_an_activation_without_an_operation_is_an_error(keras):
+    image = keras.Input((32, 32, 3))
+    for layer, message in (
+        (keras.layers.Conv2DTranspose(2, 3), "is a Conv2DTranspose, which cannot be written"),
+        (keras.layers.Conv2D(2, 3, activation="softplus"), "has the activation softplus"),
+    ):
+        with pytest.raises(GraphError, match=message):
+            as_graph(keras.Model(image, {"out": layer(image)}), lambda pixels: pixels, 32)
+
+
+def of_nodes(*nodes: object, weights: object = ()) -> bytes:
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    graph = helper.make_graph(list(nodes), "g", [image], [out], list(weights))
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("elsewhere", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def test_a_strangers_graph_may_do_nothing_but_what_a_backbone_does(tmp_path):
+    outside = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    onnx.external_data_helper.set_external_data(outside, location="/etc/passwd")
+    outside.ClearField("raw_data")
+    outside.data_location = TensorProto.EXTERNAL
+    for content, message in (
+        (b"no graph", "no ONNX graph"),
+        (of_nodes(helper.make_node("RandomNormalLike", ["x"], ["y"])), "that no backbone has: RandomNormal"),
+        (
+            of_nodes(helper.make_node("Relu", ["x"], ["y"], domain="elsewhere")),
+            "no backbone has",
+        ),
+        (
+            of_nodes(helper.make_node("Add", ["x", "w"], ["y"]), weights=[outside]),
+            "another file",
+        ),
+    ):
+        with pytest.raises(GraphError, match=message):
+            read_graph(content)
+    assert "If" not in OPERATIONS
+    assert "Loop" not in OPERATIONS
+
+
+def test_an_unknown_application_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(BackboneError, match="no 'MobilNet'"):
+        write_graph(tmp_path / "graph", mobilenet(application="MobilNet"), "cell", 1)
+    assert not (tmp_path / "graph").exists()
