@@ -150,12 +150,12 @@ def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None
     """Also if model.json has settings that this version does not have."""
     edited(copy / "model.json", standardise=0.0, upwards=True)
     edited(copy / "manifest.json", version=1, aplsmear="0.2.0")
-    with pytest.raises(BundleError, match=r"version 1 .*reads 2.*0\.2\.0.*dvc repro") as error:
+    with pytest.raises(BundleError, match=r"version 1 .*reads 3.*0\.2\.0.*dvc repro") as error:
         read_bundle(copy)
     assert "standardise" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 2, "files": {}}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 3, "files": {}}', "\x00"])
 def test_an_invalid_manifest_is_refused(copy, text) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=r"manifest\.json cannot be used"):
@@ -227,7 +227,7 @@ def test_weights_outside_the_bundle_are_ignored(copy) -> None:
     model["backbones"]["net"]["weights"] = "/etc/hostname"
     (copy / "model.json").write_text(json.dumps(model))
     signed(copy)
-    assert read_bundle(copy).backbone("net", "cell").weights.startswith(str(copy))
+    assert read_bundle(copy).backbone("net", "cell", ["a"]).graph.is_relative_to(copy)
 
 
 def test_patients_are_described_by_the_features_that_most_heads_read() -> None:

@@ -129,7 +129,7 @@ def of_nodes(*nodes: object, weights: object = ()) -> bytes:
 
 def test_a_strangers_graph_may_do_nothing_but_what_a_backbone_does(tmp_path):
     outside = numpy_helper.from_array(np.ones(1, np.float32), "w")
-    onnx.external_data_helper.set_external_data(outside, location="/etc/passwd")
+    onnx.external_data_helper.set_external_data(outside, location="other.bin")
     outside.ClearField("raw_data")
     outside.data_location = TensorProto.EXTERNAL
     for content, message in (

@@ -286,9 +286,9 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 tf.config.experimental.enable_op_determinism()
 import numpy as np
 from dataclasses import replace
-import test_finetune
-from test_finetune import deepened
-test_finetune.RECIPE = replace(test_finetune.RECIPE, dropout=0.0)  # each device throws dice of its own
+import test_finetuning
+from test_finetuning import deepened
+test_finetuning.RECIPE = replace(test_finetune.RECIPE, dropout=0.0)  # each device throws dice of its own
 both = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 folder = Path(sys.argv[1])
 settings = dict(online=sys.argv[2] == "online", precision=sys.argv[3], epochs=2, rate=0.001, head_rate=0.01)

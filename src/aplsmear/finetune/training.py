@@ -19,8 +19,8 @@ import numpy as np
 from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.splits import HeldOut
-from aplsmear.features.devices import machine_strategy, precision_of
 from aplsmear.files import new_array, whole, write_arrays
+from aplsmear.finetune.devices import machine_strategy, precision_of
 from aplsmear.finetune.network import HEAD, Divided, join, set_head
 from aplsmear.heads.head import Head, Recipe, TrainingItems
 from aplsmear.images.reading import decode, fitting
