@@ -308,7 +308,9 @@ print(apart / moved)
 def test_several_devices_train_the_same_model_and_go_on_where_they_were_cut_off(
     views: str, precision: str, apart: float, tmp_path: Path
 ) -> None:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests' / 'finetune'}:{ROOT / 'benchmarks'}"
+    }
     environment["TF_ENABLE_ONEDNN_OPTS"] = "0"  # oneDNN has no half precision on most CPUs
     done = subprocess.run(
         [sys.executable, "-c", SEVERAL, str(tmp_path), views, precision],
