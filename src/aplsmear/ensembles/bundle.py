@@ -9,9 +9,9 @@
     reference.npz                             where the training patients are
 
 There is no pickle, no code and no path out of the folder. A graph is a list of operations of the ONNX
-standard with their weights. `aplsmear.features.onnx_graph.read_graph` refuses all other operations, so a folder
-from a stranger has nothing that could run. (Keras's own loading of architectures had holes, with and without
-safe mode: CVE-2025-1550, -8747, -9906.)
+standard with their weights. `aplsmear.features.onnx_graph.read_graph` refuses all other operations, so a
+folder from a stranger has nothing that could run. (Keras's own loading of architectures had holes, with and
+without safe mode: CVE-2025-1550, -8747, -9906.)
 """
 
 from __future__ import annotations
