@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,12 +41,10 @@ def predict(
     the `distance` from the training patients in features of cells, and in `stain` (above 1: farther out than
     99 % of them); a `warning`. A name that a spreadsheet would take for a formula gets a ' in front.
 
-    `--adapt` is for patients of another laboratory with about the same mixture of diagnoses as in training.
-    It shifts all their logits by one number and needs no labels. Do not use it for screening or for few
-    patients.
+    `--adapt` is for patients of another laboratory with about the same mixture of diagnoses as in training:
+    it shifts all logits by one number, without labels. Do not use it for screening or for few patients.
 
-    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out predictions.csv --report
-    report.html`
+    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out new.csv --report new.html`
     """
     from aplsmear.compute.engine import engine_of
     from aplsmear.data.dataset import read_data_set
@@ -75,13 +73,18 @@ def predict(
     if report:
         write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
     write_table(out, table)
-    for what, left in found.report["left_out"].items():
+    _print_remarks(found.report["left_out"], remarks)
+    warned = int((table["warning"] != "").sum())
+    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
+    """Print how much of the data set was left out, and the remarks."""
+    for what, left in left_out.items():
         if left["count"]:
             typer.echo(f"left out: {left['count']:,} {what.replace('_', ' ')}")
     for remark in remarks:
         typer.echo(remark)
-    warned = int((table["warning"] != "").sum())
-    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
 
 
 def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
