@@ -1,4 +1,4 @@
-"""Fresh clones for tests: the repository as it stands in the working tree, in a folder of its own."""
+"""Fresh clones for tests: copies of the working tree in folders of their own."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# What a person's shell may say and a test must not depend on.
+# Variables of a person's shell that tests must not depend on.
 UNSET = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "DVC_ROOT"}
 
 
 def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: bool = True) -> str:
-    """What a command prints, stdout and stderr as they come, run in a folder in this environment."""
+    """Run a command in a folder, in this environment, and return its stdout and stderr as they came."""
     process = start(folder, *command, env=env)
     printed, _ = process.communicate()
     if ok:
@@ -24,7 +24,7 @@ def run(folder: Path, *command: str, env: Mapping[str, str] | None = None, ok: b
 
 
 def start(folder: Path, *command: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    """A command that goes on beside the test; see `run`."""
+    """Start a command that runs beside the test; see `run`."""
     whole = {key: value for key, value in os.environ.items() if key not in UNSET}
     whole |= {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -35,8 +35,8 @@ def start(folder: Path, *command: str, env: Mapping[str, str] | None = None) -> 
     )
 
 
-def heard(process: subprocess.Popen[str], text: str) -> str:
-    """What a command of `start` has printed as soon as some text is in it."""
+def output_until(process: subprocess.Popen[str], text: str) -> str:
+    """Wait until a command of `start` has printed a text, and return its output up to there."""
     printed = ""
     while text not in printed:
         line = process.stdout.readline()
@@ -62,7 +62,7 @@ def commit(folder: Path) -> None:
 
 
 def clone(folder: Path) -> Path:
-    """A repository in `folder` that holds the files of the working tree that git knows or would take in."""
+    """Make a repository of all files of the working tree that git tracks or would add."""
     listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -74,5 +74,5 @@ def clone(folder: Path) -> Path:
 
 
 def stages_run(output: str) -> list[str]:
-    """The names of the stages that a `dvc repro` or `dvc exp run` ran."""
+    """The names of the stages that `dvc repro` or `dvc exp run` ran."""
     return re.findall(r"Running stage '([^']+)'", output)

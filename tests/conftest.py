@@ -1,4 +1,4 @@
-"""What several test files use that is dear to make, and the order of tests."""
+"""A fixture that takes minutes to make and that several test files use, and the order of tests."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from small import make_small
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone in which `dvc repro` has run to the end; tests that change it put it back.
+    """A clone in which `dvc repro` has completed. A test that changes it must restore it.
 
     Whichever process of the suite asks first makes it, and each has a copy.
     """
@@ -31,5 +31,5 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin, so that no process is left alone with one at the end."""
+    """Start the longest tests first, so that no process runs one alone at the end."""
     items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 
-ID, SECRET = f"id-{token_hex(8)}", token_hex(20)  # found nowhere but where a program puts them
+ID, SECRET = f"id-{token_hex(8)}", token_hex(20)  # found only where a program writes them
 BUCKET = "lab"
 
 
 @dataclass
 class S3Server:
-    """Runs in a `with` block; may be killed in it, and started again at the same address."""
+    """A server that runs in a `with` block; it can be killed and started again at the same address."""
 
     root: Path
     options: tuple[str, ...] = ()
@@ -33,13 +33,13 @@ class S3Server:
         self.kill()
 
     def start(self) -> None:
-        """Returns once the server answers."""
+        """Start the server and wait until it answers."""
         log = self.root.with_name(f"{self.root.name}.log")
         program = Path(sys.executable).with_name("rclone")
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [program, "serve", "s3", str(self.root), f"--addr=127.0.0.1:{self.port}", *self.options],
-                # not on the command line, which everybody on the machine can read
+                # not on the command line, which every user of the machine can read
                 env=os.environ | {"RCLONE_AUTH_KEY": f'"{ID},{SECRET}"', "RCLONE_CONFIG": "/dev/null"},
                 stderr=file,
             )
@@ -52,17 +52,17 @@ class S3Server:
         raise TimeoutError(log.read_text(encoding="utf-8"))
 
     def kill(self) -> None:
-        """At once, whatever it is doing."""
+        """Kill the server at once."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     @property
     def endpoint(self) -> str:
-        """Where it is."""
+        """Its address."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def objects(self) -> list[Path]:
-        """The files of all objects that it holds; what was being written when it was killed is none."""
+        """The files of all complete objects."""
         return [path for path in self.root.rglob("*") if path.is_file() and not path.name.startswith(".")]

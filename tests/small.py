@@ -1,4 +1,4 @@
-"""The pipeline at its smallest: every stage does all of its work, on next to nothing."""
+"""The pipeline on a tiny data set: every stage does all of its work."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ TASKS = sorted({task for members in MEMBERS.values() for task in members})
 
 
 def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> None:
-    """A tiny data set, one backbone, few short trials; every stage still does all of its work.
+    """Reduce a clone to a tiny data set, one backbone and few short trials.
 
     Args:
         folder: a clone.
-        members: of each ensemble; their tasks, of which `blast` must be one, are all there are.
+        members: of each ensemble. No other tasks are kept; `blast` must be one of them.
     """
     tasks = sorted({task for each in members.values() for task in each})
     shutil.rmtree(folder / "demo")

@@ -1,4 +1,4 @@
-"""Experiments as a new user would try them: run, queue, look, compare, keep; and their runs in MLflow."""
+"""Experiments as a new user tries them: run, queue, compare, keep; and their runs in MLflow."""
 
 import json
 import shutil
@@ -9,21 +9,21 @@ import pandas as pd
 import pytest
 import yaml
 
-from clones import heard, run, stages_run, start
+from clones import output_until, run, stages_run, start
 
 pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture
 def folder(small: Path, tmp_path: Path) -> Path:
-    """A copy of the finished pipeline, without what earlier runs left in MLflow and the studies."""
+    """A copy of the finished pipeline, without earlier runs in MLflow and studies."""
     copy = tmp_path / "copy"
     shutil.copytree(small, copy, symlinks=True, ignore=shutil.ignore_patterns("mlflow.db*", ".studies"))
     return copy
 
 
 def mlflow_runs(folder: Path, experiment: str) -> dict[str, str]:
-    """What MLflow has of an experiment of DVC, by its tag: name -> status of each run."""
+    """The runs in MLflow with the tag of a DVC experiment: name -> status."""
     with sqlite3.connect(folder / "mlflow.db") as database:
         found = database.execute(
             "select name, status from runs join tags using (run_uuid) "
@@ -40,18 +40,20 @@ def finetuned(folder: Path) -> dict:
 def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     before = run(folder, "git", "status", "--porcelain")
 
-    # One in the workspace while another runs in a folder of its own.
+    # One experiment in the workspace while another runs in a folder of its own.
     deepen = ("dvc", "exp", "run", "-S", "task=apl_healthy_cell")
     aside = start(folder, *deepen, "--temp", "--name", "aside", "-S", "finetune.rate=0.001")
-    beside = heard(aside, "Running stage")  # till then it has DVC's lock; others wait three seconds for that
+    beside = output_until(aside, "Running stage")  # holds DVC's lock until then
     printed = run(folder, *deepen, "--name", "deeper")
     assert stages_run(printed) == ["finetune"]
-    assert is_deepened(folder, "apl_healthy_cell")
+    assert is_finetuned_for(folder, "apl_healthy_cell")
     beside += aside.communicate()[0]
     assert aside.returncode == 0, beside
-    assert stages_run(beside) == ["kaggle", "finetune"], beside  # what Kaggle gave is in no cache: asked anew
+    assert stages_run(beside) == ["kaggle", "finetune"], (
+        beside
+    )  # the out of `kaggle` is not cached, so the stage runs
 
-    # Two from the queue.
+    # Two experiments from the queue.
     run(folder, "dvc", "exp", "run", "--queue", "-S", "task=blast,apl_aml_smear", "-S", "finetune.pictures=0")
     queued = run(folder, "dvc", "queue", "status")
     assert queued.count("Queued") == 2, queued
@@ -59,7 +61,7 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     status = run(folder, "dvc", "queue", "status")
     assert status.count("Success") == 2, status + logs(folder)
 
-    # Which is better? A line each, in 80 columns.
+    # Which is better? A table in 80 columns.
     shown = run(folder, "aplsmear", "experiments", env={"COLUMNS": "80", "PYTHONPATH": str(folder / "src")})
     assert max(map(len, shown.splitlines())) <= 80
     lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
@@ -71,18 +73,18 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     diff = run(folder, "dvc", "exp", "diff", "HEAD", "deeper")
     assert "apl_healthy_cell" in next(line for line in diff.splitlines() if line.split()[1:2] == ["task"])
     assert "finetuned/metrics.json" in diff
-    assert max(map(len, diff.splitlines())) < 120, diff  # no lists poured out
+    assert max(map(len, diff.splitlines())) < 120, diff  # metrics hold no lists
     params = run(folder, "dvc", "params", "diff", "aside", "deeper")
     assert [line.split()[1] for line in params.splitlines()[1:]] == ["finetune.rate"]
 
-    # From a line to its run in MLflow, and back; also for the one whose folder is gone.
+    # MLflow has the runs of each experiment, also of one whose folder is gone.
     names = {line.split("[")[0] for line in run(folder, "dvc", "exp", "list", "--name-only").split()}
     assert len(names) == 4
     for name in names:
         assert set(mlflow_runs(folder, name).values()) == {"FINISHED"}, name
     assert not list(folder.glob(".dvc/tmp/exps/*/*/mlflow.db"))
 
-    # Back to one, and on from it.
+    # Take over one experiment, and go on from it.
     run(folder, "dvc", "exp", "apply", "aside")
     assert yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["finetune"]["rate"] == 0.001
     run(folder, "dvc", "exp", "branch", "aside", "a-better-rate")
@@ -95,7 +97,7 @@ def test_experiments_are_run_queued_compared_and_kept(folder: Path) -> None:
     assert "up to date" in run(folder, "dvc", "status")
 
 
-def is_deepened(folder: Path, task: str) -> bool:
+def is_finetuned_for(folder: Path, task: str) -> bool:
     """Whether the scores, numbers and pictures of `finetuned` are those of a task."""
     predictions = pd.read_csv(folder / "finetuned" / "predictions.csv")
     tuned = pd.read_csv(folder / "tuned" / task / "predictions.csv")
@@ -108,5 +110,5 @@ def is_deepened(folder: Path, task: str) -> bool:
 
 
 def logs(folder: Path) -> str:
-    """What the queue's jobs printed."""
+    """The output of the queue's jobs."""
     return "\n".join(path.read_text(encoding="utf-8") for path in folder.glob(".dvc/tmp/exps/run/*/*.out"))

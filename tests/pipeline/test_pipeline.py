@@ -1,4 +1,4 @@
-"""The pipeline itself, through dvc, in fresh clones."""
+"""The pipeline, run by dvc in fresh clones."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from small import MEMBERS, TASKS
 pytestmark = pytest.mark.pipeline
 
 
-def test_every_patient_gets_one_verdict_with_its_uncertainty(small: Path) -> None:
+def test_every_patient_gets_one_probability_with_its_interval(small: Path) -> None:
     folds = pd.read_csv(small / "splits" / "folds.csv", dtype={"patient": str})
     for name, (positive, negative) in {"apl_healthy": ("apl", "healthy"), "apl_aml": ("apl", "aml")}.items():
         table = pd.read_csv(small / "ensembles" / name / "predictions.csv", dtype={"patient": str})
@@ -41,7 +41,7 @@ def test_a_second_clone_in_another_folder_gives_the_same_lock(small: Path, tmp_p
         *(f"ensemble_{name}" for name in MEMBERS),
         "finetune",
         "kaggle",
-    }  # what members hold are copies of what `tune` made, so dvc has it in its cache and runs none
+    }  # members are copies of outs of `tune`: dvc has them in its cache and runs no stage for them
     assert run(other, "git", "status", "--porcelain") == ""
     assert (other / "dvc.lock").read_bytes() == (small / "dvc.lock").read_bytes()
 
@@ -68,10 +68,8 @@ def test_one_tasks_tuning_parameter_reruns_that_task_and_its_ensemble_alone(smal
     assert run(small, "git", "status", "--porcelain") == ""
 
 
-def test_held_out_patients_who_come_in_as_new_ones_get_the_verdict_of_the_run(
-    small: Path, tmp_path: Path
-) -> None:
-    """By the bundle alone, in a folder without anything else."""
+def test_predict_gives_held_out_patients_the_probabilities_of_the_run(small: Path, tmp_path: Path) -> None:
+    """It needs the bundle alone, in an empty folder."""
     bundle = shutil.copytree(small / "ensembles" / "apl_aml" / "model", tmp_path / "bundle")
     asked = ["--data", str(small / "data"), "--out", "new.csv", "--fold", "1"]
     here = {"PYTHONPATH": str(small / "src")}
@@ -83,7 +81,7 @@ def test_held_out_patients_who_come_in_as_new_ones_get_the_verdict_of_the_run(
     assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
 
 
-def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
+def test_dvc_shows_metrics_and_plots(small: Path) -> None:
     shown = json.loads(run(small, "dvc", "metrics", "show", "--json"))
     assert shown[""]["data"]["ensembles/apl_aml/metrics.json"]["data"]["auroc"]["value"] >= 0
     plots = json.loads(run(small, "dvc", "plots", "show", "--json"))["data"]
@@ -95,7 +93,7 @@ def test_metrics_and_plots_are_there_to_look_at(small: Path) -> None:
         assert any(task in key and key.endswith("roc.csv") for key in plots)
 
 
-def test_killed_in_training_finetune_goes_on_and_ends_with_the_same_bytes(small: Path) -> None:
+def test_finetune_killed_in_training_continues_and_writes_the_same_bytes(small: Path) -> None:
     wanted = {path: path.read_bytes() for path in (small / "finetuned").rglob("*") if path.is_file()}
     command = [sys.executable, "-P", "stages/finetune.py"]
     environment = os.environ | {

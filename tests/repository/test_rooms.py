@@ -1,4 +1,4 @@
-"""The library is built in rooms, one above the other: no module imports from a room above its own."""
+"""The rooms of the library are in an order, and no module imports from a room above its own."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +8,7 @@ import pytest
 
 CODE = Path(__file__).parents[2] / "src" / "aplsmear"
 
-# From top to ground. Single modules beside the rooms have names of their own here.
+# From top to bottom: rooms, and single modules beside them.
 ORDER = [
     "cli",
     "prediction",

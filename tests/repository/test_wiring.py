@@ -1,4 +1,4 @@
-"""What dvc.yaml declares is what the stages read: parameters, code, data."""
+"""dvc.yaml declares the parameters and the code that the stages read, and no more."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
-# Read although the value changes no result: `tune` looks at the names of the backbones, to refuse others.
+# Read, but the value changes no result: `tune` checks that the names of backbones exist.
 UNDECLARED = {"tune": {"backbones"}}
 
 
@@ -73,7 +73,7 @@ def test_a_stage_declares_every_parameter_that_it_reads_and_no_other(name: str) 
     assert [given for given in sorted(declared) if not any(covers(given, each) for each in read)] == []
 
 
-def test_every_parameter_belongs_to_a_stage_but_for_the_single_model_and_who_does_the_work() -> None:
+def test_every_parameter_belongs_to_a_stage_except_task_and_engine() -> None:
     declared = {str(param).split(".")[0] for stage in STAGES.values() for param in stage.get("params", [])}
     matrices = {
         re.search(r"\$\{(\w+)", str(over)).group(1)

@@ -1,4 +1,4 @@
-"""Outs are shared through a folder or an S3 store: what is wrong is told, what is right gets there whole."""
+"""Outs are shared through a folder or an S3 store: a faulty remote is explained, and all objects arrive."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DVC repository without anything in it."""
+    """An empty DVC repository."""
     folder = tmp_path_factory.mktemp("empty") / "a clone"
     folder.mkdir()
     run(folder, "git", "init", "--quiet")
@@ -60,7 +60,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def check(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """What `share-check` says of a remote: the error, or what is to be known."""
+    """The message of `share-check` about a remote: the error, or its lines if the remote works."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**NOWHERE, **KEYS}.items():
@@ -83,17 +83,17 @@ def check(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
 
 
 def share_check(folder: Path, *words: str, keys: dict[str, str] | None = None) -> tuple[int, str]:
-    """The exit code of `aplsmear share-check` and what it says."""
+    """The exit code of `aplsmear share-check` and its output."""
     command = [sys.executable, "-m", "aplsmear.cli", "share-check", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")} | (keys or {})
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
-# --- what is wrong with a remote --------------------------------------------------------------------
+# --- faulty remotes --------------------------------------------------------------------------------
 
 
-def test_a_remote_that_works_is_fine_and_left_as_it_was(
+def test_a_remote_that_works_is_fine_and_stays_as_it_was(
     check: Callable[..., str], server: S3Server, tmp_path: Path
 ) -> None:
     assert re.search(r"^Remote lab .*: fine\.", check(f"s3://{BUCKET}/some/where", server.endpoint))
@@ -104,7 +104,7 @@ def test_a_remote_that_works_is_fine_and_left_as_it_was(
     assert list(folder.iterdir()) == []
 
 
-def test_a_wrong_key_is_told_from_an_unknown_one_and_from_none(
+def test_a_wrong_an_unknown_and_a_missing_key_have_different_messages(
     check: Callable[..., str], server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{BUCKET}/apl"
@@ -119,11 +119,11 @@ def test_a_wrong_key_is_told_from_an_unknown_one_and_from_none(
     )
 
 
-def test_a_missing_bucket_is_told(check: Callable[..., str], server: S3Server) -> None:
+def test_a_missing_bucket_is_reported(check: Callable[..., str], server: S3Server) -> None:
     assert "no such bucket: none-such" in check("s3://none-such/apl", server.endpoint)
 
 
-def test_an_unreachable_server_is_told_within_seconds(check: Callable[..., str]) -> None:
+def test_an_unreachable_server_is_reported_within_seconds(check: Callable[..., str]) -> None:
     url = f"s3://{BUCKET}/apl"
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -131,14 +131,14 @@ def test_an_unreachable_server_is_told_within_seconds(check: Callable[..., str])
     assert "unreachable: no server answers there" in check(url, address)
 
 
-def test_a_read_only_store_is_told(check: Callable[..., str], tmp_path: Path) -> None:
-    """This one does not answer at all to a write; another would say AccessDenied."""
+def test_a_read_only_store_is_reported(check: Callable[..., str], tmp_path: Path) -> None:
+    """This server does not answer a write at all; others answer AccessDenied."""
     with S3Server(tmp_path / "buckets", ("--read-only",)) as server:
         assert "read-only: it can be read, not written" in check(f"s3://{BUCKET}/apl", server.endpoint)
 
 
 @pytest.mark.parametrize("minutes", [-40, 40])
-def test_clock_skew_is_told(check: Callable[..., str], minutes: int) -> None:
+def test_clock_skew_is_reported(check: Callable[..., str], minutes: int) -> None:
     class Late(BaseHTTPRequestHandler):
         def date_time_string(self, timestamp: float | None = None) -> str:
             return formatdate((timestamp or time.time()) + 60 * minutes, usegmt=True)
@@ -148,7 +148,7 @@ def test_clock_skew_is_told(check: Callable[..., str], minutes: int) -> None:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Nothing on the terminal."""
+            """Print nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Late) as late:
         thread = threading.Thread(target=late.handle_request)
@@ -161,7 +161,7 @@ def test_clock_skew_is_told(check: Callable[..., str], minutes: int) -> None:
     )
 
 
-def test_folders_that_cannot_be_used_are_told(check: Callable[..., str], tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used_are_reported(check: Callable[..., str], tmp_path: Path) -> None:
     said = check(tmp_path / "new")
     assert "fine, and not there yet: the first `dvc push` makes it" in said
     assert not (tmp_path / "new").exists()
@@ -171,7 +171,7 @@ def test_folders_that_cannot_be_used_are_told(check: Callable[..., str], tmp_pat
 
 
 def broken(error: Exception | None, *, readable: bool = True) -> Mock:
-    """A file system that fails to write, or gives back other bytes."""
+    """A file system that fails to write, or returns other bytes."""
     files = Mock()
     files.pipe_file.side_effect = error
     files.cat_file.return_value = b"other"
@@ -180,7 +180,7 @@ def broken(error: Exception | None, *, readable: bool = True) -> Mock:
 
 
 def answered(code: str) -> Exception:
-    """What s3fs raises when S3 gives an error code: botocore's exception as the cause of its own."""
+    """The exception of s3fs for an error code of S3: its cause is the exception of botocore."""
     cause = Exception(SECRET)
     cause.response = {"Error": {"Code": code, "Message": SECRET}}  # type: ignore[attr-defined]
     error = OSError(SECRET)
@@ -189,7 +189,7 @@ def answered(code: str) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (broken(OSError(errno.EROFS, "")), "read-only"),
         (broken(PermissionError(errno.EACCES, "")), "read-only"),
@@ -204,15 +204,15 @@ def answered(code: str) -> Exception:
         (broken(None), "was not read back as it was written"),
     ],
 )
-def test_every_failure_has_its_words_and_no_key_is_in_them(files: Mock, told: str) -> None:
+def test_every_failure_has_a_message_without_keys(files: Mock, message: str) -> None:
     place = share.Place("lab", f"s3://{BUCKET}/apl", "https://s3.example.org", "~/.aws")
-    with pytest.raises(share.ShareError, match=told) as caught:
+    with pytest.raises(share.ShareError, match=message) as caught:
         share.try_out(place, files, f"{BUCKET}/apl")
     assert "What to do: " in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
-def test_a_key_in_the_file_that_git_shares_is_told(check: Callable[..., str], empty: Path) -> None:
+def test_a_key_in_the_file_that_git_shares_is_reported(check: Callable[..., str], empty: Path) -> None:
     shared = empty / ".dvc" / "config"
     before = shared.read_text(encoding="utf-8")
     shared.write_text(
@@ -224,20 +224,20 @@ def test_a_key_in_the_file_that_git_shares_is_told(check: Callable[..., str], em
     assert "--local" in said
 
 
-def test_the_command_ends_with_1_where_something_is_wrong(empty: Path, tmp_path: Path) -> None:
+def test_a_faulty_remote_ends_the_command_with_exit_code_1(empty: Path, tmp_path: Path) -> None:
     (empty / ".dvc" / "config.local").write_text(
         "['remote \"lab\"']\n    url = /dev/null\n", encoding="utf-8"
     )
-    for folder, name, told in (
+    for folder, name, message in (
         (empty, "other", "There is no remote other; known: lab"),
         (tmp_path, "", "lies in no DVC repository"),
     ):
         code, said = share_check(folder, *([name] if name else []))
         assert code == 1
-        assert told in said
+        assert message in said
 
 
-# --- push here, pull there --------------------------------------------------------------------------
+# --- push in one clone, pull in another --------------------------------------------------------------
 
 
 @dataclass
@@ -245,13 +245,13 @@ class Lab:
     """Two people: A has all results, B has a clone; between them a git repository and the store."""
 
     server: S3Server
-    store: Path  # where the objects of the remote lie on the server's disk
+    store: Path  # folder of the remote's objects on the server's disk
     a: Path
     b: Path
     keys: dict[str, str]
 
     def dvc(self, folder: Path, *words: str, key: str = SECRET, ok: bool = True) -> str:
-        """What `dvc` says, with the keys in its environment."""
+        """The output of `dvc` with the keys in its environment."""
         return run(folder, "dvc", *words, env=self.keys | {"AWS_SECRET_ACCESS_KEY": key}, ok=ok)
 
     def start(self, folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -266,28 +266,30 @@ class Lab:
         )
 
     def objects(self) -> int:
-        """How many objects the remote holds; each has the bytes that its name says."""
+        """The number of objects in the remote; each must have the hash in its name."""
         return sound(self.store / "files" / "md5")
 
 
 def sound(folder: Path) -> int:
-    """The number of objects in a cache or remote, once each is known to be as its name says."""
+    """The number of objects in a cache or remote; each must have the hash in its name."""
     objects = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
     for path in objects:
-        if path.suffix != ".part" and len(path.name.removesuffix(".dir")) == 30:  # not what is being written
+        if (
+            path.suffix != ".part" and len(path.name.removesuffix(".dir")) == 30
+        ):  # not a file that is being written
             digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
             assert digest == (path.parent.name + path.name).removesuffix(".dir"), path
     return len(objects)
 
 
 def outs_of(folder: Path) -> list[dict[str, Any]]:
-    """All outs that dvc.lock has. What Kaggle gave is in no cache."""
+    """All outs in dvc.lock that DVC caches; the data set from Kaggle is not cached."""
     lock = yaml.safe_load((folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]
     return [out for name, stage in lock.items() for out in stage.get("outs", []) if name != "kaggle"]
 
 
 def objects_of(folder: Path) -> int:
-    """How many objects dvc.lock stands for, at most: each out, and each file in it, the same bytes once.
+    """The largest number of objects for dvc.lock: each out, and each file in it, equal bytes counted once.
 
     Heads and backbones in a `model` are copies of other outs: manifest, model and reference are its own. The
     index of the views of a level is the same for all backbones.
@@ -320,7 +322,7 @@ def lab(small: Path, tmp_path: Path, server: S3Server) -> Lab:
 
 
 @pytest.mark.pipeline
-def test_what_one_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
+def test_outs_that_one_person_pushes_another_pulls_and_runs_nothing(lab: Lab) -> None:
     lab.dvc(lab.a, "push")
     assert 0 < lab.objects() <= objects_of(lab.a)
     lab.dvc(lab.b, "pull")
@@ -344,7 +346,7 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
     lab.dvc(lab.a, "push")
     changed = ("-S", "overrides.apl_aml_smear.trials=1", "ensemble_apl_aml")
     needed = ("--pull", "--allow-missing", "--name", "fewer", *changed)
-    # What belongs into a folder that many stages fill, DVC does not find by itself (README, Share).
+    # DVC cannot pull one stage's part of a folder that several stages share (docs/share.md).
     lab.dvc(lab.b, "pull", "bottleneck", "member_apl_aml")
     said = lab.dvc(lab.b, "exp", "run", *needed)
     assert set(stages_run(said)) == {"tune@apl_aml_smear", "member_apl_aml@apl_aml_smear", "ensemble_apl_aml"}
@@ -359,7 +361,7 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
     lab.dvc(lab.a, "exp", "pull", "origin", "fewer", "--run-cache")
     said = lab.dvc(lab.a, "exp", "run", *changed)
     assert stages_run(said) == []
-    # Without --allow-missing all that lies upstream is fetched, and nothing has to be known.
+    # Without --allow-missing DVC fetches the outs of all earlier stages.
     run(lab.b.parent, "git", "clone", "--quiet", "origin", "C")
     said = lab.dvc(lab.b.parent / "C", "repro", "--pull", "ensemble_apl_aml")
     assert stages_run(said) == []
@@ -369,7 +371,7 @@ def test_one_changed_task_fetches_and_runs_what_it_needs_and_reaches_others_as_a
 
 
 @pytest.mark.pipeline
-def test_a_server_that_dies_in_the_middle_costs_nothing_but_the_next_try(lab: Lab) -> None:
+def test_after_a_server_failed_in_the_middle_the_same_command_completes(lab: Lab) -> None:
     whole = sound(lab.a / ".dvc" / "cache" / "files" / "md5")
     for folder, word, arrives in (
         (lab.a, "push", lab.store / "files"),
@@ -390,7 +392,7 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_but_the_next_try(lab: La
 
 
 @pytest.mark.pipeline
-def test_what_dvc_says_of_wrong_keys_and_buckets_names_the_store(lab: Lab) -> None:
+def test_messages_of_dvc_about_wrong_keys_and_buckets_hold_no_key(lab: Lab) -> None:
     for word in ("push", "pull"):
         said = lab.dvc(lab.a if word == "push" else lab.b, word, key="another", ok=False)
         assert "Forbidden" in said
@@ -400,7 +402,7 @@ def test_what_dvc_says_of_wrong_keys_and_buckets_names_the_store(lab: Lab) -> No
 
 
 @pytest.mark.pipeline
-def test_the_folder_beside_the_repository_serves_a_clone_beside_it(small: Path, tmp_path: Path) -> None:
+def test_a_folder_beside_the_repository_works_as_the_remote_of_a_clone(small: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a first", tmp_path / "a second"
     run(tmp_path, "git", "clone", "--quiet", str(small), first.name)
     run(first, "dvc", "config", "--local", "cache.dir", str(small / ".dvc" / "cache"))
@@ -413,8 +415,8 @@ def test_the_folder_beside_the_repository_serves_a_clone_beside_it(small: Path, 
 
 
 @pytest.mark.pipeline
-def test_more_patients_make_no_more_files(small: Path) -> None:
-    """18 patients here, 60 in the demo, a thousand elsewhere: what grows with them are tables and arrays."""
+def test_more_patients_do_not_make_more_files(small: Path) -> None:
+    """With more patients, tables and arrays grow, and the number of files stays."""
     few, many = (
         {
             out["path"]: out["nfiles"]
@@ -427,7 +429,7 @@ def test_more_patients_make_no_more_files(small: Path) -> None:
     assert few == {path: many[path] for path in few}
 
 
-def test_the_whole_demo_is_few_objects() -> None:
+def test_the_whole_demo_has_few_objects() -> None:
     assert 0 < objects_of(ROOT) <= MOST_OBJECTS
     (data,) = yaml.safe_load((ROOT / "data.dvc").read_text(encoding="utf-8"))["outs"]
     assert data["cache"] is False
