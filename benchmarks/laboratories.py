@@ -1,9 +1,9 @@
-"""Smears as another laboratory would have shown them: a graded change of stain, lamp, focus and camera.
+"""Smears as another laboratory would show them: graded changes of stain, light, focus and camera.
 
-For measuring how verdicts hold elsewhere; nothing is ever trained on what comes from here. Training views
-(`aplsmear.images.views`) are jittered one by one, in other colour spaces; here a *laboratory* is drawn once
-and changes all its smears alike. Stain is changed along haematoxylin, eosin and residual (Ruifrok and
-Johnston, Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix), focus by a disk.
+They measure how verdicts hold in another laboratory; no model is trained on these images. Views for training
+(`aplsmear.images.views`) are changed one by one, in other colour spaces. Here, a *laboratory* is drawn once
+and changes all its smears in the same way. Stain is changed along haematoxylin, eosin and residual (Ruifrok
+and Johnston, Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix), focus by a disk.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from aplsmear.images.stains import as_image, remixed
 KINDS = ("stain", "white_balance", "gamma", "blur", "resolution", "jpeg")
 STRENGTHS: Mapping[str, float] = {"mild": 0.5, "medium": 1.0, "strong": 2.0}
 
-# What a laboratory at the edge does at strength 1.
+# The largest changes by a laboratory at strength 1.
 STAIN = 0.2  # relative, either way: amount of each stain
 WHITE_BALANCE = 0.1  # relative, either way: gain of red and of blue
 GAMMA = 0.2  # of the exponent's logarithm, either way
-BLUR = 2.0  # px of the smear: radius of the disk that a point out of focus becomes
-RESOLUTION = 0.5  # how much coarser the pixels are, relative
-JPEG = 40  # of 100: quality lost
+BLUR = 2.0  # px of the smear: radius of the disk of a point that is out of focus
+RESOLUTION = 0.5  # relative: increase of the size of pixels
+JPEG = 40  # of 100: loss of quality
 _LOWEST_QUALITY = 20
 
 
 @dataclass(frozen=True)
 class Laboratory:
-    """A draw of all that a laboratory does differently; in units of the above."""
+    """All changes by a laboratory, in units of the constants above."""
 
     stain: tuple[float, float, float]  # haematoxylin, eosin, residual; -1 to 1
     white_balance: tuple[float, float]  # red, blue; -1 to 1
@@ -44,7 +44,7 @@ class Laboratory:
 
 
 def draw_laboratory(seed: int, number: int) -> Laboratory:
-    """A laboratory that goes at least half as far as one at the edge, in everything, to either side."""
+    """A laboratory whose changes are all at least half of the largest, in either direction."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))
     far = random.uniform(0.5, 1.0, 9)
     signed = (far * random.choice([-1.0, 1.0], 9)).tolist()
@@ -61,13 +61,13 @@ def draw_laboratory(seed: int, number: int) -> Laboratory:
 def shifted(
     image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str] = KINDS
 ) -> np.ndarray:
-    """A smear as that laboratory would have shown it: stained, lit, focused, scanned and kept, in this order.
+    """A smear as that laboratory would show it: stain, light, focus, resolution and JPEG, in this order.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
         laboratory: of `draw_laboratory`.
         strength: 0 changes nothing; see `STRENGTHS`.
-        kinds: what of it is changed, some of `KINDS`.
+        kinds: the properties that are changed, some of `KINDS`.
 
     Returns:
         uint8 RGB of the same shape.
@@ -92,15 +92,15 @@ def shifted(
 
 
 def _disk(radius: float) -> np.ndarray:
-    """A disk with a soft rim, summing to 1: float64 (side, side)."""
-    reach = int(np.ceil(radius))
-    y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
+    """A disk with a soft rim and the sum 1: float64 (side, side)."""
+    side = int(np.ceil(radius))
+    y, x = np.mgrid[-side : side + 1, -side : side + 1]
     disk = np.clip(radius + 0.5 - np.hypot(y, x), 0, 1)
     return np.asarray(disk / disk.sum())
 
 
 def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds: Sequence[str]) -> np.ndarray:
-    """Stain, white balance and gamma, pixel by pixel; optical density is linear in the amounts of stain."""
+    """Change stain, white balance and gamma; optical density is linear in the amounts of stain."""
     mix = np.eye(3)
     if "stain" in kinds:
         amounts = 1 + strength * STAIN * np.array(laboratory.stain)

@@ -1,16 +1,16 @@
-"""How verdicts hold in another laboratory: held-out patients under a graded change of stain, lamp and camera.
+"""How much accuracy is lost in another laboratory: held-out patients with changed stain, light and camera.
 
 Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures [NAME ...]]
 
-DIR is a folder in which the ensemble has been made (default: this one, as `make demo` leaves it). Each
-patient's smears are shown as by another laboratory (laboratories.py), cut, forwarded and scored by the
-heads and the combination that never saw the patient. Reference: the same cells as they are. A cohort
-that adapts itself (`aplsmear.prediction.recalibration`) is the patients of one fold in one laboratory,
-without labels.
+DIR is a folder in which the ensemble has been made (default: this repository, after `make demo`). The smears
+of each patient are changed as another laboratory would show them (laboratories.py). Their cells are cut out,
+pass through the networks, and get scores from the heads and the combination that never saw the patient. They
+are compared with the same cells without changes. Where a cohort adapts (`aplsmear.prediction.recalibration`),
+it is the patients of one fold in one laboratory, without labels.
 
-With --measures, those that change training are compared too, on heads of their own: trained on the cells
-that are measured (at most N of a patient, drawn by lot) by the pipeline's own stages, in DIR/.shift. What was
-forwarded is kept there, so that a bench that was cut off goes on. Results: benchmarks/results/shift.json.
+With --measures, changes of training are compared, too, with heads of their own: the pipeline's stages train
+them in DIR/.shift on the same cells (at most N of a patient, drawn by a hash). Features are kept there, so
+that an interrupted run continues. Results: benchmarks/results/shift.json.
 """
 
 import argparse
@@ -55,13 +55,13 @@ from aplsmear.tables import read_scores, read_table, write_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
 LABORATORIES = 3
-TRIALS = 2  # of each task, where a measure is compared
-RIM = 16  # px around what is cut out of a smear: further than any focus reaches
+TRIALS = 2  # of each task, when changes of training are compared
+RIM = 16  # px around what is cut out of a smear: more than the radius of any blur
 JPEG_BLOCK = 16  # px
 SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0}
 
-# What training could do otherwise: settings of `augment`, and of `tune`.
+# Changes of training: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
     "no_augmentation_of_colour": COLOUR,
     "augmentation_as_shipped": {},
@@ -82,7 +82,7 @@ MEASURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """How far which laboratory goes, in what."""
+    """Strength of the change, number of the laboratory, and the properties of images that it changes."""
 
     strength: str
     laboratory: int
@@ -91,18 +91,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class Bench:
-    """A finished workspace: what was fitted in it, and the items that are shown again."""
+    """A finished workspace: its fitted models, and the items that are measured."""
 
     params: Params
-    items: Mapping[Level, pd.DataFrame]  # that are measured, with `item`, `patient`, `fold`
+    items: Mapping[Level, pd.DataFrame]  # with `item`, `patient`, `fold`
     patients: pd.DataFrame
     heads: Mapping[str, list[Head]]  # of each outer fold, by task
     averages: Mapping[str, int]  # augmented views that are averaged with the plain one, by task
     members: Sequence[str]
-    weigher: str
+    weigh_by: str
     verdicts: Verdicts
-    chosen: Verdicts  # had one summary been chosen among all but `blend`
-    kept: Path  # folder of features
+    chosen: Verdicts  # with one summary, chosen among all except `blend`
+    kept: Path  # folder for features
 
 
 Features = Mapping[str, list[np.ndarray]]  # of each view of all items, by level and layer
@@ -120,7 +120,7 @@ def main() -> None:
         nargs="*",
         metavar="NAME",
         choices=[*MEASURES],
-        help=f"train otherwise too, once for each of these (default: all): {', '.join(MEASURES)}",
+        help=f"also train with these changes, one after another (default: all): {', '.join(MEASURES)}",
     )
     asked = parser.parse_args()
     os.chdir(asked.workspace)
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def record(section: str, found: Mapping[str, Any]) -> None:
-    """Keep what is known so far; the real cells' headline stands before the demo's."""
+    """Write the results so far. At the top level are those of the real cells, or else those of the demo."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     results[section] = found
     if section == "real" or "real" not in results:
@@ -157,7 +157,7 @@ def record(section: str, found: Mapping[str, Any]) -> None:
 
 
 def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
-    """What the pipeline left in a folder."""
+    """Read the outs of the pipeline in a folder."""
     params = read_params(folder / "params.yaml")
     made = [name for name in params.ensembles if made_in(folder, params, name)]
     name = ensemble or ("apl_aml" if "apl_aml" in made else made[0])
@@ -165,15 +165,15 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     folds = read_table(folder / "splits" / "folds.csv")
     patients = patients_of(folds, asked.positive, asked.negative)
     tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
-    said = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
-    members = {task: summary_of(said, task, asked.weigh_by, params) for task in asked.members}
-    plain = [kind for kind in SUMMARIES if kind != "blend"]
+    scores = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
+    members = {task: summary_of(scores, task, asked.weigh_by, params) for task in asked.members}
+    plain = [name for name in SUMMARIES if name != "blend"]
     verdicts, chosen = (
-        judge(patients, members, draw_candidates(with_summaries(params, kinds), params.seed), 0, params.seed)
-        for kinds in (params.combine.space.summary, plain)
+        judge(patients, members, draw_candidates(with_summaries(params, names), params.seed), 0, params.seed)
+        for names in (params.combine.space.summary, plain)
     )
     items: dict[Level, pd.DataFrame] = {}
-    for level in sorted({params.tasks[task].images for task in said}):
+    for level in sorted({params.tasks[task].images for task in scores}):
         table = read_table(folder / "dataset" / f"{level}s.csv")
         table = table[table["patient"].isin(patients["patient"])]
         rank = table[level].map(lambda item: hashlib.sha256(f"{params.seed}/{item}".encode()).hexdigest())
@@ -181,7 +181,7 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
         drawn = table.groupby("patient").head(cells).sort_index().reset_index(drop=True)
         fold = drawn["patient"].map(folds.set_index("patient")["fold"])
         items[level] = drawn.assign(fold=fold.astype(np.int64))
-    paths = {task: folder / "tuned" / task / "heads.npz" for task in said}
+    paths = {task: folder / "tuned" / task / "heads.npz" for task in scores}
     heads = {task: read_heads(path) for task, path in paths.items()}
     averages = {task: read_average(path) for task, path in paths.items()}
     return Bench(
@@ -189,10 +189,10 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     )
 
 
-def with_summaries(params: Params, kinds: Sequence[str]) -> Combine:
-    space = params.combine.space.model_copy(update={"summary": list(kinds)})
+def with_summaries(params: Params, summaries: Sequence[str]) -> Combine:
+    space = params.combine.space.model_copy(update={"summary": list(summaries)})
     return params.combine.model_copy(
-        update={"space": space, "trials": max(params.combine.trials, len(kinds))}
+        update={"space": space, "trials": max(params.combine.trials, len(summaries))}
     )
 
 
@@ -203,18 +203,21 @@ def made_in(folder: Path, params: Params, ensemble: str) -> bool:
     )
 
 
-def summary_of(said: Mapping[str, pd.DataFrame], task: str, weigher: str, params: Params) -> pd.DataFrame:
-    alike = params.tasks[task].level == params.tasks[weigher].level
-    return summarise_patients(said[task], said[weigher] if alike else None)
+def summary_of(scores: Mapping[str, pd.DataFrame], task: str, weigh_by: str, params: Params) -> pd.DataFrame:
+    alike = params.tasks[task].level == params.tasks[weigh_by].level
+    return summarise_patients(scores[task], scores[weigh_by] if alike else None)
 
 
 def held(
     bench: Bench, strength: str, kinds: tuple[str, ...] = KINDS, laboratories: int = LABORATORIES
 ) -> dict[str, Any]:
-    """How verdicts hold at a strength, as means over laboratories, with and without each measure at hand.
+    """AUROC, balanced accuracy and calibration at a strength, as means over laboratories.
 
-    As shipped, views are averaged as the profile says, and a cohort from elsewhere adapts itself; losses are
-    against verdicts at home, on the same cells, which do not. ``home_adapted``: had they done so too.
+    ``as_shipped``: views are averaged as in the profile, and a cohort from another laboratory adapts. The
+    other
+    keys: without one of these. Losses are differences from the verdicts on the same cells without changes,
+        which
+    do not adapt. ``home_adapted``: with adaptation there, too.
     """
     home = scored_features(bench, None)
     away = [scored_features(bench, Condition(strength, number, kinds)) for number in range(laboratories)]
@@ -247,10 +250,10 @@ def measured(
     average: bool = True,
     verdicts: Verdicts | None = None,
 ) -> dict[str, float]:
-    """AUROC, balanced accuracy and calibration slope of the held-out verdicts on these features."""
-    tasks = dict.fromkeys([*bench.members, bench.weigher])
-    said = {task: scores_of(bench, task, features, average) for task in tasks}
-    summaries = {task: summary_of(said, task, bench.weigher, bench.params) for task in bench.members}
+    """AUROC, balanced accuracy and calibration slope of the held-out verdicts from these features."""
+    tasks = dict.fromkeys([*bench.members, bench.weigh_by])
+    scores = {task: scores_of(bench, task, features, average) for task in tasks}
+    summaries = {task: summary_of(scores, task, bench.weigh_by, bench.params) for task in bench.members}
     fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
     probability, call = np.zeros(len(fold)), np.zeros(len(fold))
     for outer_fold in np.unique(fold):
@@ -275,7 +278,7 @@ def measured(
 
 
 def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
-    """`aplsmear.heads.search.scores_table`, by the heads that score each fold's held-out patients."""
+    """A table as in scores.parquet, by the heads that score the held-out patients of each fold."""
     level, images = bench.params.tasks[task].level, bench.params.tasks[task].images
     seen = bench.items[images]
     table = task_items(seen, level)[["item", "patient"]]
@@ -295,7 +298,7 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
 
 
 def scored_features(bench: Bench, condition: Condition | None) -> Features:
-    """Features of all items under a condition (None: as they are): of the plain view, then of the others."""
+    """Features of all items under a condition (None: no change): of the plain view, then of the others."""
     found: dict[str, list[np.ndarray]] = {}
     for level, items in bench.items.items():
         names = {head.features for heads in bench.heads.values() for head in heads}
@@ -310,9 +313,9 @@ def scored_features(bench: Bench, condition: Condition | None) -> Features:
 
 
 def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | None) -> str:
-    """By all that the features depend on."""
+    """A hash of everything that the features depend on."""
     params = bench.params
-    told = [
+    depends_on = [
         level,
         params.seed,
         params.dataset.root,
@@ -323,7 +326,7 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         vars(condition) if condition else None,
         *SOURCES,
     ]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def forward(
@@ -333,7 +336,7 @@ def forward(
     batch = batch_of(settings, level)
     shown = list(all_shown(bench, level, items, condition))
     batches = [shown[start : start + batch] for start in range(0, len(shown), batch)]
-    what = "as they are" if condition is None else f"{condition.strength}, laboratory {condition.laboratory}"
+    what = "unchanged" if condition is None else f"{condition.strength}, laboratory {condition.laboratory}"
     graph = Path("backbones") / backbone / f"{level}.onnx"
     request = FeatureRequest(backbone, graph, level, tuple(settings.layer), batch)
     passed = features_of(progress(batches, f"{level}s {what}", len(batches)), request)
@@ -347,7 +350,7 @@ def forward(
 
 
 def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condition | None) -> Iterator[View]:
-    """The views of all items, in their order, from smears under a condition."""
+    """The views of all items, in the order of the items, from smears under a condition."""
     params = bench.params
     smears = read_table(Path("dataset/smears.csv")).set_index("smear")
     count, found = max(bench.averages.values()), {}
@@ -388,18 +391,18 @@ def under(image: np.ndarray, condition: Condition | None, params: Params) -> np.
 def surroundings(
     box: tuple[int, int, int, int], params: Params, shape: tuple[int, ...]
 ) -> tuple[int, int, int, int]:
-    """The part of a smear that a cell's views are made of, with a rim for focus, in step with its JPEG."""
+    """The part of a smear that the views of a cell need, with a rim for blur, aligned with JPEG blocks."""
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * source_factor(params.augment)
-    reach = int(side / 2) + RIM
+    radius = int(side / 2) + RIM
     y, x = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
-    y0, x0 = (max(middle - reach, 0) // JPEG_BLOCK * JPEG_BLOCK for middle in (y, x))
-    return y0, x0, min(y + reach, shape[0]), min(x + reach, shape[1])
+    y0, x0 = (max(centre - radius, 0) // JPEG_BLOCK * JPEG_BLOCK for centre in (y, x))
+    return y0, x0, min(y + radius, shape[0]), min(x + radius, shape[1])
 
 
 def variant(bench: Bench, ensemble: str, cells: int, name: str, settings: Mapping[str, Any]) -> Bench:
-    """The same cells with other settings, as in `MEASURES`: by the stages of the pipeline."""
+    """The same cells with other settings (`MEASURES`), by the stages of the pipeline."""
     params = bench.params.model_dump()
-    params["augment"] |= {knob: value for knob, value in settings.items() if knob != "tune"}
+    params["augment"] |= {name: value for name, value in settings.items() if name != "tune"}
     params["tune"] |= {"trials": TRIALS, "average": 0} | settings.get("tune", {})
     params["tune"]["space"]["views"] = [params["augment"]["views"]]
     params["overrides"] = {task: {} for task in params["tasks"]}

@@ -257,7 +257,7 @@ def test_order_and_labels_and_other_patients_change_no_result(trained, final, da
 def test_a_member_that_also_gives_weights_is_used_where_no_summary_is_weighted(trained) -> None:
     bundle = read_bundle(trained.ensemble)
     plain = [replace(each, summary="mean") for each in bundle.combinations]
-    changed = replace(bundle, weigher=bundle.members[0], combinations=plain)
+    changed = replace(bundle, weigh_by=bundle.members[0], combinations=plain)
     judge = Models(changed, changed.outer_fold_of(None))
     assert [each.task for each in judge.scorers["cell"]] == ["nuclei", "granules", "crowd"]
     assert [each.task for each in Models(bundle, 0).scorers["cell"]] == [

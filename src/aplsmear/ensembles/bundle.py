@@ -143,7 +143,7 @@ class Bundle:
     folder: Path
     model: Model
     members: list[Scorer]
-    weigher: Scorer
+    weigh_by: Scorer
     combinations: list[Combination]  # of every outer fold
     reference: Reference
 
@@ -276,7 +276,7 @@ def read_bundle(folder: Path) -> Bundle:
             folder=folder,
             model=model,
             members=[scorers[each.task] for each in model.members],
-            weigher=scorers[model.weigh_by.task],
+            weigh_by=scorers[model.weigh_by.task],
             combinations=[combination_of(each) for each in model.combinations],
             reference=Reference(model.reference_level, model.reference_features, model.min_items, *clouds),
         )
@@ -333,7 +333,7 @@ def _checked(folder: Path) -> set[str]:
 def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
     """Outer folds without heads, heads without backbone or weights, combinations of other members."""
     outer_folds = len(bundle.combinations)
-    scorers = [*bundle.members, bundle.weigher]
+    scorers = [*bundle.members, bundle.weigh_by]
     names = tuple(each.task for each in bundle.members)
     problems = [
         f"{each.task} has {len(each.heads)} heads for {outer_folds} outer folds"

@@ -122,10 +122,10 @@ def read_inputs(
         FeaturesError: features of a backbone are missing, or not named.
     """
     ensemble = named(ensembles, name, "ensembles")
-    folder, weigher = Path(f"members/{name}"), Path(f"tuned/{ensemble.weigh_by}")
+    folder, weighting = Path(f"members/{name}"), Path(f"tuned/{ensemble.weigh_by}")
     folds, tables = Path("splits/folds.csv"), {level: Path(f"dataset/{level}s.csv") for level in LEVELS}
     levels = {task: tasks[task].level for task in [ensemble.weigh_by, *ensemble.members]}
-    weights = {levels[ensemble.weigh_by]: read_scores(weigher / "scores.parquet")}
+    weights = {levels[ensemble.weigh_by]: read_scores(weighting / "scores.parquet")}
     hashed = [folds, tables["cell"], *(folder / f"{task}.scores.parquet" for task in ensemble.members)]
     return Inputs(
         name=name,
@@ -135,7 +135,7 @@ def read_inputs(
         members=read_members(folder, {task: levels[task] for task in ensemble.members}, weights),
         items={level: read_table(path).rename(columns={level: "item"}) for level, path in tables.items()},
         features={level: read_features(Path(f"features/{level}"), backbones) for level in LEVELS},
-        heads={ensemble.weigh_by: weigher / "heads.npz"}
+        heads={ensemble.weigh_by: weighting / "heads.npz"}
         | {task: folder / f"{task}.heads.npz" for task in ensemble.members},
         md5={path.as_posix(): md5(path) for path in hashed},
     )

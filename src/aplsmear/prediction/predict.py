@@ -109,7 +109,7 @@ class Models:
         self.combination = bundle.combinations[outer_fold]
         scorers = {scorer.task: scorer for scorer in bundle.members}
         if any(self._is_weighted(scorer) for scorer in bundle.members):
-            scorers[bundle.weigher.task] = bundle.weigher
+            scorers[bundle.weigh_by.task] = bundle.weigh_by
         self.scorers: dict[Level, list[Scorer]] = {
             level: [scorer for scorer in scorers.values() if scorer.member.images == level]
             for level in LEVELS
@@ -119,7 +119,7 @@ class Models:
     def _is_weighted(self, scorer: Scorer) -> bool:
         """Whether the scores of `Model.weigh_by` are the weights of its items."""
         weighted = self.combination.summary not in PLAIN
-        return weighted and scorer.member.level == self.bundle.weigher.member.level
+        return weighted and scorer.member.level == self.bundle.weigh_by.member.level
 
     def _requests(self, level: Level) -> Iterator[FeatureRequest]:
         names = {scorer.heads[self.outer_fold].features for scorer in self.scorers[level]}
@@ -224,7 +224,7 @@ class Models:
         if scorer.member.one_each:
             logits = same_logits(float(np.mean(scores)))
         else:
-            weights = record.scores[self.bundle.weigher.task] if self._is_weighted(scorer) else None
+            weights = record.scores[self.bundle.weigh_by.task] if self._is_weighted(scorer) else None
             logits = summary_logits(scores, None if weights is None else np.array(weights))
         return as_written(logits[self.combination.summary])  # as the combination was fitted and judged
 
