@@ -1,11 +1,12 @@
-"""Maps of what a score depends on: against networks whose answer is known."""
+"""Maps of what a score depends on, compared with scores and networks whose answer is known."""
 
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from aplsmear.finetune.explain import draw, grad_cam, mass_on, occlusion
+from aplsmear.finetune.explain import draw, examples, grad_cam, mass_on, occlusion
 
 SHAPE = (40, 72)  # not square: a transposed map cannot pass
 BLOCK = (slice(8, 16), slice(48, 56))
@@ -33,20 +34,20 @@ def test_occlusion_peaks_on_the_one_block_that_counts(image: np.ndarray) -> None
     assert mass_on(found, np.pad(np.ones((8, 8), bool), ((8, 24), (48, 16)))) > 10
 
 
-def test_occlusion_is_negative_where_a_part_speaks_against(image: np.ndarray) -> None:
+def test_occlusion_is_negative_where_a_part_lowers_the_score(image: np.ndarray) -> None:
     assert occlusion(lambda images: 1 - redness(images), image, patch=8, stride=4).min() < -0.3
 
 
-def test_a_score_of_nothing_gives_an_empty_map_and_reaches_every_edge(image: np.ndarray) -> None:
+def test_a_constant_score_gives_a_map_of_zeros_up_to_every_edge(image: np.ndarray) -> None:
     found = occlusion(lambda images: np.zeros(len(images)), image, patch=16, stride=7)
     assert np.isfinite(found).all()
     assert (found == 0).all()
 
 
-def test_grad_cam_peaks_on_the_channel_that_counts_and_not_on_another(image: np.ndarray) -> None:
+def test_grad_cam_peaks_where_the_deciding_channel_is_and_not_on_another(image: np.ndarray) -> None:
     import tensorflow as tf
 
-    image[24:32, 8:16] = (20, 20, 250)  # blue, which the judge does not want
+    image[24:32, 8:16] = (20, 20, 250)  # blue, which lowers the logit
 
     def maps(images: tf.Tensor) -> tf.Tensor:
         return tf.nn.avg_pool2d(tf.cast(images, tf.float32) / 255 - 0.35, 4, 4, "VALID")
@@ -71,11 +72,11 @@ def test_a_picture_has_the_same_bytes_each_time(image: np.ndarray, tmp_path: Pat
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_on_drawn_cells_the_maps_lie_on_the_rods_more_than_chance_does() -> None:
+def test_on_drawn_cells_the_maps_lie_on_auer_rods_more_than_expected_by_chance() -> None:
     from networks import keras_network
     from sklearn.linear_model import LogisticRegression
 
-    from aplsmear.finetune.network import divide, set_head
+    from aplsmear.finetune.network import HeadDesign, build_network, set_head
     from aplsmear.heads.head import Head, Recipe
     from aplsmear.images.reading import resize
     from aplsmear.params import read_params
@@ -100,13 +101,31 @@ def test_on_drawn_cells_the_maps_lie_on_the_rods_more_than_chance_does() -> None
     kernel = (fit.coef_.T / scale[:, None]).astype(np.float32)
     head = Head(name, (kernel,), ((fit.intercept_ - mean @ kernel).astype(np.float32),))
     recipe = Recipe(f"mobilenet/{name}", 0, 0, 1, "relu", 0, 1e-3, "constant", 0, 0, 0, 0, 8, 1)
-    network = divide(backbone, "cell", name, recipe, features.shape[1], 1, 1)
+    network = build_network(backbone, "cell", HeadDesign(recipe, features.shape[1]), 1, 1)
     set_head(network, head, mean, scale)
 
     ratios = []
     for place in np.flatnonzero(~train & label)[:12]:
         occluded = occlusion(lambda x: network.whole(x).numpy()[:, 0], images[place], 10, 5)
-        cam = grad_cam(lambda x: network.maps(network.trunk(x)), network.judge, images[place])
+        cam = grad_cam(
+            lambda x: network.backbone.blocks(network.backbone.trunk(x)), network.heads.judge, images[place]
+        )
         ratios.append([mass_on(occluded, cells[place][1]), mass_on(cam, cells[place][1])])
     measured = np.mean(ratios, axis=0)
     assert (measured > 1.1).all(), measured  # occlusion 1.75, Grad-CAM 1.25
+
+
+def test_the_clearest_hits_and_errors_are_drawn_and_their_number_is_limited() -> None:
+    probability = [0.95, 0.9, 0.1, 0.92, 0.05, 0.08, 0.93, 0.97, 0.2, 0.91, 0.02, 0.06]
+    label = [1, 1, 1, 0, 0, 0] * 2
+    predictions = pd.DataFrame(
+        {"item": list("abcdefghijkl"), "fold": [0] * 6 + [1] * 6, "label": label, "probability": probability}
+    )
+    chosen = examples(predictions, 1).set_index("outcome")["item"].to_dict()
+    assert chosen == {
+        "true_positive": "h",
+        "false_positive": "d",
+        "false_negative": "c",
+        "true_negative": "k",
+    }
+    assert len(examples(predictions, 2)) == 7  # only one positive item scores low

@@ -1,7 +1,7 @@
-"""Which parts of an image a score comes from: occlusion sensitivity and Grad-CAM, and pictures of both.
+"""Which parts of an image a score depends on: occlusion sensitivity and Grad-CAM, and pictures of both.
 
-Maps are for looking, not for proof: they show what a score depends on, not why. (The libraries for this,
-tf-explain and tf-keras-vis, have not followed Keras to version 3; each method is a few lines.)
+The maps are illustrations, not proof: they show what a score depends on, not why. (The libraries tf-explain
+and tf-keras-vis do not support Keras 3. Each method takes a few lines.)
 
 References:
     Zeiler & Fergus, ECCV 2014 (occlusion). Selvaraju et al., ICCV 2017 (Grad-CAM).
@@ -9,32 +9,116 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
+from aplsmear.evaluation.operating_points import operating_points
 from aplsmear.files import whole
+from aplsmear.finetune.finetuning import Model, Trained, with_weights
+from aplsmear.finetune.training import Trainer
+from aplsmear.heads.head import Recipe
+from aplsmear.images.reading import decode, fitting
+from aplsmear.images.view_store import plain_views
 
 Map = npt.NDArray[np.float32]
 BATCH = 64  # occluded images of one forward pass
+OUTCOMES = {  # name -> label, called positive
+    "true_positive": (1, True),
+    "false_positive": (0, True),
+    "false_negative": (1, False),
+    "true_negative": (0, False),
+}
+
+
+def examples(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
+    """The clearest held-out hits and errors: rows of `predictions`, with their ``outcome``.
+
+    The threshold of a fold is the balanced operating point of the other folds.
+
+    Args:
+        predictions: of `aplsmear.finetune.results.predict_held_out`.
+        count: of each outcome, at most.
+    """
+    threshold = {}
+    for fold in predictions["fold"].unique():
+        others = predictions[predictions["fold"] != fold]
+        if others["label"].nunique() < 2:  # with `finetune.folds: 1` there are no others
+            others = predictions
+        threshold[fold] = operating_points(others["label"], others["probability"])["balanced"]
+    called = predictions["probability"] >= predictions["fold"].map(threshold)
+    chosen = []
+    for outcome, (label, positive) in OUTCOMES.items():
+        found = predictions[(predictions["label"] == label) & (called == positive)]
+        order = found.sort_values(["probability", "item"], ascending=[not positive, True])
+        chosen.append(order.head(count).assign(outcome=outcome))
+    return pd.concat(chosen, ignore_index=True)
+
+
+def write_explanations(
+    models: Mapping[Recipe, Model],
+    trained: Sequence[Trained],
+    chosen: pd.DataFrame,
+    views: Path,
+    folder: Path,
+) -> None:
+    """Draw what the score of each chosen item depends on: ``<outcome>_<number>.png``.
+
+    Args:
+        models: of `aplsmear.finetune.finetuning.build_models`.
+        trained: of `aplsmear.finetune.finetuning.finetune`; the outer model of an item's fold explains it.
+        chosen: of `examples`.
+        views: file with the views of the level.
+        folder: is emptied first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
+    pictures = plain_views(views, set(chosen["item"]))
+    outer = {each.outer_fold: each for each in trained if each.outer_fold is not None}
+    number = chosen.groupby("outcome").cumcount() + 1
+    for row, place in zip(chosen.to_dict("records"), number, strict=True):
+        trainer = with_weights(models, outer[int(row["fold"])]).trainer
+        size = trainer.network.whole.input.shape[1]
+        image = fitting(decode(pictures[row["item"]]), size)
+        outcome = row["outcome"].replace("_", " ")
+        title = f"{outcome}: {row['item']}, held-out probability {row['probability']:.3f}"
+        draw(folder / f"{row['outcome']}_{place}.png", image, *explain(trainer, image), title)
+
+
+def explain(trainer: Trainer, image: np.ndarray) -> tuple[Map, Map]:
+    """Maps of `occlusion` (overlapping patches of a sixth of the side) and of `grad_cam`.
+
+    Args:
+        trainer: with the weights to explain.
+        image: uint8 (size, size, 3).
+    """
+    backbone, patch = trainer.network.backbone, max(image.shape[0] // 6, 2)
+
+    def maps(images: Any) -> Any:
+        return backbone.blocks(backbone.trunk(images, training=False), training=False)
+
+    occluded = occlusion(trainer.probabilities, image, patch, patch // 2)
+    return occluded, grad_cam(maps, trainer.network.heads.judge, image)
 
 
 def occlusion(score: Callable[[np.ndarray], np.ndarray], image: np.ndarray, patch: int, stride: int) -> Map:
-    """How much of the score is lost where a patch of the image's mean colour hides it.
+    """How much the score falls where a patch in the image's mean colour hides a part of the image.
 
     Args:
         score: uint8 (batch, height, width, 3) -> (batch,).
         image: uint8 (height, width, 3).
         patch: side in px.
-        stride: px between patches; those at the lower and right edge touch it.
+        stride: px between patches; the last ones touch the lower and the right edge.
 
     Returns:
-        float32 (height, width): at each pixel the mean over the patches that hid it of the score without
-        minus the score with the patch. Above 0: the pixel speaks for the positive class.
+        float32 (height, width): the score without a patch minus the score with it, as the mean over the
+        patches that hide the pixel. Above 0: the pixel raises the score.
     """
     height, width = image.shape[:2]
     colour = np.round(image.reshape(-1, 3).mean(axis=0)).astype(np.uint8)
@@ -43,7 +127,7 @@ def occlusion(score: Callable[[np.ndarray], np.ndarray], image: np.ndarray, patc
     lost, hidden = np.zeros((2, height, width))
     for start in range(0, len(places), BATCH):
         part = places[start : start + BATCH]
-        images = np.repeat(image[None], BATCH, axis=0)  # a short last batch goes at full length: one graph
+        images = np.repeat(image[None], BATCH, axis=0)  # always of one size: one graph
         for number, (top, left) in enumerate(part):
             images[number, top : top + patch, left : left + patch] = colour
         for (top, left), value in zip(part, score(images), strict=False):
@@ -53,12 +137,12 @@ def occlusion(score: Callable[[np.ndarray], np.ndarray], image: np.ndarray, patc
 
 
 def grad_cam(maps: Any, judge: Any, image: np.ndarray) -> Map:
-    """Where the deepest feature map says "positive": its channels, weighted by the logit's mean gradient.
+    """Where the deepest feature map raises the logit: its channels, weighted by the logit's mean gradient.
 
     Args:
         maps: uint8 tensor (1, height, width, 3) -> the feature map (1, h, w, channels), or a list of tensors
             that starts with it.
-        judge: what `maps` gives -> logit (1, 1).
+        judge: takes what `maps` returns; returns the logit (1, 1).
         image: uint8 (height, width, 3).
 
     Returns:
@@ -78,14 +162,14 @@ def grad_cam(maps: Any, judge: Any, image: np.ndarray) -> Map:
 
 
 def mass_on(found: Map, mask: np.ndarray) -> float:
-    """Share of a map's positive mass that lies on a mask, over the share that chance puts there.
+    """Share of a map's positive values that lies on a mask, divided by the share expected by chance.
 
     Args:
         found: (height, width).
         mask: bool (height, width), not empty.
 
     Returns:
-        Above 1: more than chance. 1 for a map without positive mass.
+        Above 1: more than expected by chance. 1 for a map without positive values.
     """
     positive = np.maximum(found, 0)
     total = float(positive.sum())
@@ -93,14 +177,14 @@ def mass_on(found: Map, mask: np.ndarray) -> float:
 
 
 def draw(path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str) -> None:
-    """A picture of an image beside its maps, each with its scale; the same bytes for the same input.
+    """Write a picture of an image and its maps, each with its scale. The same input gives the same bytes.
 
     Args:
         path: of the PNG file.
         image: uint8 (height, width, 3).
         occluded: of `occlusion`.
         cam: of `grad_cam`.
-        title: what it shows.
+        title: of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,7 +192,7 @@ def draw(path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str) -> 
     figure = Figure(figsize=(9, 3.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
-    figure.suptitle(title, fontsize=10, parse_math=False)  # a $ in a name is one
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a name may contain $
     left.imshow(image)
     left.set_title("held-out image", fontsize=9)
     reach = max(float(np.abs(occluded).max()), 1e-6)

@@ -1,14 +1,13 @@
-"""A backbone with a head on it, divided where training starts.
+"""The network that is finetuned: a backbone with a head, divided into a frozen part and a part that trains.
 
-Below the division the network stays frozen: what it gives for a view never changes, so that it is computed
-once and kept. Above it lie the top *blocks* and the head, which train. A block is the shortest run of layers
-that mixes channels between two places where the network is a single path: a depthwise and a pointwise
-convolution of MobileNet, a residual unit of ResNet, a layer of DenseNet, for whatever network Keras has.
+The frozen part gives the same output for a view in every epoch, so this output is computed once and cached.
+The part that trains has the uppermost *blocks* and the head. A block is the shortest run of layers that mixes
+channels and lies between two places where the network is a single path: a depthwise and a pointwise
+convolution of MobileNet, a residual unit of ResNet, a layer of DenseNet. This works for any Keras network.
 
-Batch normalisation stays as it is, in inference mode, also where blocks train: its means and variances are
-those of the weights that came with the backbone. Statistics of small batches that hold a few patients' stain
-would replace them by worse ones, and would make a score depend on what else is in the batch. (It is not
-trainable at all: that alone keeps Keras from updating them, whatever `training` says.)
+Batch normalisation keeps the means and variances of the pretrained weights, also in blocks that train.
+Statistics of small batches from a few patients would be worse, and a score would depend on the other images
+of its batch. (These layers are not trainable: with this alone Keras does not update them.)
 """
 
 from __future__ import annotations
@@ -23,114 +22,99 @@ from aplsmear.features.backbones import cut_network
 from aplsmear.heads.head import Head, Recipe, layer_sizes, mean_head
 from aplsmear.params import JOINT, Backbone, Level
 
-HEAD = -1  # in place of a block's depth
+HEAD = -1  # in place of the number of a block: the weight is one of the head
 
 
 @dataclass(frozen=True)
-class Divided:
-    """A network in two parts, and the same one whole; they share their weights."""
+class HeadDesign:
+    """The shape of the head, and of the extra heads that `join_heads` can average with it."""
 
-    trunk: Any  # keras.Model: uint8 (batch, size, size, 3) -> a map, and the means of others below; frozen
-    top: Any  # keras.Model: what `trunk` gives -> logit (batch, 1), float32; trains
+    recipe: Recipe  # of the tuned head
+    channels: int  # of the features
+    subclasses: tuple[int, int] = (1, 1)  # number of negative ones, which come first, and of positive ones
+    extra_heads: int = 0
+    extra_units: int = 0  # units of each hidden layer of an extra head
+    centre_crop: float = 1.0  # share of each side of a map that extra heads see; 1: the whole map
+
+
+@dataclass(frozen=True)
+class DividedBackbone:
+    """A backbone in two parts.
+
+    Each part returns a feature map, and then the features of other layers. These are the means over the whole
+    map of a layer and, if there is a centre crop, over the crop.
+    """
+
+    trunk: Any  # keras.Model: uint8 (batch, size, size, 3) -> the map at the division, features below; frozen
+    blocks: Any  # keras.Model: outputs of the trunk -> the deepest map, features of the other layers; trains
+    layers: list[str]  # those whose maps and features the blocks return, in this order
+    depth: dict[str, int]  # path of each weight of the blocks -> number of its block; 0: the uppermost one
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What reads the outputs of the blocks. All logits are float32."""
+
+    classify: Any  # keras.Model: outputs of the blocks -> logits (batch, subclasses)
+    judge: Any  # keras.Model: outputs of the blocks -> logit of the positive class (batch, 1)
+    centre: Any  # keras.Model: outputs of the blocks -> features of the centre crop; None: there is no crop
+    head: Any  # keras.Model: features, and those of the centre crop -> logits (batch, subclasses)
+    extras: Any  # keras.Model: features -> logits (batch, extra heads, subclasses); None: no extra heads
+
+
+@dataclass(frozen=True)
+class Network:
+    """A backbone with its heads, as models that share their weights."""
+
+    backbone: DividedBackbone
+    heads: Heads
+    design: HeadDesign
+    top: Any  # keras.Model: outputs of the trunk -> logit of the positive class (batch, 1); trains
+    classifier: Any  # keras.Model: outputs of the trunk -> logits (batch, subclasses); the same weights
     whole: Any  # keras.Model: uint8 (batch, size, size, 3) -> probability (batch, 1)
-    sorter: Any  # keras.Model: what `trunk` gives -> a logit for each kind (batch, kinds), float32; of `top`
-    maps: Any  # keras.Model: what `trunk` gives -> the deepest map, and the means of the others
-    judge: Any  # keras.Model: what `maps` gives -> logit
-    head: Any  # keras.Model: features, and those of the middle behind them -> a logit for each kind
-    members: Any  # keras.Model: features -> that of each head that may join (batch, members, kinds); or None
-    middles: Any  # keras.Model: what `trunk` gives -> features of the middle, for members; None: of the whole
-    kinds: tuple[int, int]  # of negative items, which come first, and of positive ones
-    depth: dict[str, int]  # path of a weight that trains -> block below the uppermost one; HEAD
+    centre: Any  # keras.Model: outputs of the trunk -> features of the centre crop; None: there is no crop
+
+    @property
+    def extra_heads(self) -> list[Any]:
+        """Each extra head: keras.Model, features -> logits (batch, subclasses)."""
+        return [each for each in self.heads.extras.layers if each.weights] if self.heads.extras else []
 
 
-def divide(
-    settings: Backbone,
-    level: Level,
-    layer: str,
-    recipe: Recipe,
-    channels: int,
-    blocks: int,
-    seed: int,
-    kinds: tuple[int, int] = (1, 1),
-    members: tuple[int, int] = (0, 0),
-    middle: float = 1.0,
-) -> Divided:
-    """Put a head on its backbone and divide the two below the uppermost blocks.
+def build_network(settings: Backbone, level: Level, design: HeadDesign, blocks: int, seed: int) -> Network:
+    """Put a head on its backbone and divide the network below the uppermost blocks.
 
-    The head tells kinds of items apart; the odds of the positive class are those of its kinds together
-    against all others. It has room for other heads, its members, which `join` puts into it.
+    The head separates subclasses. The odds of the positive class are those of all its subclasses together
+    against all others.
 
     Args:
         settings: of the backbone.
-        level: whose input size to use.
-        layer: one of ``settings.layer``.
-        recipe: of the head that `set_head` puts in.
-        channels: of the layer's features.
-        blocks: how many train, from 1; more than there are: all.
-        seed: of untrained filters, of members and of dropout.
-        kinds: of negative and of positive items.
-        members: how many, and the units of each of their hidden layers.
-        middle: the share of each side of a feature map that members see, where the cell is; 1: all of it.
+        level: of the images; it sets the input size.
+        design: of the head; its recipe names the layers that it reads.
+        blocks: number of blocks that train, 1 or more; all if there are fewer.
+        seed: of untrained filters, of extra heads and of dropout.
 
     Raises:
-        BackboneError: as `aplsmear.features.backbones.cut_network`.
+        BackboneError: see `aplsmear.features.backbones.cut_network`.
     """
     import keras
 
-    cut, preprocess = cut_network(settings, level, seed)
-    size = settings.input_size[level]
-    parts = layer.split(JOINT)
-    upto = keras.Model(cut.input, [cut.output[part] for part in parts])
-    order = {operation.name: place for place, operation in enumerate(upto.operations)}
-    deepest = max(parts, key=order.__getitem__)
-    ends = [*block_ends(upto), deepest]
-    start = ends[-1 - blocks] if blocks < len(ends) else None
-    place = order[start] if start else -1
-    division = upto.get_layer(start).output if start else upto.input
-    depth = _depths(upto, ends, place)
-    below = [part for part in parts if order[part] <= place]
-    above = [part for part in parts if order[part] > place]
-    bottom = keras.Model(upto.input, [division, *(cut.output[part] for part in below)], name="trunk")
-    upper = keras.Model(division, [cut.output[part] for part in above], name="blocks")
-    bottom.trainable, upper.trainable = False, True
-    for each in upper.layers:
-        each.trainable = not isinstance(each, keras.layers.BatchNormalization)
-
-    image = keras.Input((size, size, 3), dtype="uint8", name="image")
-    given, *lower = bottom(preprocess(keras.ops.cast(image, "float32")), training=False)
-    trunk = keras.Model(image, _plain([given, *(_means(each, middle) for each in lower)]))
-    inputs = [keras.Input(each.shape[1:]) for each in trunk.outputs]
-    raised = dict(zip(above, upper(inputs[0], training=False), strict=True))
-    pooled = dict(zip(below, inputs[1:], strict=True))
-    pooled |= {part: _means(each, middle) for part, each in raised.items() if part != deepest}
-    others = [part for part in parts if part != deepest]
-    maps = keras.Model(_plain(inputs), _plain([raised[deepest], *(pooled[part] for part in others)]))
-
-    seen = [keras.Input(each.shape[1:], dtype=each.dtype) for each in maps.outputs]
-    means = dict(zip(others, seen[1:], strict=True)) | {deepest: _means(seen[0], middle)}
-    parted = [keras.ops.split(means[part], 2, axis=1) if middle < 1 else [means[part]] for part in parts]
-    features = [_behind(each) for each in zip(*parted, strict=True)]
-    vector = _behind(features)
-    number, units = members
-    wide = replace(recipe, width=recipe.width + number * units)
-    head = _head_of(wide, channels * len(features), sum(kinds), seed)
-    crowd = _crowd_of(replace(recipe, width=units), channels, sum(kinds), seed, number) if number else None
-    negative, positive = keras.ops.split(head(vector), [kinds[0]], axis=1)
-    logit = _together(positive) - _together(negative)
-    judge = keras.Model(_plain(seen), logit, name="judge")
-    tell = keras.Model(_plain(seen), head(vector))
-    see = keras.Model(_plain(seen), features[-1]) if middle < 1 else None
-    depth |= {each.path: HEAD for each in head.trainable_variables}
-    top = keras.Model(_plain(inputs), judge(maps(_plain(inputs))))
-    sorter = keras.Model(_plain(inputs), tell(maps(_plain(inputs))))
-    whole = keras.Model(image, keras.ops.sigmoid(top(trunk(image, training=False), training=False)))
-    middles = keras.Model(_plain(inputs), see(maps(_plain(inputs)))) if see else None
-    return Divided(trunk, top, whole, sorter, maps, judge, head, crowd, middles, kinds, depth)
+    layers = design.recipe.features.split("/")[1].split(JOINT)
+    backbone = _divide_backbone(settings, level, layers, blocks, design.centre_crop, seed)
+    heads = _build_heads(backbone, layers, design, seed)
+    given = _bare(backbone.blocks.inputs)
+    found = backbone.blocks(given)
+    top = keras.Model(given, heads.judge(found))
+    classifier = keras.Model(given, heads.classify(found))
+    image = backbone.trunk.input
+    whole = keras.Model(image, keras.ops.sigmoid(top(backbone.trunk(image, training=False), training=False)))
+    centre = keras.Model(given, heads.centre(found)) if heads.centre else None
+    return Network(backbone, heads, design, top, classifier, whole, centre)
 
 
 def block_ends(network: Any) -> list[str]:
-    """The layers after which a network can be divided, from its input on; the end of the last block is left
-    out.
+    """The names of the layers after which a network can be divided, from the input upwards.
+
+    The end of the last block is left out.
 
     Args:
         network: keras.Model, functional.
@@ -140,12 +124,11 @@ def block_ends(network: Any) -> list[str]:
     mixing = (layers.Conv2D, layers.SeparableConv2D, layers.Dense)
     operations = list(network.operations)
     place = {id(each.output): number for number, each in enumerate(operations)}
-    reach = list(range(len(operations)))  # of each, the last that reads it
+    last_reader = list(range(len(operations)))  # of each operation's output
     for number, each in enumerate(operations):
         if not isinstance(each, layers.InputLayer):
-            inputs = each.input if isinstance(each.input, list | tuple) else [each.input]
-            for tensor in inputs:
-                reach[place[id(tensor)]] = max(reach[place[id(tensor)]], number)
+            for tensor in each.input if isinstance(each.input, list | tuple) else [each.input]:
+                last_reader[place[id(tensor)]] = max(last_reader[place[id(tensor)]], number)
     ends: list[str] = []
     end, mixed, furthest = "", False, 0
     for number, each in enumerate(operations):
@@ -156,30 +139,31 @@ def block_ends(network: Any) -> list[str]:
         # Padding belongs to the convolution that follows it.
         if mixed and furthest <= number and not isinstance(each, layers.ZeroPadding2D):
             end = each.name
-        furthest = max(furthest, reach[number])
+        furthest = max(furthest, last_reader[number])
     return ends
 
 
-def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
-    """Give the network a head's weights, so that it says what the head says.
+def set_head(network: Network, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
+    """Give the network the weights of a head, so that both return the same probabilities.
 
-    A head takes raw features. Here they are standardised first and its first product is changed to match,
-    since steps of one rate suit channels of one size. Units that the network's head has more say nothing yet,
-    and all kinds of a class are equally likely if the head does not tell them apart.
+    A head takes raw features. The network standardises them first, because one learning rate suits only
+    channels of one scale; the first product of the head is changed to match. Surplus units of the network's
+    head start with zero output weights. If the head separates only the two classes, all subclasses of a class
+    are equally likely.
 
     Args:
-        network: of `divide`, with a head of this depth, and as wide or wider.
-        head: the weights; its last product has one column, or one for each kind. What it has no rows for, the
-            features of the middle, it does not look at.
-        mean: float32 (channels,), of the features that train, and of those of the middle behind them.
-        scale: float32 (channels,), above 0: their deviations.
+        network: with a head as deep as this one, and as wide or wider.
+        head: the weights; its last product has one column, or one for each subclass. It has no rows for the
+            features of the centre crop; their weights are 0.
+        mean: float32 (channels,), of the features, and then of those of the centre crop.
+        scale: float32 (channels,), above 0: their standard deviations.
     """
-    norm, *products = (layer for layer in network.head.layers if layer.weights)
+    norm, *products = (layer for layer in network.heads.head.layers if layer.weights)
     norm.set_weights([mean, scale**2])
-    head = _with_kinds(head, network.kinds)
-    read = len(head.kernels[0])
-    kernels = [head.kernels[0] * scale[:read, None], *head.kernels[1:]]
-    biases = [head.biases[0] + mean[:read] @ head.kernels[0], *head.biases[1:]]
+    head = _with_subclasses(head, network.design.subclasses)
+    rows = len(head.kernels[0])
+    kernels = [head.kernels[0] * scale[:rows, None], *head.kernels[1:]]
+    biases = [head.biases[0] + mean[:rows] @ head.kernels[0], *head.biases[1:]]
     for layer, kernel, bias in zip(products, kernels, biases, strict=True):
         wide, low = layer.get_weights()
         rows, columns = kernel.shape
@@ -188,64 +172,104 @@ def set_head(network: Divided, head: Head, mean: np.ndarray, scale: np.ndarray) 
         wide[rows:, :columns] = 0
         wide[:rows, :columns], low[:columns] = kernel, bias
         layer.set_weights([wide, low])
-    for member in _members(network):
-        (channels,) = member.input_shape[1:]
-        member.get_layer("standardise").set_weights([mean[-channels:], scale[-channels:] ** 2])
+    channels = network.design.channels
+    for extra in network.extra_heads:
+        extra.get_layer("standardise").set_weights([mean[-channels:], scale[-channels:] ** 2])
 
 
-def join(network: Divided, head: Head) -> None:
-    """Give the network the mean of a head and of its members, as logits, so that each counts the same.
+def join_heads(network: Network, head: Head) -> None:
+    """Replace the network's head by the mean, as logits, of a head and of all extra heads.
 
     Args:
-        network: of `divide`, with members, started by `set_head`.
+        network: with extra heads, started by `set_head`.
         head: that it was started with.
     """
-    mean, variance = network.head.get_layer("standardise").get_weights()
+    mean, variance = network.heads.head.get_layer("standardise").get_weights()
     scale = np.sqrt(variance)
-    unread = len(mean) - len(head.kernels[0])  # of the tuned head, the middle; of the others, all but that
-    tuned = _with_kinds(head, network.kinds)
-    each = [replace(tuned, kernels=(np.pad(tuned.kernels[0], ((0, unread), (0, 0))), *tuned.kernels[1:]))]
-    for member in _members(network):
-        _, *products = (layer for layer in member.layers if layer.weights)
+    # Without a crop all heads read the same features; with one the tuned head reads the first half of them,
+    # the extra heads the second half.
+    surplus = len(mean) - network.design.channels
+    tuned = _with_subclasses(head, network.design.subclasses)
+    tuned = replace(tuned, kernels=(np.pad(tuned.kernels[0], ((0, surplus), (0, 0))), *tuned.kernels[1:]))
+    heads = [tuned]
+    for extra in network.extra_heads:
+        _, *products = (layer for layer in extra.layers if layer.weights)
         kernels, biases = zip(*(layer.get_weights() for layer in products), strict=True)
-        raw = np.pad(kernels[0], ((unread, 0), (0, 0))) / scale[:, None]
+        raw = np.pad(kernels[0], ((surplus, 0), (0, 0))) / scale[:, None]
         weights = (raw, *kernels[1:]), (biases[0] - mean @ raw, *biases[1:])
-        each.append(Head(head.features, *weights, head.activation))
-    set_head(network, mean_head(each), mean, scale)
+        heads.append(Head(head.features, *weights, head.activation))
+    set_head(network, mean_head(heads), mean, scale)
 
 
-def _with_kinds(head: Head, kinds: tuple[int, int]) -> Head:
-    """A head that tells the classes alone, as one for which all kinds of a class are equally likely."""
-    last, bias = head.kernels[-1], head.biases[-1]
-    if last.shape[1] == sum(kinds):
-        return head
-    negative, positive = kinds
-    wide = np.concatenate([np.zeros((len(last), negative)), np.repeat(last, positive, axis=1)], axis=1)
-    low = np.repeat([-np.log(negative), bias[0] - np.log(positive)], kinds)
-    return replace(
-        head,
-        kernels=(*head.kernels[:-1], wide.astype(np.float32)),
-        biases=(*head.biases[:-1], low.astype(np.float32)),
-    )
-
-
-def _crowd_of(recipe: Recipe, channels: int, kinds: int, seed: int, number: int) -> Any:
-    """keras.Model: features -> logits (batch, members, kinds). Members differ by their first weights."""
+def _divide_backbone(
+    settings: Backbone, level: Level, layers: Sequence[str], blocks: int, crop: float, seed: int
+) -> DividedBackbone:
+    """Divide a backbone that ends in these layers. Arguments as in `build_network` and `HeadDesign`."""
     import keras
 
-    vector = keras.Input((channels,))
-    each = [
-        _head_of(recipe, channels, kinds, seed + place, f"member_{place}") for place in range(1, number + 1)
+    cut, preprocess = cut_network(settings, level, seed)
+    network = keras.Model(cut.input, [cut.output[layer] for layer in layers])
+    order = {operation.name: place for place, operation in enumerate(network.operations)}
+    deepest = max(layers, key=order.__getitem__)
+    ends = [*block_ends(network), deepest]
+    start = ends[-1 - blocks] if blocks < len(ends) else network.operations[0].name
+    below = [layer for layer in layers if order[layer] <= order[start]]
+    above = [layer for layer in layers if order[layer] > order[start]]
+    division = network.get_layer(start).output
+    bottom = keras.Model(network.input, [division, *(cut.output[layer] for layer in below)], name="trunk")
+    upper = keras.Model(division, [cut.output[layer] for layer in above], name="blocks")
+    bottom.trainable, upper.trainable = False, True
+    for each in upper.layers:
+        each.trainable = not isinstance(each, keras.layers.BatchNormalization)
+
+    size = settings.input_size[level]
+    image = keras.Input((size, size, 3), dtype="uint8", name="image")
+    given, *lower = bottom(preprocess(keras.ops.cast(image, "float32")), training=False)
+    trunk = keras.Model(image, _bare([given, *(_means(each, crop) for each in lower)]))
+    inputs = [keras.Input(each.shape[1:]) for each in trunk.outputs]
+    maps = dict(zip(above, upper(inputs[0], training=False), strict=True))
+    features = dict(zip(below, inputs[1:], strict=True))
+    features |= {layer: _means(each, crop) for layer, each in maps.items() if layer != deepest}
+    others = [layer for layer in layers if layer != deepest]
+    top = keras.Model(_bare(inputs), _bare([maps[deepest], *(features[layer] for layer in others)]))
+    depth = {
+        weight.path: sum(order[end] >= order[layer.name] for end in ends) - 1
+        for layer in upper.layers
+        for weight in layer.weights
+    }
+    return DividedBackbone(trunk, top, [deepest, *others], depth)
+
+
+def _build_heads(backbone: DividedBackbone, layers: Sequence[str], design: HeadDesign, seed: int) -> Heads:
+    """The heads on a divided backbone. They read the features of these layers, in this order."""
+    import keras
+
+    found = [keras.Input(each.shape[1:], dtype=each.dtype) for each in backbone.blocks.outputs]
+    deepest = _means(found[0], design.centre_crop)
+    features = dict(zip(backbone.layers, [deepest, *found[1:]], strict=True))
+    pairs = [
+        keras.ops.split(features[layer], 2, axis=1) if design.centre_crop < 1 else [features[layer]]
+        for layer in layers
     ]
-    return keras.Model(vector, keras.ops.stack([member(vector) for member in each], axis=1), name="members")
+    joined = [_joined(each) for each in zip(*pairs, strict=True)]  # of the whole map; of the centre crop
+    vector = _joined(joined)
+
+    negative, positive = design.subclasses
+    outputs = negative + positive
+    width = design.recipe.width + design.extra_heads * design.extra_units
+    wide = replace(design.recipe, width=width)
+    head = _build_head(wide, design.channels * len(joined), outputs, seed, "head")
+    extra = _build_extra_heads(design, outputs, seed) if design.extra_heads else None
+    lower, upper = keras.ops.split(head(vector), [negative], axis=1)
+    odds = [keras.ops.logsumexp(each, axis=1, keepdims=True) for each in (upper, lower)]
+    judge = keras.Model(_bare(found), odds[0] - odds[1], name="judge")
+    classify = keras.Model(_bare(found), head(vector))
+    centre = keras.Model(_bare(found), joined[-1]) if design.centre_crop < 1 else None
+    return Heads(classify, judge, centre, head, extra)
 
 
-def _members(network: Divided) -> list[Any]:
-    return [each for each in network.members.layers if each.weights] if network.members is not None else []
-
-
-def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int, name: str = "head") -> Any:
-    """keras.Model: features -> a logit for each kind."""
+def _build_head(recipe: Recipe, channels: int, outputs: int, seed: int, name: str) -> Any:
+    """keras.Model: features (batch, channels) -> logits (batch, outputs)."""
     import keras
     from keras import layers
 
@@ -260,51 +284,62 @@ def _head_of(recipe: Recipe, channels: int, kinds: int, seed: int, name: str = "
             else:
                 signal = layers.Activation(recipe.activation, dtype="float32")(signal)
             signal = layers.Dropout(recipe.dropout, seed=seed, dtype="float32")(signal)
-        units = width if number < len(sizes) - 1 else kinds
+        units = width if number < len(sizes) - 1 else outputs
         signal = layers.Dense(units, name=f"product_{number}", dtype="float32")(signal)
     return keras.Model(vector, signal, name=name)
 
 
-def _together(logits: Any) -> Any:
-    """Of several kinds: (batch, kinds) -> (batch, 1)."""
+def _build_extra_heads(design: HeadDesign, outputs: int, seed: int) -> Any:
+    """keras.Model: features -> logits (batch, extra heads, outputs). The heads differ in their seeds."""
     import keras
 
-    return keras.ops.logsumexp(logits, axis=1, keepdims=True)
+    vector = keras.Input((design.channels,))
+    recipe = replace(design.recipe, width=design.extra_units)
+    heads = [
+        _build_head(recipe, design.channels, outputs, seed + number, f"member_{number}")
+        for number in range(1, design.extra_heads + 1)
+    ]
+    return keras.Model(vector, keras.ops.stack([head(vector) for head in heads], axis=1), name="members")
 
 
-def _means(feature_map: Any, middle: float) -> Any:
-    """Over the image: (batch, height, width, channels) -> (batch, channels), float32; if the middle is not
-    all of it, over the middle too: (batch, 2 channels)."""
+def _with_subclasses(head: Head, subclasses: tuple[int, int]) -> Head:
+    """A head that separates only the classes, with equal odds for all subclasses of a class."""
+    kernel, bias = head.kernels[-1], head.biases[-1]
+    if kernel.shape[1] == sum(subclasses):
+        return head
+    negative, positive = subclasses
+    wide = np.concatenate([np.zeros((len(kernel), negative)), np.repeat(kernel, positive, axis=1)], axis=1)
+    low = np.repeat([-np.log(negative), bias[0] - np.log(positive)], subclasses)
+    return replace(
+        head,
+        kernels=(*head.kernels[:-1], wide.astype(np.float32)),
+        biases=(*head.biases[:-1], low.astype(np.float32)),
+    )
+
+
+def _means(feature_map: Any, crop: float) -> Any:
+    """Means of a map (batch, height, width, channels) over the image: float32 (batch, channels).
+
+    With a crop below 1, the means over the centre crop follow: (batch, 2 channels).
+    """
     import keras
 
     feature_map = keras.ops.cast(feature_map, "float32")
     found = [keras.ops.mean(feature_map, axis=(1, 2))]
-    if middle < 1:
-        rims = [min(round(side * (1 - middle) / 2), (side - 1) // 2) for side in feature_map.shape[1:3]]
-        within = keras.layers.Cropping2D([(rim, rim) for rim in rims], dtype="float32")(feature_map)
-        found.append(keras.ops.mean(within, axis=(1, 2)))
-    return _behind(found)
+    if crop < 1:
+        rims = [min(round(side * (1 - crop) / 2), (side - 1) // 2) for side in feature_map.shape[1:3]]
+        centre = keras.layers.Cropping2D([(rim, rim) for rim in rims], dtype="float32")(feature_map)
+        found.append(keras.ops.mean(centre, axis=(1, 2)))
+    return _joined(found)
 
 
-def _behind(features: Sequence[Any]) -> Any:
-    """Features behind one another: (batch, channels) each."""
+def _joined(features: Sequence[Any]) -> Any:
+    """Features (batch, channels) of several layers as one tensor."""
     import keras
 
     return keras.ops.concatenate(features, axis=1) if len(features) > 1 else features[0]
 
 
-def _plain(tensors: list[Any]) -> Any:
-    """Keras wants one tensor bare, several in a list."""
-    return tensors if len(tensors) > 1 else tensors[0]
-
-
-def _depths(network: Any, ends: Sequence[str], place: int) -> dict[str, int]:
-    """Of each weight above a place: how many blocks lie above its own."""
-    order = {operation.name: number for number, operation in enumerate(network.operations)}
-    edges = [order[end] for end in ends]
-    return {
-        weight.path: sum(edge >= order[layer.name] for edge in edges) - 1
-        for layer in network.layers
-        if order[layer.name] > place
-        for weight in layer.weights
-    }
+def _bare(tensors: Sequence[Any]) -> Any:
+    """Keras takes one tensor without a list, several in a list."""
+    return list(tensors) if len(tensors) > 1 else tensors[0]

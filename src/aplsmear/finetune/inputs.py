@@ -1,0 +1,143 @@
+"""What finetuning starts from: the data of the task, its settings, and the tuned head of each outer fold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from aplsmear.finetune.sampling import FinetuneError, TrainingSet
+from aplsmear.heads.head import Head, Recipe, read_heads
+from aplsmear.heads.task_data import TaskData, read_task_data
+from aplsmear.params import Backbone, Finetune, Level, Task, Tune
+from aplsmear.tables import read_table
+
+TUNED = "tuned"  # in place of the number of a trial
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data and settings of a finetuning."""
+
+    task_data: TaskData
+    settings: Finetune
+    tune: Tune  # how the heads were trained
+    backbones: Mapping[str, Backbone]
+    level: Level
+    views: Path  # file with the views of the level
+    brightness: float  # largest relative change of the brightness in online augmentation
+    seed: int
+    subclass: np.ndarray | None = None  # str (items of the task data,): label within the class; None: none
+
+    @cached_property
+    def training_set(self) -> TrainingSet:
+        """The items that train. Each label within a class is a subclass."""
+        most, task_data = self.tune.items_per_patient, self.task_data
+        kept = task_data.training_places(most, self.seed)
+        names = np.full(len(kept), "") if self.subclass is None else self.subclass[kept].astype(str)
+        pairs = pd.MultiIndex.from_arrays([task_data.label[kept].astype(np.int64), names])
+        found = pairs.unique().sort_values()
+        positive = int((found.get_level_values(0) == 1).sum())
+        return TrainingSet(
+            items=task_data.training_items(most, self.seed),
+            subclass=found.get_indexer(pairs).astype(np.int64),
+            subclasses=(len(found) - positive, positive),
+            patient=pd.factorize(task_data.table["patient"].iloc[kept])[0].astype(np.int64),
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an outer fold starts: the trial that `tune` chose, and its head."""
+
+    outer_fold: int  # the number of folds: the final model
+    trial: int
+    recipe: Recipe
+    epochs: int  # that the head was trained for
+    head: Head | None  # None: `tune` has not trained it
+
+
+def read_inputs(
+    task: Task,
+    settings: Finetune,
+    tune: Tune,
+    backbones: Mapping[str, Backbone],
+    brightness: float,
+    seed: int,
+) -> Inputs:
+    """Read the data of a task from the working folder. Arguments as in `Inputs`.
+
+    Raises:
+        FinetuneError: the items of the task are patients.
+        TuneError: see `aplsmear.heads.task_data.make_task_data`.
+    """
+    if task.level == "patient":
+        raise FinetuneError(
+            "finetuning needs one image for each item, and the items of this task are patients: set `task` "
+            "in params.yaml to a task of cells or smears"
+        )
+    data, column = read_task_data(task, backbones), settings.head.subclasses
+    subclass = read_table(Path(f"dataset/{task.level}s.csv"))[column].to_numpy() if column else None
+    views = Path(f"augmented/{task.level}/views.parquet")
+    return Inputs(data, settings, tune, backbones, task.level, views, brightness, seed, subclass)
+
+
+def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
+    """The start of each outer fold that `finetune.folds` asks for, and then that of the final model.
+
+    Args:
+        tuned: the folder that `tune` wrote for the task.
+        settings: of the finetuning.
+
+    Raises:
+        FinetuneError: see `choose_starts`.
+    """
+    best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
+    heads = read_heads(tuned / "heads.npz")
+    *outer_folds, final = choose_starts(best, read_table(tuned / "trials.csv"), heads, settings.trial)
+    return [*outer_folds[: settings.folds or None], final]
+
+
+def choose_starts(
+    best: Mapping[str, Any], trials: pd.DataFrame, heads: Sequence[Head], picked: int | str
+) -> list[Start]:
+    """The start of each outer fold, and then that of the final model.
+
+    A trial picked by hand serves the final model alone. Outer folds keep the trial that was chosen without
+    their held-out patients, because the hand may have been guided by the scores of all patients.
+
+    Args:
+        best: content of ``best.yaml``.
+        trials: content of ``trials.csv``, as text.
+        heads: of each outer fold, and of the final model.
+        picked: ``tuned``, or the number of a trial.
+
+    Raises:
+        FinetuneError: there is no such trial, or it failed.
+    """
+    rows = {row["trial"]: row for row in trials.to_dict("records")}
+    final = len(heads) - 1
+    numbers = [int(best["chosen_without_fold"][outer_fold]) for outer_fold in range(final)]
+    numbers.append(int(best["trial"] if picked == TUNED else picked))
+    scored = [number for number, row in rows.items() if not row["failure"]]
+    if numbers[final] not in scored:
+        known = ", ".join(map(str, scored))
+        raise FinetuneError(f"finetune.trial: there is no trial {picked} with scores; there are: {known}")
+    trained = [*heads[:final], heads[final] if numbers[final] == int(best["trial"]) else None]
+    return [
+        Start(outer_fold, trial, _recipe(rows[trial]), int(rows[trial]["trained_epochs"]), head)
+        for outer_fold, (trial, head) in enumerate(zip(numbers, trained, strict=True))
+    ]
+
+
+def _recipe(row: Mapping[Any, Any]) -> Recipe:
+    """The recipe in a row of trials.csv."""
+    types: dict[Any, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+    return Recipe(**{field.name: types[field.type](row[field.name]) for field in fields(Recipe)})
