@@ -19,10 +19,19 @@ import numpy as np
 
 from aplsmear.files import rows_of
 from aplsmear.heads.arithmetic import Bags, Network, cross_entropy, sigmoid
-from aplsmear.heads.head import Head, Job, Recipe, TrainingItems, layer_sizes, mean_head, padded_deviation
+from aplsmear.heads.head import (
+    Head,
+    Job,
+    Recipe,
+    TrainingItems,
+    layer_sizes,
+    mean_head,
+    padded_deviation,
+    parameters,
+)
 
 JUDGED = 512  # images judged at a time, at least
-_CACHE = 2**21  # bytes of features of a step, at most (a single lane may take more)
+_WEIGHTS = 200_000  # of a stack, about: with their moments and gradients they stay in the cache of a core
 
 T = TypeVar("T")
 
@@ -113,8 +122,7 @@ def _trained(jobs: Sequence[Job], material: Material, train: Callable[[Stack], l
 def plan(jobs: Sequence[Job], features: str, material: Material) -> list[list[int]]:
     """The places of the jobs of each stack on these features.
 
-    The jobs of a stack have one recipe and equally many held-out folds. Stacks are so small that the features
-    of a step stay in the cache. A stack on bags is a single job.
+    The jobs of a stack have one recipe and equally many held-out folds. A stack on bags is a single job.
     """
     groups: dict[tuple[Recipe, int], list[int]] = {}
     for place, job in enumerate(jobs):
@@ -122,8 +130,8 @@ def plan(jobs: Sequence[Job], features: str, material: Material) -> list[list[in
             groups.setdefault((job.recipe, len(job.held_out)), []).append(place)
     stacks = []
     for (recipe, _), places in groups.items():
-        lane = 4 * recipe.batch * material.values[features].shape[1]
-        lanes = 1 if material.items.size is not None else max(_CACHE // lane, 1)
+        size = parameters(recipe, material.values[features].shape[1])
+        lanes = 1 if material.items.size is not None else max(_WEIGHTS // size, 1)
         stacks += [places[start : start + lanes] for start in range(0, len(places), lanes)]
     return stacks
 
