@@ -127,8 +127,10 @@ def of_nodes(*nodes: object, weights: object = ()) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
-def test_a_strangers_graph_may_do_nothing_but_what_a_backbone_does(tmp_path):
+def test_a_strangers_graph_may_do_nothing_but_what_a_backbone_does(tmp_path, monkeypatch):
     outside = numpy_helper.from_array(np.ones(1, np.float32), "w")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.bin").write_bytes(bytes(4))
     onnx.external_data_helper.set_external_data(outside, location="other.bin")
     outside.ClearField("raw_data")
     outside.data_location = TensorProto.EXTERNAL
