@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from networks import keras_network
 
 from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.features.forward import ForwardError, Network, batch_of, features_of
+from aplsmear.features.forward import FeatureRequest, ForwardError, Network, batch_of, features_of
 from aplsmear.features.onnx_graph import GraphError
 from aplsmear.images.reading import decode, resize
 from backbone_graphs import features, mobilenet, pictures, request_of, views
@@ -75,29 +76,56 @@ def test_a_batch_of_smears_has_no_more_pixels_than_one_of_cells():
     assert batch_of(mobilenet(batch=1), "smear") == 1
 
 
-def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_and_on_all(tmp_path):
-    code = """
+IN_A_PROCESS = """
 import hashlib, os, pathlib, sys
 if sys.argv[1] == "1" and hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import aplsmear
 import numpy as np
 from aplsmear.features.forward import FeatureRequest, features_of
 from aplsmear.images.reading import encode_jpeg
 from aplsmear.images.view_store import View
-images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3)).astype(np.uint8)
+size = int(sys.argv[3])
+images = np.random.default_rng(1).integers(0, 256, (6, size, size, 3)).astype(np.uint8)
 views = [View(str(n), 0, encode_jpeg(image)) for n, image in enumerate(images)]
-request = FeatureRequest("net", pathlib.Path(sys.argv[2]), "cell", tuple(sys.argv[3:]), 4)
+request = FeatureRequest("net", pathlib.Path(sys.argv[2]), "cell", tuple(sys.argv[4:]), 4)
 rows = [row for batch in features_of(iter([views[:4], views[4:]]), request) for row in batch]
 print(hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest())
 assert "tensorflow" not in sys.modules
 """
+
+
+def digest(request: FeatureRequest, size: int, *emulator: str, processors: str = "all") -> str:
+    """A hash of the features of six images, from a process of its own."""
+    paths = [SRC, *(path for path in sys.path if path.endswith("site-packages"))]
+    python = str(Path(sys.executable).resolve()) if emulator else sys.executable
+    words = [processors, str(request.graph), str(size), *request.layers]
+    return subprocess.check_output(
+        [*emulator, python, "-W", "ignore", "-c", IN_A_PROCESS, *words],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        text=True,
+    ).strip()
+
+
+def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_and_on_all(tmp_path):
     request, found = request_of(mobilenet(), tmp_path), views(6)
     rows = [row for batch in features_of(iter([found[:4], found[4:]]), request) for row in batch]
     here = hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest()
-    for processors in ("1", "all"):
-        command = [sys.executable, "-c", code, processors, str(request.graph), *request.layers]
-        printed = subprocess.check_output(command, env=os.environ | {"PYTHONPATH": SRC}, text=True)
-        assert printed.strip() == here
+    assert digest(request, 32, processors="1") == here
+    assert digest(request, 32) == here
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("application", ["MobileNet", "EfficientNetB0", "ConvNeXtTiny"])
+def test_another_processor_gives_the_same_bytes(application, keras, tmp_path):
+    """One with AVX2 and without AVX-512, emulated."""
+    if not shutil.which("qemu-x86_64"):
+        pytest.skip("qemu-x86_64 emulates processors (Debian: apt-get install qemu-user)")
+    layer = {"MobileNet": "conv_pw_3_relu", "EfficientNetB0": "block3a_activation"}.get(application)
+    layer = layer or "convnext_tiny_stage_1_block_0_identity"
+    settings = mobilenet(application=application, options={}, layer=[layer])
+    request = request_of(settings, tmp_path)
+    assert digest(request, 32, "qemu-x86_64", "-cpu", "Haswell") == digest(request, 32)
 
 
 def test_views_are_not_decoded_far_ahead_of_the_features_that_are_taken(tmp_path):
