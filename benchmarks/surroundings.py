@@ -1,7 +1,7 @@
-"""What fails around the pipeline: disks, memory, other people, servers. Each case in a copy of a small clone.
+"""Failures around the pipeline: disks, memory, other users, servers. Each case has a copy of a small clone.
 
-A case is held where what was asked for fails with a message that says why (or does not fail), and where the
-same command, once the cause is gone, ends with the bytes of an undisturbed run.
+A case is passed if the command succeeds or fails with a message that names the cause, and if the same command
+gives the bytes of an undisturbed run once the cause is removed.
 """
 
 import os
@@ -20,19 +20,19 @@ from flips import flip
 from kills import Place, forget
 
 REPRO = ("dvc", "repro")
-NOBODY, SOMEBODY, LAB = 65534, 1, 64000  # users that every system knows, and a group of theirs
+NOBODY, SOMEBODY, LAB = 65534, 1, 64000  # users that every system has, and a group for them
 FREE = (20_000, 150_000, 500_000)  # bytes on the disk that fills up
 
 
 @dataclass
 class Case:
-    """Where a case takes place.
+    """The clone and the folder of a case.
 
     Attributes:
-        spare: a clone in which all has run.
-        wanted: its files.
-        folder: for the case alone.
-        new: patients to judge.
+        spare: a clone in which everything has run.
+        wanted: hashes of its files.
+        folder: only for this case.
+        new: patients for `aplsmear predict`.
     """
 
     spare: Path
@@ -48,38 +48,38 @@ class Case:
         return place
 
     def ends_well(self, place: Place, *command: str) -> str:
-        """Nothing, if the same command ends as if nothing had happened; else what is wrong."""
-        code, said = place.code(*(command or REPRO))
+        """Give the same command again; return what differs from an undisturbed run, or an empty text."""
+        code, printed = place.code(*(command or REPRO))
         mended = ""
         if code:
             mended = place.run("aplsmear", "mend", ok=False)
-            code, said = place.code(*(command or REPRO))
+            code, printed = place.code(*(command or REPRO))
         found = place.files()
         differ = sorted(
             name for name in found.keys() | self.wanted if found.get(name) != self.wanted.get(name)
         )
-        wrong = [*differ, *place.leftovers(), *place.unreadable(), *([said[-500:]] if code else [])]
+        wrong = [*differ, *place.leftovers(), *place.unreadable(), *([printed[-500:]] if code else [])]
         return f"after `aplsmear mend` ({mended.strip()}): {wrong}" if wrong else ""
 
 
 class NotHereError(Exception):
-    """A case cannot be had on this machine."""
+    """This machine cannot make the case."""
 
 
-def last_of(said: str, pattern: str) -> str:
-    """The last line that tells what is the matter."""
-    lines = [line.strip() for line in said.splitlines() if re.search(pattern, line)]
-    return lines[-1][:160] if lines else f"SILENT: {said[-300:]}"
+def last_of(printed: str, pattern: str) -> str:
+    """The last line that names the cause."""
+    lines = [line.strip() for line in printed.splitlines() if re.search(pattern, line)]
+    return lines[-1][:160] if lines else f"SILENT: {printed[-300:]}"
 
 
 def until(process: subprocess.Popen[str], word: str) -> str:
     """What a command prints up to a line with this word."""
-    said = ""
+    printed = ""
     for line in process.stdout or ():
-        said += line
+        printed += line
         if word in line:
             break
-    return said
+    return printed
 
 
 def full_disk(case: Case) -> str:
@@ -96,8 +96,8 @@ def full_disk(case: Case) -> str:
             forget(place, "augment")
             size = shutil.disk_usage(disk).used + free
             subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
-            code, said = place.code(*REPRO)
-            told.append(last_of(said, "disk is full|No space") if code else "enough")
+            code, printed = place.code(*REPRO)
+            told.append(last_of(printed, "disk is full|No space") if code else "enough")
             subprocess.run(["mount", "-o", "remount,size=1G", str(disk)], check=True)
             if wrong := case.ends_well(place):
                 return f"WRONG: {wrong}"
@@ -107,13 +107,13 @@ def full_disk(case: Case) -> str:
 
 
 def as_user(user: int, *command: str) -> tuple[str, ...]:
-    """A command as another user, who may read all (Python may lie in root's home) and write what is his."""
+    """A command of another user, who may read everything (Python may be in root's home)."""
     may = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
     return ("setpriv", f"--reuid={user}", f"--regid={LAB}", "--clear-groups", *may, *command)
 
 
 def of_others(place: Place) -> Place:
-    """The same, where who looks may be another than who owns."""
+    """The same clone, for git commands of users who do not own it."""
     trust = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
     return replace(place, env=trust | {"HOME": str(place.outside)})
 
@@ -123,7 +123,7 @@ def give(folder: Path, user: int) -> None:
 
 
 def no_permission(case: Case) -> str:
-    """A folder that may not be written to."""
+    """A folder without permission to write."""
     if os.geteuid() or not shutil.which("setpriv"):
         raise NotHereError("acting as another user needs root and setpriv")
     place = of_others(case.clone())
@@ -132,12 +132,12 @@ def no_permission(case: Case) -> str:
     give(place.folder, NOBODY)
     give(place.outside, NOBODY)
     os.chown(place.folder / "members" / "apl_aml", 0, 0)
-    code, said = place.code(*as_user(NOBODY, *REPRO))
+    code, printed = place.code(*as_user(NOBODY, *REPRO))
     if not code:
         return "WRONG: it was not refused"
     os.chown(place.folder / "members" / "apl_aml", NOBODY, LAB)
     wrong = case.ends_well(place, *as_user(NOBODY, *REPRO))
-    return f"WRONG: {wrong}" if wrong else last_of(said, "may not|Permission|permitted|No possible")
+    return f"WRONG: {wrong}" if wrong else last_of(printed, "may not|Permission|permitted|No possible")
 
 
 def out_of_memory(case: Case) -> str:
@@ -153,16 +153,18 @@ def out_of_memory(case: Case) -> str:
         log = place.outside / "log"
         enter = f'echo $$ > "{group}/cgroup.procs" && exec dvc repro > "{log}" 2>&1'
         code, _ = place.code("sh", "-c", enter)
-        said = log.read_text(encoding="utf-8")
+        printed = log.read_text(encoding="utf-8")
     finally:
-        for orphan in (group / "cgroup.procs").read_text().split():  # they would wait some minutes for work
+        for orphan in (
+            (group / "cgroup.procs").read_text().split()
+        ):  # worker processes, which would wait some minutes for work
             os.kill(int(orphan), 9)
         time.sleep(1)
         group.rmdir()
     wrong = case.ends_well(place)
     if wrong or not code:
-        return f"WRONG: {wrong or 'it was enough'}"
-    return last_of(said, "memory|exited with|Killed")
+        return f"WRONG: {wrong or 'there was enough memory'}"
+    return last_of(printed, "memory|exited with|Killed")
 
 
 def two_runs(case: Case) -> str:
@@ -171,12 +173,12 @@ def two_runs(case: Case) -> str:
     forget(place, "augment")
     first = place.start(*REPRO)
     until(first, "Running stage")
-    code, said = place.code(*REPRO)
+    code, printed = place.code(*REPRO)
     first.communicate()
     wrong = case.ends_well(place)
     if wrong or first.returncode:
         return f"WRONG: {wrong or 'the first run failed'}"
-    return last_of(said, "is busy|lock:") if code else "the second waits its turn"
+    return last_of(printed, "is busy|lock:") if code else "the second waits its turn"
 
 
 def two_users(case: Case) -> str:
@@ -199,15 +201,15 @@ def two_users(case: Case) -> str:
         give(place.folder, users[name])
         give(place.outside, users[name])
     both = [places[name].start(*as_user(user, *REPRO)) for name, user in users.items()]
-    said = [process.communicate()[0] for process in both]
-    wrong = [text[-600:] for text, process in zip(said, both, strict=True) if process.returncode]
+    printed = [process.communicate()[0] for process in both]
+    wrong = [text[-600:] for text, process in zip(printed, both, strict=True) if process.returncode]
     for name, user in users.items():
         wrong += list(filter(None, [case.ends_well(places[name], *as_user(user, *REPRO))]))
     return f"WRONG: {wrong}" if wrong else "both end with the same bytes"
 
 
 def lost_cache(case: Case) -> str:
-    """A shared cache on a folder that disappears in mid-run, and comes back."""
+    """The folder of a shared cache disappears during a run, and comes back."""
     cache = case.folder / "cache"
     place = case.clone()
     forget(place, "augment")
@@ -216,14 +218,14 @@ def lost_cache(case: Case) -> str:
     process = place.start(*REPRO)
     until(process, "Running stage")
     cache.rename(case.folder / "away")
-    cache.write_text("not mounted")  # what stands there cannot be written to
-    said = process.communicate()[0]
+    cache.write_text("not mounted")  # a file, so that nothing can be written below it
+    printed = process.communicate()[0]
     cache.unlink()
     (case.folder / "away").rename(cache)
     wrong = case.ends_well(place)
     if wrong:
         return f"WRONG: {wrong}"
-    return last_of(said, "cache|directory") if process.returncode else "it goes on without"
+    return last_of(printed, "cache|directory") if process.returncode else "it continues without it"
 
 
 def clock_set_back(case: Case) -> str:
@@ -233,22 +235,22 @@ def clock_set_back(case: Case) -> str:
     place = case.clone()
     for stage in ("split", "tune@blast", "ensemble_apl_aml"):
         forget(place, stage)
-    code, said = place.code("faketime", "-f", "-3d", *REPRO)
+    code, printed = place.code("faketime", "-f", "-3d", *REPRO)
     wrong = case.ends_well(place)
-    return f"WRONG: {wrong or said[-500:]}" if wrong or code else "the same bytes"
+    return f"WRONG: {wrong or printed[-500:]}" if wrong or code else "the same bytes"
 
 
 def flipped(out: str, stage: str) -> Callable[[Case], str]:
-    """A bit of an out flips, and a stage is to read it."""
+    """A case: a bit of an out flips before a stage reads it."""
 
     def happens(case: Case) -> str:
         place = case.clone()
         forget(place, stage)
-        place.run("dvc", "status")  # DVC knows all that is there
+        place.run("dvc", "status")  # DVC notes size and time of all files
         flip(place.folder / out)
-        code, said = place.code(*REPRO)
-        if not code or out.partition("/")[0] not in said:
-            return f"WRONG: not noticed: {said[-500:]}"
+        code, printed = place.code(*REPRO)
+        if not code or out.partition("/")[0] not in printed:
+            return f"WRONG: not noticed: {printed[-500:]}"
         mended = place.run("aplsmear", "mend")
         if out not in mended:
             return f"WRONG: not mended: {mended}"
@@ -264,10 +266,10 @@ def flipped_bundle(case: Case) -> str:
     place = case.clone()
     flip(place.folder / "ensembles/apl_aml/model/heads/blast.npz")
     here = ("--ensemble", "ensembles/apl_aml", "--data", str(case.new), "--out", "new.csv")
-    code, said = place.code("aplsmear", "predict", *here)
+    code, printed = place.code("aplsmear", "predict", *here)
     place.run("aplsmear", "mend")
     wrong = case.ends_well(place)
-    return f"WRONG: {wrong or 'not noticed'}" if wrong or not code else last_of(said, "heads/blast")
+    return f"WRONG: {wrong or 'not noticed'}" if wrong or not code else last_of(printed, "heads/blast")
 
 
 def flipped_object(case: Case) -> str:
@@ -288,7 +290,7 @@ def flipped_object(case: Case) -> str:
 
 
 def mlflow_stops(case: Case) -> str:
-    """MLflow's server stops in mid-run, and is started again."""
+    """MLflow's server stops during a run, and is started again."""
     place = case.clone()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -298,21 +300,21 @@ def mlflow_stops(case: Case) -> str:
         forget(place, "tune@blast")
         shutil.rmtree(place.folder / ".studies")
         process = place.start(*REPRO)
-        said = until(process, "study blast")
+        printed = until(process, "study blast")
         time.sleep(1)
         os.killpg(running.pid, 9)
-        said += process.communicate()[0]
+        printed += process.communicate()[0]
     if process.returncode:
-        return f"WRONG: {said[-600:]}"
+        return f"WRONG: {printed[-600:]}"
     with server(place, port):
         forget(place, "tune@blast")
         wrong = case.ends_well(place)
-    return f"WRONG: {wrong}" if wrong else last_of(said, "MLflow cannot be reached")
+    return f"WRONG: {wrong}" if wrong else last_of(printed, "MLflow cannot be reached")
 
 
 @contextmanager
 def server(place: Place, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's, on 127.0.0.1."""
+    """An MLflow server on 127.0.0.1."""
     program = Path(sys.executable).with_name("mlflow")
     store = f"sqlite:///{place.outside}/server.db"
     options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--backend-store-uri", store]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also when the writer is killed."""
+"""Files are complete or not there, also if the writer is killed."""
 
 import os
 import select
@@ -15,7 +15,7 @@ from aplsmear.files import give_back, new_array, rows_of, sha256, whole, write_a
 SRC = str(Path(__file__).parents[1] / "src")
 
 
-def test_the_file_is_there_after_the_block_and_not_before(tmp_path):
+def test_the_file_is_there_only_after_the_block(tmp_path):
     path = tmp_path / "new" / "a.txt"
     with whole(path) as part:
         part.write_text("whole")
@@ -24,7 +24,7 @@ def test_the_file_is_there_after_the_block_and_not_before(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_an_error_leaves_what_was_there_before(tmp_path):
+def test_an_error_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -84,9 +84,7 @@ def may_die(n):
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_killed_writer_leaves_nothing_that_passes_for_whole_and_the_next_run_is_as_if_nothing_happened(
-    kind, tmp_path
-):
+def test_a_killed_writer_leaves_no_file_that_looks_complete_and_the_next_run_writes_it(kind, tmp_path):
     assert write(kind, tmp_path / "undisturbed", -1) == 0
     assert write(kind, tmp_path / "killed", 10) == -signal.SIGKILL
     assert not [path.name for path in (tmp_path / "killed").iterdir() if path.suffix != ".part"]
@@ -99,7 +97,7 @@ def test_a_killed_writer_leaves_nothing_that_passes_for_whole_and_the_next_run_i
     assert not any(name.endswith(".part") for name in contents[0])
 
 
-def test_a_lock_is_one_process_s_until_it_lets_go_or_is_killed(tmp_path):
+def test_a_lock_belongs_to_one_process_until_that_closes_it_or_is_killed(tmp_path):
     path = tmp_path / "new" / "a.lock"
     code = """
 import sys, time
@@ -127,14 +125,14 @@ time.sleep(60)
             process.communicate()
 
 
-def test_a_new_array_has_its_place_on_the_disk_before_anything_is_written(tmp_path):
-    """A mapped file that finds the disk full on the way kills the process without a word."""
+def test_a_new_array_reserves_its_space_on_the_disk(tmp_path):
+    """Otherwise a full disk kills the process without a message when it writes to the mapped file."""
     new_array(tmp_path / "a.npy", np.float16, (1000, 1000))
     assert (tmp_path / "a.npy").stat().st_blocks * 512 >= 2_000_000
 
 
 @pytest.mark.parametrize("mapped", [False, True])
-def test_rows_of_an_array_are_those_that_were_asked_for(mapped, tmp_path):
+def test_rows_of_a_mapped_array_are_those_of_an_array_in_memory(mapped, tmp_path):
     values = np.arange(6000, dtype=np.float32).reshape(2000, 3)
     np.save(tmp_path / "a.npy", values)
     array = np.load(tmp_path / "a.npy", mmap_mode="r") if mapped else values
@@ -146,8 +144,8 @@ def test_rows_of_an_array_are_those_that_were_asked_for(mapped, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what belongs to a process")
-def test_a_mapped_file_costs_no_memory_when_it_has_been_read_or_written(tmp_path):
-    """64 MB of a file, of which every page is looked at."""
+def test_a_mapped_file_takes_no_memory_after_it_was_read_or_written(tmp_path):
+    """A file of 64 MB, all of which is read."""
 
     def of_files() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -164,7 +162,7 @@ def test_a_mapped_file_costs_no_memory_when_it_has_been_read_or_written(tmp_path
 
 
 def test_arrays_are_the_same_bytes_under_every_python(tmp_path):
-    """Between its patch releases 3.11.2 and 3.11.4 Python changed what becomes of `numpy.savez`."""
+    """The bytes that `numpy.savez` writes changed between Python 3.11.2 and 3.11.4."""
     path = tmp_path / "a.npz"
     write_arrays(path, {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "name": np.array(["relu"])})
     assert sha256(path) == "8bf46eab2bca7681448b3b03362b789159a1b2a6ff11d8b3a3fceef28201c87e"

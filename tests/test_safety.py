@@ -1,4 +1,4 @@
-"""What strangers send, and what data sets hold, runs nothing, leads nowhere and shows no secret."""
+"""Files from strangers and texts in data sets run no code, leave no folder and show no secret."""
 
 import ast
 import json
@@ -31,22 +31,22 @@ from aplsmear.workspace.profiles import with_settings
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("src", "stages", "tools") for path in sorted((ROOT / folder).rglob("*.py"))]
-SPRUNG = "sprung"
+TRACE = "code has run"
 
 
 class Trap:
-    """A pickle that leaves a trace when it is opened."""
+    """A pickle that writes a file when it is opened."""
 
     def __reduce__(self) -> tuple:
-        return Path.touch, (Path(SPRUNG),)
+        return Path.touch, (Path(TRACE),)
 
 
 @pytest.fixture
 def untouched(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A working directory in which no trap may have sprung at the end."""
+    """A working directory; the test fails if code from a file has run in it."""
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    assert not (tmp_path / SPRUNG).exists()
+    assert not (tmp_path / TRACE).exists()
 
 
 # --- what is loaded ---------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ FORBIDDEN = re.compile(
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_call_could_run_what_it_loads_or_ask_a_shell(path):
+def test_the_sources_call_nothing_that_runs_code_from_a_file_or_a_shell(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             assert not FORBIDDEN.fullmatch(ast.unparse(node.func)), ast.unparse(node)
@@ -82,12 +82,12 @@ def network(weights: Path) -> Backbone:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-def test_weights_that_bring_code_or_claim_terabytes_are_refused_or_harmless(untouched):
+def test_weights_with_code_or_with_a_size_of_terabytes_are_refused_or_harmless(untouched):
     good = untouched / "good.weights.h5"
     cut_network(network(Path("none")), "cell", 1)[0].save_weights(good)
     layer = {"class_name": "Lambda", "config": {"function": ["Path('sprung').touch()", None, None]}}
     config = {"class_name": "Functional", "config": {"layers": [layer]}}
-    with h5py.File(good, "a") as file:  # all that Keras ever took code from
+    with h5py.File(good, "a") as file:  # every attribute from which Keras has ever run code
         file.attrs["model_config"] = json.dumps(config)
         file.attrs["keras_version"], file.attrs["backend"] = "2.2.4", "tensorflow"
         file.attrs["trap"] = np.void(pickle.dumps(Trap()))
@@ -96,7 +96,9 @@ def test_weights_that_bring_code_or_claim_terabytes_are_refused_or_harmless(unto
         names: list[str] = []
         file.visititems(lambda name, node: names.append(name) if isinstance(node, h5py.Dataset) else None)
         del file[names[0]]
-        file.create_dataset(names[0], (10**6, 10**6), "f4", chunks=(1000, 1000))  # 4 TB in a kilobyte
+        file.create_dataset(
+            names[0], (10**6, 10**6), "f4", chunks=(1000, 1000)
+        )  # 4 TB, in a file of a kilobyte
     with pytest.raises(BackboneError, match="it holds 1,000,000,0"):
         cut_network(network(good), "cell", 1)
     pickled = untouched / "pickled.weights.h5"
@@ -119,7 +121,7 @@ def test_arrays_with_pickles_are_refused(untouched):
 
 
 def test_a_parquet_file_with_a_pickled_type_is_harmless(untouched):
-    """Versions of pyarrow before 14.0.1 opened it (CVE-2023-47248)."""
+    """Versions of pyarrow before 14.0.1 opened the pickle (CVE-2023-47248)."""
     trap = {
         "ARROW:extension:name": "arrow.py_extension_type",
         "ARROW:extension:metadata": pickle.dumps(Trap()),
@@ -156,7 +158,7 @@ def test_a_journal_of_trials_from_a_stranger_runs_nothing_and_is_named(untouched
         open_study("s", untouched / "s.journal")
 
 
-def test_what_a_journal_holds_stays_text(untouched):
+def test_texts_in_a_journal_of_trials_stay_text(untouched):
     held = {"py/object": "a", "x": RUN}
     trial = TRIAL | {"distributions": {}, "params": {}, "user_attrs": {"inner": held}}
     text = json.dumps(START) + "\n" + json.dumps(trial) + "\n"
@@ -172,14 +174,14 @@ def test_a_profile_with_a_tag_runs_nothing(untouched):
             read_params(untouched / "params.yaml")
 
 
-# --- what is said and written -----------------------------------------------------------------------
+# --- what is printed and written -----------------------------------------------------------------------
 
 SECRET = "Zq7-plAnted_9x"  # noqa: S105 (planted)
 
 
 @pytest.fixture
 def closed() -> Iterator[str]:
-    """Host and port of a server that refuses every request and quotes it."""
+    """Host and port of a server that refuses every request and repeats its text."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         done = threading.Event()
@@ -204,8 +206,8 @@ def closed() -> Iterator[str]:
         thread.join()
 
 
-def ran(folder: Path, code: str, **environment: str) -> str:
-    """What a Python process says, and all that it has written."""
+def run_code(folder: Path, code: str, **environment: str) -> str:
+    """What a Python process prints, and the content of all files that it writes."""
     (folder / "home").mkdir(exist_ok=True)
     ended = subprocess.run(
         [sys.executable, "-c", code],
@@ -254,9 +256,9 @@ tracker.close({"chosen": "0"}, {"auroc": 0.5})
     ],
 )
 def test_the_password_of_a_database_is_in_no_message(tmp_path, url):
-    said = ran(tmp_path, OPEN, APLSMEAR_STUDY_STORAGE=url.format(SECRET))
-    assert "cannot be used" in said
-    assert SECRET not in said
+    printed = run_code(tmp_path, OPEN, APLSMEAR_STUDY_STORAGE=url.format(SECRET))
+    assert "cannot be used" in printed
+    assert SECRET not in printed
 
 
 def test_a_traceback_shows_no_secret_of_the_environment(tmp_path):
@@ -264,21 +266,21 @@ def test_a_traceback_shows_no_secret_of_the_environment(tmp_path):
     names += ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "APLSMEAR_PSEUDONYM_KEY")
     planted = {name: f"{SECRET}{place}" for place, name in enumerate(names)}
     planted["MLFLOW_TRACKING_URI"] = planted["APLSMEAR_STUDY_STORAGE"] = f"https://me:{SECRET}@host/x"
-    said = ran(tmp_path, FALL, **planted)
-    assert "RuntimeError: cannot use" in said
-    assert HIDDEN in said
-    assert SECRET not in said
+    printed = run_code(tmp_path, FALL, **planted)
+    assert "RuntimeError: cannot use" in printed
+    assert HIDDEN in printed
+    assert SECRET not in printed
 
 
-def test_user_and_password_of_an_mlflow_server_are_sent_and_never_said(tmp_path, closed):
+def test_user_and_password_of_an_mlflow_server_are_sent_and_never_printed(tmp_path, closed):
     for place in (f"http://me:{SECRET}@{closed}", f"http://me:{SECRET}@127.0.0.1:1"):
-        said = ran(tmp_path, TRACK, MLFLOW_TRACKING_URI=place)
-        assert "MLflow cannot be reached" in said
-        assert SECRET not in said
-        assert b64encode(f"me:{SECRET}".encode()).decode() not in said
+        printed = run_code(tmp_path, TRACK, MLFLOW_TRACKING_URI=place)
+        assert "MLflow cannot be reached" in printed
+        assert SECRET not in printed
+        assert b64encode(f"me:{SECRET}".encode()).decode() not in printed
 
 
-def test_tracking_reports_nothing_to_the_makers_of_mlflow(monkeypatch):
+def test_mlflow_sends_no_usage_data(monkeypatch):
     from aplsmear.runs.tracking import Tracker
 
     monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
@@ -298,7 +300,7 @@ def test_tracking_reports_nothing_to_the_makers_of_mlflow(monkeypatch):
         ("dataset.source", f"s3://me:{SECRET}@host/db"),
     ],
 )
-def test_a_password_in_params_is_refused_without_being_said(tmp_path, place, value):
+def test_a_password_in_params_is_refused_and_not_printed(tmp_path, place, value):
     from test_params import changed
 
     with pytest.raises(ParamsError) as error:
@@ -306,10 +308,10 @@ def test_a_password_in_params_is_refused_without_being_said(tmp_path, place, val
     assert SECRET not in str(error.value)
 
 
-def test_a_text_without_secrets_is_left_as_it_is(monkeypatch):
+def test_a_text_without_secrets_stays_as_it_is(monkeypatch):
     for name in list(os.environ):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("A_KEY", "1")  # too short to be one
+    monkeypatch.setenv("A_KEY", "1")  # too short for a secret
     for text in ("see https://example.org/a:b?x=1", "a@b.org: 1:2", "C:\\x", ""):
         assert without_secrets(text) == text
 
@@ -317,7 +319,7 @@ def test_a_text_without_secrets_is_left_as_it_is(monkeypatch):
 # --- servers ----------------------------------------------------------------------------------------
 
 
-def test_every_server_that_is_started_listens_on_this_machine_alone():
+def test_every_server_that_is_started_listens_on_this_machine_only():
     asked = [*SOURCES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
     for path in [path for path in asked if path != Path(__file__)]:
         text = path.read_text(encoding="utf-8")
@@ -326,7 +328,7 @@ def test_every_server_that_is_started_listens_on_this_machine_alone():
             assert server.strip("\"'") in ("127.0.0.1", "localhost"), path
 
 
-def test_pages_read_no_number_from_a_formula_or_a_label(tmp_path):
+def test_a_table_with_a_formula_and_html_is_read_back_as_text(tmp_path):
     from aplsmear.tables import read_table, write_table
 
     table = pd.DataFrame({"patient": ["=HYPERLINK(1)"], "labels": ["<img src=x>|=1"], "probability": [0.5]})

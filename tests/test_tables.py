@@ -1,4 +1,4 @@
-"""Tables come back as they went, and are the same bytes each time."""
+"""A table is read back as it was written, and its file has the same bytes each time."""
 
 import csv
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from aplsmear.tables import read_scores, read_table, write_table
 
 
-def test_a_long_table_survives_the_file(tmp_path):
-    """It is read in parts: the text that needs care, and the first that is not empty, are in the last one."""
+def test_a_long_table_is_read_back_as_it_was_written(tmp_path):
+    """It is read in parts; a text with a `'` in front, and a column's first text, are in the last part."""
     rows = 20_000
     table = pd.DataFrame(
         {
@@ -24,7 +24,7 @@ def test_a_long_table_survives_the_file(tmp_path):
     pd.testing.assert_frame_equal(read_table(tmp_path / "a.csv"), table.astype({"item": str, "fab": str}))
 
 
-def test_a_table_survives_the_file(tmp_path):
+def test_a_table_is_read_back_as_it_was_written(tmp_path):
     table = pd.DataFrame(
         {
             "patient": ["007", "NA", "é, ß"],
@@ -35,7 +35,7 @@ def test_a_table_survives_the_file(tmp_path):
     )
     write_table(tmp_path / "new" / "a.csv", table)
     again = read_table(tmp_path / "new" / "a.csv")
-    assert again["patient"].tolist() == ["007", "NA", "é, ß"]  # no number, nothing missing
+    assert again["patient"].tolist() == ["007", "NA", "é, ß"]  # text, and no missing value
     assert again["special_characteristics"].tolist() == ["None", "", 'Auer rods|"x"']
     assert again["fold"].dtype == np.int64
     assert again["probability"].tolist() == [0.5, 1e-7, 1.0]
@@ -43,10 +43,10 @@ def test_a_table_survives_the_file(tmp_path):
     assert (tmp_path / "b.csv").read_bytes() == (tmp_path / "new" / "a.csv").read_bytes()
 
 
-def test_the_file_is_written_to_the_byte(tmp_path):
+def test_the_bytes_of_a_table_are_known(tmp_path):
     write_table(tmp_path / "a.csv", pd.DataFrame({"item": ["1", "2"], "probability": [1 / 3, 2.0]}))
     assert (tmp_path / "a.csv").read_bytes() == b"item,probability\n1,0.333333\n2,2\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]  # no scratch file stays
+    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]  # no temporary file is left
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -58,7 +58,7 @@ def test_the_file_is_written_to_the_byte(tmp_path):
     )
 )
 @example(["=1+1", "'=1", "''", "'", "-5", "+49", "@SUM(A1)", "\t=1", "\uff1d1"])
-def test_no_text_becomes_a_formula_and_every_text_comes_back(tmp_path, names):
+def test_no_text_is_written_as_a_formula_and_every_text_is_read_back(tmp_path, names):
     write_table(tmp_path / "a.csv", pd.DataFrame({"patient": names, "probability": -0.5}))
     with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
         for name, row in zip(names, csv.DictReader(file), strict=True):

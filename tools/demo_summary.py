@@ -1,4 +1,4 @@
-"""After `make demo`: what the ensemble found, and where to look next."""
+"""Print the result of `make demo`, and where to look next."""
 
 import json
 import sys
@@ -10,21 +10,21 @@ METRICS = ROOT / "ensembles" / "apl_healthy" / "intervals.json"
 
 NEXT = """\
 Where to look next
-  ensembles/apl_healthy/report.html       everything on one page, to open in a browser
-  ensembles/apl_healthy/predictions.csv   the verdict on each patient, as a calibrated probability of APL
-  source .venv/bin/activate               then these commands work as typed:
-  dvc metrics show                        every number of every task and ensemble
+  ensembles/apl_healthy/report.html       all results on one page: open it in a browser
+  ensembles/apl_healthy/predictions.csv   the calibrated probability of APL of each patient
+  source .venv/bin/activate               then you can type these commands:
+  dvc metrics show                        all metrics of all tasks and ensembles
   dvc plots show                          ROC, precision-recall and calibration curves, as a page
   mlflow ui --backend-store-uri sqlite:///mlflow.db
-                                          every run and every trial of the tuning
+                                          all runs and all trials of the tuning
 """
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """The metrics of `ensembles/<name>/intervals.json` as lines to read.
+    """The metrics of `ensembles/<name>/intervals.json` as text.
 
-    `auroc`, `sensitivity` and `specificity` are dicts with `value` and the ends of its 95 % interval, `low`
-    and `high`; `n_patients` is a count. Raises KeyError if one of them is missing.
+    `auroc`, `sensitivity` and `specificity` are dicts with `value` and its 95 % interval, `low` and `high`;
+    `n_patients` is a count. Raises KeyError if one of them is missing.
     """
     rows = {
         "AUROC": metrics["auroc"],
@@ -42,7 +42,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print the summary of the last run; exit with 1 if there was none."""
+    """Print the summary of the last run; return 1 if there is none."""
     if not METRICS.exists():
         sys.stderr.write(f"{METRICS.relative_to(ROOT)} is not there: run `make demo` to its end first.\n")
         return 1

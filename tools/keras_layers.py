@@ -1,4 +1,4 @@
-"""Write src/aplsmear/layers.json anew: what keras.applications has. To be run when Keras changes (minutes).
+"""Write src/aplsmear/layers.json: the networks of keras.applications. Run it for a new Keras (some minutes).
 
 Usage: python tools/keras_layers.py
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from aplsmear.layers import TABLE
 
-# What the pipeline sets itself, or what only concerns the top that it leaves away.
+# Options that the pipeline sets itself, and options of the classification head, which it does not use.
 _SET = {
     "include_top",
     "weights",
@@ -33,10 +33,10 @@ def main() -> None:
 
 
 def described(name: str) -> dict[str, Any]:
-    """What `aplsmear.layers` says of one network: options, smallest side, layers by switches.
+    """The entry of one network: its options, smallest input, and layers.
 
-    Layers are those that give a map of height, width and channels. Switches are the options that are true or
-    false: each way of setting them may have other layers.
+    Only layers whose output has height, width and channels. Switches are options that are true or false; the
+    layers may depend on them.
     """
     import keras
     from keras.src.backend.common.stateless_scope import StatelessScope
@@ -49,7 +49,7 @@ def described(name: str) -> dict[str, Any]:
     for chosen in itertools.product((False, True), repeat=len(switches)):
         switched = dict(zip(switches, chosen, strict=True))
         keras.utils.clear_session()
-        with StatelessScope(initialize_variables=False):  # the weights are not needed
+        with StatelessScope(initialize_variables=False):  # no memory for weights
             network = builder(include_top=False, weights=None, input_shape=(96, 96, 3), **switched)
         maps = [each.name for each in network.layers if len(getattr(each.output, "shape", ())) == 4]
         layers[json.dumps(switched, sort_keys=True)] = maps
@@ -66,7 +66,7 @@ def described(name: str) -> dict[str, Any]:
 
 
 def _smallest(builder: Any) -> int:
-    """The smallest side in px that it takes, as it says itself."""
+    """The smallest input in px that the network accepts, by its own error message."""
     try:
         builder(include_top=False, weights=None, input_shape=(1, 1, 3))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`aplsmear tidy` clears away what nothing goes back to any more, and nothing else."""
+"""`aplsmear tidy` removes searches that no result comes from, and nothing else."""
 
 import shutil
 import subprocess
@@ -26,7 +26,7 @@ def tidy(*words: str) -> str:
     return done.output
 
 
-def test_searches_that_no_outs_go_back_to_are_offered_and_go_on_request(
+def test_searches_without_a_result_are_listed_and_removed_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -46,11 +46,11 @@ def test_searches_that_no_outs_go_back_to_are_offered_and_go_on_request(
     ) as worker:
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"held\n"
-        said = tidy()  # nobody is there to be asked
-        assert "blast-1" in said
-        assert "--yes" in said
-        assert "blast-2" not in said
-        assert "running" not in said
+        printed = tidy()  # without a terminal there is no question
+        assert "blast-1" in printed
+        assert "--yes" in printed
+        assert "blast-2" not in printed
+        assert "running" not in printed
         assert {path.name for path in studies.iterdir()} == names
         assert "1 searches removed" in tidy("--yes")
         worker.communicate(b"\n")
