@@ -81,3 +81,9 @@ def test_every_parameter_belongs_to_a_stage_except_task_and_engine() -> None:
         for over in stage.get("matrix", {}).values()
     }
     assert set(PARAMS) - declared - matrices - {"task", "engine"} == set()
+
+
+def test_twin_stages_differ_in_the_name_of_the_ensemble_only() -> None:
+    """dvc.yaml repeats the deps of the two ensembles, because DVC accepts no list inside a list."""
+    healthy, aml = STAGES["ensemble_apl_healthy"], STAGES["ensemble_apl_aml"]
+    assert [dep.replace("apl_healthy", "apl_aml") for dep in healthy["deps"]] == aml["deps"]

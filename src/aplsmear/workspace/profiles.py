@@ -1,4 +1,4 @@
-"""Sets of parameters for real uses, and the leftovers of a set that is no longer in force."""
+"""Profiles: sets of parameters for real uses; and outputs that the present parameters no longer name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from aplsmear.files import sha256
 from aplsmear.params import Params, flat, nearest, no_yaml, renamed
 
 BASE = "demo"  # the profile that is a whole params.yaml
-# Tables that hold exactly the rows that a profile names; it is merged into all others.
+# Tables that hold exactly the rows that a profile names. Other tables keep those rows of the demo that the
+# profile does not name.
 REPLACED = {"augment.extra_views", "backbones", "tune.pick", "tasks", "overrides"}
 
 
 class ProfileError(UserError, ValueError):
-    """A profile or a setting that does not exist."""
+    """A profile or a setting that does not exist or cannot be used."""
 
 
 def read_profile(folder: Path, name: str) -> str:
@@ -63,14 +64,14 @@ def read_profile(folder: Path, name: str) -> str:
 
 
 def with_settings(text: str, settings: Mapping[str, str]) -> str:
-    """A params.yaml with some values changed and all remarks kept.
+    """Change some values of a params.yaml and keep all remarks.
 
     Args:
         text: of the file.
         settings: dotted key -> value as YAML, such as ``{"dataset.root": "data", "split.folds": "10"}``.
 
     Raises:
-        ProfileError: a key that the file does not have; all such keys at once.
+        ProfileError: the file does not have some keys; the message lists all of them.
     """
     editor = _editor()
     tree = editor.load(text)
@@ -92,12 +93,12 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
 
 
 def with_sums(text: str) -> str:
-    """A params.yaml with the `sha256` of each file that `weights` of a backbone names and that is there.
+    """Add the `sha256` of each existing file that `weights` of a backbone names to a params.yaml.
 
-    Another file in its place is noticed by it, and a new sum makes stale what hangs on it.
+    DVC tracks parameters and not these files: a new hash makes the stages that depend on it run again.
 
     Args:
-        text: of the file; paths count from the working directory.
+        text: of the file; paths start from the working directory.
     """
     editor = _editor()
     tree = editor.load(text)
@@ -111,13 +112,13 @@ def with_sums(text: str) -> str:
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:
-    """What earlier parameters made and no stage of these makes: features, backbones, tuned tasks, members.
+    """Outputs of earlier parameters that no stage makes now: features, backbones, tuned tasks, members.
 
-    DVC takes all that lies in a folder for inputs of the stage that depends on the folder, so they must go.
+    They must be removed: for a stage that depends on a folder, DVC takes everything in it as input.
 
     Args:
         root: the workspace.
-        params: in force.
+        params: the present parameters.
 
     Returns:
         Folders and files, sorted.
@@ -191,7 +192,7 @@ def _within(value: Any) -> Iterator[CommentedMap | CommentedSeq]:
 
 
 def _editor() -> YAML:
-    """Reads and writes YAML and keeps its remarks and its shape."""
+    """A reader and writer of YAML that keeps remarks and layout."""
     yaml = YAML()
     yaml.preserve_quotes = True
     yaml.width = 4096
