@@ -70,8 +70,8 @@ class Results:
     band: pd.DataFrame
     precision_recall: pd.DataFrame
     calibration: pd.DataFrame
-    # Whose scores choose the cells that reports show: of the members that score cells, the one with the highest
-    # importance. Empty: no member scores cells.
+    # Whose scores choose the cells that reports show: of the members that score cells, the one with the
+    # highest importance. Empty: no member scores cells.
     pictured_by: str
     inputs: Mapping[str, str]  # file -> MD5, as dvc.lock has it
     settings: Mapping[str, Any]  # the parameters that shaped the results
