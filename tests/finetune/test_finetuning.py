@@ -90,8 +90,9 @@ def test_finetuning_starts_anew_when_a_module_that_it_uses_changes(tmp_path: Pat
     library = tmp_path / "library" / "aplsmear"
     shutil.copytree(ROOT / "src" / "aplsmear", library)
     code = (
-        "from pathlib import Path; import finetunings; from aplsmear.finetune.finetuning import
-        finetune_key\n" "key = finetune_key(*finetunings.inputs(Path()), 1); Path(key).mkdir(exist_ok=True)\n"
+        "from pathlib import Path; import finetunings\n"
+        "from aplsmear.finetune.finetuning import finetune_key\n"
+        "key = finetune_key(*finetunings.inputs(Path()), 1); Path(key).mkdir(exist_ok=True)\n"
         "print(*(x for each in finetunings.trained(Path(key), epochs=1) for x in each.history.auroc))"
     )
     paths = os.pathsep.join(map(str, [library.parent, ROOT / "tests", ROOT / "benchmarks"]))
