@@ -1,4 +1,4 @@
-"""The verdict on a patient comes from models that never saw him, and from nothing else."""
+"""The verdict on a patient comes only from models that never saw the patient."""
 
 import json
 import math
@@ -33,7 +33,7 @@ AVERAGE = [Candidate(0, "average", "mean", 0.0, 0)]
 
 
 def people(n: int, folds: int) -> pd.DataFrame:
-    """`n` patients of each diagnosis, dealt in turn."""
+    """`n` patients of each diagnosis, distributed to the folds in turn."""
     rows = [
         {"patient": f"{diagnosis}{i:03}", "diagnosis": diagnosis, "fold": i % folds}
         for diagnosis in ("aml", "apl", "healthy")
@@ -43,7 +43,7 @@ def people(n: int, folds: int) -> pd.DataFrame:
 
 
 def scores_of(patients: pd.DataFrame, seed: int, strength: float = 1.0, cells: int = 6) -> pd.DataFrame:
-    """A member's scores as `tuned/<task>/scores.parquet` holds them."""
+    """The scores of a member, as in `tuned/<task>/scores.parquet`."""
     random = np.random.default_rng(seed)
     outer_folds = int(patients["fold"].max()) + 2
     of = patients.loc[patients.index.repeat(cells)].reset_index(drop=True)
@@ -78,20 +78,20 @@ def combine(**knobs) -> Combine:
     [(RIDGE, 0), (RIDGE, 3), (NETWORK, 3), (AVERAGE, 0)],
     ids=["ridge 0", "ridge 3", "network", "average"],
 )
-def test_labels_of_the_held_out_patients_do_not_reach_their_verdicts(candidates, fold) -> None:
+def test_labels_of_held_out_patients_do_not_change_their_verdicts(candidates, fold) -> None:
     patients, members = cohort()
     there = (patients["fold"] == fold).to_numpy()
-    turned = patients.assign(label=np.where(there, 1 - patients["label"], patients["label"]))
+    swapped = patients.assign(label=np.where(there, 1 - patients["label"], patients["label"]))
     columns = ["probability", "low", "high", "verdict", "sensitive"]
     before = judge(patients, members, candidates, 5, 1).table[columns]
-    after = judge(turned, members, candidates, 5, 1).table[columns]
+    after = judge(swapped, members, candidates, 5, 1).table[columns]
     pd.testing.assert_frame_equal(before[there], after[there])
     assert not np.allclose(
         before["probability"][~there], after["probability"][~there]
-    )  # they do reach the others
+    )  # they change those of the others
 
 
-def test_scores_of_the_held_out_patients_do_not_reach_what_judges_them() -> None:
+def test_scores_of_held_out_patients_do_not_change_the_models_that_judge_them() -> None:
     patients, members = cohort()
     outer_fold = 2
     moved = {
@@ -117,7 +117,7 @@ def test_scores_of_the_held_out_patients_do_not_reach_what_judges_them() -> None
     assert not np.allclose(before.table["probability"][there], after.table["probability"][there])
 
 
-def test_an_outer_fold_reads_no_score_of_another() -> None:
+def test_an_outer_fold_uses_no_scores_of_another() -> None:
     patients, members = cohort()
     spoiled = {
         name: table.assign(
@@ -131,9 +131,9 @@ def test_an_outer_fold_reads_no_score_of_another() -> None:
     pd.testing.assert_frame_equal(before[elsewhere], after[elsewhere])
 
 
-def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() -> None:
-    # Each of 12 members says something else of each patient, the same in every world: 40 patients can almost
-    # be told apart by rote, and a combination that had seen its patients would score near 1.
+def test_scores_that_could_be_memorised_do_not_raise_the_auroc_on_random_labels() -> None:
+    # Each of 12 members gives each patient another score, the same in every outer fold: almost all of the 40
+    # patients can be memorised, and a combination that had seen its patients would have an AUROC near 1.
     random = np.random.default_rng(5)
     found = []
     for seed in range(4):
@@ -155,7 +155,7 @@ def test_marks_that_could_be_memorised_do_not_lift_the_auroc_on_random_labels() 
     assert 0.35 < np.mean(found) < 0.6
 
 
-def test_permuted_diagnoses_are_worth_nothing() -> None:
+def test_permuted_diagnoses_give_an_auroc_of_a_half() -> None:
     patients, members = cohort(n=12, strength=2.0)
     table = null_check(patients, members, RIDGE, 6, 1)
     assert table.columns.tolist() == ["repeat", "auroc", "auroc_within_folds"]
@@ -163,7 +163,7 @@ def test_permuted_diagnoses_are_worth_nothing() -> None:
     assert measure(judge(patients, members, RIDGE, 0, 1), 100, 1)["auroc"]["value"] > 0.85
 
 
-# --- the same whatever the order ---------------------------------------------------------------------
+# --- order ------------------------------------------------------------------------------------------
 
 
 def test_the_order_of_rows_changes_nothing() -> None:
@@ -190,11 +190,11 @@ def test_a_patient_without_a_cell_for_a_member_is_judged_by_the_others() -> None
     assert np.isfinite(verdicts.table[["probability", "low", "high"]].to_numpy()).all()
     assert chances["apl000"] > chances["aml001"]
     final = verdicts.combinations[-1]
-    gap, usual = np.array([[np.nan, 1.0, 2.0]]), np.array([[final.fitted.mean[0], 1.0, 2.0]])
-    assert final.probability(gap) == final.probability(usual)
+    gap, mean = np.array([[np.nan, 1.0, 2.0]]), np.array([[final.fitted.mean[0], 1.0, 2.0]])
+    assert final.probability(gap) == final.probability(mean)
 
 
-def test_a_member_that_says_the_same_of_everybody_changes_nothing_much() -> None:
+def test_a_member_with_the_same_score_for_every_patient_changes_almost_nothing() -> None:
     patients, members = cohort(strength=2.0)
     before = judge(patients, members, RIDGE[:1], 0, 1).table["probability"]
     constant = members["m0"].assign(**dict.fromkeys(SUMMARIES, 0.3))
@@ -202,7 +202,7 @@ def test_a_member_that_says_the_same_of_everybody_changes_nothing_much() -> None
     np.testing.assert_allclose(before, after, atol=1e-6)
 
 
-def test_whoever_is_called_at_the_balanced_point_is_called_at_the_sensitive_one() -> None:
+def test_a_patient_positive_at_the_balanced_point_is_positive_at_the_sensitive_point() -> None:
     patients, members = cohort(n=12, strength=20.0)
     rare = patients[(patients["label"] == 0) | (patients.groupby("label").cumcount() < 5)]
     verdicts = judge(rare.reset_index(drop=True), members, RIDGE, 0, 1)
@@ -254,7 +254,7 @@ def test_the_simplest_within_one_standard_error_is_chosen() -> None:
         assert judge(patients, members, order, 0, 1).chosen[-1].number == 0
 
 
-def test_of_equally_simple_ones_the_better_is_chosen() -> None:
+def test_the_better_of_equally_simple_candidates_is_chosen() -> None:
     patients, members = cohort(n=20, strength=0.7)
     random = np.random.default_rng(0)
     blurred = {
@@ -265,7 +265,7 @@ def test_of_equally_simple_ones_the_better_is_chosen() -> None:
     assert judge(patients, blurred, candidates, 0, 1).chosen[-1].summary == "mean"
 
 
-def test_what_params_may_name_is_what_there_is() -> None:
+def test_params_accept_the_models_and_summaries_that_exist() -> None:
     fields = CombineSpace.model_fields
     assert fields["model"].annotation.__args__[0].__args__ == MODELS
     assert fields["summary"].annotation.__args__[0].__args__ == SUMMARIES
@@ -278,13 +278,13 @@ def test_what_params_may_name_is_what_there_is() -> None:
 def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidates) -> None:
     patients, members = cohort()
     verdicts = judge(patients, members, candidates, 0, 1)
-    said = verdicts.logits
-    said[0, 1] = np.nan  # a patient without a cell for m1
+    logits = verdicts.logits
+    logits[0, 1] = np.nan  # a patient without a cell for m1
     for combination in verdicts.combinations:
         write_json(tmp_path / "combination.json", as_json(combination), digits=12)
         again = combination_of(json.loads((tmp_path / "combination.json").read_text()))
         assert (again.members, again.summary) == (("m0", "m1", "m2"), combination.summary)
-        np.testing.assert_allclose(again.probability(said), combination.probability(said), atol=1e-9)
+        np.testing.assert_allclose(again.probability(logits), combination.probability(logits), atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidat
     [{"weights": [1.0]}, {"summary": "guess"}, {"thresholds": {}}, {"mean": "x"}, {"members": None}],
     ids=str,
 )
-def test_what_is_no_combination_is_refused(wrong) -> None:
+def test_an_invalid_combination_is_refused(wrong) -> None:
     patients, members = cohort()
     made = as_json(judge(patients, members, RIDGE, 0, 1).combinations[-1])
     with pytest.raises(EnsembleError, match="no combination"):
@@ -326,7 +326,7 @@ def test_a_fold_keeps_its_patients_when_diagnoses_are_permuted(monkeypatch) -> N
 # --- clear errors ---------------------------------------------------------------------------------------
 
 
-def test_a_diagnosis_that_nobody_has_is_named() -> None:
+def test_a_diagnosis_without_patients_is_named() -> None:
     everybody = people(3, 3).query("diagnosis != 'apl'")
     with pytest.raises(EnsembleError, match=r"of both, but there are 3 aml, 3 healthy\. Add patients .* apl"):
         patients_of(everybody, "apl", "healthy")

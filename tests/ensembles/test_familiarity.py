@@ -1,4 +1,4 @@
-"""Who is like the training patients, and who is not."""
+"""Distances tell patients who are like the training patients from others."""
 
 import numpy as np
 import pandas as pd
@@ -32,15 +32,15 @@ def picture(colour: tuple[int, int, int], item: str = "c", seed: int = 0) -> Vie
     return View(item, 0, encode_jpeg(pixels))
 
 
-def test_strangers_of_the_same_kind_mostly_stay_within_the_limit_and_others_do_not() -> None:
+def test_similar_new_patients_are_mostly_within_the_limit_and_others_are_not() -> None:
     cloud = make_cloud(people(60, 2), np.arange(60) % 5)
     alike = np.array([cloud.distance(each) for each in people(400, 3)])
     assert 0.9 < (alike <= 1).mean() < 1
     assert all(cloud.distance(each) > 1 for each in people(20, 4) + 3)
 
 
-def test_the_limit_comes_from_patients_whom_the_cloud_had_not_seen() -> None:
-    """Within their own cloud 20 patients with 200 numbers all lie nearer than a stranger can."""
+def test_the_limit_comes_from_held_out_patients() -> None:
+    """Measured in their own cloud, 20 patients with 200 numbers are all nearer than a new patient can be."""
     patients = people(20, 2)
     cloud = make_cloud(patients, np.arange(20) % 5)
     assert max(cloud.distance(each) for each in patients) < 0.9
@@ -58,7 +58,7 @@ def test_a_number_that_never_varied_does_not_decide_alone() -> None:
     assert cloud.distance(stranger) == pytest.approx(before, rel=0.01)
 
 
-def test_moments_of_rows_that_come_by_and_by() -> None:
+def test_moments_of_rows_that_are_added_part_by_part() -> None:
     rows = np.random.default_rng(1).normal(3, 2, (50, 7)).astype(np.float16)
     moments = Moments()
     for part in np.array_split(rows, 6):

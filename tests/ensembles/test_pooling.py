@@ -1,4 +1,4 @@
-"""What a patient's cells say together."""
+"""Summaries of the scores of a patient's cells."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_summaries_of_four_cells_by_hand() -> None:
     )
 
 
-def test_one_rare_finding_shows_in_the_summaries_made_for_it() -> None:
+def test_one_rare_finding_raises_the_summaries_made_for_it() -> None:
     quiet = np.full(100, 0.05)
     found = np.append(quiet[1:], 0.99)
     before, after = summarise(quiet), summarise(found)
@@ -68,7 +68,7 @@ def test_patients_by_hand() -> None:
         "[]",
         "[]",
         '["c1"]',
-    ]  # in his own outer fold alone; one cell is at no end
+    ]  # only in the patient's own outer fold; one cell alone is at neither end
     assert table["lowest"].tolist() == ["[]", "[]", "[]", '["c3"]']
     assert table["top"][2] == pytest.approx(0.0)  # a logit
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
@@ -96,7 +96,7 @@ def test_the_order_of_the_cells_does_not_matter() -> None:
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(0.01, 1))
-def test_items_that_all_count_the_same_say_what_they_say_unweighted(scores, weight) -> None:
+def test_equal_weights_change_no_summary(scores, weight) -> None:
     score = np.array(scores, dtype=np.float32)
     plain, weighted = summarise(score), summarise(score, np.full(len(score), weight), top=5 * weight)
     for name in ("mean", "logits", "upper", "top"):
@@ -104,7 +104,7 @@ def test_items_that_all_count_the_same_say_what_they_say_unweighted(scores, weig
     assert plain["upper"] == pytest.approx(np.quantile(score, 0.9, method="hazen"))
 
 
-def test_a_cell_that_does_not_count_says_nothing() -> None:
+def test_a_cell_without_weight_changes_no_summary() -> None:
     immature, lymphocytes = np.array([0.9, 0.7]), np.array([0.1, 0.2, 0.1])
     alone = summarise(immature)
     among = summarise(np.append(immature, lymphocytes), np.array([1, 1, 1e-6, 1e-6, 1e-6]))
@@ -112,7 +112,7 @@ def test_a_cell_that_does_not_count_says_nothing() -> None:
         assert among[name] == pytest.approx(alone[name], abs=1e-4)
 
 
-def test_cells_are_weighted_in_each_world_by_what_the_other_task_says_there() -> None:
+def test_the_weights_of_an_outer_fold_are_the_scores_of_the_other_task_there() -> None:
     scores = pd.DataFrame(
         {
             "item": ["c1", "c2"],

@@ -1,4 +1,4 @@
-"""The tables that `dvc plots` draws: right, short, and the same bytes again."""
+"""The tables for `dvc plots` are correct, short and reproducible to the byte."""
 
 import math
 
@@ -108,7 +108,7 @@ def test_bad_input_is_an_error(make):
         make([1, 1], [0.3, 0.2])
 
 
-def test_the_roc_band_holds_the_curve_and_is_right_at_its_ends():
+def test_the_roc_band_contains_the_curve_and_ends_at_1():
     label, score = items(200)
     band = curves.roc_band_table(label, score, 500, 1, points=21)
     assert band.columns.tolist() == ["fpr", "low", "high"]

@@ -1,4 +1,4 @@
-"""The numbers a haematologist will quote: right, with honest intervals, and the same on every run."""
+"""The measures of the reports are correct, have valid intervals, and are the same on every run."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def binormal(rng, positives, negatives, true_auroc=0.9):
 
 
 def patients(seed=0, n=120, share=0.3, strength=1.5):
-    """Labels and overconfident, uninterrupted probabilities."""
+    """Labels and overconfident probabilities."""
     rng = np.random.default_rng(seed)
     label = (rng.random(n) < share).astype(int)
     return label, special.expit(rng.normal(size=n) + strength * label - 1)
@@ -86,7 +86,7 @@ def test_delong_by_hand():
 
 
 def u_statistic(label, score, unit):
-    """AUROC, and per unit the sums of the centred components, from all pairs: slow and plain."""
+    """AUROC and, for each unit, the sums of the centred components, from all pairs: slow and simple."""
     kernel = np.array([[(a > b) + (a == b) / 2 for b in score[label == 0]] for a in score[label == 1]])
     value = kernel.mean()
     of_positive = dict.fromkeys(unit[label == 1], 0.0)
@@ -128,7 +128,7 @@ def test_delong_and_obuchowski_agree_with_all_pairs(grouped):
 
 
 @given(ITEMS)
-def test_auroc_counts_pairs_and_knows_only_the_order(items):
+def test_auroc_counts_pairs_and_depends_only_on_the_order(items):
     label, score = columns(items)
     pairs = [(a > b) + (a == b) / 2 for a in score[label == 1] for b in score[label == 0]]
     value = auroc(label, score)
@@ -139,7 +139,7 @@ def test_auroc_counts_pairs_and_knows_only_the_order(items):
 
 
 @given(ITEMS)
-def test_intervals_hold_the_value_and_stay_on_the_scale(items):
+def test_intervals_contain_the_value_and_stay_on_the_scale(items):
     label, score = columns(items)
     found = delong_interval(label, score)
     assert 0 <= found.low <= found.value <= found.high <= 1
@@ -190,7 +190,7 @@ def test_standard_error_within_folds_matches_the_spread_of_many_experiments():
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.1)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_95_percent_intervals_contain_the_true_value_in_95_percent_of_experiments():
     delong = bootstrap = 0
     runs = 400
     for seed in range(runs):
@@ -389,7 +389,7 @@ def test_operating_points_by_hand():
 
 
 @given(ITEMS)
-def test_operating_points_keep_their_promise(items):
+def test_operating_points_are_the_best_of_all_thresholds(items):
     label, probability = columns(items)
     points = operating_points(label, probability)
     candidates = np.unique(probability)
@@ -414,7 +414,7 @@ def test_operating_points_separate_neighbouring_floats():
 # --- the record
 
 
-def test_summary_is_whole_finite_and_the_same_again():
+def test_summary_is_complete_finite_and_reproducible():
     label, probability = patients(n=60)
     call = (probability >= np.where(np.arange(60) % 2, 0.3, 0.6)).astype(int)  # a threshold for each fold
     record = summary(label, probability, call, resamples=100, seed=3)

@@ -1,4 +1,4 @@
-"""`aplsmear null-check`: what the ensemble finds where there is nothing to find."""
+"""`aplsmear null-check` finds an AUROC of 0.5 on permuted diagnoses, or reports a leak."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with members of 2 x 10 patients, and networks left out (they only take time)."""
+    """A working directory with members of 2 x 10 patients, without networks (they only take time)."""
     everybody = people(10, 5)
     knobs = read_params(ROOT / "params.yaml")
     ensemble = knobs.ensembles["apl_aml"]
@@ -38,7 +38,7 @@ def check(*arguments: str):
     return CliRunner().invoke(app, ["null-check", "--ensemble", "apl_aml", *arguments])
 
 
-def test_the_command_says_what_it_found(home: Path) -> None:
+def test_the_command_prints_both_aurocs_and_writes_nothing(home: Path) -> None:
     before = sorted(home.rglob("*"))
     result = check("--repeats", "8")
     assert result.exit_code == 0, result.output
@@ -59,7 +59,7 @@ def test_a_leak_ends_in_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "leaks into their probabilities" in result.output
 
 
-def test_members_that_were_not_made_yet_are_named(home: Path) -> None:
+def test_a_missing_input_is_named_with_the_command_that_makes_it(home: Path) -> None:
     (home / "splits" / "folds.csv").unlink()
     result = check()
     assert result.exit_code == 1

@@ -71,44 +71,24 @@ class Member(Strict):
 
 
 class Model(Strict):
-    """The content of model.json.
-
-    Attributes:
-        name: of the ensemble.
-        positive: diagnosis.
-        negative: diagnosis.
-        members: in the order of the combinations.
-        weigh_by: the task whose scores are the weights of the cells.
-        seed: of the views and of untrained backbones.
-        min_box: px; smaller boxes are left out.
-        augment: how views are made.
-        backbones: as in params.yaml, without `weights` and their `sha256`.
-        combinations: of every outer fold, by `aplsmear.ensembles.combination.as_json`; the last is for new
-            patients.
-        reference_level: level of the items of `reference_features`.
-        reference_features: backbone/layer whose features describe the training patients.
-        min_items: 99 % of the training patients had at least so many cells or smears of that level.
-        pictured_by: the member whose scores choose the cells that are shown; empty: there is none.
-        high_is_positive: whether a high score of that member points to the positive diagnosis.
-        inputs: file -> MD5 of the tables that the ensemble was made from, as dvc.lock has it.
-    """
+    """The content of model.json."""
 
     name: str
-    positive: str
-    negative: str
-    members: list[Member]
-    weigh_by: Member
-    seed: int
-    min_box: int
-    augment: Augment
-    backbones: dict[str, dict[str, Any]]
-    combinations: list[dict[str, Any]]
-    reference_level: Level
-    reference_features: str
-    min_items: float
-    pictured_by: str
-    high_is_positive: bool
-    inputs: dict[str, str]
+    positive: str  # diagnosis
+    negative: str  # diagnosis
+    members: list[Member]  # in the order of the combinations
+    weigh_by: Member  # whose scores are the weights of the cells
+    seed: int  # of the views
+    min_box: int  # px; smaller boxes are left out
+    augment: Augment  # how views are made
+    backbones: dict[str, dict[str, Any]]  # as in params.yaml, without `weights` and their `sha256`
+    combinations: list[dict[str, Any]]  # of every outer fold, by `as_json`; the last is for new patients
+    reference_level: Level  # of the items of `reference_features`
+    reference_features: str  # backbone/layer whose features describe the training patients
+    min_items: float  # 99 % of the training patients had at least so many cells or smears of that level
+    pictured_by: str  # the member whose scores choose the cells that are shown; empty: there is none
+    high_is_positive: bool  # whether a high score of that member points to the positive diagnosis
+    inputs: dict[str, str]  # file -> MD5 of the tables that the ensemble was made from, as in dvc.lock
 
 
 @dataclass(frozen=True)

@@ -42,67 +42,39 @@ _VIEWS = 256  # read at once
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an ensemble is made from.
-
-    Attributes:
-        name: of the ensemble.
-        ensemble: its row of params.yaml.
-        levels: of each member and of `Ensemble.weigh_by`.
-        patients: of `aplsmear.ensembles.combination.patients_of`.
-        members: of `aplsmear.ensembles.combination.read_members`.
-        items: all cells and all smears, with ``item`` and ``patient``.
-        features: of all cells and all smears, by ``backbone/layer``.
-        heads: file of the heads of each member and of `Ensemble.weigh_by`.
-        md5: file -> MD5 of the tables, as dvc.lock has it.
-    """
+    """What an ensemble is made from."""
 
     name: str
-    ensemble: Ensemble
-    levels: Mapping[str, TaskLevel]
-    patients: pd.DataFrame
-    members: Mapping[str, pd.DataFrame]
-    items: Mapping[Level, pd.DataFrame]
-    features: Mapping[Level, Mapping[str, Features]]
-    heads: Mapping[str, Path]
-    md5: Mapping[str, str]
+    ensemble: Ensemble  # its row of params.yaml
+    levels: Mapping[str, TaskLevel]  # of each member and of `Ensemble.weigh_by`
+    patients: pd.DataFrame  # of `aplsmear.ensembles.combination.patients_of`
+    members: Mapping[str, pd.DataFrame]  # of `aplsmear.ensembles.combination.read_members`
+    items: Mapping[Level, pd.DataFrame]  # all cells and all smears, with ``item`` and ``patient``
+    features: Mapping[Level, Mapping[str, Features]]  # of all cells and all smears, by ``backbone/layer``
+    heads: Mapping[str, Path]  # of each member and of `Ensemble.weigh_by`
+    md5: Mapping[str, str]  # of the tables, by file, as dvc.lock has it
 
 
 @dataclass(frozen=True)
 class Results:
-    """What is known about an ensemble once it has judged the held-out patients.
-
-    Attributes:
-        name: of the ensemble.
-        ensemble: its row of params.yaml.
-        verdicts: of `aplsmear.ensembles.combination.judge`.
-        members: of `aplsmear.ensembles.combination.read_members`.
-        measured: of `aplsmear.ensembles.combination.measure`.
-        comparison: of `aplsmear.ensembles.baselines.compare`.
-        importance: of `aplsmear.ensembles.combination.importance`.
-        roc: of `aplsmear.evaluation.curves.roc_curve_table`.
-        band: of `aplsmear.evaluation.curves.roc_band_table`.
-        precision_recall: of `aplsmear.evaluation.curves.precision_recall_table`.
-        calibration: of `aplsmear.evaluation.curves.calibration_table`.
-        pictured_by: the member whose scores choose the cells that reports show: of the members that score
-            cells, the one that contributes most. Empty: no member scores cells.
-        inputs: file -> MD5, as dvc.lock has it.
-        settings: the parameters that shaped the results.
-    """
+    """The verdicts of an ensemble on held-out patients, and its measures."""
 
     name: str
-    ensemble: Ensemble
+    ensemble: Ensemble  # its row of params.yaml
     verdicts: Verdicts
-    members: Mapping[str, pd.DataFrame]
-    measured: dict[str, Any]
-    comparison: pd.DataFrame
-    importance: pd.DataFrame
-    roc: pd.DataFrame
+    members: Mapping[str, pd.DataFrame]  # of `aplsmear.ensembles.combination.read_members`
+    measured: dict[str, Any]  # of `aplsmear.ensembles.combination.measure`
+    comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
+    importance: pd.DataFrame  # of `aplsmear.ensembles.combination.importance`
+    roc: pd.DataFrame  # this and the next three: of `aplsmear.evaluation.curves`
     band: pd.DataFrame
     precision_recall: pd.DataFrame
     calibration: pd.DataFrame
+    # Whose scores choose the cells that reports show: of the members that score cells, the one with the
+    # highest importance. Empty: no member scores cells.
     pictured_by: str
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]  # file -> MD5, as dvc.lock has it
+    settings: Mapping[str, Any]  # the parameters that shaped the results
 
 
 def read_inputs(

@@ -47,30 +47,17 @@ class PredictError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of an ensemble for one patient.
-
-    Attributes:
-        patient: name.
-        smears: how many.
-        cells: how many.
-        logits: float64 (members,): summaries as logits, NaN where a member has no items of the patient.
-        probability: calibrated, of the positive diagnosis.
-        distance: from the training patients in features, see `aplsmear.ensembles.familiarity`; NaN without
-            items.
-        stain: likewise in stain.
-        warnings: sentences.
-        pictures: cells, as name and JPEG: those that point most to the positive diagnosis, then those that
-            point most to the negative one.
-    """
+    """The result of an ensemble for one patient."""
 
     patient: str
     smears: int
     cells: int
-    logits: np.ndarray
-    probability: float
-    distance: float
-    stain: float
+    logits: np.ndarray  # float64 (members,): summaries, NaN where a member has no items of the patient
+    probability: float  # calibrated, of the positive diagnosis
+    distance: float  # from the training patients in features (`aplsmear.ensembles.familiarity`), or NaN
+    stain: float  # from the training patients in stain, or NaN
     warnings: list[str]
+    # Cells, as name and JPEG: those that point most to the positive diagnosis, then to the negative one.
     pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
 
 
