@@ -26,16 +26,59 @@ PATIENCE = 4.0  # s; how long to wait for one answer
 SKEW = 15 * 60  # s; S3 refuses a request whose time differs by more
 _NOTE = b"of `aplsmear share-check`; may be deleted\n"
 
-# Error codes of S3, botocore and errno, by their meaning.
-_REFUSED = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403", "MethodNotAllowed", "405"}
-_REFUSED |= {"EACCES", "EPERM", "EROFS"}
-_EXPIRED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "UnauthorizedSSOTokenError"}
-_NO_BUCKET = {"NoSuchBucket", "404", "InvalidBucketName", "ParamValidationError"}
-_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
-_NO_KEY = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"}
-_FULL = {"QuotaExceeded", "XMinioStorageFull", "InsufficientStorage", "507", "ENOSPC", "EDQUOT"}
-_SILENT = {"TimeoutError", "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"}
-_SILENT |= {"ConnectionClosedError", "503", "ServiceUnavailable", "ETIMEDOUT", "EHOSTDOWN", "ESTALE"}
+# Error codes of S3, botocore and errno, with what they mean and how to fix it.
+_DENIED = "AccessDenied AllAccessDisabled Forbidden 403 MethodNotAllowed 405"
+_DISK_DENIED = "EACCES EPERM EROFS"
+_SILENT = (
+    "TimeoutError EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError 503 "
+    "ServiceUnavailable ETIMEDOUT EHOSTDOWN ESTALE"
+)
+_RIGHTS = "no rights: neither reading nor writing is allowed"
+_KEY = (
+    "set the right key in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), or in this clone only: "
+    "`dvc remote modify --local {name} access_key_id ID`, and the same for secret_access_key."
+)
+_CLOCK = (
+    "clock skew: the clock of this machine is {how} the server's, so the server refuses its requests.",
+    "set the clock (`timedatectl set-ntp true`), or ask the person who runs this machine.",
+)
+_MEANINGS = (
+    ("RequestTimeTooSkewed", _CLOCK[0].replace("{how}", "too far from"), _CLOCK[1]),
+    (
+        _SILENT,
+        f"unreachable: no answer within {PATIENCE:g} s.",
+        "try again; then check network and disk, or ask the person who runs it.",
+    ),
+    ("InvalidAccessKeyId", "wrong key: the store does not know this access key id{source}.", _KEY),
+    ("SignatureDoesNotMatch", "wrong key: the secret is not that of the access key id{source}.", _KEY),
+    (
+        "ExpiredToken InvalidToken TokenRefreshRequired UnauthorizedSSOTokenError",
+        "wrong key: its session has ended{source}.",
+        f"sign in again, then {_KEY}",
+    ),
+    (
+        "NoCredentialsError PartialCredentialsError CredentialRetrievalError ProfileNotFound",
+        "no key: there are no credentials, or only a part of them.",
+        _KEY,
+    ),
+    (_DENIED, f"{_RIGHTS}{{source}}.", f"ask the person who runs it for rights; if the key is wrong: {_KEY}"),
+    (_DISK_DENIED, f"{_RIGHTS}.", "ask the person who runs it for rights."),
+    (
+        "NoSuchBucket 404 InvalidBucketName ParamValidationError",
+        "no such bucket: {bucket}.",
+        "make it, or correct the name: {rename}.",
+    ),
+    (
+        "PermanentRedirect AuthorizationHeaderMalformed IllegalLocationConstraintException 301",
+        "the bucket {bucket} is in another region.",
+        "`dvc remote modify {name} region REGION`, with the region of the bucket.",
+    ),
+    (
+        "QuotaExceeded XMinioStorageFull InsufficientStorage 507 ENOSPC EDQUOT",
+        "it is full.",
+        "ask the person who runs it for more space.",
+    ),
+)
 
 T = TypeVar("T")
 
@@ -59,11 +102,6 @@ class Place:
     url: str
     endpoint: str = ""
     key_from: str = ""
-
-    @property
-    def bucket(self) -> str:
-        """The bucket of an S3 URL."""
-        return self.url.partition("://")[2].partition("/")[0]
 
     @property
     def rename(self) -> str:
@@ -157,8 +195,8 @@ def look_for_server(place: Place, verify: bool | str = True) -> None:
     sent = answer.headers.get("Date")
     apart = (datetime.now(UTC) - parsedate_to_datetime(sent)).total_seconds() if sent else 0.0
     if abs(apart) > SKEW:
-        ahead = "ahead of" if apart > 0 else "behind"
-        raise place.error(*_skew(f"{abs(apart) / 60:.0f} minutes {ahead}"))
+        how = f"{abs(apart) / 60:.0f} minutes {'ahead of' if apart > 0 else 'behind'}"
+        raise place.error(_CLOCK[0].format(how=how), _CLOCK[1])
 
 
 def try_out(place: Place, files: Any, folder: str) -> None:
@@ -209,54 +247,20 @@ def explained(place: Place, error: Exception, *, readable: bool = False) -> Shar
         readable: whether the folder can be read, although writing failed.
     """
     code = _code(error)
-    source = f" (it comes from {place.key_from})" if place.key_from else ""
-    key = (
-        "set the right key in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), or for this clone "
-        f"only: `dvc remote modify --local {place.name} access_key_id ID`, and the same for "
-        "secret_access_key."
-    )
-    meanings = [
-        ({"RequestTimeTooSkewed"}, *_skew("too far from")),
-        (
-            _REFUSED | _SILENT if readable else set(),
+    if readable and code in f"{_DENIED} {_DISK_DENIED} {_SILENT}".split():
+        return place.error(
             "read-only: it can be read, not written. `dvc pull` works, `dvc push` does not.",
-            "to push, ask the person who runs it for the right to write"
-            + (", or use a key that has it." if source else "."),
-        ),
-        (
-            _SILENT,
-            f"unreachable: no answer within {PATIENCE:g} s.",
-            "try again; then check network and disk, or ask the person who runs it.",
-        ),
-        ({"InvalidAccessKeyId"}, f"wrong key: the store does not know this access key id{source}.", key),
-        (
-            {"SignatureDoesNotMatch"},
-            f"wrong key: the secret is not that of the access key id{source}.",
-            key,
-        ),
-        (_EXPIRED, f"wrong key: its session has ended{source}.", f"sign in again, then {key}"),
-        (_NO_KEY, "no key: there are no credentials, or only a part of them.", key),
-        (
-            _REFUSED,
-            f"no rights: neither reading nor writing is allowed{source}.",
-            "ask the person who runs it for rights"
-            + (f"; if this is the wrong key: {key}" if source else "."),
-        ),
-        (
-            _NO_BUCKET,
-            f"no such bucket: {place.bucket}.",
-            f"make it, or correct the name: {place.rename}.",
-        ),
-        (
-            _REGION,
-            f"the bucket {place.bucket} is in another region.",
-            f"`dvc remote modify {place.name} region REGION`, with the region of the bucket.",
-        ),
-        (_FULL, "it is full.", "ask the person who runs it for more space."),
-    ]
-    for codes, happened, fix in meanings:
-        if code in codes:
-            return place.error(happened, fix)
+            "to push, ask the person who runs it for the right to write.",
+        )
+    words = {
+        "name": place.name,
+        "rename": place.rename,
+        "bucket": place.url.partition("://")[2].partition("/")[0],
+        "source": f" (it comes from {place.key_from})" if place.key_from else "",
+    }
+    for codes, happened, fix in _MEANINGS:
+        if code in codes.split():
+            return place.error(happened.format(**words), fix.format(**words))
     return place.error(f"it fails with {code}.", f"check the address: {place.rename}.")
 
 
@@ -271,10 +275,3 @@ def _code(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno:
         return errno.errorcode.get(error.errno, str(error.errno))
     return type(error).__name__
-
-
-def _skew(how: str) -> tuple[str, str]:
-    return (
-        f"clock skew: the clock of this machine is {how} the server's, so the server refuses its requests.",
-        "set the clock (`timedatectl set-ntp true`), or ask the person who runs this machine.",
-    )
