@@ -66,3 +66,14 @@ def test_every_room_says_what_it_is() -> None:
     assert {room.name for room in rooms} <= set(ORDER)
     for room in rooms:
         assert ast.get_docstring(ast.parse((room / "__init__.py").read_text(encoding="utf-8"))), room.name
+
+
+@pytest.mark.parametrize(("folder", "longest"), [("src", 60), ("stages", 40)])
+def test_a_function_fits_one_screen(folder: str, longest: int) -> None:
+    lengths = {
+        f"{path.name}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in (CODE.parents[1] / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length > longest} == {}
