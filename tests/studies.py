@@ -77,8 +77,8 @@ def quick_judge(jobs: Sequence[Job], material: Material, patience: int) -> list[
     return found
 
 
-def told(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
-    """What must be the same whoever trained the trials."""
+def outcome(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
+    """What must be the same with any number of workers."""
     return [
         (t.number, t.recipe, t.inner.tobytes(), t.best_epoch.tobytes(), t.parameters, t.failure)
         for t in trials
@@ -89,5 +89,5 @@ def work(folder: str, url: str = "", trials: int = 9, name: str = "study") -> li
     """One worker, from start to end; what it ends with is written to a file of its own."""
     study = open_study(name, Path(folder) / f"{name}.journal", url)
     found = list(run_study(task_data(), settings(trials=trials), 5, study, quick_judge))
-    Path(folder, f"told-{os.getpid()}").write_text(repr(told(found)))
+    Path(folder, f"outcome-{os.getpid()}").write_text(repr(outcome(found)))
     return found

@@ -1,4 +1,4 @@
-"""Heads on bags: the one cell that tells is found; trained together as alone; nothing held out is read."""
+"""Heads on bags: they find the one telling cell, and read no held-out cell in training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from aplsmear.heads.study import open_study
 from aplsmear.heads.task_data import PatientTaskData, make_patient_task_data
 from aplsmear.params import Task
 from recipes import BASE, FOLDS, jobs_of, same, weights_of
-from studies import settings, told
+from studies import outcome, settings
 
 PLAIN = replace(BASE, width=8, epochs=6)
 MIXED = [
@@ -81,7 +81,7 @@ def patients_of(ground: Material) -> list[np.ndarray]:
     return [values[items.row[items.images(np.array([item]))]] for item in range(len(items.label))]
 
 
-def said(head: Head, ground: Material) -> np.ndarray:
+def probabilities(head: Head, ground: Material) -> np.ndarray:
     return np.array([attend(head, cells)[0] for cells in patients_of(ground)])
 
 
@@ -123,7 +123,7 @@ def test_one_telling_cell_in_thirty_is_learned_and_attended_to() -> None:
     aurocs, first = [], []
     for fold, head in enumerate(heads):
         out = np.flatnonzero(ground.items.fold == fold)
-        aurocs.append(auroc(label[out], said(head, ground)[out]))
+        aurocs.append(auroc(label[out], probabilities(head, ground)[out]))
         whole = [p for p in out if label[p] and len(cells[p]) == CELLS]
         first += [attend(head, cells[p])[1].argmax() == telling[p] for p in whole]
     assert np.mean(aurocs) > 0.95
@@ -196,8 +196,8 @@ def test_a_head_on_bags_is_what_keras_trains() -> None:
     for _ in range(16):
         step()
     expected = tf.sigmoid(logits()).numpy()
-    assert np.abs(said(end, ground) - said(start, ground)).max() > 0.2  # it has learned
-    np.testing.assert_allclose(said(end, ground), expected, atol=2e-3)
+    assert np.abs(probabilities(end, ground) - probabilities(start, ground)).max() > 0.2  # it has learned
+    np.testing.assert_allclose(probabilities(end, ground), expected, atol=2e-3)
 
 
 def test_the_judged_scores_are_those_of_a_head_trained_for_that_long_on_whole_bags() -> None:
@@ -206,7 +206,7 @@ def test_the_judged_scores_are_those_of_a_head_trained_for_that_long_on_whole_ba
     for job, judged in list(zip(jobs, judge_heads(jobs, ground, 2), strict=True))[::4]:
         for fold in job.held_out:
             (head,) = train_heads([replace(job, epochs=judged.epoch[fold])], ground)
-            expected = said(head, ground)[ground.items.fold == fold]
+            expected = probabilities(head, ground)[ground.items.fold == fold]
             np.testing.assert_allclose(expit(judged.score[fold]), expected, atol=1e-3)
 
 
@@ -278,20 +278,20 @@ def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
+def test_a_head_from_several_starts_is_their_mean(depth: int) -> None:
     ground = material()
     job = Job(0, replace(PLAIN, depth=depth, epochs=3, dropout=0.0), frozenset({1}))
     alone = train_heads([replace(job, start=start) for start in range(3)], ground)
     (head,) = train_heads([job], replace(ground, restarts=3))
     cells = ground.values["net/layer"][:7]
-    said, looked = zip(*(attend(each, cells) for each in alone), strict=True)
-    assert len(set(said)) == 3
+    each, looked = zip(*(attend(mine, cells) for mine in alone), strict=True)
+    assert len(set(each)) == 3
     probability, attention = attend(head, cells)
-    assert logit(probability) == pytest.approx(np.mean(logit(said)), abs=1e-4)
+    assert logit(probability) == pytest.approx(np.mean(logit(each)), abs=1e-4)
     np.testing.assert_allclose(attention, np.mean(looked, axis=0), atol=1e-5)
 
 
-# --- boards ---------------------------------------------------------------------------------------
+# --- patients as items ---------------------------------------------------------------------
 
 TASK = Task(level="patient", positive={"diagnosis": ["apl"]}, negative={"diagnosis": ["aml"]})
 
@@ -338,7 +338,7 @@ USED = settings(SPACE, trials=6, cells_per_step=4, average=1)
 def tuned(whole: PatientTaskData, folder: Path) -> tuple[list[Any], np.ndarray, list[Head]]:
     trials = list(run_study(whole, USED, 5, open_study("s", folder / "journal")))
     choices = choose_all(trials, FOLDS)
-    return told(trials), *held_out_scores(whole, [choice.trial for choice in choices], USED, 5)
+    return outcome(trials), *held_out_scores(whole, [choice.trial for choice in choices], USED, 5)
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def peaceful(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], np.nd
     return tuned(task_data(), tmp_path_factory.mktemp("peaceful"))
 
 
-def test_patients_are_items_and_those_without_cells_are_none(peaceful: Any) -> None:
+def test_patients_without_cells_are_left_out(peaceful: Any) -> None:
     whole = task_data()
     _, scores, heads = peaceful
     table = scores_table(whole, scores)
@@ -385,8 +385,8 @@ def test_the_order_of_the_cells_changes_no_bit(tmp_path: Path, peaceful: Any) ->
     assert all(same(a, b) for a, b in zip(heads, peaceful[2], strict=True))
 
 
-def test_what_a_fold_holds_is_nothing_to_its_world() -> None:
-    """With other cells in fold 1, the same choices give the same scores of everybody else in outer fold 1."""
+def test_scores_in_an_outer_fold_do_not_depend_on_its_held_out_patients() -> None:
+    """With other cells in fold 1, the same choices give all others the same scores in outer fold 1."""
     whole, spoilt = task_data(), task_data(spoilt=1)
     inner = np.full((FOLDS, FOLDS), 0.8)
     trial = Trial(0, replace(PLAIN, batch=8), inner, np.full(inner.shape, 3), 1)
@@ -399,7 +399,7 @@ def test_what_a_fold_holds_is_nothing_to_its_world() -> None:
     assert (scores[inside, 0] != others[inside, 0]).all()
 
 
-def test_killed_a_study_goes_on_as_if_it_had_not_been(tmp_path: Path, peaceful: Any) -> None:
+def test_a_killed_study_continues_with_the_same_trials(tmp_path: Path, peaceful: Any) -> None:
     whole, calls = task_data(), []
 
     def judge(jobs: Any, ground: Material, patience: int) -> Any:
@@ -410,5 +410,5 @@ def test_killed_a_study_goes_on_as_if_it_had_not_been(tmp_path: Path, peaceful: 
 
     with pytest.raises(KeyboardInterrupt):
         list(run_study(whole, USED, 5, open_study("s", tmp_path / "j"), judge))
-    assert told(list(run_study(whole, USED, 5, open_study("s", tmp_path / "j"), judge))) == peaceful[0]
+    assert outcome(list(run_study(whole, USED, 5, open_study("s", tmp_path / "j"), judge))) == peaceful[0]
     assert calls == [0, 1, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Heads: trained together as alone, scored as by hand, kept without loss."""
+"""Heads: training, scores and files."""
 
 from dataclasses import replace
 from itertools import chain, pairwise
@@ -84,7 +84,7 @@ def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_head_from_several_starts_says_their_mean(depth: int) -> None:
+def test_a_head_from_several_starts_is_their_mean(depth: int) -> None:
     jobs = [Job(4, replace(BASE, depth=depth, dropout=0.3), pair) for pair in tuning_sets(FOLDS)[:2]]
     ground = material()
     rows = ground.items.row
@@ -185,7 +185,7 @@ def test_a_head_is_what_keras_trains() -> None:
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-def test_standardisation_knows_the_training_folds_alone() -> None:
+def test_standardisation_uses_the_training_folds_alone() -> None:
     """Whatever stands in the held-out folds, the head is the same to the bit."""
     ground = material()
     spoilt = ground.values["net/layer"].copy()
@@ -197,8 +197,8 @@ def test_standardisation_knows_the_training_folds_alone() -> None:
     assert not same(train_heads([inside], ground)[0], train_heads([inside], other)[0], 1e-2)
 
 
-def test_a_fold_is_judged_without_a_look_at_the_other() -> None:
-    """What a head is said to do on one held-out fold, best epoch too, depends on no item of the other."""
+def test_a_fold_is_judged_independently_of_the_other() -> None:
+    """The result of a head on one held-out fold, best epoch too, depends on no item of the other."""
     ground = material()
     spoilt = ground.values["net/layer"].copy()
     spoilt[ground.items.fold == 2] = spoilt[ground.items.fold == 2][::-1] * -1

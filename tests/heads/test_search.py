@@ -1,4 +1,4 @@
-"""The search: what is chosen, by whom, and that nobody is judged by a head that has seen them."""
+"""The search: which trial is chosen, and that no patient is scored by a head that saw them."""
 
 import os
 import shutil
@@ -36,7 +36,7 @@ from aplsmear.heads.search import (
 from aplsmear.heads.stack import Material, train_heads
 from aplsmear.heads.study import open_study
 from aplsmear.heads.task_data import TuneError, make_task_data
-from studies import FOLDS, ROOT, quick_judge, settings, task_data, told
+from studies import FOLDS, ROOT, outcome, quick_judge, settings, task_data
 
 RECIPE = draw_candidates(settings(), ["net/good", "net/poor"], 1)[0][0]
 
@@ -90,19 +90,19 @@ def test_a_fold_of_one_class_and_a_failed_trial_are_left_out() -> None:
     assert lame.auroc(FOLDS) == pytest.approx(0.8)
     failed = trial(1, np.full((FOLDS, FOLDS), np.nan), failure="why not")
     assert choose([failed, lame], 0).trial.number == 0
-    told_of = explain_choice([failed, lame], choose_all([failed, lame], FOLDS), {})
-    assert told_of["failed"] == {1: "why not"}
-    assert {row["importance"] for row in told_of["importance"]} == {None}  # dvc draws no list without a row
-    assert told_of["standing"] == {0: 0.8}
+    explained = explain_choice([failed, lame], choose_all([failed, lame], FOLDS), {})
+    assert explained["failed"] == {1: "why not"}
+    assert {row["importance"] for row in explained["importance"]} == {None}  # dvc draws no list without a row
+    assert explained["standing"] == {0: 0.8}
 
 
-def test_epochs_are_the_mean_of_a_worlds_best_ones() -> None:
+def test_epochs_are_the_mean_of_the_best_ones_of_an_outer_fold() -> None:
     epochs = np.array([[0, 2, 3, 6], [9, 0, 9, 9], [1, 1, 0, 1], [4, 4, 5, 0]])
     tried = replace(trial(0, level(0.8)), best_epoch=epochs)
     assert [tried.epochs(outer_fold) for outer_fold in range(FOLDS + 1)] == [4, 9, 1, 4, 5]
 
 
-def test_a_pick_by_hand_is_for_the_final_models_alone() -> None:
+def test_the_trial_that_a_user_picks_is_for_the_final_model_alone() -> None:
     trials = [trial(0, level(0.9), 5), trial(1, level(0.6), 100)]
     choices = choose_all(trials, FOLDS, 1)
     assert [choice.trial.number for choice in choices] == [0, 0, 0, 0, 1]
@@ -186,7 +186,7 @@ def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
 
 def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -> None:
     whole = task_data()
-    expected = told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "a"), quick_judge)))
+    expected = outcome(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "a"), quick_judge)))
     calls: list[int] = []
 
     def judge(jobs: Any, material: Material, patience: int) -> Any:
@@ -197,9 +197,9 @@ def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))
-    assert told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
+    assert outcome(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
     assert calls == [0, 1, 2, 2, 3, 4, 5, 6, 7, 8]
-    assert told(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
+    assert outcome(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "b"), judge))) == expected
     assert len(calls) == 10
 
 
@@ -323,7 +323,7 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
 
 
 def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> None:
-    """Each patient has a mark of its own, and all its cells one label, by lot: held out, nobody is told.
+    """Each patient has its own mark and a random label for all its cells: held out, no label can be known.
 
     If a head had seen a held-out patient, its mark would give its label away, and AUROC would be near 1.
     """
@@ -370,8 +370,8 @@ def test_tables_for_plots(tmp_path: Path) -> None:
     assert importances(study.trials(), 1) == important
     assert "batch" not in important  # it has one value
     assert importances(study.trials()[:2], 1) == {}
-    told_of = yaml.safe_load(yaml.safe_dump(explain_choice(trials, choices, important)))  # best.yaml
-    assert [row["parameter"] for row in told_of["importance"]] == list(important)
+    explained = yaml.safe_load(yaml.safe_dump(explain_choice(trials, choices, important)))  # best.yaml
+    assert [row["parameter"] for row in explained["importance"]] == list(important)
 
 
 def test_held_out_scores_may_average_views(monkeypatch: pytest.MonkeyPatch) -> None:

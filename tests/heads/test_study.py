@@ -1,4 +1,4 @@
-"""A study with many workers and many kills is the study of one worker who was left in peace."""
+"""A study with many workers and many kills ends like the study of one worker without kills."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ import pytest
 
 from aplsmear.heads.search import run_study
 from aplsmear.heads.study import StudyError, open_study
-from studies import quick_judge, settings, task_data, told, work
+from studies import outcome, quick_judge, settings, task_data, work
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def processes() -> ForkServerContext:
 @pytest.fixture(scope="module")
 def peaceful(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What one worker alone ends with."""
-    return repr(told(work(str(tmp_path_factory.mktemp("peaceful")))))
+    return repr(outcome(work(str(tmp_path_factory.mktemp("peaceful")))))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(processes: ForkServerContext, folder: Path, url: str = "") -> BaseProcess:
-    # The server has the environment of its first use, so a worker is told what differs.
+    # The server has the environment of its first use, so each worker gets the present one.
     worker = processes.Process(target=_work, args=(dict(os.environ), str(folder), url))
     worker.start()
     return worker
@@ -60,7 +60,7 @@ def trained(folder: Path) -> list[int]:
 
 
 def ends(folder: Path) -> set[str]:
-    return {path.read_text() for path in folder.glob("told-*")}
+    return {path.read_text() for path in folder.glob("outcome-*")}
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -124,7 +124,7 @@ def test_a_line_written_half_is_taken_back(folder: Path, peaceful: str) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     for cut in (len(lines) - 1, len(lines) // 2, 3):
         journal.write_bytes(b"".join(lines[:cut]) + lines[cut][: len(lines[cut]) // 2])
-        assert repr(told(work(str(folder)))) == peaceful
+        assert repr(outcome(work(str(folder)))) == peaceful
         assert all(json.loads(line) for line in journal.read_bytes().splitlines())
 
 
@@ -137,7 +137,7 @@ def test_a_trial_stored_in_part_is_trained_again(folder: Path, peaceful: str) ->
     assert len(ends) == 9
     journal.write_bytes(b"".join(lines[: ends[4]]))
     (folder / "judged").unlink()
-    assert repr(told(work(str(folder)))) == peaceful
+    assert repr(outcome(work(str(folder)))) == peaceful
     assert trained(folder) == [4, 5, 6, 7, 8]
 
 
@@ -215,14 +215,14 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
         assert cut.poll() is None, cut.communicate()[1]
         time.sleep(0.002)
     server.cleanup()
-    said = cut.communicate()[1]
-    assert "StudyError: the storage of the study" in said
-    assert "Finished trials are kept" in said
+    message = cut.communicate()[1]
+    assert "StudyError: the storage of the study" in message
+    assert "Finished trials are kept" in message
     server = server_of(tmp_path / "pg", cleanup_mode="stop")
     again = begin()
-    said = again.communicate()[1]
+    message = again.communicate()[1]
     server.cleanup()
-    assert again.returncode == 0, said
+    assert again.returncode == 0, message
     assert ends(folder) == {peaceful}
     assert len(trained(folder)) <= 10
 
