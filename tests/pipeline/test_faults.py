@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kills import Place, forget, kill
+from kills import Place, forget, kill, timed
 
 pytestmark = pytest.mark.pipeline
 
@@ -34,9 +34,11 @@ def test_after_a_kill_the_same_command_ends_as_if_nothing_had_happened(small: Pa
         assert place.files() == before, printed
         assert not place.leftovers()
         assert not place.unreadable()
-    predict = (*PREDICT, str(tmp_path / "new.csv"))
-    assert kill(place, predict, 4.0)[0]
-    assert not (tmp_path / "new.csv").exists()
-    place.run(*predict)
-    assert (tmp_path / "new.csv").read_text().count("\n") > 10
+    whole, new = tmp_path / "whole.csv", tmp_path / "new.csv"
+    seconds = timed(place, *PREDICT, str(whole))[""]
+    assert kill(place, (*PREDICT, str(new)), seconds / 2)[0]
+    assert not new.exists()
+    place.run(*PREDICT, str(new))
+    assert new.read_bytes() == whole.read_bytes()
+    assert new.read_text().count("\n") > 10
     assert place.files() == before
