@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aplsmear.errors import UserError, brief
-from aplsmear.features.onnx_graph import as_graph
+from aplsmear.features.export import as_graph
 from aplsmear.files import sha256, whole
 from aplsmear.params import JOINT, Backbone, Level, nearest
 

@@ -26,6 +26,7 @@ from aplsmear.images.view_store import View, count_views, read_views
 from aplsmear.params import JOINT, Backbone, Level
 
 _BATCHES = 32  # of one partition: some seconds of work, whose features are a few megabytes
+_AT_ONCE = 2**16  # pixels of one call on a CPU: maps of more images do not fit into the processor's cache
 _KEPT = 8  # networks that a process keeps, because partition after partition needs them
 
 
@@ -121,7 +122,7 @@ class Network:
         """Read a graph.
 
         Args:
-            graph: file of `aplsmear.features.onnx_graph.as_graph`.
+            graph: file of `aplsmear.features.export.as_graph`.
             layers: wanted ones; ``a+b`` puts the features of two layers behind one another.
 
         Raises:
@@ -140,6 +141,8 @@ class Network:
             model.SerializeToString(), options, providers=providers()
         )
         self.size = int(self._session.get_inputs()[0].shape[1])
+        on_cpu = self._session.get_providers()[0] == "CPUExecutionProvider"
+        self._step = max(1, _AT_ONCE // self.size**2) if on_cpu else None  # images; None: the whole batch
 
     def __call__(self, views: Sequence[View]) -> list[np.ndarray]:
         """The features of encoded views: one float16 array (views, channels) per layer.
@@ -159,14 +162,19 @@ class Network:
 
     def features(self, images: np.ndarray) -> list[np.ndarray]:
         """The features of decoded views; see `__call__`."""
+        step = self._step or len(images)
         try:
-            found = dict(zip(self._names, self._session.run(self._names, {PIXELS: images}), strict=True))
+            parts = [
+                self._session.run(self._names, {PIXELS: images[row : row + step]})
+                for row in range(0, len(images), step)
+            ]
         except RuntimeError as error:  # every failure of the runtime, in practice memory
             reason = next(iter(str(error).splitlines()), "")
             raise ForwardError(
                 f"{len(images)} images of {self.size} px could not be computed ({reason}): lower "
                 "`batch` of the backbone in params.yaml"
             ) from error
+        found = dict(zip(self._names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
         return [_as_float16(np.hstack([found[name] for name in layer]), layer) for layer in self.layers]
 
 
