@@ -18,6 +18,13 @@ ICE_LAKE = SKYLAKE.replace(
 
 SRC = str(Path(__file__).parents[1] / "src")
 
+
+def test_a_processor_without_avx2_or_fma_is_recognised():
+    assert cpu.lacking(HASWELL) == cpu.lacking(SKYLAKE) == cpu.lacking("") == []
+    assert cpu.lacking("processor\t: 0\nflags\t\t: fpu avx\n") == ["avx2", "fma"]
+    assert cpu.lacking(HASWELL.replace(" fma", "")) == ["fma"]
+
+
 CHAIN = """
 {first}
 import hashlib

@@ -30,19 +30,30 @@ def opencv_disable(cpuinfo: str) -> str:
     return ",".join(name for name, parts in _OPENCV.items() if parts <= has)
 
 
+def lacking(cpuinfo: str) -> list[str]:
+    """Those of AVX2 and FMA that the processor does not have; without them no result is the same bit by bit.
+
+    Args:
+        cpuinfo: as for `opencv_disable`; empty: nothing is known, so nothing is lacking.
+    """
+    flags = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
+    return [name for name in ("avx2", "fma") if flags and name not in flags[1].split()]
+
+
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")  # Linux alone; a processor of a Mac has no AVX-512
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
+_LACKING = lacking(_cpuinfo())
+
 PINNED = {
-    "OPENBLAS_CORETYPE": "Haswell",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # NumPy ignores what is not there
     "OPENCV_CPU_DISABLE": opencv_disable(_cpuinfo()),
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-}
+} | ({} if _LACKING else {"OPENBLAS_CORETYPE": "Haswell"})  # whose kernels would end the process
 
 
 _late: set[str] = set()
@@ -53,6 +64,12 @@ def pin() -> None:
     if "numpy" in sys.modules:
         _late.update(name for name, value in PINNED.items() if os.environ.get(name, "") != value)
     os.environ.update(PINNED)
+
+
+def note() -> str:
+    """A line for the user of a processor without AVX2 or FMA; else ''."""
+    names = " and ".join(_LACKING).upper()
+    return f"This processor has no {names}: the last digits of all results differ." if names else ""
 
 
 def late() -> list[str]:

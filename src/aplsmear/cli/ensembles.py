@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aplsmear import cpu
 from aplsmear.cli.base import app, fail, params_here, params_if_any
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def predict(
     from aplsmear.tables import write_table
 
     _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
+    if cpu.note():
+        typer.echo(cpu.note(), err=True)
     bundle = read_bundle(ensemble)
     models = Models(bundle, bundle.outer_fold_of(fold))
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from aplsmear import cpu
 from aplsmear.errors import UserError, brief
 from aplsmear.runs.checksums import unsound
 from aplsmear.runs.mend import GitError, is_dvc, leftovers, running_dvc
@@ -46,6 +47,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         arguments: None: those of this process.
     """
     hide_in_tracebacks()
+    if cpu.note():
+        print(cpu.note(), file=sys.stderr)
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         inspect.signature(main).bind(*words)
