@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from aplsmear.ensembles.pooling import PLAIN, SUMMARIES, summarise, summarise_patients, summary_logits
+from aplsmear.ensembles.pooling import (
+    PLAIN,
+    SUMMARIES,
+    same_logits,
+    summarise,
+    summarise_patients,
+    summary_logits,
+)
 
 
 def test_summaries_of_four_cells_by_hand() -> None:
@@ -135,3 +142,8 @@ def test_a_blend_is_the_mean_of_the_plain_and_the_weighted_mean_of_scores_and_of
     ]
     assert len(set(four)) == 4
     assert summary_logits(score, weight)["blend"] == pytest.approx(np.mean(logit(four)))
+
+
+def test_the_logit_of_a_single_score_does_not_depend_on_how_it_is_stored() -> None:
+    score = np.float32(0.7522866129875183)  # in float32 its logit would be rounded to another sixth digit
+    assert same_logits(score) == same_logits(float(score))

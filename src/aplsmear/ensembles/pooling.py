@@ -109,7 +109,8 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
 
 def same_logits(score: float) -> dict[str, float]:
     """`SUMMARIES` of a patient who has one item, as logits: each is the score of the item."""
-    return dict.fromkeys(SUMMARIES, float(logit(np.clip(score, CLIP, 1 - CLIP))))
+    # In float64, whatever the score is stored in: `predict` must give the same digits.
+    return dict.fromkeys(SUMMARIES, float(logit(np.clip(float(score), CLIP, 1 - CLIP))))
 
 
 def ends_of(items: Iterable[str], score: np.ndarray) -> tuple[list[str], list[str]]:
