@@ -116,16 +116,23 @@ def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("application", ["MobileNet", "EfficientNetB0", "ConvNeXtTiny"])
-def test_another_processor_gives_the_same_bytes(application, keras, tmp_path):
-    """One with AVX2 and without AVX-512, emulated."""
+@pytest.mark.parametrize(
+    ("application", "options", "layer"),
+    [
+        ("MobileNet", {}, "conv_pw_12_relu"),
+        ("MobileNetV2", {"alpha": 0.5}, "block_3_expand_relu"),  # of the demo
+        ("EfficientNetB0", {}, "block6a_activation"),
+        ("ResNet50", {}, "conv4_block6_out"),
+    ],
+)
+def test_another_processor_gives_the_same_bytes(application, options, layer, tmp_path):
+    """One with AVX2 and without AVX-512, emulated. Deep layers, and channels that fill no block of 16."""
     if not shutil.which("qemu-x86_64"):
         pytest.skip("qemu-x86_64 emulates processors (Debian: apt-get install qemu-user)")
-    layer = {"MobileNet": "conv_pw_3_relu", "EfficientNetB0": "block3a_activation"}.get(application)
-    layer = layer or "convnext_tiny_stage_1_block_0_identity"
-    settings = mobilenet(application=application, options={}, layer=[layer])
+    sizes = {"cell": 64, "smear": 64}
+    settings = mobilenet(application=application, options=options, layer=[layer], input_size=sizes)
     request = request_of(settings, tmp_path)
-    assert digest(request, 32, "qemu-x86_64", "-cpu", "Haswell") == digest(request, 32)
+    assert digest(request, 64, "qemu-x86_64", "-cpu", "Haswell") == digest(request, 64)
 
 
 def test_views_are_not_decoded_far_ahead_of_the_features_that_are_taken(tmp_path):
