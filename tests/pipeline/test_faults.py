@@ -1,5 +1,6 @@
 """The short form of `make faults`: a few kills of `dvc repro` and of `aplsmear predict`."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,9 @@ PREDICT = ("aplsmear", "predict", "--ensemble", "ensembles/apl_aml", "--data", "
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of SQLite and Optuna
 def test_after_a_kill_the_same_command_ends_as_if_nothing_had_happened(small: Path, tmp_path: Path) -> None:
-    place = Place(small, tmp_path / "outside")
+    clone = tmp_path / "aplsmear"  # a copy: a killed DVC leaves its lock, which other tests would meet
+    shutil.copytree(small, clone, symlinks=True)
+    place = Place(clone, tmp_path / "outside")
     before = place.files()
     random = np.random.Generator(np.random.Philox(7))
     for stage, seconds in STAGES.items():

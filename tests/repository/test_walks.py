@@ -24,8 +24,6 @@ def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
     shutil.copytree(small, folder, symlinks=True)
     # What another test ran in this clone would be taken from the cache here, and not say that it runs.
     shutil.rmtree(folder / ".dvc" / "cache" / "runs", ignore_errors=True)
-    # A DVC that another test killed in this clone may have left its lock.
-    (folder / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     steps = steps_of(path.read_text(encoding="utf-8"))
     outputs = printed(folder, [step.typed for step in steps])
     for step, output in zip(steps, outputs, strict=True):
