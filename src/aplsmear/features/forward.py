@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
+import joblib
 import numpy as np
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.compute.runtime import providers
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 from aplsmear.features.onnx_graph import PIXELS, only, read_graph
 from aplsmear.images.reading import decode_jpeg, resize
 from aplsmear.images.view_store import View, count_views, read_views
@@ -100,11 +101,11 @@ def features_of_views(
 def features_of(batches: Iterable[Sequence[View]], request: FeatureRequest) -> Iterator[list[np.ndarray]]:
     """The features of each batch of encoded views, in order: one float16 array (views, channels) per layer.
 
-    Each batch is decoded and computed by one thread; there are as many threads as processors, and a few
-    batches in memory.
+    Each batch is decoded and computed by one thread. There are as many threads as cores that this process may
+    use, and about two batches per thread in memory.
     """
     network = _kept_network(request.graph, request.layers, _stamp(request.graph))
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = joblib.cpu_count()
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[list[np.ndarray]]] = deque()
         for batch in batches:
@@ -162,16 +163,17 @@ class Network:
 
     def features(self, images: np.ndarray) -> list[np.ndarray]:
         """The features of decoded views; see `__call__`."""
+        from onnxruntime.capi.onnxruntime_pybind11_state import EPFail, Fail, RuntimeException
+
         step = self._step or len(images)
         try:
             parts = [
                 self._session.run(self._names, {PIXELS: images[row : row + step]})
                 for row in range(0, len(images), step)
             ]
-        except RuntimeError as error:  # every failure of the runtime, in practice memory
-            reason = next(iter(str(error).splitlines()), "")
+        except (EPFail, Fail, RuntimeException) as error:  # in practice too little memory
             raise ForwardError(
-                f"{len(images)} images of {self.size} px could not be computed ({reason}): lower "
+                f"{len(images)} images of {self.size} px could not be computed ({brief(error)}): lower "
                 "`batch` of the backbone in params.yaml"
             ) from error
         found = dict(zip(self._names, map(np.concatenate, zip(*parts, strict=True)), strict=True))

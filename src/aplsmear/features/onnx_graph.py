@@ -8,24 +8,32 @@ from collections.abc import Sequence
 import onnx
 from onnx import TensorProto, helper
 
-from aplsmear.errors import UserError
+from aplsmear.errors import UserError, brief
 
 PIXELS = "pixels"  # name of the input: uint8 (images, side, side, 3), RGB
 OPERATIONS = frozenset(
-    [
-        *("Add", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Erf", "Flatten", "Gather"),
-        *(
-            "GlobalAveragePool",
-            "HardSigmoid",
-            "LayerNormalization",
-            "MaxPool",
-            "Mul",
-            "Pad",
-            "Relu",
-            "Sigmoid",
-        ),
-        *("Slice", "Tanh", "Transpose"),
-    ]
+    {
+        "Add",
+        "AveragePool",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Conv",
+        "Erf",
+        "Flatten",
+        "Gather",
+        "GlobalAveragePool",
+        "HardSigmoid",
+        "LayerNormalization",
+        "MaxPool",
+        "Mul",
+        "Pad",
+        "Relu",
+        "Sigmoid",
+        "Slice",
+        "Tanh",
+        "Transpose",
+    }
 )
 _LARGEST = 2**28  # numbers in one tensor of a graph, for one image
 
@@ -73,8 +81,9 @@ def read_graph(content: bytes) -> onnx.ModelProto:
         model = onnx.load_model_from_string(content)
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker raise classes of their own
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GraphError(f"this is no ONNX graph ({reason}): copy the file again from its source") from None
+        raise GraphError(
+            f"this is no ONNX graph ({brief(error)}): copy the file again from its source"
+        ) from None
     unknown = sorted({node.op_type for node in model.graph.node} - OPERATIONS)
     if unknown or any(node.domain for node in model.graph.node) or model.functions:
         raise GraphError(
@@ -98,9 +107,7 @@ def _check_sizes(model: onnx.ModelProto) -> None:
     try:
         known = onnx.shape_inference.infer_shapes(one, strict_mode=True, data_prop=True).graph
     except Exception as error:  # as above
-        raise GraphError(
-            f"the sizes of the graph do not fit ({next(iter(str(error).splitlines()), '')})"
-        ) from None
+        raise GraphError(f"the sizes of the graph do not fit ({brief(error)})") from None
     for each in [*known.input, *known.value_info]:
         sides = [side.dim_value for side in each.type.tensor_type.shape.dim]
         if (sides and min(sides) < 1) or math.prod(sides) > _LARGEST:
