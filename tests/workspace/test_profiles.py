@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
-from aplsmear.params import read_params
+from aplsmear.params import flat, read_params
 from aplsmear.workspace.profiles import ProfileError, leftovers, read_profile, with_settings
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +49,15 @@ def test_a_profile_keeps_the_remarks_of_the_demo(name: str) -> None:
     assert set(lines[:start] + lines[start + 5 :]) <= set(read_profile(PROFILES, name).splitlines())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_change_of_tune_changes_every_task_unless_its_row_differs(name: str) -> None:
+    """Rows that repeat values of `tune` would keep the old values when `tune` is changed."""
+    params = yaml.safe_load(read_profile(PROFILES, name))
+    tune = dict(flat(params["tune"]))
+    rows = {task: dict(flat(row)) for task, row in params["overrides"].items()}
+    assert [(task, key) for task, row in rows.items() for key in row if row[key] == tune.get(key)] == []
+
+
 def test_a_profile_replaces_lists_and_tables_of_rows_and_merges_other_tables(tmp_path: Path) -> None:
     demo = yaml.safe_load(DEMO)
     task = demo["tasks"]["blast"]
@@ -58,7 +67,7 @@ def test_a_profile_replaces_lists_and_tables_of_rows_and_merges_other_tables(tmp
         f"tasks: {{blast: {json.dumps(task)}}}\n",
     )
     assert found["tasks"] == {"blast": task}
-    assert found["overrides"] == {"blast": {"trials": 7, "patience": 2}}
+    assert found["overrides"] == {"blast": {"patience": 2}}
     assert found["tune"] == demo["tune"] | {"trials": 7, "space": demo["tune"]["space"] | {"width": [8]}}
     rest = demo.keys() - {"seed", "tune", "tasks", "overrides"}
     assert {key: found[key] for key in rest} == {key: demo[key] for key in rest}
@@ -66,7 +75,7 @@ def test_a_profile_replaces_lists_and_tables_of_rows_and_merges_other_tables(tmp
 
 def test_each_task_without_a_row_of_overrides_gets_one(tmp_path: Path) -> None:
     found = profile(tmp_path, "tune:\n  trials: 9\n")
-    assert found["overrides"] == {task: {"trials": 9} for task in found["tasks"]}
+    assert found["overrides"] == {task: {} for task in found["tasks"]}
 
 
 @pytest.mark.parametrize(

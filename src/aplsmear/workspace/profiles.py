@@ -31,8 +31,8 @@ def read_profile(folder: Path, name: str) -> str:
 
     ``demo.yaml`` is a whole params.yaml. Any other profile is a head of remarks, an empty line, and the
     parameters that differ from the demo's. A list replaces the demo's list, and so does a table of
-    `REPLACED`; other tables are merged. Of `overrides` the profile's rows alone count, and each task without
-    a row gets one that repeats `tune.trials`: DVC needs a row for each task.
+    `REPLACED`; other tables are merged. A task without a row in the profile's `overrides` gets an empty row,
+    because DVC needs one for each task.
 
     Args:
         folder: of the profiles.
@@ -154,8 +154,6 @@ def _laid_over(base: str, own: dict[str, Any]) -> str:
     for place, task in enumerate(tree["tasks"]):
         if task not in rows:
             rows.insert(place, task, CommentedMap())
-        if isinstance(rows[task], dict) and "trials" not in rows[task]:
-            rows[task].insert(0, "trials", tree["tune"]["trials"])
     return re.sub(r"^_\d+: end\n", "", _text_of(editor, tree), flags=re.MULTILINE)
 
 
