@@ -1,9 +1,13 @@
 """A plain recipe of a head, and what tests of heads have in common."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 
 from aplsmear.evaluation.splits import tuning_sets
 from aplsmear.heads.head import Head, Job, Recipe
+from aplsmear.heads.stack import Table
 
 FOLDS = 4
 BASE = Recipe(
@@ -43,3 +47,14 @@ def same(first: Head, second: Head, tolerance: float = 0) -> bool:
         np.allclose(a, b, rtol=tolerance, atol=tolerance)
         for a, b in zip(weights_of(first), weights_of(second), strict=True)
     )
+
+
+def keep_no_features_in_memory(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Features are read from disk again in each epoch, `block` bytes at a time."""
+    real = Table.__init__
+
+    def too_large(self: Table, *arguments: Any) -> None:
+        real(self, *arguments)
+        self._memory, self._block = None, block
+
+    monkeypatch.setattr(Table, "__init__", too_large)

@@ -1,11 +1,6 @@
 """Bottleneck features: the same bytes for any batch and any number of threads, and those of plain Keras."""
 
 import hashlib
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import joblib
@@ -13,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from networks import keras_network
+from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.forward import FeatureRequest, ForwardError, Network, batch_of, features_of
@@ -21,8 +17,6 @@ from aplsmear.images.reading import decode, resize
 from backbone_graphs import features, mobilenet, pictures, request_of, views
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-
-SRC = str(Path(__file__).parents[2] / "src")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,27 +92,22 @@ assert "tensorflow" not in sys.modules
 """
 
 
-def digest(request: FeatureRequest, size: int, *emulator: str, processors: str = "all") -> str:
+def digest(request: FeatureRequest, size: int, processors: str = "all", processor: str = "") -> str:
     """A hash of the features of six images, from a process of its own."""
-    paths = [SRC, *(path for path in sys.path if path.endswith("site-packages"))]
-    python = str(Path(sys.executable).resolve()) if emulator else sys.executable
     words = [processors, str(request.graph), str(size), *request.layers]
-    return subprocess.check_output(
-        [*emulator, python, "-W", "ignore", "-c", IN_A_PROCESS, *words],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        text=True,
-    ).strip()
+    return output_of(IN_A_PROCESS, *words, processor=processor)
 
 
 def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_and_on_all(tmp_path):
     request, found = request_of(mobilenet(), tmp_path), views(6)
     rows = [row for batch in features_of(iter([found[:4], found[4:]]), request) for row in batch]
     here = hashlib.sha256(b"".join(layer.tobytes() for layer in rows)).hexdigest()
-    assert digest(request, 32, processors="1") == here
+    assert digest(request, 32, "1") == here
     assert digest(request, 32) == here
 
 
 @pytest.mark.pipeline
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
 @pytest.mark.parametrize(
     ("application", "options", "layer"),
     [
@@ -130,12 +119,10 @@ def test_a_new_process_gives_the_same_bytes_without_tensorflow_on_one_processor_
 )
 def test_another_processor_gives_the_same_bytes(application, options, layer, tmp_path):
     """One with AVX2 and without AVX-512, emulated. Deep layers, and channels that fill no block of 16."""
-    if not shutil.which("qemu-x86_64"):
-        pytest.skip("qemu-x86_64 emulates processors (Debian: apt-get install qemu-user)")
     sizes = {"cell": 64, "smear": 64}
     settings = mobilenet(application=application, options=options, layer=[layer], input_size=sizes)
     request = request_of(settings, tmp_path)
-    assert digest(request, 64, "qemu-x86_64", "-cpu", "Haswell") == digest(request, 64)
+    assert digest(request, 64, processor="Haswell") == digest(request, 64)
 
 
 def test_views_are_not_decoded_far_ahead_of_the_features_that_are_taken(tmp_path):

@@ -1,17 +1,14 @@
 """Networks of keras.applications as graphs: the same features, the same bytes, and nothing that could run."""
 
-import os
-import shutil
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
@@ -223,25 +220,18 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(not shutil.which("qemu-x86_64"), reason="no qemu-x86_64 (Debian's package qemu-user)")
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
 def test_emulated_processors_give_the_same_bits(keras, tmp_path):
     """Of networks whose sums depend on the processor unless the graph prevents it."""
     for application in ("ConvNeXtTiny", "EfficientNetB0", "MobileNetV3Small", "ResNet50V2"):
         cut, preprocess, size, _ = family(application, keras)
         graph = as_graph(cut, preprocess, size).SerializeToString()
         (tmp_path / f"{application}.onnx").write_bytes(graph)
-    python = [str(Path(sys.executable).resolve()), "-c", DIGESTS, *map(str, sorted(tmp_path.iterdir()))]
-    environment = os.environ | {"PYTHONPATH": str(Path(onnxruntime.__file__).parents[1])}
-
-    def digests(*emulator: str) -> list[str]:
-        command = [*emulator, *python]
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        return done.stdout.split()
-
-    here = digests()
-    assert len(here) == 4
+    graphs = [str(path) for path in sorted(tmp_path.iterdir())]
+    here = output_of(DIGESTS, *graphs)
+    assert len(here.split()) == 4
     for processor in ("Haswell", "EPYC-Milan"):
-        assert digests("qemu-x86_64", "-cpu", processor) == here
+        assert output_of(DIGESTS, *graphs, processor=processor) == here
 
 
 def test_an_unknown_application_is_an_error_before_anything_is_written(tmp_path):

@@ -1,16 +1,12 @@
 """The arithmetic of heads: gradients, steps, and the same bits on every processor."""
 
 import hashlib
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from processors import INSTALL, can_emulate, output_of
 from scipy.special import expit
 
 from aplsmear.heads.arithmetic import (
@@ -26,8 +22,6 @@ from aplsmear.heads.arithmetic import (
 from aplsmear.heads.head import ACTIVATIONS, Job, TrainingItems, layer_sizes, score
 from aplsmear.heads.stack import Material, train_heads
 from recipes import BASE, weights_of
-
-ROOT = Path(__file__).parents[2]
 
 
 def network(depth: int, activation: str, attention: bool, lanes: int) -> Network:
@@ -144,33 +138,18 @@ def digest() -> str:
     return hashlib.sha256(b"".join([*parts, score(single, x, np.arange(77)).tobytes()])).hexdigest()
 
 
-def digest_elsewhere(*emulator: str, **environment: str) -> str:
-    """The same hash from another process."""
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), str(Path(__file__).parent)]
-    paths += [path for path in sys.path if path.endswith("site-packages")]
-    python = str(Path(sys.executable).resolve()) if emulator else sys.executable
-    command = [
-        *emulator,
-        python,
-        "-W",
-        "ignore",
-        "-c",
-        "import aplsmear, test_arithmetic as t; print(t.digest())",
-    ]
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
-    return subprocess.run(command, env=here, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+ELSEWHERE = "import aplsmear, test_arithmetic; print(test_arithmetic.digest())"
 
 
 def test_the_same_bits_in_another_process_whatever_it_says_of_threads_and_kernels() -> None:
     loud = {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "2", "OPENBLAS_CORETYPE": "SkylakeX"}
     loud |= {"NPY_DISABLE_CPU_FEATURES": ""}
-    assert digest_elsewhere(**loud) == digest()
+    assert output_of(ELSEWHERE, **loud) == digest()
 
 
 @pytest.mark.pipeline
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
 @pytest.mark.parametrize("processor", ["Haswell", "EPYC", "Skylake-Client"])
 def test_the_same_bits_on_other_processors(processor: str) -> None:
     """An Intel and an AMD processor of the first generation with AVX2, and one without AVX-512 since."""
-    if not shutil.which("qemu-x86_64"):
-        pytest.skip("qemu-x86_64 emulates processors (Debian: apt-get install qemu-user)")
-    assert digest_elsewhere("qemu-x86_64", "-cpu", processor) == digest()
+    assert output_of(ELSEWHERE, processor=processor) == digest()

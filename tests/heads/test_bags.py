@@ -28,7 +28,7 @@ from aplsmear.heads.stack import Lane, Material, judge_heads, plan, train_heads
 from aplsmear.heads.study import open_study
 from aplsmear.heads.task_data import PatientTaskData, make_patient_task_data
 from aplsmear.params import Task
-from recipes import BASE, FOLDS, jobs_of, same, weights_of
+from recipes import BASE, FOLDS, jobs_of, keep_no_features_in_memory, same, weights_of
 from studies import outcome, settings
 
 PLAIN = replace(BASE, width=8, epochs=6)
@@ -246,17 +246,9 @@ def test_held_out_cells_are_never_read_in_training() -> None:
 def test_features_that_do_not_fit_into_memory_give_the_same_heads(
     block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from aplsmear.heads import stack as stacks
-
     jobs = jobs_of(*MIXED)[::3]
     expected = train_heads(jobs, material(views=1))
-    real = stacks.Table.__init__
-
-    def too_large(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
-        self._memory, self._block = None, block
-
-    monkeypatch.setattr(stacks.Table, "__init__", too_large)
+    keep_no_features_in_memory(monkeypatch, block)
     found = train_heads(jobs, material(views=1))
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 

@@ -24,7 +24,7 @@ from aplsmear.heads.head import (
     write_heads,
 )
 from aplsmear.heads.stack import Material, judge_heads, pace, plan, train_heads
-from recipes import BASE, FOLDS, jobs_of, same
+from recipes import BASE, FOLDS, jobs_of, keep_no_features_in_memory, same
 
 
 def material(items: int = 160, views: int = 0, seed: int = 3, memory: int = 64, **of: Any) -> Material:
@@ -285,13 +285,7 @@ def test_features_that_do_not_fit_into_memory_give_the_same_heads(
 ) -> None:
     jobs = jobs_of(*MIXED)
     expected = train_heads(jobs, material(views=2))
-    real = stacks.Table.__init__
-
-    def too_large(self: Any, *arguments: Any) -> None:
-        real(self, *arguments)
-        self._memory, self._block = None, block
-
-    monkeypatch.setattr(stacks.Table, "__init__", too_large)
+    keep_no_features_in_memory(monkeypatch, block)
     found = train_heads(jobs, material(views=2))
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 

@@ -1,0 +1,54 @@
+"""Runs Python code in a process of its own: on this processor, or on another one that qemu-user emulates."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+QEMU = "qemu-x86_64"
+INSTALL = f"{QEMU} is not installed; it emulates other processors (Debian, Ubuntu: apt-get install qemu-user)"
+
+
+def can_emulate() -> bool:
+    """Whether qemu-user is installed."""
+    return shutil.which(QEMU) is not None
+
+
+def lines_of(code: str, *words: str, processor: str = "", **environment: str) -> Iterator[str]:
+    """The lines that a Python program prints, as they come.
+
+    The program finds the same modules as this process. A program that it starts itself is not emulated.
+
+    Args:
+        code: the program.
+        words: its arguments, `sys.argv[1:]`.
+        processor: a name from `qemu-x86_64 -cpu help`; empty: this processor.
+        environment: variables that differ from those of this process.
+
+    Raises:
+        RuntimeError: the program failed; the message has what it wrote to stderr.
+    """
+    emulator = [QEMU, "-cpu", processor] if processor else []
+    python = str(
+        Path(sys.executable).resolve()
+    )  # not the link in .venv: an emulated Python finds its own folder
+    command = [*emulator, python, "-W", "ignore", "-c", code, *words]
+    whole = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=whole, stdout=subprocess.PIPE, stderr=errors, text=True) as running,
+    ):
+        for line in running.stdout or ():
+            yield line.rstrip("\n")
+        if running.wait():
+            errors.seek(0)
+            where = processor or "this processor"
+            raise RuntimeError(f"exit code {running.returncode} on {where}:\n{errors.read()}")
+
+
+def output_of(code: str, *words: str, processor: str = "", **environment: str) -> str:
+    """All that a Python program prints; see `lines_of`."""
+    return "\n".join(lines_of(code, *words, processor=processor, **environment))
