@@ -9,6 +9,7 @@ dvc.lock is committed.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,13 @@ def printed(folder: Path, typed: list[str]) -> list[list[str]]:
     return [clean(output) for output in outputs]
 
 
+def copied(folder: Path, copy: Path) -> Path:
+    """Copy a clone without its run cache: a stage that ran before would not print that it runs."""
+    shutil.copytree(folder, copy, symlinks=True)
+    shutil.rmtree(copy / ".dvc" / "cache" / "runs", ignore_errors=True)
+    return copy
+
+
 def clean(output: str) -> list[str]:
     """Without colours, progress bars and the drawn names of temporary folders."""
     lines = [line.rstrip() for line in DRAWN.sub("tmp.XXXXXXXXXX", COLOUR.sub("", output)).splitlines()]
@@ -96,23 +104,19 @@ def refreshed(page: str, outputs: list[list[str]]) -> str:
 
 
 def main(folder: str, *names: str) -> None:
-    """Write what the commands print."""
+    """Write what the commands print.
+
+    Raises:
+        SystemExit: there is no page of that name.
+    """
+    unknown = {*names} - {path.stem for path in PAGES}
+    if unknown:
+        sys.exit(f"No page: {', '.join(sorted(unknown))}. Pages: {', '.join(path.stem for path in PAGES)}.")
     for path in PAGES:
         if names and path.stem not in names:
             continue
         with TemporaryDirectory() as temporary:
-            copy = Path(temporary) / "aplsmear"
-            run(Path(folder), "git", "clone", "--quiet", ".", str(copy))
-            run(copy, "git", "checkout", "--quiet", "-B", "main")
-            run(
-                copy,
-                "dvc",
-                "config",
-                "--local",
-                "cache.dir",
-                run(Path(folder), "dvc", "cache", "dir").strip(),
-            )
-            run(copy, "dvc", "checkout", "--quiet")
+            copy = copied(Path(folder), Path(temporary) / "aplsmear")
             page = path.read_text(encoding="utf-8")
             outputs = printed(copy, [command.typed for command in steps_of(page)])
         hidden = [[line.replace(temporary, "...") for line in output] for output in outputs]

@@ -1,13 +1,12 @@
 """The pages of docs/ can be walked: every command does what the page says."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from clones import ROOT
-from walks import PAGES, clean, commands, printed, refreshed, steps_of
+from walks import PAGES, clean, commands, copied, printed, refreshed, steps_of
 
 WALKS = [path for path in PAGES if steps_of(path.read_text(encoding="utf-8"))]  # the rest is read
 
@@ -20,10 +19,7 @@ def stable(shown: list[str]) -> list[str]:
 @pytest.mark.pipeline
 @pytest.mark.parametrize("path", WALKS, ids=lambda path: path.stem)
 def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "aplsmear"
-    shutil.copytree(small, folder, symlinks=True)
-    # What another test ran in this clone would be taken from the cache here, and not say that it runs.
-    shutil.rmtree(folder / ".dvc" / "cache" / "runs", ignore_errors=True)
+    folder = copied(small, tmp_path / "aplsmear")
     steps = steps_of(path.read_text(encoding="utf-8"))
     outputs = printed(folder, [step.typed for step in steps])
     for step, output in zip(steps, outputs, strict=True):
