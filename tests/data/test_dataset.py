@@ -175,8 +175,25 @@ def test_row_order_and_workers_change_nothing(tmp_path):
         lambda text: ("\n" + text + "\n\n,,\n").encode(),
         lambda text: recode(text, ";"),
         lambda text: recode(text, "\t"),
+        lambda text: recode(text, "|"),
+        lambda text: b"sep=;\r\n" + recode(text, ";"),
+        lambda text: b'\xef\xbb\xbf"sep=;"\n' + recode(text, ";"),
+        lambda text: text.replace("\n", "\r").encode(),
+        lambda text: text.replace("\n1,", '\n"=""1""",').encode(),
     ],
-    ids=["BOM", "CRLF", "UTF-16", "empty rows", "semicolons", "tabs"],
+    ids=[
+        "BOM",
+        "CRLF",
+        "UTF-16",
+        "empty rows",
+        "semicolons",
+        "tabs",
+        "bars",
+        "sep=;",
+        "BOM, sep=;",
+        "CR",
+        "=",
+    ],
 )
 def test_tables_of_all_spreadsheet_programs_give_the_same_data_set(tmp_path, change):
     expected = read(folder(tmp_path / "a"))
@@ -192,10 +209,10 @@ def recode(text: str, delimiter: str) -> bytes:
     return table.getvalue().encode()
 
 
-def test_latin_1_is_read_with_a_remark(tmp_path):
-    found = read(folder(tmp_path, SMEARS.replace("P1", "Köln").encode("latin-1")))
-    assert found.smears["patient"][0] == "Köln"
-    assert found.report["remarks"] == ["wsi.csv is not UTF-8: read as latin-1"]
+def test_windows_1252_is_read_with_a_remark(tmp_path):
+    found = read(folder(tmp_path, SMEARS.replace("P1", "Köln – Š").encode("cp1252")))
+    assert found.smears["patient"][0] == "Köln – Š"
+    assert "wsi.csv is not UTF-8: read as Windows-1252" in found.report["remarks"][0]
 
 
 def test_ids_may_be_any_text(tmp_path):
@@ -379,8 +396,11 @@ def test_a_problem_of_a_cell_is_reported_with_its_row_and_column(tmp_path, cells
 @pytest.mark.parametrize(
     ("text", "row", "column", "told"),
     [
-        (b"", None, "", "a header"),
-        (b"id,imgName,label\n", None, "", "a row for each item"),
+        (b"", None, "", "it is empty"),
+        (b"sep=;\n", None, "", "it is empty"),
+        (b"id,imgName,label\n", None, "", "below the header there is none"),
+        (b"PK\x03\x04rest", None, "", "it is an Excel"),
+        (b"<!DOCTYPE html><table>", None, "", "it is a web page"),
         (b"\0\0\0", None, "", "zero bytes"),
         (b"id,imgname,label\n1,a.png,{'healthy'}\n", 1, "imgName", "a column imgName"),
         (b"id,imgName,label,id\n1,a.png,{'healthy'},1\n", 1, "id", "once in the header"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,19 @@ from aplsmear.data.labels import misspelt
 from aplsmear.data.problems import Problem
 from aplsmear.tables import unguarded
 
-_DELIMITERS = (",", ";", "\t")
+_DELIMITERS = (",", ";", "\t", "|")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8"))
+_OTHER_FILES = {  # first bytes -> what the file is
+    b"PK\x03\x04": "an Excel or LibreOffice workbook, or a ZIP archive",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook (.xls)",
+    b"\x1f\x8b": "compressed by gzip",
+    b"<": "a web page or XML",
+    b"{\\rtf": "a text document (RTF)",
+    b"%PDF": "a PDF",
+    b"PAR1": "a Parquet file",
+}
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ ,;\t]*(?:\r\n?|\n|$)', re.IGNORECASE)  # Excel uses and hides it
+_AS_TEXT = re.compile(r'="([^"]*)"')  # ="0012" in a spreadsheet: text, although it looks like a number
 _LARGEST = 10**9  # bytes; a million cells take 150 MB
 _AGAIN = "export the table again, as CSV UTF-8"
 
@@ -27,8 +39,9 @@ def read_csv(
 ) -> pd.DataFrame | None:
     """Some columns of a CSV file as text, without spaces at the ends and without a ``'`` before a formula.
 
-    Accepted: comma, semicolon or tab; any line ends; UTF-8 with and without a byte-order mark, UTF-16 with
-    one, latin-1 (with a remark); empty rows; other columns. Everything else is reported.
+    Accepted: comma, semicolon, tab or ``|``, also named in a first line ``sep=;``; any line ends; UTF-8 with
+    and without a byte-order mark, UTF-16 with one, Windows-1252 (with a remark); ``="0012"``; empty rows;
+    other columns. Everything else is reported.
 
     Args:
         path: the file.
@@ -44,8 +57,10 @@ def read_csv(
     file, text = path.name, _text(path, problems, remarks)
     if text is None:
         return None
-    head = next((line for line in text.splitlines() if line.strip()), "")
+    head = next((line for line in re.split(r"[\r\n]+", text) if line.strip()), "")
     delimiter = max(_DELIMITERS, key=head.count)
+    if named := _SEPARATOR_LINE.match(text):
+        delimiter, text = named[1], text[named.end() :]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     places: dict[str, int] | None = None
     width = number = 0
@@ -66,16 +81,25 @@ def read_csv(
                     Problem(file, number, "", f"{len(record)} fields", expected=expected, fix=fix)
                 )
             else:
-                rows.append([unguarded(record[place].strip()).strip() for place in places.values()])
+                rows.append([_plain(record[place].strip()) for place in places.values()])
                 numbers.append(number)
     except csv.Error as error:
         fix = f'look for a stray " in this row, or {_AGAIN}'
         problems.append(Problem(file, number + 1, expected=f"fields with closed quotes ({error})", fix=fix))
         return None
-    if places is None or not (rows or problems):
-        problems.append(Problem(file, expected="a header, and a row for each item", fix=_AGAIN))
+    if places is None:
+        problems.append(Problem(file, expected="a header, and a row for each item; it is empty", fix=_AGAIN))
+        return None
+    if not (rows or problems):
+        expected = "a row for each item; below the header there is none"
+        problems.append(Problem(file, expected=expected, fix=f"{_AGAIN}, or remove the file"))
         return None
     return pd.DataFrame(rows, columns=list(places), index=pd.Index(numbers, dtype=np.int64), dtype=object)
+
+
+def _plain(field: str) -> str:
+    as_text = _AS_TEXT.fullmatch(field)
+    return (as_text[1] if as_text else unguarded(field)).strip()
 
 
 def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None:
@@ -90,12 +114,18 @@ def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None
         fix = "put the file there, or correct its permissions (`ls -l` shows them)"
         problems.append(Problem(path.name, expected=expected, fix=fix))
         return None
+    other = next((what for start, what in _OTHER_FILES.items() if data.startswith(start)), None)
+    if other:
+        problems.append(Problem(path.name, expected=f"a CSV file; it is {other}", fix=_AGAIN))
+        return None
     encoding = next(name for mark, name in _MARKS if data.startswith(mark))
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError:
-        text = data.decode("latin-1")
-        remarks.append(f"{path.name} is not UTF-8: read as latin-1")
+        text = data.decode("cp1252", errors="replace")
+        remarks.append(
+            f"{path.name} is not UTF-8: read as Windows-1252. If letters such as ä and é are wrong, {_AGAIN}"
+        )
     if "\0" in text:
         problems.append(Problem(path.name, expected="text; the file contains zero bytes", fix=_AGAIN))
         return None

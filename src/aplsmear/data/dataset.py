@@ -22,6 +22,7 @@ import pandera.pandas as pa
 from aplsmear.compute.engine import HERE, Engine, Here
 from aplsmear.data import labels, schema
 from aplsmear.data.csvfile import read_csv
+from aplsmear.data.names import Distinct, name_problems, read_distinct
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
@@ -84,6 +85,7 @@ class _Notes:
     left_out: dict[str, Any] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     unknown_labels: dict[str, dict[str, int]] = field(default_factory=dict)
+    distinct: Distinct = field(default_factory=Distinct)
 
     def add(self, file: str, column: str, values: pd.Series, expected: str, fix: str) -> None:
         """Add a problem for each of `values`, which has the row numbers as its index."""
@@ -186,6 +188,7 @@ def _raw_tables(
     """
     smears = cells = None
     if root.is_dir():
+        notes.distinct = read_distinct(root, hide, notes.problems)
         smears = _read(root, schema.SMEARS, labelled, hide, notes)
         if (root / CELLS_FILE).exists():
             cells = _read(root, schema.CELLS, labelled, hide, notes)
@@ -206,14 +209,22 @@ def _read(
     Names get their pseudonyms, except those of pictures, which are still needed.
     """
     file = str(declared.name)
+    kinds = _KINDS[file]
     wanted = declared if labelled else schema.without_labels(declared)
     required = {name: column.required for name, column in wanted.columns.items()}
     table = read_csv(root / file, required, notes.problems, notes.remarks)
     if table is None:
         return None
     for column in schema.IDS.intersection(table.columns):
-        table[column] = _mapped(table[column], _id)
-    kinds = _KINDS[file]
+        names, kept, shown = (
+            _mapped(table[column], labels.tidy),
+            set(),
+            hide if column in kinds else _unhidden,
+        )
+        if column in ("patient", "site"):
+            notes.problems += name_problems(file, column, names, shown, notes.distinct)
+            kept = {name for name in names.unique() if notes.distinct.has(column, shown(column, name))}
+        table[column] = names.where(names.isin(kept), _mapped(names, _id))
     for problem in schema.problems_of(table, wanted):
         kind = kinds.get(problem.column)
         value = hide(kind, problem.value) if kind else problem.value
@@ -235,7 +246,7 @@ def _mapped(column: pd.Series, function: Any) -> pd.Series:
 
 def _id(text: str) -> str:
     """An id, tidied; 17.0 becomes 17, because pandas and spreadsheets turn 17 into 17.0."""
-    return re.sub(r"(?a)^(\d+)\.0+$", r"\1", labels.tidy(text))
+    return re.sub(r"(?a)^(\d+)[.,]0+$", r"\1", labels.tidy(text))
 
 
 def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd.DataFrame:
