@@ -31,6 +31,7 @@ import pandas as pd
 import yaml
 from laboratories import KINDS, STRENGTHS, draw_laboratory, shifted
 from record import commit, machine
+from sklearn.metrics import balanced_accuracy_score
 
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.tasks import task_items
@@ -38,7 +39,6 @@ from aplsmear.ensembles.combination import Verdicts, draw_candidates, judge, pat
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.calibration import calibration_slope_intercept
-from aplsmear.evaluation.operating_points import balanced_accuracy
 from aplsmear.features.forward import FeatureRequest, batch_of, features_of
 from aplsmear.files import write_arrays, write_json
 from aplsmear.heads.bags import attend
@@ -272,8 +272,8 @@ def measured(
         call[here] = probability[here] >= combination.thresholds["balanced"]
     return {
         "auroc": auroc(label, probability),
-        "balanced_accuracy": balanced_accuracy(label, call),
-        "calibration_slope": calibration_slope_intercept(label, probability).slope,
+        "balanced_accuracy": balanced_accuracy_score(label, call),
+        "calibration_slope": calibration_slope_intercept(label, probability)[0],
     }
 
 

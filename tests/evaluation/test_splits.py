@@ -1,4 +1,4 @@
-"""Folds by patient: nobody on both sides, everybody held out once, whatever the order of the table."""
+"""Folds by patient: no patient on both sides, each held out once, for any order of the table."""
 
 from collections import Counter
 
@@ -28,26 +28,26 @@ def smears(draw: st.DrawFn) -> tuple[pd.DataFrame, int]:
 
 @few
 @given(smears(), st.integers(0, 2**31 - 1), st.randoms(use_true_random=False))
-def test_every_patient_is_held_out_once_whatever_the_order_of_the_rows(found, seed, random):
+def test_every_patient_is_held_out_once_for_any_order_of_the_rows(found, seed, random):
     table, folds = found
-    dealt = make_folds(table, folds, seed)
-    assert dealt["patient"].tolist() == sorted(set(table["patient"]))
-    assert set(dealt["fold"]) == set(range(folds))
+    split = make_folds(table, folds, seed)
+    assert split["patient"].tolist() == sorted(set(table["patient"]))
+    assert set(split["fold"]) == set(range(folds))
     order = list(range(len(table)))
     random.shuffle(order)
-    pd.testing.assert_frame_equal(make_folds(table.iloc[order], folds, seed), dealt)
+    pd.testing.assert_frame_equal(make_folds(table.iloc[order], folds, seed), split)
 
 
 @few
 @given(smears(), st.integers(0, 2**31 - 1))
 def test_each_fold_has_its_share_of_every_diagnosis(found, seed):
-    dealt = make_folds(*found, seed)
-    for _, theirs in dealt.groupby("diagnosis"):
+    split = make_folds(*found, seed)
+    for _, theirs in split.groupby("diagnosis"):
         shares = [int((theirs["fold"] == fold).sum()) for fold in range(found[1])]
         assert max(shares) - min(shares) <= 1
 
 
-def test_another_seed_deals_otherwise():
+def test_another_seed_gives_other_folds():
     table = pd.DataFrame([(f"p{n}", "apl") for n in range(20)], columns=["patient", "diagnosis"])
     assert make_folds(table, 5, 1)["fold"].tolist() != make_folds(table, 5, 2)["fold"].tolist()
 
@@ -55,7 +55,7 @@ def test_another_seed_deals_otherwise():
 @few
 @given(smears(), st.integers(0, 99))
 def test_no_patient_is_on_both_sides_of_any_split_outer_or_inner(found, seed):
-    """Go through every network that there is and everybody that it scores, as `tune` and the ensembles do."""
+    """Check every network and all patients that it scores, as in `tune` and in the ensembles."""
     table, folds = found
     fold_of = make_folds(table, folds, seed).set_index("patient")["fold"]
 
@@ -63,20 +63,20 @@ def test_no_patient_is_on_both_sides_of_any_split_outer_or_inner(found, seed):
         return set(fold_of.index[~fold_of.isin(held_out)])
 
     for outer_fold in range(folds + 1):
-        own = set(fold_of.index[fold_of == outer_fold])  # nobody in the last outer fold
+        own = set(fold_of.index[fold_of == outer_fold])  # no patients in the last outer fold
         scored = Counter()
         for inner, held_out in inner_sets(outer_fold, folds).items():
             theirs = set(fold_of.index[fold_of == inner])
             scored.update(theirs)
             assert not theirs & trained_on(held_out)
-            assert not own & (trained_on(held_out) | theirs)  # what is chosen here has not seen the held-out
-            assert trained_on(held_out) | theirs | own == set(fold_of.index)  # and nobody else is left out
+            assert not own & (trained_on(held_out) | theirs)  # the choice has not seen the held-out
+            assert trained_on(held_out) | theirs | own == set(fold_of.index)  # no other patient is left out
         assert scored == Counter(set(fold_of.index) - own)  # every other patient, once
         assert trained_on(outer_set(outer_fold, folds)) == set(fold_of.index) - own
 
 
 @pytest.mark.parametrize("folds", range(3, 8))
-def test_the_networks_of_a_trial_serve_every_world(folds):
+def test_the_networks_of_a_trial_serve_every_outer_fold(folds):
     sets = tuning_sets(folds)
     assert len(sets) == len(set(sets)) == folds * (folds - 1) // 2
     for outer_fold in range(folds):
@@ -90,22 +90,22 @@ def patients(**counts: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["patient", "diagnosis"])
 
 
-def test_a_hand_sized_deal():
-    dealt = make_folds(patients(apl=3, healthy=3), 3, 1)
-    assert list(dealt.columns) == ["patient", "diagnosis", "fold"]
-    assert dealt["patient"].tolist() == ["apl0", "apl1", "apl2", "healthy0", "healthy1", "healthy2"]
-    assert dealt["fold"].dtype == np.int64
-    assert sorted(dealt["fold"][:3]) == sorted(dealt["fold"][3:]) == [0, 1, 2]
+def test_folds_of_six_patients():
+    split = make_folds(patients(apl=3, healthy=3), 3, 1)
+    assert list(split.columns) == ["patient", "diagnosis", "fold"]
+    assert split["patient"].tolist() == ["apl0", "apl1", "apl2", "healthy0", "healthy1", "healthy2"]
+    assert split["fold"].dtype == np.int64
+    assert sorted(split["fold"][:3]) == sorted(split["fold"][3:]) == [0, 1, 2]
 
 
-def test_too_few_patients_says_which_and_what_to_do():
+def test_too_few_patients_are_an_error_that_names_them_and_the_remedy():
     with pytest.raises(SplitError, match=r"apl: 4, healthy: 3: set split\.folds in params\.yaml to 3 or add"):
         make_folds(patients(apl=4, aml=5, healthy=3), 5, 1)
     with pytest.raises(SplitError, match=r"apl: 2: add patients$"):  # two folds would not do
         make_folds(patients(apl=2, aml=5), 5, 1)
 
 
-def test_every_problem_is_said_at_once():
+def test_one_error_names_all_problems():
     table = pd.concat([patients(apl=2, aml=5), pd.DataFrame({"patient": ["aml0"], "diagnosis": ["healthy"]})])
     with pytest.raises(SplitError) as error:
         make_folds(table, 5, 1)
@@ -131,15 +131,15 @@ def smears_of_sites(draw: st.DrawFn) -> tuple[pd.DataFrame, int]:
 @given(smears_of_sites(), st.integers(0, 99), st.randoms(use_true_random=False))
 def test_no_site_is_on_two_sides_of_a_split(found, seed, random):
     table, folds = found
-    dealt = make_folds(table, folds, seed, by="site")
-    assert list(dealt.columns) == ["patient", "diagnosis", "fold"]
-    site = dealt["patient"].map(table.drop_duplicates("patient").set_index("patient")["site"])
-    assert len(set(zip(site, dealt["fold"], strict=True))) == len(set(site))
-    assert set(dealt["fold"]) == set(range(folds))
-    assert all(set(theirs["diagnosis"]) == set(dealt["diagnosis"]) for _, theirs in dealt.groupby("fold"))
+    split = make_folds(table, folds, seed, by="site")
+    assert list(split.columns) == ["patient", "diagnosis", "fold"]
+    site = split["patient"].map(table.drop_duplicates("patient").set_index("patient")["site"])
+    assert len(set(zip(site, split["fold"], strict=True))) == len(set(site))
+    assert set(split["fold"]) == set(range(folds))
+    assert all(set(theirs["diagnosis"]) == set(split["diagnosis"]) for _, theirs in split.groupby("fold"))
     order = list(range(len(table)))
     random.shuffle(order)
-    pd.testing.assert_frame_equal(make_folds(table.iloc[order], folds, seed, by="site"), dealt)
+    pd.testing.assert_frame_equal(make_folds(table.iloc[order], folds, seed, by="site"), split)
 
 
 def of_sites(*sites: str) -> pd.DataFrame:
@@ -149,8 +149,8 @@ def of_sites(*sites: str) -> pd.DataFrame:
 
 
 def test_with_as_many_folds_as_sites_one_site_is_left_out_at_a_time():
-    dealt = make_folds(of_sites("b", "a", "c", "a"), 3, 1, by="site").set_index("patient")["fold"]
-    assert dealt.to_dict() == {
+    split = make_folds(of_sites("b", "a", "c", "a"), 3, 1, by="site").set_index("patient")["fold"]
+    assert split.to_dict() == {
         "apl1": 0,
         "aml1": 0,
         "apl3": 0,
@@ -162,7 +162,7 @@ def test_with_as_many_folds_as_sites_one_site_is_left_out_at_a_time():
     }
 
 
-def test_sites_that_cannot_be_dealt_are_said_with_what_to_do():
+def test_sites_that_cannot_be_split_are_an_error_with_the_remedy():
     with pytest.raises(SplitError, match=r"no smear has a site: add a column `site`"):
         make_folds(of_sites("", "", "", ""), 3, 1, by="site")
     with pytest.raises(

@@ -5,10 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
+from sklearn import metrics
 
 from aplsmear.ensembles.combination import Combination, Weights
-from aplsmear.evaluation.calibration import brier
-from aplsmear.evaluation.operating_points import balanced_accuracy
 from aplsmear.prediction.recalibration import adapted, shift_of
 
 SHARE = 0.3
@@ -39,7 +38,8 @@ def simulated(shift: float, patients: int, share: float = SHARE) -> dict[str, tu
             ("after", adapted(combination(), logit[:, None] + shift)),
         ):
             probability = used.probability(logit[:, None] + shift)
-            found[name].append((balanced_accuracy(label, probability, SHARE), brier(label, probability)))
+            accuracy = metrics.balanced_accuracy_score(label, probability >= SHARE)
+            found[name].append((accuracy, metrics.brier_score_loss(label, probability)))
     return {name: tuple(np.mean(values, axis=0)) for name, values in found.items()}
 
 

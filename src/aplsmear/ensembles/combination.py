@@ -40,7 +40,7 @@ from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc, auroc_standard_error, auroc_within_folds
 from aplsmear.evaluation.intervals import summary
-from aplsmear.evaluation.operating_points import operating_points
+from aplsmear.evaluation.operating_points import operating_points, rates
 from aplsmear.params import Combine, TaskLevel
 from aplsmear.tables import as_written, read_scores
 
@@ -295,11 +295,9 @@ def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
     Those at the sensitive operating point are in the group ``at_sensitive``.
     """
     table = verdicts.table
-    label, probability = table["label"], table["probability"]
-    measured = summary(label, probability, table["verdict"], resamples=resamples, seed=seed)
-    sensitive = summary(label, probability, table["sensitive"], resamples=resamples, seed=seed)
-    at_sensitive = {name: sensitive[name] for name in ("sensitivity", "specificity", "balanced_accuracy")}
-    return measured | {"at_sensitive": at_sensitive}
+    measured = summary(table["label"], table["probability"], resamples=resamples, seed=seed)
+    balanced, sensitive = (rates(table["label"], table[column]) for column in ("verdict", "sensitive"))
+    return measured | balanced | {"at_sensitive": sensitive}
 
 
 def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:

@@ -64,17 +64,12 @@ def calibration_table(
     so there may be fewer; no bin is empty.
     """
     y, p = check_columns(label, probability, probability=True)
-    wanted = min(10, max(5, len(y) // 20)) if bins is None else bins
-    if wanted < 1:
-        raise ValueError(f"bins must be 1 or more, not {wanted}")
-    order = np.lexsort([y, p])
-    y, p = y[order], p[order]
+    bins = bins or min(10, max(5, len(y) // 20))
+    table = pd.DataFrame({"predicted": p, "observed": y, "n": 1}).sort_values(["predicted", "observed"])
     # By rank, not by interpolated quantiles: equal probabilities go into the bin of the first of them.
-    index = np.searchsorted(p, p, side="left") * wanted // len(p)
-    grouped = pd.DataFrame({"predicted": p, "observed": y, "bin": index}).groupby("bin", sort=True)
-    table = grouped[["predicted", "observed"]].mean()
-    table["n"] = grouped.size()
-    return table.reset_index(drop=True)
+    place = (table["predicted"].rank(method="min") - 1) * bins // len(table)
+    found = table.groupby(place).agg({"predicted": "mean", "observed": "mean", "n": "sum"})
+    return found.reset_index(drop=True)
 
 
 def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[str]) -> pd.DataFrame:
@@ -82,21 +77,13 @@ def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[s
 
     `names` are the words for 0 and 1, such as ``("aml", "apl")``; `call` is 0 or 1.
     """
-    c = check_call(label, call)
-    (y,) = check_columns(label, both=False)
-    if len(names) != 2 or names[0] == names[1]:
-        raise ValueError(f"names must be two different words, for 0 and for 1, not {list(names)}")
-    words = np.asarray(names, dtype=object)
-    order = np.lexsort([c, y])
-    return pd.DataFrame(
-        {"actual": words[y[order].astype(np.intp)], "predicted": words[c[order].astype(np.intp)]}
-    )
+    columns = dict(zip(("actual", "predicted"), check_call(label, call), strict=True))
+    table = pd.DataFrame(columns).sort_values(["actual", "predicted"], ignore_index=True)
+    return table.replace(dict(enumerate(names)))
 
 
 def _thinned(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], max_rows: int) -> npt.NDArray[np.intp]:
     """Up to `max_rows` rows of a curve by increasing x: both ends and the upper hull, then evenly spaced."""
-    if max_rows < 2:
-        raise ValueError(f"max_rows must be 2 or more, not {max_rows}")
     if len(x) <= max_rows:
         return np.arange(len(x))
     hull: list[int] = []

@@ -11,17 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from aplsmear.evaluation.auroc import auroc, average_precision, delong_interval
-from aplsmear.evaluation.calibration import brier, calibration_replicates, calibration_slope_intercept
-from aplsmear.evaluation.columns import (
-    LEVEL,
-    Array,
-    Interval,
-    check_call,
-    check_columns,
-    codes_of,
-    interval_around,
-)
-from aplsmear.evaluation.operating_points import mean_interval, wilson_interval
+from aplsmear.evaluation.calibration import calibration_replicates, calibration_slope_intercept
+from aplsmear.evaluation.columns import LEVEL, Array, Interval, check_columns, interval_around
 
 _CHUNK = 1_000_000  # entries of a weight matrix in memory: it does not grow with the data set
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
@@ -43,7 +34,7 @@ def bootstrap_interval(
 
     All resamples are computed at once (2,000 resamples of 1,300 patients in 0.2 s). Resamples of patients
     that lack a class are left out. A statistic at the end of its scale (no error at all) has no spread to
-    resample: its interval has no width. Use `delong_interval` or `wilson_interval` there.
+    resample: its interval has no width. Use `delong_interval` there.
 
     Args:
         statistic: `auroc` or `average_precision`.
@@ -60,7 +51,7 @@ def bootstrap_interval(
         ValueError: fewer than two patients of a class, or more than half of the resamples lack a class.
     """
     y, *scores = check_columns(label, score, *([] if minus is None else [minus]))
-    unit = codes_of("groups", groups, len(y))
+    unit = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     order = np.lexsort([*scores, y] if unit is None else [*scores, y, unit])
     y, scores = y[order], [each[order] for each in scores]
     unit = None if unit is None else unit[order]
@@ -103,69 +94,53 @@ def roc_band(
 
 
 def summary(
-    label: npt.ArrayLike, probability: npt.ArrayLike, call: npt.ArrayLike, *, resamples: int = 2000, seed: int
+    label: npt.ArrayLike, probability: npt.ArrayLike, *, resamples: int = 2000, seed: int
 ) -> dict[str, Any]:
-    """All measures of held-out patients, as nested dicts of plain numbers for intervals.json.
+    """The measures of held-out probabilities, for intervals.json.
 
     Args:
         label: 0 or 1, shape (n,); at least two patients of each class.
         probability: calibrated, in [0, 1], shape (n,).
-        call: 0 or 1 for each patient, shape (n,); each outer fold has its own threshold.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
     Returns:
-        ``n_patients``, ``n_positive``, and ``{value, low, high}`` of ``auroc`` (DeLong), ``sensitivity`` and
-        ``specificity`` (Wilson), ``balanced_accuracy`` (from these two), ``average_precision``, ``brier``,
-        ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients). The intervals of the
-        first four have a width even where no error was seen; a bootstrap would give none.
+        ``n_patients``, ``n_positive``, and ``{value, low, high}`` of ``auroc`` (DeLong),
+        ``average_precision``, ``brier`` (mean squared difference of probability and label, 0 is best; Brier
+        1950), ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients). The interval of
+        ``auroc`` has a width even where no error was seen; a bootstrap would give none.
     """
     y, p = check_columns(label, probability, probability=True)
-    c = check_call(y, call)
-    order = np.lexsort([c, p, y])
-    y, p, c = y[order], p[order], c[order]
-
-    positives = int(y.sum())
-    sensitivity = wilson_interval(int(c[y == 1].sum()), positives)
-    specificity = wilson_interval(int((1 - c[y == 0]).sum()), len(y) - positives)
+    order = np.lexsort([p, y])
+    y, p = y[order], p[order]
     slope, intercept = calibration_slope_intercept(y, p)
-    values = {
-        "average_precision": average_precision(y, p),
-        "brier": brier(y, p),
-        "calibration_slope": slope,
-        "calibration_intercept": intercept,
-    }
+    error = (p - y) ** 2
     drawn: dict[str, list[Array]] = defaultdict(list)
     for weight in _resamples(y, None, resamples, seed):
         drawn["average_precision"].append(_average_precision_replicates(y, p, weight))
-        drawn["brier"].append(_ratio(weight @ (p - y) ** 2, weight.sum(axis=1)))
+        drawn["brier"].append(weight @ error / weight.sum(axis=1))
         slopes, intercepts = calibration_replicates(y, p, weight)
         drawn["calibration_slope"].append(slopes)
         drawn["calibration_intercept"].append(intercepts)
-    intervals = {name: _percentiles(value, drawn[name]) for name, value in values.items()} | {
-        "auroc": delong_interval(y, p),
-        "sensitivity": sensitivity,
-        "specificity": specificity,
-        "balanced_accuracy": mean_interval(sensitivity, specificity),
-    }
-    measures: dict[str, Any] = {name: interval.as_dict() for name, interval in intervals.items()}
-    return measures | {"n_patients": len(y), "n_positive": positives}
+    values = (average_precision(y, p), float(error.mean()), slope, intercept)
+    found = {name: _percentiles(value, drawn[name]) for name, value in zip(drawn, values, strict=True)}
+    found["auroc"] = delong_interval(y, p)
+    counts = {"n_patients": len(y), "n_positive": int(y.sum())}
+    return {name: interval._asdict() for name, interval in found.items()} | counts
 
 
 def headline(measures: Mapping[str, Any]) -> dict[str, Any]:
     """The measures that fit into a table of runs: of ``auroc`` value, low and high, of all others the value.
 
-    Args:
-        measures: of `summary`. Groups of further measures, such as those of a second operating point, are
-            left out.
+    Groups of further measures, such as those of a second operating point, are left out.
     """
-    short = {
-        name: item for name, item in measures.items() if not isinstance(item, Mapping) or "value" in item
-    }
-    return {
-        name: item["value"] if isinstance(item, Mapping) and name != "auroc" else item
-        for name, item in short.items()
-    }
+    short = {}
+    for name, item in measures.items():
+        if not isinstance(item, Mapping) or name == "auroc":
+            short[name] = item
+        elif "value" in item:
+            short[name] = item["value"]
+    return short
 
 
 def _resamples(y: Array, groups: npt.NDArray[np.intp] | None, resamples: int, seed: int) -> Iterator[Array]:

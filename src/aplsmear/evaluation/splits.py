@@ -10,12 +10,10 @@ give K outer folds and the final model::
     outer fold 4   in  in  in  in [out]
     final model    in  in  in  in  in     no fold is held out, all five are inner folds
 
-In the code, an outer fold has the number 0 to K - 1, and the final model has the number K.
-
-In outer fold i, each inner fold j is scored by a network that was trained without i and j. So a network is
-identified by the set of folds that it was trained *without*: {i, j} for scores of inner folds, {i} for the
-held-out patients of outer fold i, {} for the final model. The network without {i, j} is used twice: in outer
-fold i it scores fold j, and in outer fold j it scores fold i.
+In the code, an outer fold has the number 0 to K - 1, and the final model has the number K. A network is
+identified by the set of folds that it was trained *without*: {i, j} for the scores of inner folds, {i} for
+the held-out patients of outer fold i, {} for the final model. The network without {i, j} is used twice: in
+outer fold i it scores fold j, and in outer fold j it scores fold i.
 """
 
 from __future__ import annotations
@@ -74,22 +72,12 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patien
 
 
 def inner_sets(outer_fold: int, folds: int) -> dict[int, HeldOut]:
-    """Inner fold of an outer fold -> the folds that the network which scores it was trained without.
-
-    Args:
-        outer_fold: number of the outer fold; `folds` for the final model.
-        folds: number of folds.
-    """
+    """Inner fold of an outer fold -> the folds that the network which scores it was trained without."""
     return {fold: frozenset({outer_fold, fold} - {folds}) for fold in range(folds) if fold != outer_fold}
 
 
 def outer_set(outer_fold: int, folds: int) -> HeldOut:
-    """The folds that the network which scores an outer fold was trained without; none for the final model.
-
-    Args:
-        outer_fold: number of the outer fold; `folds` for the final model.
-        folds: number of folds.
-    """
+    """The folds that the network which scores an outer fold was trained without; none for the final model."""
     return frozenset({outer_fold} - {folds})
 
 

@@ -128,9 +128,9 @@ def measure(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, see
     scores, before = paired["probability"], paired["probability_frozen"]
     drawn: dict[str, Any] = {"groups": patient, "resamples": resamples, "seed": seed}
     return {
-        "auroc": bootstrap_interval(auroc, label, scores, **drawn).as_dict(),
+        "auroc": bootstrap_interval(auroc, label, scores, **drawn)._asdict(),
         "frozen": {"auroc": auroc(label, before)},
-        "difference": bootstrap_interval(auroc, label, scores, before, **drawn).as_dict(),
+        "difference": bootstrap_interval(auroc, label, scores, before, **drawn)._asdict(),
         "average_precision": average_precision(label, scores),
         "n_items": len(paired),
         "n_patients": int(patient.nunique()),

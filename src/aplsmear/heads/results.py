@@ -174,7 +174,7 @@ def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, A
         name: bootstrap_interval(statistic, label, probability, groups=groups, resamples=resamples, seed=seed)
         for name, statistic in (("auroc", auroc), ("average_precision", average_precision))
     }
-    return {name: interval.as_dict() for name, interval in measured.items()} | {
+    return {name: interval._asdict() for name, interval in measured.items()} | {
         "n_items": len(predictions),
         "n_positive": int(label.sum()),
         "n_patients": int(groups.nunique()),
