@@ -105,6 +105,15 @@ def test_what_keras_does_not_have_is_said(changed, said):
         cut_network(mobilenet(**changed), "cell", 1)
 
 
+def test_a_network_with_a_single_number_among_its_weights_reads_them_from_a_file(keras, tmp_path):
+    """EfficientNet's normalisation has a count."""
+    full = keras.applications.EfficientNetB0(include_top=False, weights=None, input_shape=(32, 32, 3))
+    full.save_weights(tmp_path / "own.weights.h5")
+    settings = {"application": "EfficientNetB0", "options": {}, "layer": ["block1a_activation"]}
+    cut, _ = cut_network(mobilenet(weights=str(tmp_path / "own.weights.h5"), **settings), "cell", 2)
+    np.testing.assert_array_equal(cut.get_layer("stem_conv").kernel, full.get_layer("stem_conv").kernel)
+
+
 def test_weights_that_do_not_fit_are_an_error(keras, tmp_path):
     (tmp_path / "text.weights.h5").write_text("no weights")
     full = keras.applications.MobileNet(include_top=False, weights=None, alpha=0.5, input_shape=(32, 32, 3))

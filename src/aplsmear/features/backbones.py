@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -140,17 +141,21 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         tensors, numbers = _count_tensors(path)
         if _leads_elsewhere(path):
             raise ValueError("it takes data from another file")
-        networks = {len(full.weights): full, len(cut.weights): cut}
+        whole, part = (
+            [math.prod(each.shape) for each in of.weights if len(each.shape)] for of in (full, cut)
+        )
+        networks = {len(whole): (full, sum(whole)), len(part): (cut, sum(part))}
         if tensors not in networks:
             raise ValueError(
-                f"it holds {tensors} tensors; the whole network has {len(full.weights)}, up to the deepest "
-                f"layer used {len(cut.weights)}"
+                f"it holds {tensors} tensors; the whole network has {len(whole)}, up to the deepest layer "
+                f"used {len(part)}"
             )
-        if numbers != (own := networks[tensors].count_params()):  # a file of a kilobyte can claim terabytes
+        network, own = networks[tensors]
+        if numbers != own:  # a file of a kilobyte can claim terabytes
             raise ValueError(f"it holds {numbers:,} numbers, the network has {own:,}")
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            networks[tensors].load_weights(path)
+            network.load_weights(path)
         left_out = [str(each.message) for each in said if issubclass(each.category, UserWarning)]
         if left_out:  # Keras only warns where it leaves filters untrained
             raise ValueError(left_out[0])
@@ -162,7 +167,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
 
 
 def _count_tensors(path: Path) -> tuple[int, int]:
-    """How many arrays an HDF5 file holds, and how many numbers they say they have; a saved seed is none."""
+    """How many arrays an HDF5 file has, and how many numbers they declare; single numbers are not counted."""
     import h5py
 
     sizes: list[int] = []
