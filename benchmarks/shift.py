@@ -44,9 +44,10 @@ from aplsmear.files import write_arrays, write_json
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, read_average, read_heads, score
 from aplsmear.images import stains, views
+from aplsmear.images.augmentation import Pyramid, source_factor
 from aplsmear.images.reading import read_image
 from aplsmear.images.view_store import View
-from aplsmear.images.views import cell_views, prepared, smear_views, source_factor
+from aplsmear.images.views import cell_views, prepared, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
 from aplsmear.prediction.recalibration import adapted
 from aplsmear.progress import progress
@@ -357,13 +358,14 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
     for smear, rows in items.groupby("smear", sort=False):
         image = read_image(Path(params.dataset.root) / smears.loc[smear, "image"])
         whole_smear = (0, 0, *image.shape[:2])
-        shown: dict[tuple[int, ...], np.ndarray] = {}
+        shown: dict[tuple[int, ...], Pyramid] = {}
         for row in rows.itertuples(index=False):
             box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
             alone = box is not None and params.augment.normalise == "none"
             y0, x0, y1, x1 = seen = surroundings(box, params, image.shape) if alone else whole_smear
             if seen not in shown:
-                shown[seen] = prepared(under(image[y0:y1, x0:x1], condition, params), params.augment, smear)
+                part = under(image[y0:y1, x0:x1], condition, params)
+                shown[seen] = Pyramid(prepared(part, params.augment, smear))
             found[row.item] = list(
                 cell_views(
                     shown[seen],

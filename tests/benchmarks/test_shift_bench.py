@@ -9,7 +9,8 @@ import pytest
 
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head
-from aplsmear.images.views import cut, source_factor
+from aplsmear.images.augmentation import source_factor
+from aplsmear.images.views import cut
 from aplsmear.params import read_params
 
 ROOT = Path(__file__).parents[2]

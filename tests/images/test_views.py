@@ -10,18 +10,16 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from aplsmear.images.augmentation import Pyramid
 from aplsmear.images.reading import decode, encode_jpeg, read_image
 from aplsmear.images.stains import normalised
 from aplsmear.images.views import (
     ViewError,
     all_views,
-    augmented,
     cell_views,
     cut,
-    make_augmenter,
     resize,
     smear_views,
-    source_factor,
     unused_labels,
     view_multipliers,
     view_seed,
@@ -55,15 +53,15 @@ BOX = (30, 60, 70, 100)
 
 
 def test_a_plain_view_shows_the_box_and_its_margin(smear):
-    (plain,) = cell_views(smear, BOX, "1", 0, knobs(size={"cell": 40, "smear": 48}), 1)
+    (plain,) = cell_views(Pyramid(smear), BOX, "1", 0, knobs(size={"cell": 40, "smear": 48}), 1)
     assert (plain.item, plain.view) == ("1", 0)
     assert plain.image == encode_jpeg(smear[30:70, 60:100])
-    (wider,) = cell_views(smear, BOX, "1", 0, knobs(size={"cell": 60, "smear": 48}, margin=0.5), 1)
+    (wider,) = cell_views(Pyramid(smear), BOX, "1", 0, knobs(size={"cell": 60, "smear": 48}, margin=0.5), 1)
     assert wider.image == encode_jpeg(smear[20:80, 50:110])
 
 
 def test_colours_stay_in_the_order_red_green_blue(smear):
-    plain, changed = (decode(view.image) for view in cell_views(smear, BOX, "1", 1, knobs(), 1))
+    plain, changed = (decode(view.image) for view in cell_views(Pyramid(smear), BOX, "1", 1, knobs(), 1))
     for view in (plain, changed):
         assert np.abs(np.median(view, axis=(0, 1)) - PURPLE).max() < 8
 
@@ -88,81 +86,22 @@ def test_shrinking_averages_and_does_not_skip():
 
 
 def test_a_smear_is_shown_whole(smear):
-    plain, *others = smear_views(smear, "7", 2, knobs(), 1)
+    plain, *others = smear_views(Pyramid(smear), "7", 2, knobs(), 1)
     assert plain.image == encode_jpeg(resize(smear, 48))
     assert [(view.item, view.view) for view in others] == [("7", 1), ("7", 2)]
     assert all(decode(view.image).shape == (48, 48, 3) for view in others)
 
 
-def test_with_every_knob_at_0_an_augmented_view_is_the_plain_one_flipped_or_turned(smear):
-    plain = cut(smear, BOX, 40, 32)
-    turned = [np.rot90(each, turns) for each in (plain, plain[:, ::-1]) for turns in range(4)]
-    augmenter = make_augmenter(knobs(), 32)
-    found = set()
-    for seed in range(40):
-        view = augmented(plain, augmenter, seed)
-        (which,) = [place for place, one in enumerate(turned) if (view == one).all()]
-        found.add(which)
-    assert found == set(range(8))
-
-
-@pytest.mark.parametrize("changed", [{}, KNOBS, {**KNOBS, "hue": 0, "blur": 0.0, "rotate": 0.0}])
-@pytest.mark.parametrize("field", [None, (24, 40)])
-def test_an_augmented_view_is_pixel_for_pixel_what_imgaug_itself_gives(changed, field, smear):
-    settings = knobs(**changed)
-    augmenter = make_augmenter(settings, 32, field)
-    for seed in range(60):
-        augmenter.seed_(seed)
-        expected = augmenter.augment_image(smear)
-        np.testing.assert_array_equal(augmented(smear, augmenter, seed), expected)
-
-
-@pytest.mark.parametrize("knob", KNOBS)
-def test_every_knob_changes_pixels_and_nothing_else_that_is_drawn(knob, smear):
-    """Turned on, it changes most views; turned by nothing, none. Flips and turns stay what they were."""
-    settings = knobs(**{knob: KNOBS[knob]})
-    side = round(32 * source_factor(settings))
-    wide = cut(smear, BOX, 40 * source_factor(settings), side)
-    plain = cut(smear, BOX, 40, 32)
-    without, using = make_augmenter(knobs(), 32), make_augmenter(settings, 32)
-    difference = []
-    for seed in range(8):
-        before, after = augmented(plain, without, seed), augmented(wide, using, seed)
-        difference.append(np.abs(before.astype(float) - after).mean())
-    assert sum(each > 0.1 for each in difference) >= 6
-    if knob not in ("rotate", "scale", "shift"):
-        assert max(difference) < 50  # another flip would differ by more where the mark is
-
-
-def test_a_change_of_hue_leaves_white_white():
-    white = np.full((32, 32, 3), 255, np.uint8)
-    augmenter = make_augmenter(knobs(hue=20), 32)
-    assert all((augmented(white, augmenter, seed) == 255).all() for seed in range(5))
-
-
-def test_turning_shifting_and_scaling_reach_no_further_than_the_room_they_are_given():
-    """The source has a black rim: beyond it there would be mirrored pixels."""
-    settings = knobs(rotate=180.0, scale=0.3, shift=0.2)
-    augmenter = make_augmenter(settings, 64)
-
-    def rims_seen(side: int) -> int:
-        rimmed = np.pad(np.full((side - 2, side - 2, 3), 255, np.uint8), ((1, 1), (1, 1), (0, 0)))
-        return sum(int(augmented(rimmed, augmenter, seed).min() < 255) for seed in range(100))
-
-    assert rims_seen(round(64 * source_factor(settings)) + 2) == 0
-    assert rims_seen(round(64 * 1.5)) > 20
-
-
 def test_a_view_depends_on_seed_item_and_view_alone(smear):
     settings = knobs(**KNOBS)
-    three = {view.view: view.image for view in cell_views(smear, BOX, "1", 3, settings, 5)}
-    one = {view.view: view.image for view in cell_views(smear, BOX, "1", 1, settings, 5)}
+    three = {view.view: view.image for view in cell_views(Pyramid(smear), BOX, "1", 3, settings, 5)}
+    one = {view.view: view.image for view in cell_views(Pyramid(smear), BOX, "1", 1, settings, 5)}
     assert one.items() <= three.items()
-    list(cell_views(smear, BOX, "other", 2, settings, 5))  # what came before does not matter
-    assert {view.view: view.image for view in cell_views(smear, BOX, "1", 3, settings, 5)} == three
+    list(cell_views(Pyramid(smear), BOX, "other", 2, settings, 5))  # what came before does not matter
+    assert {view.view: view.image for view in cell_views(Pyramid(smear), BOX, "1", 3, settings, 5)} == three
     assert len(set(three.values())) == 4
     for item, seed in (("2", 5), ("1", 6)):
-        other = {view.view: view.image for view in cell_views(smear, BOX, item, 3, settings, seed)}
+        other = {view.view: view.image for view in cell_views(Pyramid(smear), BOX, item, 3, settings, seed)}
         assert other[0] == three[0]
         assert not {other[view] for view in (1, 2, 3)} & {three[view] for view in (1, 2, 3)}
 
@@ -223,8 +162,8 @@ def test_views_of_a_data_set_by_hand(folder, smear, monkeypatch):
     assert second["cell"] == []
     assert [view.item for view in third["cell"]] == ["3", "3", "3"]
     assert first["cell"] == [
-        *cell_views(smear, BOX, "1", 6, settings, 1),
-        *cell_views(smear, (0, 0, 30, 30), "2", 4, settings, 1),
+        *cell_views(Pyramid(smear), BOX, "1", 6, settings, 1),
+        *cell_views(Pyramid(smear), (0, 0, 30, 30), "2", 4, settings, 1),
     ]
 
 
@@ -299,8 +238,8 @@ def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypa
     settings = knobs(views=0, normalise="reinhard")
     first = next(iter(all_views(folder, SMEARS, CELLS, settings, 1)))
     common = normalised(read_image(folder / "a.png"), "reinhard")
-    assert first["smear"] == list(smear_views(common, "1", 0, settings, 1))
-    assert first["cell"][0] == next(cell_views(common, BOX, "1", 0, settings, 1))
+    assert first["smear"] == list(smear_views(Pyramid(common), "1", 0, settings, 1))
+    assert first["cell"][0] == next(cell_views(Pyramid(common), BOX, "1", 0, settings, 1))
 
 
 def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):

@@ -29,6 +29,7 @@ _PLAIN = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
 MAX_BYTES = 2 * 1024**3  # of a file; MAX_PIXELS with four channels of 16 bits are 1.2e9 bytes
 _MAX_SCANS = 200  # of a JPEG; a progressive JPEG has about ten, and each scan is a pass over all pixels
+_FULL_COLOUR = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
 _SCAN = b"\xff\xda"
 _DARK = 16  # of 256; a 16-bit picture whose upper bytes are all smaller holds 12 bits or fewer
 
@@ -155,9 +156,9 @@ def encode_jpeg(rgb: Rgb, quality: int = 95) -> bytes:
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"expected uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}")
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(rgb)).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
+    settings = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, _FULL_COLOUR]
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR), settings)
+    return data.tobytes()
 
 
 def _open_file(path: Path) -> IO[bytes]:

@@ -1,8 +1,7 @@
 """Plain and augmented views of cells and smears.
 
 View 0 of an item is the plain view. Every other view is augmented with random numbers that depend only on
-(seed, item, view), so neither the order of files nor the number of workers changes a pixel. Only this module
-imports imgaug.
+(seed, item, view), so neither the order of files nor the number of workers changes a pixel.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.errors import UserError
-from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize, scaling
+from aplsmear.images.augmentation import Pyramid, draw_change, recoloured, view_matrix
+from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize
 from aplsmear.images.stains import StainError, normalised
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Level
@@ -92,16 +92,6 @@ def view_seed(seed: int, item: str, view: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def source_factor(settings: Augment) -> float:
-    """Width of the source of an augmented view, relative to the view.
-
-    A source of this width contains every rotated, shifted and scaled view.
-    """
-    angle = math.radians(min(settings.rotate, 45.0))
-    turn = math.cos(angle) + math.sin(angle)  # side of the square around a rotated square of side 1
-    return (1 + 2 * settings.shift) * turn / (1 - settings.scale)
-
-
 def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
     """Normalise the colours of a smear before its views are cut from it.
 
@@ -125,85 +115,13 @@ def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
         ) from None
 
 
-def make_augmenter(settings: Augment, size: int, field: tuple[int, int] | None = None) -> Any:
-    """The augmentations as an imgaug augmenter: geometry, centre crop, stain, lamp, focus and camera.
-
-    A setting of 0 leaves its place empty, so it changes neither pixels nor the random numbers of the others.
-
-    Args:
-        settings: ranges of the augmentations.
-        size: of a view, in px.
-        field: height and width in px of the centre crop, which is then resized to a view; None: as a view.
-    """
-    height, width = field or (size, size)
-    iaa = _imgaug()
-    reach = settings.shift / source_factor(settings)
-
-    def unless_0(setting: float, augmenter: Any) -> Any:
-        return augmenter if setting else iaa.Identity()
-
-    return iaa.Sequential(
-        [
-            iaa.Fliplr(0.5),
-            iaa.Rot90((0, 3), keep_size=False),
-            unless_0(
-                settings.rotate + settings.scale + settings.shift,
-                iaa.Affine(
-                    rotate=(-settings.rotate, settings.rotate),
-                    scale=(1 - settings.scale, 1 + settings.scale),
-                    translate_percent={"x": (-reach, reach), "y": (-reach, reach)},
-                    mode="reflect",
-                ),
-            ),
-            iaa.CenterCropToFixedSize(width, height),
-            unless_0(field is not None, iaa.Resize(size, interpolation="area")),
-            unless_0(settings.hue, iaa.AddToHue((-settings.hue, settings.hue))),
-            unless_0(settings.saturation, iaa.AddToSaturation((-settings.saturation, settings.saturation))),
-            unless_0(settings.brightness, iaa.Multiply((1 - settings.brightness, 1 + settings.brightness))),
-            unless_0(settings.blur, iaa.GaussianBlur((0.0, settings.blur))),
-            unless_0(
-                settings.noise, iaa.AdditiveGaussianNoise(scale=(0.0, settings.noise), per_channel=True)
-            ),
-        ]
-    )
-
-
-def augmented(wide: np.ndarray, augmenter: Any, seed: int) -> np.ndarray:
-    """Make one augmented view, with the pixels that imgaug gives after ``augmenter.seed_(seed)``.
-
-    imgaug takes longer for seeds, hooks and copies than for pixels. So each child augmenter is given the
-    generator that `seed_` would derive for it, and its inner method is called.
-
-    Args:
-        wide: uint8 RGB, shape (width, width, 3): the item and its surroundings, see `source_factor`.
-        augmenter: of `make_augmenter`.
-        seed: of this view.
-
-    Returns:
-        uint8 RGB, shape (size, size, 3), with the size of `make_augmenter`.
-    """
-    from imgaug import random
-    from imgaug.augmentables.batches import _BatchInAugmentation
-
-    # imgaug takes the second number of each pair as the seed.
-    drawn = random.RNG(seed).generator.integers(
-        random.SEED_MIN_VALUE, random.SEED_MAX_VALUE, size=(len(augmenter), 2), dtype=np.int32
-    )
-    batch = _BatchInAugmentation(images=[wide.copy()])
-    for each, own in zip(augmenter, drawn[:, 1].tolist(), strict=True):
-        if not isinstance(each, _imgaug().Identity):
-            source = np.random.SeedSequence(own, spawn_key=(0,))  # the first one spawned from `own`
-            batch = each._augment_batch_(batch, random.RNG(source), [], None)
-    return np.ascontiguousarray(batch.images[0])
-
-
 def cell_views(
-    image: np.ndarray, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
+    smear: Pyramid, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
     """Make the views of one cell: the plain view, then the augmented views.
 
     Args:
-        image: uint8 RGB, shape (height, width, 3): the smear.
+        smear: in normalised colours.
         box: y0, x0, y1, x1 in px, end exclusive.
         name: of the cell.
         count: number of augmented views.
@@ -212,37 +130,35 @@ def cell_views(
     """
     size = settings.size["cell"]
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + settings.margin)
-    yield View(name, 0, encode_jpeg(cut(image, box, side, size)))
-    if count:
-        wide = cut(image, box, side * source_factor(settings), round(size * source_factor(settings)))
-        yield from _augmented_views(wide, size, name, count, settings, seed)
+    yield View(name, 0, encode_jpeg(cut(smear.image, box, side, size)))
+    centre = np.array([(box[1] + box[3]) // 2, (box[0] + box[2]) // 2], np.float64)
+    whole = 2 * math.ceil(side / 2)  # as `cut`
+    for view in range(1, count + 1):
+        change = draw_change(settings, view_seed(seed, name, view))
+        matrix, shift = view_matrix(change, whole / size, whole)
+        yield View(name, view, encode_jpeg(recoloured(smear.warped(matrix, centre + shift, size), change)))
 
 
-def smear_views(image: np.ndarray, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
+def smear_views(smear: Pyramid, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
     """Make the views of one whole smear, resized to a square: the plain view, then the augmented views.
 
     The field is rotated before it is resized, as a slide is rotated under a camera. Beyond the field its edge
     is mirrored.
 
     Args:
-        image: uint8 RGB, shape (height, width, 3).
+        smear: in normalised colours.
         name: of the smear.
         count: number of augmented views.
         settings: of the views.
         seed: of the augmented views.
     """
     size = settings.size["smear"]
-    yield View(name, 0, encode_jpeg(resize(image, size)))
-    if count:
-        shrink = size / min(image.shape[:2])
-        height, width = (round(side * shrink) for side in image.shape[:2])
-        field = np.asarray(cv2.resize(image, (width, height), interpolation=scaling(shrink)), dtype=np.uint8)
-        side = math.ceil(max(height, width) * source_factor(settings))
-        above, left = (side - height) // 2, (side - width) // 2
-        below, right = side - height - above, side - width - left
-        wide = np.asarray(cv2.copyMakeBorder(field, above, below, left, right, cv2.BORDER_REFLECT), np.uint8)
-        squeezed = (height, width) if height != width else None
-        yield from _augmented_views(wide, size, name, count, settings, seed, squeezed)
+    yield View(name, 0, encode_jpeg(resize(smear.image, size)))
+    sides = np.array(smear.image.shape[1::-1], np.float64)
+    for view in range(1, count + 1):
+        change = draw_change(settings, view_seed(seed, name, view))
+        matrix, shift = view_matrix(change, sides / size, sides.max())
+        yield View(name, view, encode_jpeg(recoloured(smear.warped(matrix, sides / 2 + shift, size), change)))
 
 
 def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
@@ -332,16 +248,16 @@ def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, 
     """Views of one smear; messages name its image `shown`."""
     cv2.setNumThreads(1)
     try:
-        image = prepared(read_image(smear.path), settings, smear.shown)
+        pyramid = Pyramid(prepared(read_image(smear.path), settings, smear.shown))
     except ImageError as error:
         raise ImageError(smear.shown, error.what, error.fix) from None
     return {
-        "smear": list(smear_views(image, smear.name, smear.views, settings, seed)),
+        "smear": list(smear_views(pyramid, smear.name, smear.views, settings, seed)),
         "cell": [
             view
             for row in _rows(smear.cells)
             for view in cell_views(
-                image, (row.y0, row.x0, row.y1, row.x1), row.cell, row.views, settings, seed
+                pyramid, (row.y0, row.x0, row.y1, row.x1), row.cell, row.views, settings, seed
             )
         ],
     }
@@ -350,39 +266,3 @@ def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, 
 def _rows(table: pd.DataFrame) -> Iterator[Any]:
     """Rows as named tuples; Any, because type checkers cannot see their fields."""
     return iter(table.itertuples(index=False))
-
-
-def _augmented_views(
-    wide: np.ndarray,
-    size: int,
-    name: str,
-    count: int,
-    settings: Augment,
-    seed: int,
-    field: tuple[int, int] | None = None,
-) -> Iterator[View]:
-    augmenter = _augmenter(settings.model_dump_json(), size, field)
-    for view in range(1, count + 1):
-        yield View(name, view, encode_jpeg(augmented(wide, augmenter, view_seed(seed, name, view))))
-
-
-@lru_cache(maxsize=4)
-def _augmenter(settings: str, size: int, field: tuple[int, int] | None) -> Any:
-    """The augmenter, cached: to build one takes as long as many views."""
-    return make_augmenter(Augment.model_validate_json(settings), size, field)
-
-
-def _imgaug() -> Any:
-    """Import imgaug 0.4, which needs `numpy.sctypes`; NumPy 2 has removed it, so it is defined here."""
-    if not hasattr(np, "sctypes"):
-        kinds = {
-            "int": [np.int8, np.int16, np.int32, np.int64],
-            "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
-            "float": [np.float16, np.float32, np.float64],
-            "complex": [np.complex64, np.complex128],
-            "others": [bool, object, bytes, str, np.void],
-        }
-        vars(np)["sctypes"] = kinds
-    import imgaug.augmenters as iaa
-
-    return iaa
