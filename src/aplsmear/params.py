@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aplsmear.errors import UserError
 from aplsmear.layers import applications, layers_of, options_of, smallest_side
 from aplsmear.secrets import holds_password, without_secrets
+from aplsmear.words import nearest, no_such
 
 Level = Literal["cell", "smear"]
 LEVELS: tuple[Level, ...] = ("cell", "smear")
 TaskLevel = Literal["cell", "smear", "patient"]
 Precision = Literal["auto", "on", "off"]  # half precision; auto: where there is a GPU
 Diagnosis = Literal["healthy", "aml", "apl"]
-Condition = dict[str, list[str]]
-Summary = Literal[
-    "mean",
-    "upper",
-    "top",
-    "share",
-    "noisy_or",
-    "weighted_mean",
-    "weighted_share",
-    "blend",
-]
-# A name is part of paths and of shell commands in dvc.yaml.
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
+Condition = dict[str, Annotated[list[str], Field(min_length=1)]]
+Summary = Literal["mean", "upper", "top", "share", "noisy_or", "weighted_mean", "weighted_share", "blend"]
 
 CELL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 SMEAR_COLUMNS = ("diagnosis", "fab")
@@ -66,6 +64,48 @@ _NOW = "is now called "
 T = TypeVar("T")
 
 
+def _among(lead: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Report the names that are not known, each with the nearest known name."""
+    if lines := [no_such(lead, name, known) for name in dict.fromkeys(names) if name not in known]:
+        raise ValueError("\n".join(lines))
+
+
+def _is_task(name: str, info: ValidationInfo) -> str:
+    if info.context:
+        _among("there is no task", [name], info.context["tasks"])
+    return name
+
+
+def _are_features(names: list[str], info: ValidationInfo) -> list[str]:
+    if info.context and names != [ANY_FEATURES]:
+        _among("`backbones` has no layer", names, info.context["layers"])
+    return names
+
+
+def _distinct(names: list[str]) -> list[str]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is named twice")
+    return names
+
+
+def _within(least: float, most: float) -> AfterValidator:
+    """Check that both ends of a range lie within two numbers."""
+
+    def check(values: Range) -> Range:
+        if values.low < least or values.high > most:
+            raise ValueError(f"must lie within {least} and {most}, not {values.low} and {values.high}")
+        return values
+
+    return AfterValidator(check)
+
+
+# A name is part of paths and of shell commands in dvc.yaml.
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=60)]
+TaskName = Annotated[Name, AfterValidator(_is_task)]
+Side = Annotated[int, Field(ge=16, le=2048)]
+
+
 class ParamsError(UserError, ValueError):
     """params.yaml cannot be used; the message lists every problem."""
 
@@ -74,6 +114,17 @@ class Strict(BaseModel):
     """A table that refuses unknown keys, converts no types and cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Sides(Strict):
+    """The side of square images of each level, in px."""
+
+    cell: Side
+    smear: Side
+
+    def __getitem__(self, level: Level) -> int:
+        """The side at a level."""
+        return self.cell if level == "cell" else self.smear
 
 
 class Compute(Strict):
@@ -123,7 +174,7 @@ class Split(Strict):
 class Augment(Strict):
     """Plain and augmented views of cells and smears."""
 
-    size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
+    size: Sides
     normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=0, le=2)
     views: int = Field(ge=0, le=50)
@@ -147,11 +198,26 @@ class Backbone(Strict):
 
     application: str
     options: dict[str, Any] = {}
-    input_size: dict[Level, Annotated[int, Field(ge=16, le=2048)]]
-    layer: list[str] = Field(min_length=1)
+    input_size: Sides
+    layer: Annotated[list[str], AfterValidator(_distinct)] = Field(min_length=1)
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _is_in_keras(self, info: ValidationInfo) -> Backbone:
+        """Compare with the table of keras.applications; Keras is not imported."""
+        if info.context:
+            name = self.application
+            _among("keras.applications has no network", [name], applications())
+            _among(f"{name} has no option", self.options, options_of(name))
+            parts = [part for layer in self.layer for part in layer.split(JOINT)]
+            _among(f"{name} has no layer", parts, layers_of(name, self.options))
+            least = smallest_side(name)
+            for level in LEVELS:
+                if self.input_size[level] < least:
+                    raise ValueError(f"{name} needs an input_size of {least} px or more")
+        return self
 
 
 class Range(Strict):
@@ -173,33 +239,20 @@ class Range(Strict):
 class Space(Strict):
     """What the search for a head chooses from."""
 
-    features: list[str] = Field(min_length=1)
+    features: Annotated[list[str], AfterValidator(_are_features)] = Field(min_length=1)
     views: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     depth: list[Annotated[int, Field(ge=0, le=8)]] = Field(min_length=1)
     width: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=1)
     activation: list[Literal["relu", "gelu", "tanh"]] = Field(min_length=1)
-    dropout: Range
-    learning_rate: Range
+    dropout: Annotated[Range, _within(0, 0.95)]
+    learning_rate: Annotated[Range, _within(1e-9, 1)]
     schedule: list[Literal["constant", "linear", "cosine"]] = Field(min_length=1)
-    weight_decay: Range
-    balance: Range
+    weight_decay: Annotated[Range, _within(0, 100)]
+    balance: Annotated[Range, _within(0, 1)]
     smoothing: list[Annotated[float, Field(ge=0, lt=1)]] = Field(min_length=1)
     mixup: list[Annotated[float, Field(ge=0, le=10)]] = Field(min_length=1)
     batch: list[Annotated[int, Field(ge=2, le=65536)]] = Field(min_length=1)
     epochs: list[Annotated[int, Field(ge=1, le=10000)]] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _within_reason(self) -> Space:
-        bounds = {"dropout": (0, 0.95), "learning_rate": (0, 1), "weight_decay": (0, 100), "balance": (0, 1)}
-        wrong = [
-            f"{name} must lie within {low} and {high}, not {knob.low} and {knob.high}"
-            for name, (low, high) in bounds.items()
-            for knob in [getattr(self, name)]
-            if knob.low < low or knob.high > high or (name == "learning_rate" and knob.low == 0)
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
 
 
 class Tune(Strict):
@@ -213,7 +266,7 @@ class Tune(Strict):
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
     storage: str
-    pick: dict[Name, Annotated[int, Field(ge=0)]]
+    pick: dict[TaskName, Annotated[int, Field(ge=0)]]
     space: Space
 
     @field_validator("storage")
@@ -240,6 +293,13 @@ class FinetuneHead(Strict):
     epochs: int = Field(ge=0, le=10000)
     rate: float = Field(gt=0, le=1)
     weight_decay: float = Field(ge=0, le=10)
+
+    @field_validator("subclasses")
+    @classmethod
+    def _is_column(cls, column: str, info: ValidationInfo) -> str:
+        if info.context and column and info.context["level"] in COLUMNS:
+            _among(f"a {info.context['level']} has no column", [column], COLUMNS[info.context["level"]])
+        return column
 
 
 class Finetune(Strict):
@@ -269,18 +329,15 @@ class Task(Strict):
     """A binary question about cells, smears or patients."""
 
     level: TaskLevel
-    positive: Condition
-    negative: Condition
+    positive: Condition = Field(min_length=1)
+    negative: Condition = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _columns(self) -> Task:
-        for condition in (self.positive, self.negative):
-            for column, labels in condition.items():
-                if column not in COLUMNS[self.level]:
-                    raise ValueError(_no_column(self.level, column))
-                if not labels:
-                    raise ValueError(f"column {column!r} lists no label")
-        return self
+    @field_validator("positive", "negative")
+    @classmethod
+    def _are_columns(cls, condition: Condition, info: ValidationInfo) -> Condition:
+        if "level" in info.data:
+            _among(f"a {info.data['level']} has no column", condition, COLUMNS[info.data["level"]])
+        return condition
 
     @property
     def images(self) -> Level:
@@ -293,8 +350,14 @@ class Ensemble(Strict):
 
     positive: Diagnosis
     negative: Diagnosis
-    members: list[Name] = Field(min_length=1)
-    weigh_by: Name
+    members: Annotated[list[TaskName], AfterValidator(_distinct)] = Field(min_length=1)
+    weigh_by: TaskName
+
+    @model_validator(mode="after")
+    def _two_diagnoses(self) -> Ensemble:
+        if self.positive == self.negative:
+            raise ValueError(f"positive and negative are both {self.positive!r}")
+        return self
 
 
 class CombineSpace(Strict):
@@ -314,14 +377,14 @@ class Combine(Strict):
     resamples: int = Field(ge=100)
     refits: int = Field(ge=20)
     shuffles: int = Field(ge=1)
-    shares: list[Name] = []
+    shares: list[TaskName] = []
 
 
 class Params(Strict):
     """All of params.yaml."""
 
     seed: int = Field(ge=0, lt=2**31)
-    task: Name
+    task: TaskName
     compute: Compute
     engine: Engine
     dataset: Dataset
@@ -330,15 +393,37 @@ class Params(Strict):
     backbones: dict[Name, Backbone] = Field(min_length=1)
     tune: Tune
     finetune: Finetune
-    overrides: dict[Name, dict[str, Any]]  # of `tune`, a row a task
+    overrides: dict[TaskName, Tune]  # params.yaml has only what differs from `tune` in the row of a task
     tasks: dict[Name, Task] = Field(min_length=1)
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
     combine: Combine
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_rows(cls, raw: Any) -> Any:
+        """Fill each row of `overrides` up with the values of `tune`."""
+        if not isinstance(raw, dict):
+            return raw
+        tune, rows = _table(raw.get("tune")), _table(raw.get("overrides"))
+        return raw | ({"overrides": {task: _merge(tune, row) for task, row in rows.items()}} if rows else {})
+
+    @field_validator("overrides")
+    @classmethod
+    def _has_rows_and_trials(cls, rows: dict[str, Tune], info: ValidationInfo) -> dict[str, Tune]:
+        for task in info.context["tasks"] if info.context else ():
+            if task not in rows:
+                raise ValueError(f"{task!r} has no row; write `{task}: {{}}` if nothing differs")
+        for task, row in rows.items():
+            if "tune" in info.data and (others := row.pick.keys() - {task, *info.data["tune"].pick}):
+                raise ValueError(f"{task}.pick names another task: {', '.join(others)}")
+            if row.pick.get(task, 0) >= row.trials:
+                number = row.pick[task]
+                raise ValueError(f"{task} has no trial {number} to pick: it has {row.trials}, counted from 0")
+        return rows
+
     def tune_of(self, task: str) -> Tune:
         """The search settings of one task: `tune`, changed by the task's row of `overrides`."""
-        merged = _merge(self.tune.model_dump(), self.overrides[task])
-        return Tune.model_validate(merged)
+        return self.overrides[task]
 
 
 def read_params(path: Path) -> Params:
@@ -362,19 +447,21 @@ def read_params(path: Path) -> Params:
         raise ParamsError(f"{path} holds more than {_LARGEST:,} values, aliases (`*name`) resolved")
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds {_shown(raw)}, expected a table of keys such as `seed: 1`")
-    lines = []
+    tasks, backbones = (_table(raw.get(key)) for key in ("tasks", "backbones"))
+    known = {
+        "tasks": list(tasks),
+        "level": _table(tasks.get(str(raw.get("task")))).get("level"),
+        "layers": [f"{name}/{layer}" for name, row in backbones.items() for layer in _layers(row)],
+    }
     try:
-        params = Params.model_validate(raw)
+        return Params.model_validate(raw, context=known)
     except ValidationError as error:
-        lines = _lines(error, Params)
-    lines += _crossed(raw)
-    if not lines:
-        return params
+        lines = _lines(error)
     old = renamed(raw)
     missing = {f"{answer.removeprefix(_NOW)}: is missing" for answer in old.values()}
     lines = [line for line in lines if line not in missing and line.split(": ")[0] not in old]
     lines += [f"{name}: {answer}" for name, answer in old.items()]
-    raise ParamsError("\n  ".join([f"{path} does not fit:", *dict.fromkeys(lines)]))
+    raise ParamsError("\n  ".join([f"{path} does not fit:", *lines]))
 
 
 def no_yaml(path: Path, error: YAMLError) -> str:
@@ -395,16 +482,8 @@ def named(rows: Mapping[str, T], name: str, where: str) -> T:
         ParamsError: there is no such row; the message names the nearest row.
     """
     if name not in rows:
-        raise ParamsError(
-            f"{where} of params.yaml has no {name!r}{nearest(name, rows)}; it has: {', '.join(rows)}"
-        )
+        raise ParamsError(no_such(f"`{where}` of params.yaml has no", name, rows))
     return rows[name]
-
-
-def nearest(word: str, known: Any) -> str:
-    """A question after an unknown word: ``(did you mean 'X'?)``; empty if no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
@@ -443,175 +522,56 @@ def flat(nested: Any, above: str = "", *, tables: bool = False) -> Iterator[tupl
         yield from flat(value, f"{above}.{key}" if above else str(key), tables=tables)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `over` in place of its own, table by table."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _crossed(raw: Mapping[str, Any]) -> Iterator[str]:
-    """Problems between parts of params.yaml. Values of a wrong shape are skipped: `Params` reports them."""
-    tasks, backbones, finetune = (_table(raw.get(key)) for key in ("tasks", "backbones", "finetune"))
-    level = _table(tasks.get(str(raw.get("task")))).get("level")
-    column = _table(finetune.get("head")).get("subclasses")
-    if column and level in COLUMNS and column not in COLUMNS[level]:
-        yield f"finetune.head.subclasses: {_no_column(level, column)}"
-    for name, task in tasks.items():
-        for side in ("positive", "negative"):
-            if _table(task).get(side) == {}:
-                yield f"tasks.{name}.{side}: is empty: name a column and its labels"
-    yield from _not_tasks("task", [raw.get("task")], tasks)
-    yield from _not_tasks("combine.shares", _table(raw.get("combine")).get("shares"), tasks)
-    for name, row in _table(raw.get("ensembles")).items():
-        where, ensemble = f"ensembles.{name}", _table(row)
-        yield from _not_tasks(f"{where}.members", ensemble.get("members"), tasks)
-        yield from _twice(f"{where}.members", ensemble.get("members"))
-        yield from _not_tasks(f"{where}.weigh_by", [ensemble.get("weigh_by")], tasks)
-        if "positive" in ensemble and ensemble["positive"] == ensemble.get("negative"):
-            yield f"{where}: positive and negative are both {ensemble['positive']!r}"
-    yield from _without_level("augment.size", _table(raw.get("augment")).get("size"))
-    layers = []
-    for name, row in backbones.items():
-        yield from _crossed_backbone(f"backbones.{name}", _table(row))
-        layers += [f"{name}/{layer}" for layer in _texts(_table(row).get("layer"))]
-    yield from _crossed_search(raw, tasks, layers)
-
-
-def _crossed_backbone(where: str, backbone: Mapping[str, Any]) -> Iterator[str]:
-    """Problems of a backbone with keras.applications; Keras is not imported."""
-    sizes, options = _table(backbone.get("input_size")), _table(backbone.get("options"))
-    layers, application = _texts(backbone.get("layer")), backbone.get("application")
-    yield from _without_level(f"{where}.input_size", backbone.get("input_size"))
-    yield from _twice(f"{where}.layer", layers)
-    if not isinstance(application, str):
-        return
-    if application not in applications():
-        yield (
-            f"{where}.application: keras.applications has no {application!r}"
-            f"{nearest(application, applications())}; it has: {', '.join(applications())}"
-        )
-        return
-    taken = options_of(application)
-    for option in [option for option in options if option not in taken]:
-        yield (
-            f"{where}.options: {application} has no option {option!r}{nearest(str(option), taken)}; "
-            f"options that you can set: {', '.join(taken)}"
-        )
-    least = smallest_side(application)
-    for level, side in sizes.items():
-        if isinstance(side, int) and side < least:
-            yield f"{where}.input_size.{level}: {application} needs {least} px or more, not {side}"
-    known = layers_of(application, options)
-    wrong = [part for layer in layers for part in layer.split(JOINT) if part not in known]
-    for part in dict.fromkeys(wrong):
-        yield f"{where}.layer: {application} has no layer {part!r} with a map{nearest(part, known)}"
-    if wrong:
-        yield f"{where}.layer: {application} has: {', '.join(known)}"
-
-
-def _crossed_search(raw: Mapping[str, Any], tasks: Collection[str], layers: Collection[str]) -> Iterator[str]:
-    """Problems of `tune` and of the rows of `overrides`."""
-    overrides, tune = _table(raw.get("overrides")), _table(raw.get("tune"))
-    yield from _not_tasks("overrides", list(overrides), tasks)
-    if "overrides" in raw:
-        for name in [name for name in tasks if name not in overrides]:
-            yield f"overrides: {name!r} has no row; write `{name}: {{}}` if nothing differs"
-    yield from _crossed_features("tune", tune, layers)
-    yield from _not_tasks("tune.pick", list(_table(tune.get("pick"))), tasks)
-    try:
-        Tune.model_validate(tune)
-    except ValidationError:
-        return  # reported by `Params`; rows cannot be checked without `tune`
-    for name, row in overrides.items():
-        merged = _merge(tune, _table(row))
-        try:
-            own = Tune.model_validate(merged)
-        except ValidationError as error:
-            yield from (f"overrides.{name}.{line}" for line in _lines(error, Tune))
-        else:
-            yield from _crossed_picks(name, own, _table(_table(row).get("pick")))
-        if "features" in _table(_table(row).get("space")):
-            yield from _crossed_features(f"overrides.{name}", merged, layers)
-
-
-def _crossed_picks(task: str, tune: Tune, own: Mapping[Any, Any]) -> Iterator[str]:
-    """Picked trials that the search of the task does not have, or that are of another task."""
-    for other in own:
-        if other != task:
-            yield f"overrides.{task}.pick: {other!r} is another task: this row can pick for {task} only"
-    if tune.pick.get(task, 0) >= tune.trials:
-        yield f"pick: {task} has no trial {tune.pick[task]}: it has {tune.trials}, counted from 0"
-
-
-def _crossed_features(where: str, tune: Mapping[str, Any], layers: Collection[str]) -> Iterator[str]:
-    features = _texts(_table(tune.get("space")).get("features"))
-    if ANY_FEATURES in features and len(features) > 1:
-        yield f"{where}.space.features: {ANY_FEATURES!r} stands alone, without other names"
-    for name in features:
-        if name != ANY_FEATURES and name not in layers:
-            yield (
-                f"{where}.space.features: {name!r} is no backbone/layer{nearest(name, layers)}; "
-                f"`backbones` has: {', '.join(layers)}"
-            )
-
-
-def _not_tasks(where: str, names: Any, tasks: Collection[str]) -> Iterator[str]:
-    for name in _texts(names):
-        if name not in tasks:
-            yield f"{where}: {name!r} is no task{nearest(name, tasks)}"
-
-
-def _twice(where: str, names: Any) -> Iterator[str]:
-    found = _texts(names)
-    yield from (f"{where}: {name!r} is named twice" for name in sorted(set(found)) if found.count(name) > 1)
-
-
-def _without_level(where: str, sizes: Any) -> Iterator[str]:
-    if isinstance(sizes, dict):
-        yield from (f"{where}.{level}: is missing" for level in LEVELS if level not in sizes)
-
-
-def _no_column(level: TaskLevel, column: Any) -> str:
-    known = COLUMNS[level]
-    return f"a {level} has no column {column!r}{nearest(str(column), known)}; it has: {', '.join(known)}"
+def _merge(base: Mapping[str, Any], over: Any) -> Any:
+    """`base` with the keys of `over` in place of its own, table by table; `over` if it is no table."""
+    if not isinstance(over, dict):
+        return over
+    inner = {key: _merge(value, over[key]) for key, value in base.items() if key in over and _table(value)}
+    return {**base, **over, **inner}
 
 
 def _table(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _texts(value: Any) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+def _layers(backbone: Any) -> list[str]:
+    layers = _table(backbone).get("layer")
+    return [each for each in layers if isinstance(each, str)] if isinstance(layers, list) else []
 
 
-def _lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """A line for each problem: where it is, what was expected, what is there."""
-    lines = []
+def _lines(error: ValidationError) -> list[str]:
+    """A line for each problem: where it is, what was expected, what is there.
+
+    A row of `overrides` is checked with the values of `tune` that it does not change: their problems are
+    reported once, at `tune`.
+    """
+    lines: dict[str, None] = {}
     for problem in error.errors():
         kind, parts = problem["type"], list(problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
+        if parts and parts[-1] == "[key]":
+            parts = parts[:-1] if kind != "value_error" else parts[:-2]
         if kind == "extra_forbidden":
-            message = f"unknown key{nearest(str(parts[-1]), _known_keys(model, parts[:-1]))}"
+            message = f"unknown key{nearest(str(parts[-1]), _keys_at(parts[:-1]))}"
         elif kind == "missing":
             message = "is missing"
-        elif parts and parts[-1] == "[key]":
-            parts.pop()
-            known = _known_keys(model, parts[:-1])
-            message = (
-                f"unknown key{nearest(str(parts[-1]), known)}"
-                if known
-                else "a name is made of small letters, digits and _, and starts with a letter"
-            )
+        elif kind == "too_short":
+            message = "is empty"
+        elif problem["loc"][-1:] == ("[key]",) and kind != "value_error":
+            message = "a name is made of small letters, digits and _, and starts with a letter"
         elif kind in ("model_type", "dict_type"):
             message = f"expected a table of keys, not {_shown(problem['input'])}"
         elif kind != "value_error":
             message = f"{message}, not {_shown(problem['input'])}"
-        where = ".".join(text if (text := str(part)).isprintable() else repr(part) for part in parts)
-        lines += [f"{where}: {line}" if where else line for line in message.splitlines()]
-    return lines
+        names = [str(part) for part in parts if not isinstance(part, int)]
+        where = ".".join(name if name.isprintable() else repr(name) for name in names)
+        lines |= {f"{where}: {line}": None for line in message.splitlines()}
+    return [
+        line
+        for line in lines
+        if not (row := re.match(r"overrides\.[^.]+\.", line))
+        or (f"tune.{line[row.end() :]}" not in lines and not line.endswith(": is missing"))
+    ]
 
 
 def _is_large(value: Any) -> bool:
@@ -632,18 +592,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-def _known_keys(model: Any, location: list[int | str]) -> list[str]:
-    """The keys that the table at this place in `model` can have; empty: any key."""
-    for part in location:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            if part not in model.model_fields:
-                return []
-            model = model.model_fields[str(part)].annotation
-        elif get_origin(model) in (dict, list):
-            model = get_args(model)[-1]
-        else:
-            return []
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return list(model.model_fields)
-    keys = get_args(model)[0] if get_origin(model) is dict else None
-    return list(get_args(keys)) if get_origin(keys) is Literal else []
+def _keys_at(place: Sequence[str | int]) -> list[str]:
+    """The keys that the table at this place of params.yaml can have; empty: any key."""
+    model: Any = Params
+    for part in place:
+        fields = getattr(model, "model_fields", None)
+        model = fields[part].annotation if fields else get_args(model)[-1]
+    return list(getattr(model, "model_fields", ()))

@@ -16,11 +16,11 @@ from aplsmear.data.dataset import DataSetError, read_data_set
 from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import SplitError, make_folds
 from aplsmear.images.views import all_views, view_multipliers
-from aplsmear.params import read_params
+from aplsmear.params import Sides, read_params
 
 T = TypeVar("T")
 PARAMS = read_params(Path(__file__).parents[2] / "profiles" / "demo.yaml")
-SETTINGS = PARAMS.augment.model_copy(update={"size": {"cell": 16, "smear": 24}, "views": 1})
+SETTINGS = PARAMS.augment.model_copy(update={"size": Sides(cell=16, smear=24), "views": 1})
 SIDES = (40, 50)  # px, height and width of the images
 
 labels = st.sampled_from(

@@ -461,9 +461,8 @@ def test_a_table_of_problems_shows_no_control_characters(tmp_path):
 
 
 def test_a_task_without_a_class_is_reported_with_its_label_and_how_to_remove_it(tmp_path):
-    tasks = TASKS | {
-        "mitosis": Task(level="cell", positive={"special_characteristics": ["Mitosis"]}, negative={})
-    }
+    marks = {name: {"special_characteristics": [name]} for name in ("Mitosis", "None")}
+    tasks = TASKS | {"mitosis": Task(level="cell", positive=marks["Mitosis"], negative=marks["None"])}
     (first, second) = problems(folder(tmp_path), tasks)[:2] + problems(folder(tmp_path), TASKS | {
         "healthy": Task(level="smear", positive={"diagnosis": ["Healthy"]}, negative={"diagnosis": ["aml"]})
     })[:1]  # fmt: skip

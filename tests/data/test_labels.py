@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aplsmear.data.labels import LabelError, clean_smear_labels, misspelt, parse_labels
+from aplsmear.data.labels import LIKE, LabelError, clean_smear_labels, parse_labels
+from aplsmear.words import misspelt
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_unknown_and_contradicting_labels_are_refused(labels, told):
 
 def test_a_misspelt_label_is_distinguished_from_another_type_of_cell():
     known = ["Myeloblast", "Auer rods", "Monoblast", "Promyelocyte"]
-    assert misspelt("auer rods", known) == "Auer rods"
-    assert misspelt("Promyelocite", known) == "Promyelocyte"
-    assert misspelt("Megaloblast", known) is None
-    assert misspelt("Promonocyte", known) is None
+    assert misspelt("auer rods", known, LIKE) == "Auer rods"
+    assert misspelt("Promyelocite", known, LIKE) == "Promyelocyte"
+    assert misspelt("Megaloblast", known, LIKE) is None
+    assert misspelt("Promonocyte", known, LIKE) is None

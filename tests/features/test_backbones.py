@@ -87,9 +87,9 @@ def test_real_weights_of_a_whole_and_of_a_cut_network(keras, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"application": "MobilNet"}, "no 'MobilNet' .did you mean 'MobileNet'"),
-        ({"application": "mobilenet"}, "no 'mobilenet'"),
-        ({"application": "preprocess_input"}, "no 'preprocess_input'"),
+        ({"application": "MobilNet"}, "no network 'MobilNet' .did you mean 'MobileNet'"),
+        ({"application": "mobilenet"}, "no network 'mobilenet'"),
+        ({"application": "preprocess_input"}, "no network 'preprocess_input'"),
         (
             {"layer": ["conv_pw_1_rel", "nope"]},
             "(?s)no layer 'conv_pw_1_rel' .did you mean 'conv_pw_1_relu'.*'nope'",

@@ -27,6 +27,7 @@ ORDER = [
     "params",
     "layers",
     "secrets",
+    "words",
     "tables",
     "files",
     "progress",

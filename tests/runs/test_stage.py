@@ -101,12 +101,9 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     head, *lines = ended.stderr.splitlines()
     assert head == "params.yaml does not fit:"
     starts = ["seed: Input", "sed: unknown key (did you mean 'seed'?)", "augment.hue: Input"]
-    starts += ["task: 'auer_rods' is no task", "ensembles.apl_aml.members: 'blasts' is no task"]
-    starts += ["backbones.mobilenet.layer: MobileNet has no layer 'conv_pw_3_rel'"]
-    starts += [
-        "backbones.mobilenet.layer: MobileNet has: input_layer, conv1,",
-        "tune.pick: 'blasts' is no task",
-    ]
+    starts += ["task: there is no task 'auer_rods'", "ensembles.apl_aml.members: there is no task 'blasts'"]
+    starts += ["backbones.mobilenet: MobileNet has no layer 'conv_pw_3_rel'"]
+    starts += ["tune.pick: there is no task 'blasts'"]
     assert all(any(line.strip().startswith(start) for line in lines) for start in starts), ended.stderr
     assert [path.name for path in here.iterdir()] == ["params.yaml"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aplsmear.data.labels import misspelt
 from aplsmear.data.problems import Problem
 from aplsmear.tables import unguarded
+from aplsmear.words import misspelt
 
 _DELIMITERS = (",", ";", "\t", "|")
 _MARKS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"), (b"", "utf-8"))
@@ -143,7 +143,7 @@ def _places(
         expected, fix = "each column once in the header", "rename or delete one of the two columns"
         problems.append(Problem(file, row, title, expected=expected, fix=fix))
     for title in missing:
-        meant = misspelt(title, [one for one in titles if one and one not in wanted], likeness=0.6)
+        meant = misspelt(title, [one for one in titles if one and one not in wanted])
         fix = f"rename the column {meant!r}" if meant else "add the column (see docs/data-format.md)"
         problems.append(Problem(file, row, title, expected=f"a column {title} in the header", fix=fix))
     if doubled or missing:

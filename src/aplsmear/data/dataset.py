@@ -31,6 +31,7 @@ from aplsmear.images import reading as images
 from aplsmear.params import Task
 from aplsmear.progress import progress
 from aplsmear.tables import SEPARATOR
+from aplsmear.words import misspelt
 
 __all__ = [
     "CELL_COLUMNS",
@@ -345,7 +346,7 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
         known = {label for condition in conditions for label in condition.get(name, [])} - {ANY}
         known |= set(vocabulary)
         counts = _label_counts(cells[name])
-        meant = {label: labels.misspelt(label, known) for label in counts if label not in known}
+        meant = {label: misspelt(label, known, labels.LIKE) for label in counts if label not in known}
         strange = {label: counts[label] for label, other in meant.items() if other is None}
         if strange:
             notes.unknown_labels[name] = strange
@@ -488,7 +489,7 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
             for column, wanted in condition.items():
                 file, title = _SOURCE[column]
                 present = _label_counts(items[column])
-                near = {labels.misspelt(label, present) for label in wanted} - {None, *wanted}
+                near = {misspelt(label, present, labels.LIKE) for label in wanted} - {None, *wanted}
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
                 expected = f"at least one {side} {item} for the task {name}{hint}"
                 fix = f"label some, or remove {name} from tasks and ensembles.*.members in params.yaml"

@@ -6,15 +6,15 @@ are those of the authors of the data set (Eckardt et al., BMC Cancer 2022;22:201
 
 from __future__ import annotations
 
-import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
-from aplsmear.params import Diagnosis, nearest
+from aplsmear.params import Diagnosis
 from aplsmear.tables import SEPARATOR
+from aplsmear.words import nearest
 
 MAX_LENGTH = 1000  # characters of one label text; real ones stay below 60
 
@@ -44,7 +44,7 @@ _SET = re.compile(
 _ONE = re.compile(_STRING, re.DOTALL)
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-_LIKE = 0.9  # similarity to "Myeloblast": "Myeloblasts" 0.95 (misspelt), "Megaloblast" 0.76 (another word)
+LIKE = 0.9  # similarity to "Myeloblast": "Myeloblasts" 0.95 (misspelt), "Megaloblast" 0.76 (another word)
 
 
 class LabelError(ValueError):
@@ -128,19 +128,6 @@ def clean_smear_labels(labels: Iterable[str]) -> SmearLabels:
         raise LabelError("m3 (which is APL) or another FAB class, not both")
     diagnosis = APL if APL_FAB in fab else AML if fab or AML in kept else HEALTHY if kept else ""
     return SmearLabels(tuple(sorted(kept)), tuple(sorted(dropped)), diagnosis, fab)
-
-
-def misspelt(label: str, known: Iterable[str], likeness: float = _LIKE) -> str | None:
-    """The known word that was probably meant, without regard to capital letters; None if none is similar.
-
-    Args:
-        label: the word that was found.
-        known: the correct words.
-        likeness: least similarity (`difflib.SequenceMatcher.ratio`), from 0 to 1 for the same word.
-    """
-    by_folded = {word.casefold(): word for word in known}
-    close = difflib.get_close_matches(label.casefold(), by_folded, n=1, cutoff=likeness)
-    return by_folded[close[0]] if close else None
 
 
 def _merged(label: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 from aplsmear.errors import UserError, brief
 from aplsmear.features.export import as_graph
 from aplsmear.files import sha256, whole
-from aplsmear.params import JOINT, Backbone, Level, nearest
+from aplsmear.params import JOINT, Backbone, Level
+from aplsmear.words import nearest, no_such
 
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
@@ -92,9 +93,7 @@ def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 
     known = sorted(each for each in dir(keras.applications) if each[0].isupper())
     if name not in known:
-        raise BackboneError(
-            f"keras.applications has no {name!r}{nearest(name, known)}; it has: {', '.join(known)}"
-        )
+        raise BackboneError(no_such("keras.applications has no network", name, known))
     builder = getattr(keras.applications, name)
     return builder, sys.modules[builder.__module__].preprocess_input
 

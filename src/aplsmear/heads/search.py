@@ -27,8 +27,9 @@ from aplsmear.heads.head import Head, Job, Recipe
 from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Study
 from aplsmear.heads.task_data import TaskData, TuneError
-from aplsmear.params import Range, Tune, nearest
+from aplsmear.params import Range, Tune
 from aplsmear.runs.imports import code_hash
+from aplsmear.words import nearest
 
 Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
 POLL = 0.5  # seconds between two looks at the results of other workers

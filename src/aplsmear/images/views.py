@@ -6,7 +6,6 @@ View 0 of an item is the plain view. Every other view is augmented with random n
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from aplsmear.images.stains import StainError, normalised
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Level
 from aplsmear.tables import SEPARATOR
+from aplsmear.words import misspelt
 
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 BOX = ("y0", "x0", "y1", "x1")
@@ -178,13 +178,11 @@ def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]
         if column in table
         for text in table[column].unique()
     }
-    carried = {label.casefold(): label for text in texts for label in text.split(SEPARATOR) if label}
-    unused = [label for label in extra_views if label not in carried.values()]
-    near = {
-        label: difflib.get_close_matches(label.casefold(), carried, n=1, cutoff=_SIMILAR) for label in unused
-    }
+    carried = {label for text in texts for label in text.split(SEPARATOR) if label}
+    unused = [label for label in extra_views if label not in carried]
+    near = {label: misspelt(label, carried, _SIMILAR) for label in unused}
     problems = [
-        f"augment.extra_views: no item has the label {label!r} (did you mean {carried[found[0]]!r}?)"
+        f"augment.extra_views: no item has the label {label!r} (did you mean {found!r}?)"
         for label, found in near.items()
         if found
     ]

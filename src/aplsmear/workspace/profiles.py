@@ -14,7 +14,8 @@ from ruamel.yaml.error import CommentMark, YAMLError
 
 from aplsmear.errors import UserError
 from aplsmear.files import sha256
-from aplsmear.params import Params, flat, nearest, no_yaml, renamed
+from aplsmear.params import Params, flat, no_yaml, renamed
+from aplsmear.words import nearest, no_such
 
 BASE = "demo"  # the profile that is a whole params.yaml
 # Tables that hold exactly the rows that a profile names. Other tables keep those rows of the demo that the
@@ -47,9 +48,7 @@ def read_profile(folder: Path, name: str) -> str:
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
-        raise ProfileError(
-            f"there is no profile {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
-        )
+        raise ProfileError(no_such("there is no profile", name, known))
     text, base = ((folder / f"{each}.yaml").read_text(encoding="utf-8") for each in (name, BASE))
     if name == BASE:
         return text

@@ -1,0 +1,36 @@
+"""Unknown words, and the known ones that were probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+def misspelt(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The known word that was probably meant, without regard to capital letters; None if none is similar.
+
+    Args:
+        word: the word that was found.
+        known: the correct words.
+        likeness: least similarity (`difflib.SequenceMatcher.ratio`), from 0 to 1 for the same word.
+    """
+    by_folded = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=likeness)
+    return by_folded[close[0]] if close else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A question after an unknown word: ``(did you mean 'X'?)``; empty if no known word is similar."""
+    close = misspelt(word, known)
+    return f" (did you mean {close!r}?)" if close else ""
+
+
+def no_such(lead: str, name: str, known: Collection[str]) -> str:
+    """The message about an unknown name: with the nearest known name, and all of them.
+
+    Args:
+        lead: its beginning, such as ``there is no profile``.
+        name: the unknown name.
+        known: the names that there are.
+    """
+    return f"{lead} {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
