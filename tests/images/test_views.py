@@ -1,14 +1,12 @@
 """Views of cells and smears: what a plain one shows, what an augmented one may change, and by what."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.images.augmentation import Pyramid
 from aplsmear.images.reading import decode, encode_jpeg, read_image
@@ -25,8 +23,6 @@ from aplsmear.images.views import (
     view_seed,
 )
 from aplsmear.params import Augment
-
-SRC = str(Path(__file__).parents[2] / "src")
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
 OFF |= {"blur": 0.0, "noise": 0.0, "normalise": "none"}
@@ -222,13 +218,7 @@ with ViewWriter({{level: Path(sys.argv[2]) / level for level in ("cell", "smear"
 """
     written = []
     for count in ("1", "2"):
-        environment = os.environ | {
-            "LOKY_MAX_CPU_COUNT": count,
-            "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
-        }
-        subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(folder / count)], env=environment, check=True
-        )
+        output_of(code, str(folder), str(folder / count), LOKY_MAX_CPU_COUNT=count)
         written.append([(folder / count / level).read_bytes() for level in ("cell", "smear")])
     assert written[0] == written[1]
 
@@ -249,3 +239,38 @@ def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
         ViewError, match=r"a\.png: its colours cannot be normalised .* or set augment\.normalise"
     ):
         list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))
+
+
+ALL_CHANGES = """
+import hashlib, sys
+import aplsmear
+import cv2
+import numpy as np
+from aplsmear.images.augmentation import Pyramid
+from aplsmear.images.views import cell_views, smear_views
+from aplsmear.params import Augment
+cv2.setNumThreads(int(sys.argv[2]))
+settings = Augment.model_validate_json(sys.argv[1])
+field = np.random.default_rng(1).integers(0, 256, (300, 400, 3)).astype(np.uint8)
+smear = Pyramid(cv2.resize(field[:30, :40], (400, 300), interpolation=cv2.INTER_LINEAR))
+boxes = [(100, 100, 140, 160), (0, 0, 90, 90), (200, 300, 300, 400), (150, 200, 165, 215)]
+views = [view for box in boxes for view in cell_views(smear, box, str(box), 8, settings, 1)]
+views += smear_views(smear, "a", 8, settings, 1)
+print(len(views), hashlib.sha256(b"".join(view.image for view in views)).hexdigest())
+"""
+
+
+def digest_of_views(threads: int = 1, processor: str = "") -> str:
+    """A hash of views in which everything changes, from a process of its own."""
+    return output_of(ALL_CHANGES, knobs(**KNOBS).model_dump_json(), str(threads), processor=processor)
+
+
+def test_views_are_the_same_bytes_with_any_number_of_threads():
+    assert digest_of_views(threads=1) == digest_of_views(threads=4)
+
+
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
+@pytest.mark.parametrize("processor", ["Haswell", "EPYC"])
+def test_views_are_the_same_bytes_on_another_processor(processor):
+    """By Intel and by AMD, with AVX2 and without AVX-512, emulated."""
+    assert digest_of_views(processor=processor) == digest_of_views()
