@@ -12,13 +12,13 @@ from test_combination import RIDGE, cohort
 from aplsmear.ensembles.bundle import (
     BundleError,
     Member,
+    Model,
     Reference,
-    make_model,
     read_bundle,
     reference_features,
     write_bundle,
 )
-from aplsmear.ensembles.combination import judge
+from aplsmear.ensembles.combination import as_json, judge
 from aplsmear.ensembles.familiarity import make_cloud
 from aplsmear.heads.head import Head, write_heads
 from aplsmear.params import Augment, Backbone
@@ -55,10 +55,9 @@ def make(folder: Path) -> Path:
         path.write_bytes(b"weights of " + level.encode())
     fold = patients["fold"].to_numpy()
     clouds = [make_cloud(random.normal(size=(len(fold), n)), fold) for n in (10, 6)]
-    reference = Reference("cell", "net/a", 4.0, *clouds)
+    reference = Reference(*clouds)
     of_task = {task: Member(task=task, level=level) for task, level in LEVELS.items()}
-    model = make_model(
-        reference,
+    model = Model(
         name="apl_aml",
         positive="apl",
         negative="aml",
@@ -67,8 +66,11 @@ def make(folder: Path) -> Path:
         seed=1,
         min_box=8,
         augment=augment(),
-        backbones={"net": BACKBONE},
-        combinations=verdicts.combinations,
+        backbones={"net": BACKBONE.model_dump(exclude={"weights", "sha256"})},
+        combinations=[as_json(each) for each in verdicts.combinations],
+        reference_level="cell",
+        reference_features="net/a",
+        min_items=4.0,
         pictured_by="m0",
         high_is_positive=True,
         inputs={"splits/folds.csv": "0123"},

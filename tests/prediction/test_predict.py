@@ -21,14 +21,8 @@ from typer.testing import CliRunner
 from aplsmear.cli import app
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.dataset import DataSet, read_data_set
-from aplsmear.ensembles.bundle import (
-    Member,
-    make_model,
-    make_reference,
-    read_bundle,
-    write_bundle,
-)
-from aplsmear.ensembles.combination import Candidate, judge, patients_of
+from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle
+from aplsmear.ensembles.combination import Candidate, as_json, judge, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
@@ -161,13 +155,14 @@ def trained(tmp_path_factory) -> Run:
     verdicts = judge(patients, members, RIDGE, 0, SEED)
     items = {level: getattr(found, f"{level}s").rename(columns={level: "item"}) for level in LEVELS}
     chosen = features["cell"]["net/conv_pw_2_relu"]
-    reference = make_reference(patients, items["cell"], "cell", chosen, read_views(views["cell"], 64))
+    mine = items["cell"][items["cell"]["patient"].isin(patients["patient"])]
+    owner = dict(zip(mine["item"], mine["patient"], strict=True))
+    reference = make_reference(fold, owner, chosen, read_views(views["cell"], 64))
     of_task = {
         task: Member(task=task, level=level, one_each=level == "patient")
         for task, (level, _) in TASKS.items()
     }
-    model = make_model(
-        reference,
+    model = Model(
         name="apl_aml",
         positive="apl",
         negative="aml",
@@ -176,8 +171,11 @@ def trained(tmp_path_factory) -> Run:
         seed=SEED,
         min_box=8,
         augment=settings,
-        backbones={"net": BACKBONE},
-        combinations=verdicts.combinations,
+        backbones={"net": BACKBONE.model_dump(exclude={"weights", "sha256"})},
+        combinations=[as_json(each) for each in verdicts.combinations],
+        reference_level="cell",
+        reference_features=chosen.name,
+        min_items=float(np.quantile(mine["patient"].value_counts(), 0.01)),
         pictured_by="nuclei",
         high_is_positive=True,
         inputs={},

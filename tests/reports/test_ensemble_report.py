@@ -12,6 +12,7 @@ from test_combination import NETWORK, RIDGE, cohort
 
 from aplsmear.ensembles.baselines import compare
 from aplsmear.ensembles.combination import importance, judge, measure
+from aplsmear.ensembles.run import Inputs
 from aplsmear.evaluation import curves
 from aplsmear.params import Ensemble
 from aplsmear.reports import pages
@@ -27,21 +28,31 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     verdicts = judge(patients, members, candidates, 20, 1)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
     baselines = {"m0 alone": verdicts.logits[:, 0], EVIL: verdicts.logits[:, 1]}
-    return Findings(
+    inputs = Inputs(
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
-        verdicts=verdicts,
+        levels={},
+        patients=patients,
         members=members,
+        items={},
+        features={},
+        heads={},
+        md5={"splits/folds.csv": "0123abcd"},
+    )
+    return Findings(
+        inputs=inputs,
+        verdicts=verdicts,
         measured=measure(verdicts, 100, 1),
         comparison=compare(patients, probability.to_numpy(), baselines),
         importance=importance(verdicts, 5, 1),
-        roc=curves.roc_curve_table(label, probability),
-        band=curves.roc_band_table(label, probability, 100, 1),
-        precision_recall=curves.precision_recall_table(label, probability),
-        calibration=curves.calibration_table(label, probability),
+        curves={
+            "roc": curves.roc_curve_table(label, probability),
+            "band": curves.roc_band_table(label, probability, 100, 1),
+            "precision_recall": curves.precision_recall_table(label, probability),
+            "calibration": curves.calibration_table(label, probability),
+        },
         pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
         pictured_by="m1" if pictured else "",
-        inputs={"splits/folds.csv": "0123abcd"},
         settings={"seed": 1, "combine": {"space": {"C": [0.1, 1.0]}}},
     )
 

@@ -12,16 +12,16 @@ from itertools import product
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 
 from aplsmear.ensembles.combination import Candidate, judge
+from aplsmear.ensembles.familiarity import describe_features
 from aplsmear.ensembles.pooling import SUMMARIES
 from aplsmear.evaluation.auroc import auroc_within_folds, delong_interval, delong_test
 from aplsmear.features.store import Features
-from aplsmear.files import rows_of
 
 _STRENGTHS = (0.0001, 0.001, 0.01, 0.1)  # C of a regression on hundreds of features
-_ROWS = 8192  # of features read at once
 
 
 def baselines_of(
@@ -54,29 +54,16 @@ def baselines_of(
 def pooled_features(
     features: Iterable[Features], items: pd.DataFrame, patients: pd.DataFrame
 ) -> dict[str, np.ndarray]:
-    """Each patient's features, averaged over the plain views of the patient's items.
+    """Each patient's features, averaged over the plain views of the patient's items (``item, patient``).
 
-    Args:
-        features: of `aplsmear.features.store.read_features`.
-        items: ``item, patient`` of every item of the level.
-        patients: of `aplsmear.ensembles.combination.patients_of`.
-
-    Returns:
-        For each layer float64 (patients, channels); NaN for a patient without items.
+    For each layer float64 (patients, channels), rows as in `patients`; NaN for a patient without items.
     """
-    place = dict(zip(patients["patient"], range(len(patients)), strict=True))
-    owner = items.set_index("item")["patient"].map(place)
+    owner = dict(zip(items["item"], items["patient"], strict=True))
     pooled = {}
     for layer in features:
-        plain = (layer.index["view"].astype(int) == 0).to_numpy()
-        whose = np.where(plain, layer.index["item"].map(owner).fillna(-1).to_numpy(), -1).astype(np.int64)
-        total = np.zeros((len(patients), layer.values.shape[1]))
-        for start in range(0, len(whose), _ROWS):
-            here = whose[start : start + _ROWS]
-            used = np.flatnonzero(here >= 0)
-            np.add.at(total, here[used], rows_of(layer.values, start + used).astype(np.float64))
-        count = np.bincount(whose[whose >= 0], minlength=len(patients)).astype(np.float64)
-        pooled[layer.name] = total / np.where(count > 0, count, np.nan)[:, None]
+        found, channels = describe_features(layer, owner), layer.values.shape[1]
+        nothing = np.full(channels, np.nan)
+        pooled[layer.name] = np.array([found.get(each, nothing)[:channels] for each in patients["patient"]])
     return pooled
 
 
@@ -85,10 +72,6 @@ def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) ->
 
     The layer and the strength of the penalty with the best AUROC on the inner folds are chosen. A patient
     without items gets the mean features of the training patients.
-
-    Args:
-        patients: of `aplsmear.ensembles.combination.patients_of`.
-        pooled: of `pooled_features`.
     """
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     out = np.zeros(len(patients))
@@ -114,8 +97,8 @@ def compare(
 
     Args:
         patients: ``label`` of each.
-        ensemble: held-out probabilities of the ensemble, float64 (patients,).
-        baselines: held-out probabilities of each baseline, float64 (patients,).
+        ensemble: held-out probabilities, float64 (patients,).
+        baselines: likewise, by name.
 
     Returns:
         ``against, auroc, low, high, difference, difference_low, difference_high, p, p_holm``: first the
@@ -156,9 +139,8 @@ def _regressed(
     values: np.ndarray, train: np.ndarray, test: np.ndarray, label: np.ndarray, C: float
 ) -> np.ndarray:
     """Logits of the rows `test` by a ridge regression on standardised features of the rows `train`."""
-    known = ~np.isnan(values[train])
-    mean = np.where(known, values[train], 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    centred = np.where(np.isnan(values), mean, values) - mean
-    scale = np.maximum(centred[train].std(axis=0), 1e-9)
-    model = LogisticRegression(C=C, max_iter=1000).fit(centred[train] / scale, label[train])
-    return np.asarray(model.decision_function(centred[test] / scale))
+    filled = SimpleImputer(keep_empty_features=True).fit(values[train]).transform(values)
+    mean, scale = filled[train].mean(axis=0), filled[train].std(axis=0)
+    standard = (filled - mean) / np.maximum(scale, 1e-9)
+    model = LogisticRegression(C=C, max_iter=1000).fit(standard[train], label[train])
+    return np.asarray(model.decision_function(standard[test]))

@@ -16,21 +16,19 @@ without safe mode: CVE-2025-1550, -8747, -9906.)
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from pydantic import ValidationError
 
 import aplsmear
-from aplsmear.ensembles.combination import Combination, as_json, combination_of
-from aplsmear.ensembles.familiarity import COMMON, Cloud, describe_features, describe_stain, make_cloud
+from aplsmear.ensembles.combination import Combination, combination_of
+from aplsmear.ensembles.familiarity import Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.errors import UserError, brief
 from aplsmear.features.forward import FeatureRequest, batch_of
 from aplsmear.features.store import Features
@@ -39,9 +37,8 @@ from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
 
-FORMAT, VERSION = "aplsmear ensemble", 3
+VERSION = 3  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
-_CLOUDS = ("typical", "stain")
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
 
@@ -51,18 +48,11 @@ class BundleError(UserError, ValueError):
 
 
 class Member(Strict):
-    """A task whose heads are in the bundle.
-
-    Attributes:
-        task: name.
-        level: of its items.
-        one_each: whether no patient of the training run had more than one item, so that nothing was
-            summarised.
-    """
+    """A task whose heads are in the bundle."""
 
     task: str
-    level: TaskLevel
-    one_each: bool = False
+    level: TaskLevel  # of its items
+    one_each: bool = False  # no patient of the training run had more than one item: nothing was summarised
 
     @property
     def images(self) -> Level:
@@ -91,13 +81,19 @@ class Model(Strict):
     inputs: dict[str, str]  # file -> MD5 of the tables that the ensemble was made from, as in dvc.lock
 
 
+class Manifest(Strict, extra="ignore"):
+    """The content of manifest.json."""
+
+    format: Literal["aplsmear ensemble"] = "aplsmear ensemble"
+    version: int = VERSION  # of the format
+    aplsmear: str = aplsmear.__version__  # the version that wrote the folder
+    files: dict[str, str]  # file -> SHA-256
+
+
 @dataclass(frozen=True)
 class Reference:
     """The training patients, as `aplsmear.ensembles.familiarity` describes them."""
 
-    level: Level
-    features: str  # backbone/layer
-    min_items: float  # see `Model`
     typical: Cloud
     stain: Cloud
 
@@ -112,7 +108,7 @@ class Scorer:
 
     @property
     def task(self) -> str:
-        """Its name."""
+        """The name of the task."""
         return self.member.task
 
 
@@ -128,10 +124,7 @@ class Bundle:
     reference: Reference
 
     def outer_fold_of(self, fold: int | None) -> int:
-        """The outer fold whose models judge.
-
-        Args:
-            fold: whose models never saw this fold. None: the last one, for new patients.
+        """The outer fold whose models never saw this fold; None: the last one, for new patients.
 
         Raises:
             BundleError: there is no such fold.
@@ -155,55 +148,21 @@ def reference_features(heads: Iterable[Sequence[Head]]) -> str:
 
 
 def make_reference(
-    patients: pd.DataFrame,
-    items: pd.DataFrame,
-    level: Level,
-    features: Features,
-    views: Iterable[list[View]],
+    fold: Mapping[str, int], owner: Mapping[str, str], features: Features, views: Iterable[list[View]]
 ) -> Reference:
     """Describe the training patients of an ensemble.
 
     Args:
-        patients: ``patient, fold`` of the training patients.
-        items: ``item, patient`` of the level, of these patients and others.
-        level: cells, or smears if there are no cells.
-        features: of the level.
-        views: of the level, see `aplsmear.images.view_store.read_views`.
+        fold: patient -> fold.
+        owner: item -> patient, of the items of these patients.
+        features: of the level of the items.
+        views: of the same level, see `aplsmear.images.view_store.read_views`.
     """
-    fold = dict(zip(patients["patient"], patients["fold"], strict=True))
-    mine = items[items["patient"].isin(fold)]
-    owner = dict(zip(mine["item"], mine["patient"], strict=True))
-    clouds = []
-    for described in (describe_features(features, owner), describe_stain(views, owner)):
-        folds = np.array([fold[patient] for patient in described])
-        clouds.append(make_cloud(np.array(list(described.values())), folds))
-    min_items = float(np.quantile(mine["patient"].value_counts(), 1 - COMMON))
-    return Reference(level, features.name, min_items, clouds[0], clouds[1])
-
-
-def make_model(
-    reference: Reference,
-    combinations: Iterable[Combination],
-    backbones: Mapping[str, Backbone],
-    **settings: Any,
-) -> Model:
-    """The content of model.json.
-
-    Args:
-        reference: of `make_reference`.
-        combinations: of every outer fold.
-        backbones: of params.yaml.
-        settings: the other attributes of `Model`.
-    """
-    without = {"weights", "sha256"}
-    return Model(
-        reference_level=reference.level,
-        reference_features=reference.features,
-        min_items=reference.min_items,
-        combinations=[as_json(combination) for combination in combinations],
-        backbones={name: each.model_dump(exclude=without) for name, each in backbones.items()},
-        **settings,
+    typical, stain = (
+        make_cloud(np.array(list(described.values())), np.array([fold[patient] for patient in described]))
+        for described in (describe_features(features, owner), describe_stain(views, owner))
     )
+    return Reference(typical, stain)
 
 
 def write_bundle(
@@ -213,12 +172,12 @@ def write_bundle(
 
     Args:
         folder: ``ensembles/<name>/model``.
-        model: of `make_model`.
+        model: content of model.json.
         heads: task -> file of `aplsmear.heads.head.write_heads`, of the members and of `Model.weigh_by`.
         backbones: the folder with ``<backbone>/<level>.onnx``.
         reference: of `make_reference`.
     """
-    read = {(reference.features, reference.level)}
+    read = {(model.reference_features, model.reference_level)}
     for member in [model.weigh_by, *model.members]:
         read |= {(head.features, member.images) for head in read_heads(heads[member.task])}
     needed = {(features.split("/")[0], level) for features, level in read}
@@ -227,15 +186,11 @@ def write_bundle(
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
-    arrays = {
-        f"{kind}.{each.name}": np.asarray(getattr(getattr(reference, kind), each.name))
-        for kind in _CLOUDS
-        for each in fields(Cloud)
-    }
+    clouds = [(kind, vars(cloud)) for kind, cloud in vars(reference).items()]
+    arrays = {f"{kind}.{name}": np.asarray(array) for kind, cloud in clouds for name, array in cloud.items()}
     write_arrays(folder / REFERENCE, arrays)
     sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
-    manifest = {"format": FORMAT, "version": VERSION, "aplsmear": aplsmear.__version__, "files": sums}
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, Manifest(files=sums).model_dump())
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -246,56 +201,56 @@ def read_bundle(folder: Path) -> Bundle:
             folder (all of them are named); or the contents do not fit together.
     """
     folder = next((each for each in (folder / "model", folder) if (each / MANIFEST).is_file()), folder)
-    listed = _checked(folder)
+    manifest = _checked(folder)
+    listed = set(manifest.files)
     try:
         model = Model.model_validate_json((folder / MODEL).read_text(encoding="utf-8"))
         scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
-            clouds = [_cloud(arrays, kind) for kind in _CLOUDS]
+            reference = Reference(*(_cloud(arrays, each.name) for each in fields(Reference)))
         bundle = Bundle(
             folder=folder,
             model=model,
             members=[scorers[each.task] for each in model.members],
             weigh_by=scorers[model.weigh_by.task],
             combinations=[combination_of(each) for each in model.combinations],
-            reference=Reference(model.reference_level, model.reference_features, model.min_items, *clouds),
+            reference=reference,
         )
         if problems := _misfits(bundle, listed):
             raise ValueError("; ".join(problems))
     except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        why = brief(error)
-        if isinstance(error, ValidationError):
-            why = "; ".join(
-                f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3]
-            )
-        writer = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("aplsmear")
         raise BundleError(
-            f"{folder}: its contents do not fit together ({why}). It was written by aplsmear "
-            f"{str(writer)[:20]}, this is {aplsmear.__version__}: {_AGAIN}"
+            f"{folder}: its contents do not fit together ({_why(error)}). It was written by aplsmear "
+            f"{manifest.aplsmear[:20]}, this is {aplsmear.__version__}: {_AGAIN}"
         ) from None
     return bundle
 
 
-def _checked(folder: Path) -> set[str]:
-    """The files of a bundle, each present and unchanged."""
+def _why(error: Exception) -> str:
+    """An error in a few words; of one by pydantic the first three problems."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+    return brief(error)
+
+
+def _checked(folder: Path) -> Manifest:
+    """The manifest of a bundle whose files are all present and unchanged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, sums = manifest["version"], manifest["files"]
-        if manifest["format"] != FORMAT or not all(isinstance(each, str) for each in sums.values()):
-            raise ValueError("not in the format of this program")
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(
             f"{folder} has no {MANIFEST}: give the folder of an ensemble, such as ensembles/apl_aml "
             "(`dvc repro` makes it), or a copy of its folder `model`"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder / MANIFEST} cannot be used ({brief(error)}); {_AGAIN}") from None
-    if version != VERSION:
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder / MANIFEST} cannot be used ({_why(error)}); {_AGAIN}") from None
+    if manifest.version != VERSION:
         raise BundleError(
-            f"{folder} has version {version!r} of the format, this program reads {VERSION}: "
-            f"use the aplsmear that wrote it ({str(manifest.get('aplsmear', 'unknown'))[:20]}), "
-            "or make the ensemble again with `dvc repro`"
+            f"{folder} has version {manifest.version} of the format, this program reads {VERSION}: "
+            f"use the aplsmear that wrote it ({manifest.aplsmear[:20]}), or make the ensemble again with "
+            "`dvc repro`"
         )
+    sums = manifest.files
     problems = []
     for name, expected in sorted(sums.items()):
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -307,7 +262,7 @@ def _checked(folder: Path) -> set[str]:
     problems += [f"{name} is not in its manifest" for name in (MODEL, REFERENCE) if name not in sums]
     if problems:
         raise BundleError("\n  ".join([f"{folder} cannot be used:", *problems, _AGAIN]))
-    return set(sums)
+    return manifest
 
 
 def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
@@ -322,7 +277,7 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
     ]
     problems += ["a combination is of other members" for each in bundle.combinations if each.members != names]
     used = {(head.features, each.member.images) for each in scorers for head in each.heads}
-    used.add((bundle.reference.features, bundle.reference.level))
+    used.add((bundle.model.reference_features, bundle.model.reference_level))
     for features, level in sorted(used):
         name, _, layer = features.partition("/")
         if layer not in bundle.model.backbones.get(name, {}).get("layer", []):
@@ -342,9 +297,9 @@ def _scorer(folder: Path, member: Member, listed: set[str]) -> Scorer:
 
 
 def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:
-    found = {each.name: arrays[f"{kind}.{each.name}"] for each in fields(Cloud)}
-    rest, limit = float(found.pop("rest")), float(found.pop("limit"))
-    return Cloud(**found, rest=rest, limit=limit)
+    found: dict[str, Any] = {each.name: arrays[f"{kind}.{each.name}"] for each in fields(Cloud)}
+    found |= {name: float(array) for name, array in found.items() if not array.ndim}
+    return Cloud(**found)
 
 
 def _heads(task: str) -> str:

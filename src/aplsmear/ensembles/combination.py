@@ -60,21 +60,15 @@ class EnsembleError(UserError, ValueError):
 class Candidate:
     """A way to combine members.
 
-    Attributes:
-        number: its place in the draw.
-        model: one of `MODELS`. ``average``: of the members' standardised logits, each with the sign of its
-            correlation with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a
-            hidden layer.
-        summary: of each patient's scores, one of `aplsmear.ensembles.pooling.SUMMARIES`.
-        C: inverse strength of the ridge penalty (as in scikit-learn); 0 for an average.
-        units: of the hidden layer; 0 unless it is a network.
+    The model ``average`` is that of the members' standardised logits, each with the sign of its correlation
+    with the diagnosis; ``logistic``: a ridge regression on them; ``network``: with a hidden layer.
     """
 
-    number: int
-    model: str
-    summary: str
-    C: float
-    units: int
+    number: int  # its place in the draw
+    model: str  # one of `MODELS`
+    summary: str  # of each patient's scores, one of `aplsmear.ensembles.pooling.SUMMARIES`
+    C: float  # inverse strength of the ridge penalty (as in scikit-learn); 0 for an average
+    units: int  # of the hidden layer; 0 unless it is a network
 
     @property
     def complexity(self) -> tuple[int, int, float]:
@@ -115,9 +109,7 @@ class Combination:
     def probability(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
         """Calibrated probability of the positive diagnosis, float64 (patients,).
 
-        Args:
-            logits: as for `Weights.logit`.
-            fitted: other weights with the same calibration. None: those of the combination.
+        `logits` are as for `Weights.logit`; `fitted` are other weights with the same calibration.
         """
         return np.asarray(expit(self.slope * (fitted or self.fitted).logit(logits) + self.offset))
 
@@ -163,11 +155,6 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
 
 def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFrame:
     """The patients of an ensemble: ``patient, diagnosis, fold, label``, sorted by patient.
-
-    Args:
-        folds: ``patient, diagnosis, fold`` of all patients.
-        positive: diagnosis with label 1.
-        negative: diagnosis with label 0.
 
     Raises:
         EnsembleError: a diagnosis has no patients.
@@ -253,17 +240,22 @@ def judge(
     Raises:
         EnsembleError: a member has scored none of the patients.
     """
-    _check_members(patients, members)
+    without = [
+        name for name, table in members.items() if not patients["patient"].isin(table["patient"]).any()
+    ]
+    if without:
+        raise EnsembleError(
+            f"the members {', '.join(without)} have scored none of the {len(patients)} patients of this "
+            "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
+        )
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0)
     used = np.full((len(patients), len(members)), np.nan)
+    summaries = sorted({candidate.summary for candidate in candidates})
     combinations, chosen = [], []
     for outer_fold in range(int(fold.max()) + 2):
         inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
-        logits = {
-            name: _logits(patients, members, outer_fold, name)
-            for name in sorted({candidate.summary for candidate in candidates})
-        }
+        logits = {name: _logits(patients, members, outer_fold, name) for name in summaries}
         inner_logits = {name: each[inside] for name, each in logits.items()}
         candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
         mine = logits[candidate.summary]
@@ -274,9 +266,8 @@ def judge(
         if len(outside):
             used[outside] = mine[outside]
             refitted = _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
-            verdicts = _verdicts(combination, mine[outside], refitted)
-            for column, values in verdicts.items():
-                table.loc[outside, column] = values
+            columns = _verdicts(combination, mine[outside], refitted)
+            table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
     return Verdicts(table, used, combinations, chosen)
 
 
@@ -306,14 +297,9 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
     The summaries of a member are permuted among the patients of a fold. The combination that never saw these
     patients then gives new probabilities.
 
-    Args:
-        verdicts: of `judge`.
-        repeats: permutations of each member.
-        seed: of these.
-
     Returns:
         ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the central
-        95 % of the permutations. Below 0: the verdicts are better without the member.
+        95 % of the permutations (`repeats`). Below 0: the verdicts are better without the member.
     """
     label, fold = verdicts.table["label"].to_numpy(), verdicts.table["fold"].to_numpy()
     whole = auroc(label, verdicts.table["probability"].to_numpy())
@@ -324,7 +310,11 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
         for _ in range(repeats):
             logits = verdicts.logits.copy()
             logits[:, place] = logits[_permuted_within(fold, rng), place]
-            drops.append(whole - auroc(label, _probabilities(verdicts.combinations, logits, fold)))
+            probability = np.zeros(len(fold))
+            for outer_fold in np.unique(fold):
+                here = fold == outer_fold
+                probability[here] = verdicts.combinations[outer_fold].probability(logits[here])
+            drops.append(whole - auroc(label, probability))
         low, high = np.quantile(drops, [0.025, 0.975])
         rows.append({"member": member, "auroc_drop": float(np.mean(drops)), "low": low, "high": high})
     return pd.DataFrame(rows)
@@ -341,13 +331,6 @@ def null_check(
 
     Diagnoses are permuted among the patients of a fold, so that the folds stay stratified. The scores of the
     members stay the same; the choice of the combination, its weights and its calibration are made again.
-
-    Args:
-        patients: of `patients_of`.
-        members: as for `judge`.
-        candidates: of `draw_candidates`.
-        repeats: permutations.
-        seed: of these, and of the first weights of networks.
 
     Returns:
         ``repeat, auroc, auroc_within_folds`` of the held-out probabilities. The second counts only pairs of
@@ -406,16 +389,6 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EnsembleError(f"this is no combination ({type(error).__name__}: {error})") from None
-
-
-def _check_members(patients: pd.DataFrame, members: Mapping[str, pd.DataFrame]) -> None:
-    seen = patients["patient"]
-    without = [name for name, table in members.items() if not seen.isin(table["patient"]).any()]
-    if without:
-        raise EnsembleError(
-            f"the members {', '.join(without)} have scored none of the {len(patients)} patients of this "
-            "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
-        )
 
 
 def _logits(
@@ -510,12 +483,11 @@ def _calibrated(
 def _thresholds(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
     """The operating points on calibrated probabilities.
 
-    ``sensitive`` is that of `aplsmear.evaluation.operating_points.operating_points`: the highest specificity
-    at a sensitivity of 0.95, but never above ``balanced``: a patient who is positive at the balanced point is
-    also positive at the sensitive point. ``balanced`` is the share of positives. If probabilities are
-    calibrated, sensitivity + specificity is highest there. On few patients that is far more stable than a
-    search for the best threshold (simulated, 16 + 16 patients, AUROC 0.88: balanced accuracy on new patients
-    0.794 +/- 0.007, against 0.779 +/- 0.023 by Youden's index).
+    ``balanced`` is the share of positives. If probabilities are calibrated, sensitivity + specificity is
+    highest there. On few patients that is far more stable than a search for the best threshold (simulated, 16
+    + 16 patients, AUROC 0.88: balanced accuracy on new patients 0.794 +/- 0.007, against 0.779 +/- 0.023 by
+    Youden's index). ``sensitive`` is that of `operating_points`, but never above ``balanced``: a patient who
+    is positive at the balanced point is also positive at the sensitive point.
     """
     balanced = float(label.mean())
     sensitive = operating_points(label, probability)["sensitive"]
@@ -557,12 +529,3 @@ def _permuted_within(fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         here = np.flatnonzero(fold == each)
         order[here] = rng.permutation(here)
     return order
-
-
-def _probabilities(combinations: Sequence[Combination], logits: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Each patient's probability by the combination that never saw the fold: float64 (patients,)."""
-    out = np.zeros(len(fold))
-    for outer_fold in np.unique(fold):
-        here = fold == outer_fold
-        out[here] = combinations[outer_fold].probability(logits[here])
-    return out

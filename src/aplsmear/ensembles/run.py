@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from aplsmear.ensembles.baselines import baselines_of, compare, pooled_baseline, pooled_features
-from aplsmear.ensembles.bundle import Member, make_model, make_reference, reference_features, write_bundle
+from aplsmear.ensembles.bundle import Member, Model, make_reference, reference_features, write_bundle
 from aplsmear.ensembles.combination import (
     Verdicts,
+    as_json,
     draw_candidates,
     high_is_positive,
     importance,
@@ -21,19 +23,14 @@ from aplsmear.ensembles.combination import (
     patients_of,
     read_members,
 )
-from aplsmear.evaluation.curves import (
-    calibration_table,
-    confusion_table,
-    precision_recall_table,
-    roc_band_table,
-    roc_curve_table,
-)
+from aplsmear.ensembles.familiarity import COMMON
+from aplsmear.evaluation import curves
 from aplsmear.evaluation.intervals import headline
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import write_json
 from aplsmear.heads.head import read_heads
 from aplsmear.images.view_store import read_views
-from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
+from aplsmear.params import LEVELS, Backbone, Combine, Ensemble, Level, Params, Task, TaskLevel, named
 from aplsmear.runs.checksums import md5
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -59,34 +56,23 @@ class Inputs:
 class Results:
     """The verdicts of an ensemble on held-out patients, and its measures."""
 
-    name: str
-    ensemble: Ensemble  # its row of params.yaml
+    inputs: Inputs
     verdicts: Verdicts
-    members: Mapping[str, pd.DataFrame]  # of `aplsmear.ensembles.combination.read_members`
     measured: dict[str, Any]  # of `aplsmear.ensembles.combination.measure`
     comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
     importance: pd.DataFrame  # of `aplsmear.ensembles.combination.importance`
-    roc: pd.DataFrame  # this and the next three: of `aplsmear.evaluation.curves`
-    band: pd.DataFrame
-    precision_recall: pd.DataFrame
-    calibration: pd.DataFrame
+    # Of `aplsmear.evaluation.curves`, by name: roc, band (of the ROC curve), precision_recall, calibration.
+    curves: Mapping[str, pd.DataFrame]
     # Whose scores choose the cells that reports show: of the members that score cells, the one with the
     # highest importance. Empty: no member scores cells.
     pictured_by: str
-    inputs: Mapping[str, str]  # file -> MD5, as dvc.lock has it
     settings: Mapping[str, Any]  # the parameters that shaped the results
 
 
 def read_inputs(
-    name: str, ensembles: Mapping[str, Ensemble], tasks: Mapping[str, Task], backbones: Collection[str]
+    name: str, ensembles: Mapping[str, Ensemble], tasks: Mapping[str, Task], backbones: Mapping[str, Backbone]
 ) -> Inputs:
-    """Read what an ensemble is made from, below the current folder.
-
-    Args:
-        name: of the ensemble.
-        ensembles: of params.yaml.
-        tasks: of params.yaml.
-        backbones: names in params.yaml.
+    """Read what an ensemble of params.yaml is made from, below the current folder.
 
     Raises:
         ParamsError: there is no such ensemble.
@@ -114,13 +100,7 @@ def read_inputs(
 
 
 def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
-    """Judge every patient by models that never saw the patient, and compare with members and baselines.
-
-    Args:
-        inputs: of `read_inputs`.
-        combine: of params.yaml.
-        seed: of params.yaml.
-    """
+    """Judge every patient by models that never saw the patient, and compare with members and baselines."""
     patients, members = inputs.patients, inputs.members
     verdicts = judge(patients, members, draw_candidates(combine, seed), combine.refits, seed)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
@@ -131,19 +111,18 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     drops = dict(zip(important["member"], important["auroc_drop"], strict=True))
     of_cells = [task for task in drops if inputs.levels[task] == "cell"]
     return Results(
-        name=inputs.name,
-        ensemble=inputs.ensemble,
+        inputs=inputs,
         verdicts=verdicts,
-        members=members,
         measured=measure(verdicts, combine.resamples, seed),
         comparison=compare(patients, probability.to_numpy(), baselines),
         importance=important,
-        roc=roc_curve_table(label, probability),
-        band=roc_band_table(label, probability, combine.resamples, seed),
-        precision_recall=precision_recall_table(label, probability),
-        calibration=calibration_table(label, probability),
+        curves={
+            "roc": curves.roc_curve_table(label, probability),
+            "band": curves.roc_band_table(label, probability, combine.resamples, seed),
+            "precision_recall": curves.precision_recall_table(label, probability),
+            "calibration": curves.calibration_table(label, probability),
+        },
         pictured_by=max(of_cells, key=lambda task: drops[task], default=""),
-        inputs=inputs.md5,
         settings={
             "seed": seed,
             "combine": combine.model_dump(),
@@ -153,45 +132,23 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
 
 
 def write_results(out: Path, results: Results) -> None:
-    """Write the tables, the curves and the measures.
-
-    Args:
-        out: the folder ``ensembles/<name>``.
-        results: of `judge_and_compare`.
-    """
-    table, ensemble = results.verdicts.table, results.ensemble
+    """Write the tables, the curves and the measures into the folder ``ensembles/<name>``."""
+    table, ensemble = results.verdicts.table, results.inputs.ensemble
     write_table(out / "predictions.csv", table)
     write_table(out / "comparison.csv", results.comparison)
-    curves = ("roc", "precision_recall", "calibration")
-    write_json(out / "curves.json", {curve: getattr(results, curve).to_dict("records") for curve in curves})
+    drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
+    write_json(out / "curves.json", drawn)
     names = [ensemble.negative, ensemble.positive]
-    write_table(out / "confusion.csv", confusion_table(table["label"], table["verdict"], names))
+    write_table(out / "confusion.csv", curves.confusion_table(table["label"], table["verdict"], names))
     write_json(out / "metrics.json", headline(results.measured), digits=4)
     drops = results.importance.rename(columns={"auroc_drop": "value"}).set_index("member").to_dict("index")
     write_json(out / "intervals.json", results.measured | {"auroc_drop_without": drops})
 
 
-def write_model(
-    out: Path,
-    inputs: Inputs,
-    results: Results,
-    backbones: Mapping[str, Backbone],
-    augment: Augment,
-    min_box: int,
-    seed: int,
-) -> None:
-    """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`).
-
-    Args:
-        out: the folder ``ensembles/<name>/model``.
-        inputs: of `read_inputs`.
-        results: of `judge_and_compare`.
-        backbones: of params.yaml.
-        augment: of params.yaml.
-        min_box: `dataset.min_box` of params.yaml.
-        seed: of params.yaml.
-    """
-    ensemble, pictured_by = inputs.ensemble, results.pictured_by
+def write_model(out: Path, results: Results, params: Params) -> None:
+    """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder."""
+    inputs, pictured_by = results.inputs, results.pictured_by
+    ensemble = inputs.ensemble
     members = {
         task: Member(
             task=task,
@@ -203,25 +160,27 @@ def write_model(
     mine = [members[task] for task in ensemble.members]
     level: Level = "cell" if any(member.images == "cell" for member in mine) else "smear"
     chosen = reference_features(read_heads(inputs.heads[each.task]) for each in mine if each.images == level)
-    reference = make_reference(
-        inputs.patients,
-        inputs.items[level],
-        level,
-        inputs.features[level][chosen],
-        read_views(Path(f"augmented/{level}/views.parquet"), _VIEWS),
-    )
-    model = make_model(
-        reference,
+    fold = dict(zip(inputs.patients["patient"], inputs.patients["fold"], strict=True))
+    owner = inputs.items[level].set_index("item")["patient"]
+    owner = owner[owner.isin(fold)]
+    views = read_views(Path(f"augmented/{level}/views.parquet"), _VIEWS)
+    reference = make_reference(fold, dict(owner), inputs.features[level][chosen], views)
+    model = Model(
         name=inputs.name,
         positive=ensemble.positive,
         negative=ensemble.negative,
         members=mine,
         weigh_by=members[ensemble.weigh_by],
-        seed=seed,
-        min_box=min_box,
-        augment=augment,
-        backbones=backbones,
-        combinations=results.verdicts.combinations,
+        seed=params.seed,
+        min_box=params.dataset.min_box,
+        augment=params.augment,
+        backbones={
+            name: each.model_dump(exclude={"weights", "sha256"}) for name, each in params.backbones.items()
+        },
+        combinations=[as_json(combination) for combination in results.verdicts.combinations],
+        reference_level=level,
+        reference_features=chosen,
+        min_items=float(np.quantile(owner.value_counts(), 1 - COMMON)),
         pictured_by=pictured_by,
         high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),
         inputs=dict(inputs.md5),

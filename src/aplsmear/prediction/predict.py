@@ -110,8 +110,8 @@ class Models:
 
     def _requests(self, level: Level) -> Iterator[FeatureRequest]:
         names = {scorer.heads[self.outer_fold].features for scorer in self.scorers[level]}
-        if self.bundle.reference.level == level:
-            names.add(self.bundle.reference.features)
+        if self.bundle.model.reference_level == level:
+            names.add(self.bundle.model.reference_features)
         for backbone in sorted({name.split("/")[0] for name in names}):
             layers = sorted(name.partition("/")[2] for name in names if name.split("/")[0] == backbone)
             yield self.bundle.backbone(backbone, level, layers)
@@ -147,7 +147,7 @@ class Models:
             scores = {
                 scorer.task: self._scores(scorer, features, plain, more) for scorer in self.scorers[level]
             }
-            reference = self.bundle.reference
+            model = self.bundle.model
             for item, row in enumerate(plain):
                 record, view = owners[row]
                 record.items[level].append(view.item)
@@ -155,8 +155,8 @@ class Models:
                     record.pictures[view.item] = view.image
                 for task, values in scores.items():
                     record.scores[task].append(values[item])
-                if level == reference.level:
-                    record.features.add(features[f"{level}/{reference.features}"][row][None])
+                if level == model.reference_level:
+                    record.features.add(features[f"{level}/{model.reference_features}"][row][None])
                     record.stain.add(stain_of(view)[None])
 
     def _scores(
@@ -216,15 +216,15 @@ class Models:
         return as_written(logits[self.combination.summary])  # as the combination was fitted and judged
 
     def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[str]:
-        reference = self.bundle.reference
+        model, reference = self.bundle.model, self.bundle.reference
         pairs = zip(self.bundle.members, verdict.logits, strict=True)
         without = [scorer.task for scorer, logit in pairs if np.isnan(logit)]
-        count = len(record.items[reference.level])
+        count = len(record.items[model.reference_level])
         if without:
-            yield f"no {reference.level}s: there are no scores of {', '.join(without)}"
-        elif count < reference.min_items:
-            usual = f"99 % of the training patients had at least {np.ceil(reference.min_items):.0f}"
-            yield f"few {reference.level}s: {count}, {usual}"
+            yield f"no {model.reference_level}s: there are no scores of {', '.join(without)}"
+        elif count < model.min_items:
+            usual = f"99 % of the training patients had at least {np.ceil(model.min_items):.0f}"
+            yield f"few {model.reference_level}s: {count}, {usual}"
         if verdict.stain > 1:
             how = how_stained(reference.stain, record.stain.mean())
             what = f"unfamiliar stain or camera ({how})" if how else "unfamiliar stain or camera"

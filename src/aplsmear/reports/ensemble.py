@@ -23,13 +23,9 @@ _CARDS = 3  # patients of each kind that get a card
 
 @dataclass(frozen=True)
 class Findings(Results):
-    """The results of an ensemble, and the pictures of the cells that the page shows.
+    """The results of an ensemble, and the pictures of the cells that the page shows."""
 
-    Attributes:
-        pictures: cell -> JPEG.
-    """
-
-    pictures: Mapping[str, bytes]
+    pictures: Mapping[str, bytes]  # cell -> JPEG
 
 
 def page(found: Findings) -> str:
@@ -43,12 +39,7 @@ def write_page(path: Path, found: Findings) -> None:
 
 
 def with_pictures(results: Results, views: Path) -> Findings:
-    """The results, with the pictures of the cells that `write_page` shows.
-
-    Args:
-        results: of `aplsmear.ensembles.run.judge_and_compare`.
-        views: the views of all cells, of `aplsmear.images.view_store.ViewWriter`.
-    """
+    """The results, with the pictures of the cells that `write_page` shows, from the file of their views."""
     cells = {cell for ends in wanted_cells(results).values() for end in ends for cell in end}
     return Findings(**vars(results), pictures=plain_views(views, cells) if cells else {})
 
@@ -61,7 +52,7 @@ def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
     verdicts, name = results.verdicts, results.pictured_by
     if not name:
         return {}
-    member = results.members[name]
+    member = results.inputs.members[name]
     own = {row["patient"]: row for row in _records(member[member["outer_fold"] == member["fold"]])}
     places = {place for shown in _patients_with_a_card(verdicts.table).values() for place in shown}
     ends = ("highest", "lowest") if high_is_positive(verdicts, name) else ("lowest", "highest")
@@ -75,10 +66,12 @@ def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
 def content(found: Findings) -> dict[str, Any]:
     """What the templates of the report and of the model card show, as plain data."""
     table, measured, last = found.verdicts.table, found.measured, found.verdicts.combinations[-1]
-    positive, negative = map(pages.diagnosis, (found.ensemble.positive, found.ensemble.negative))
+    positive, negative = map(
+        pages.diagnosis, (found.inputs.ensemble.positive, found.inputs.ensemble.negative)
+    )
     folds = sorted(table["fold"].unique())
     return {
-        "name": found.name,
+        "name": found.inputs.name,
         "positive": positive,
         "negative": negative,
         "folds": [str(fold) for fold in folds],
@@ -101,7 +94,7 @@ def content(found: Findings) -> dict[str, Any]:
         "members": list(_members(found)),
         "comparison": _records(found.comparison),
         "chosen": found.verdicts.chosen,
-        "inputs": found.inputs,
+        "inputs": found.inputs.md5,
         "settings": list(flat(found.settings)),
         "version": aplsmear.__version__,
     }
@@ -109,16 +102,16 @@ def content(found: Findings) -> dict[str, Any]:
 
 def _curves(found: Findings) -> dict[str, Any]:
     """Points of the charts, and the numbers of patients (is, called) of the confusion tables."""
-    table, band = found.verdicts.table, found.band
+    table, curves, band = found.verdicts.table, found.curves, found.curves["band"]
     calibration = []
-    for group in _records(found.calibration):
+    for group in _records(curves["calibration"]):
         share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
         calibration.append({**group, "low": share.low, "high": share.high})
     return {
         "prevalence": float(table["label"].mean()),
-        "roc": _points(found.roc, "fpr", "tpr"),
+        "roc": _points(curves["roc"], "fpr", "tpr"),
         "band": _points(band, "fpr", "low") + _points(band[::-1], "fpr", "high"),
-        "precision_recall": _points(found.precision_recall, "recall", "precision"),
+        "precision_recall": _points(curves["precision_recall"], "recall", "precision"),
         "calibration": calibration,
         "confusion": {
             point: [
@@ -181,7 +174,7 @@ def _members(found: Findings) -> Iterator[dict[str, Any]]:
     """Each member with its patients, the median of their items, and its weight in the last model."""
     weights = found.verdicts.combinations[-1].fitted.weights
     patients = found.verdicts.table["patient"]
-    for place, (name, table) in enumerate(found.members.items()):
+    for place, (name, table) in enumerate(found.inputs.members.items()):
         counts = table[(table["outer_fold"] == 0) & table["patient"].isin(patients)]["items"]
         yield {"name": name, "patients": len(counts), "median": counts.median(), "weight": weights[place]}
 
