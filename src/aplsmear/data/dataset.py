@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ import pandera.pandas as pa
 
 from aplsmear.compute.engine import HERE, Engine, Here
 from aplsmear.data import labels, schema
+from aplsmear.data.copies import Fingerprint, fingerprint, groups, same_boxes, same_pictures
 from aplsmear.data.csvfile import read_csv
-from aplsmear.data.names import Distinct, name_problems, read_distinct
+from aplsmear.data.names import Distinct, declaration, image_path, name_problems, read_distinct
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
@@ -168,7 +170,7 @@ def names_of(root: Path) -> list[tuple[str, str]]:
         if table is None:
             continue
         for column, kind in _KINDS[name].items():
-            names = _image(table[column]) if column == "imgName" else table.get(column, ())
+            names = table[column].map(image_path) if column == "imgName" else table.get(column, ())
             found |= {(kind, each) for each in names if each}
     if not found:
         notes.problems.append(Problem(SMEARS_FILE, expected="a table of smears", fix=_PATH))
@@ -258,7 +260,7 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd
     cleaned = list(_mapped(raw["label"], _smear_labels)) if labelled else [_UNLABELLED] * len(raw)
     dropped = Counter(label for one in cleaned for label in one.dropped)
     notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
-    files = _image(raw["imgName"])
+    files = raw["imgName"].map(image_path)
     smears = pd.DataFrame(
         {
             "smear": raw["id"],
@@ -279,11 +281,6 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd
     expected, fix = "a picture that no other row names", "correct the name, or delete one of the rows"
     notes.add(SMEARS_FILE, "imgName", repeated, expected, fix)
     return smears
-
-
-def _image(names: pd.Series) -> pd.Series:
-    """The paths of pictures below the folder of the data set."""
-    return names.map(lambda name: str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/"))))
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:
@@ -365,11 +362,12 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
 
 @dataclass(frozen=True)
 class _Look:
-    """Size in px and SHA-256 of one image; `wrong` and `fix` if it cannot be read."""
+    """Size in px, SHA-256 and fingerprint of one image; `wrong` and `fix` if it cannot be read."""
 
     height: int = 0
     width: int = 0
     content: str = ""
+    fingerprint: Fingerprint | None = None
     wrong: str = ""
     fix: str = ""
 
@@ -377,8 +375,11 @@ class _Look:
 def _look(path: Path, whole: bool) -> _Look:
     try:
         data = images.image_bytes(path)
-        height, width = images.decode(data).shape[:2] if whole else images.image_size(path)
-        return _Look(height, width, hashlib.sha256(data).hexdigest())
+        if not whole:
+            return _Look(*images.image_size(path), hashlib.sha256(data).hexdigest())
+        rgb = images.decode(data)
+        found = fingerprint(rgb)
+        return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found)
     except images.ImageError as error:
         return _Look(wrong=error.what, fix=error.fix)
 
@@ -409,28 +410,38 @@ def _with_images(
         height=[look.height for look in looks],
         width=[look.width for look in looks],
         content=[look.content for look in looks],
+        fingerprint=pd.Series([look.fingerprint for look in looks], index=smears.index, dtype=object),
     )
     return seen[seen["content"] != ""]
 
 
 def _without_copies(smears: pd.DataFrame, has_patients: bool, notes: _Notes) -> pd.DataFrame:
-    """Count smears with the same image file as one patient, or note them if they contradict each other."""
-    smears = smears.copy()
-    copies = smears[smears["content"].duplicated(keep=False)]
-    for _, group in copies.groupby("content"):
+    """Count smears with the same picture as one patient, or note them if they contradict each other."""
+    smears = smears.sort_values("content")
+    images = smears["image"].tolist()
+    alike = same_pictures([one for one in smears["fingerprint"] if one is not None])
+    for places in smears.reset_index().groupby("content").groups.values():
+        alike += [*pairwise(places), *((places[0], place) for place in places[2:])]
+    alike = [pair for pair in alike if not notes.distinct.declares("image", *(images[one] for one in pair))]
+    for _, found in smears.groupby(groups(len(smears), alike)):
+        if len(found) == 1:
+            continue
+        group = found.sort_index()
         ids = _sorted_ids(group["smear"])
         if not has_patients:
             smears.loc[group.index, "patient"] = ids[0]
         if len(set(group["patient"] if has_patients else group["diagnosis"]) - {""}) > 1:
-            few = group.index[: _NAMED + 1]
-            for row in group.index:
-                others = ", ".join(map(str, [other for other in few if other != row][:_NAMED]))
-                expected = f"a picture of its own; row {others} has the same with another patient or label"
-                fix = "delete the wrong row, or give both rows the same patient and label"
-                notes.add(SMEARS_FILE, "imgName", group["image"][[row]], expected, fix)
+            for row, image in zip(group.index.tolist(), group["image"].tolist(), strict=True):
+                others = group["image"].drop(row).iloc[:_NAMED]
+                named = ", ".join(map(str, others.index))
+                expected = f"a picture of its own; row {named} has the same with another patient or label"
+                fix = "delete the wrong row, or give both rows the same patient and label, or, "
+                names = (one.removeprefix(f"{IMAGE_FOLDER}/") for one in (image, others.iloc[0]))
+                fix += declaration("image", *names)
+                notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
         else:
             notes.remarks.append(f"the same picture, counted as one patient: smears {', '.join(ids)}")
-    return smears
+    return smears.sort_index()
 
 
 def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: _Notes) -> pd.DataFrame:
@@ -464,8 +475,28 @@ def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: 
     notes.left_out["cells_with_box_under_min_box"] = _listed(cells["cell"][small & fine])
     notes.changed["boxes_clipped"] = _listed(cells["cell"][(inside != box).any(axis=1) & fine & ~small])
     numbers = pd.DataFrame(inside, index=cells.index, columns=list(BOX_COLUMNS))
-    cells = pd.concat([cells, numbers], axis=1)
-    return cells.iloc[np.flatnonzero(fine & ~small)]
+    cells = pd.concat([cells, numbers], axis=1).iloc[np.flatnonzero(fine & ~small)]
+    _check_same_cells(cells, notes)
+    return cells
+
+
+def _check_same_cells(cells: pd.DataFrame, notes: _Notes) -> None:
+    """Note cells with nearly the same box: a problem if their types differ, else a remark."""
+    rows, types, ids = cells.index.tolist(), cells["cell_type"].tolist(), cells["cell"].tolist()
+    same = same_boxes(cells[list(BOX_COLUMNS)].to_numpy(), cells["smear"].tolist())
+    for first, second in same:
+        if "" != types[first] != types[second] != "":
+            expected = f"one type for one cell; row {rows[first]} has the box {cells['bbox'].iloc[first]}"
+            fix = "correct the type or the box, or delete one of the rows"
+            title = "cellType"
+            notes.problems.append(
+                Problem(CELLS_FILE, rows[second], title, types[second], expected=expected, fix=fix)
+            )
+    if same:
+        notes.remarks.append(
+            f"{len(same)} pairs of cells have nearly the same box and count twice, such as "
+            + " and ".join(_sorted_ids(ids[place] for place in same[0]))
+        )
 
 
 # --- tasks, order, report -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 from confusable_homoglyphs.confusables import is_confusable
@@ -22,6 +22,7 @@ from confusable_homoglyphs.confusables import is_confusable
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.labels import tidy
 from aplsmear.data.problems import Problem
+from aplsmear.data.schema import IMAGE_FOLDER
 
 DISTINCT_FILE = "distinct.csv"
 KINDS = ("patient", "site", "image")
@@ -77,14 +78,21 @@ def read_distinct(root: Path, hide: Callable[[str, str], str], problems: list[Pr
             expected, fix = f"one of {', '.join(KINDS)}", "correct the word, or delete the row"
             problems.append(Problem(DISTINCT_FILE, row, "what", what, expected=expected, fix=fix))
             continue
-        both = {tidy(text) for text in (name, other) if text}
-        pairs |= {(what, frozenset(both)), (what, frozenset(hide(what, each) for each in both))}
+        both = frozenset(tidy(text) for text in (name, other) if text)
+        full = frozenset(image_path(each) for each in both) if what == "image" else both
+        pairs |= {(what, both), (what, full), (what, frozenset(hide(what, each) for each in full))}
     return Distinct(frozenset(pairs))
+
+
+def image_path(name: str) -> str:
+    """The path of a picture below the folder of its data set."""
+    return str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/")))
 
 
 def declaration(kind: str, name: str, other: str = "") -> str:
     """What a user can do if two names, or one strange name, are right."""
-    right = f"these are two {kind}s" if other else "the name is right"
+    two = "they show different smears" if kind == "image" else f"they are two {kind}s"
+    right = two if other else "it is right"
     return f"if {right}, add the row `{kind},{name},{other}` to {DISTINCT_FILE} (see docs/data-format.md)"
 
 

@@ -1,0 +1,186 @@
+"""The same picture in two files, and the same cell in two rows.
+
+A picture that was saved in another format, compressed, resized, cut at its edges, turned or mirrored is found
+in two steps. Perceptual hashes name the pictures that are most like each picture. Two small versions are then
+laid over each other, and their details are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import imagehash
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+
+from aplsmear.images.reading import Rgb
+
+Grey = npt.NDArray[np.uint8]
+
+_SIDE = 64  # px, of the small version of a picture
+_INNER = 2  # px, cut from each edge for a second hash: finds pictures that were cut
+_NEAREST = 5  # pictures that are compared in detail with each picture
+_FARTHEST = (
+    16  # of 64 bits; cut by 5 % on two sides: 18 at most; unrelated fields: 16 or fewer in 1 of 1,000 pairs
+)
+_SAME_DETAILS = 0.7  # correlation; copies: 0.76 and more; other pictures: 0.58 at most (docs/safety.md)
+_FLAT = 1.0  # of 255; a picture with a smaller standard deviation has no details to compare
+_SAME_BOX = 0.7  # intersection over union; real neighbours: 0.5 at most
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What is kept of a picture to compare it with others: 4 KB.
+
+    Attributes:
+        pixels: SHA-256 of size and pixels.
+        small: the picture in grey, uint8, shape (64, 64).
+        hashes: 64-bit perceptual hashes, uint64, shape (2, 8): of the picture, and of it without its edges;
+            each as it is, in three other turns, and all of them mirrored.
+    """
+
+    pixels: str
+    small: Grey
+    hashes: npt.NDArray[np.uint64]
+
+
+def fingerprint(rgb: Rgb) -> Fingerprint:
+    """The fingerprint of a picture: uint8, shape (height, width, 3)."""
+    pixels = hashlib.sha256(f"{rgb.shape}".encode())
+    pixels.update(np.ascontiguousarray(rgb).data)
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    small = np.asarray(cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    inner = small[_INNER:-_INNER, _INNER:-_INNER]
+    bits = [[imagehash.phash(Image.fromarray(one)).hash for one in _turns(each)] for each in (small, inner)]
+    hashes = np.packbits(np.array(bits).reshape(2, 8, 64), axis=2).view(np.uint64)[:, :, 0]
+    return Fingerprint(pixels.hexdigest(), small, hashes)
+
+
+def same_pictures(
+    first: Sequence[Fingerprint], second: Sequence[Fingerprint] | None = None
+) -> list[tuple[int, int]]:
+    """Pairs of pictures that show the same.
+
+    Time grows with the product of the numbers of pictures: 1,300 pictures take seconds, 12,000 minutes.
+
+    Args:
+        first: pictures.
+        second: other pictures, to compare with `first`; None: pairs within `first`.
+
+    Returns:
+        Positions in `first` and `second`, sorted. Of many copies of one picture, not all pairs are returned,
+        but each copy is in a pair.
+    """
+    others = first if second is None else second
+    if not first or not others:
+        return []
+    hashes = np.stack([one.hashes for one in others])
+    flat = np.array([one.small.std() < _FLAT for one in others])
+    by_pixels = {one.pixels: place for place, one in reversed(list(enumerate(others)))}
+    found = set()
+    for place, one in enumerate(first):
+        copy = by_pixels.get(one.pixels, place if second is None else None)
+        if copy is not None and (second is not None or copy != place):
+            found.add((place, copy))
+            continue
+        if one.small.std() < _FLAT:
+            continue
+        turned = _distances(one.hashes, hashes)
+        distance = np.where(flat, 65, turned.min(axis=1))
+        if second is None:
+            distance[place] = 65
+        near = [
+            each for each in np.argsort(distance, kind="stable")[:_NEAREST] if distance[each] <= _FARTHEST
+        ]
+        found |= {
+            (place, int(each))
+            for each in near
+            if _same_details(one, others[each], int(turned[each].argmin()))
+        }
+    return sorted({(min(pair), max(pair)) for pair in found} if second is None else found)
+
+
+def _distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Bits that differ between a picture, (2, 8), and each turn of others, (n, 2, 8): shape (n, 8)."""
+    whole = np.bitwise_count(hashes[0, 0] ^ others).min(axis=1)
+    return np.asarray(np.minimum(whole, np.bitwise_count(hashes[1, 0] ^ others[:, 0])))
+
+
+def _turns(picture: Grey) -> list[Grey]:
+    """A square picture in four turns, and mirrored in four turns."""
+    return [np.ascontiguousarray(np.rot90(each, k)) for each in (picture, picture[:, ::-1]) for k in range(4)]
+
+
+def _same_details(one: Fingerprint, other: Fingerprint, turn: int) -> bool:
+    """Whether details agree after one picture was laid over the other (Evangelidis & Psarakis 2008)."""
+    fixed, moved = one.small, _turns(other.small)[turn]
+    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-4)
+    try:
+        _, warp = cv2.findTransformECC(
+            fixed, moved, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop, None, 5
+        )
+    except cv2.error:  # the search did not converge: the pictures have nothing in common
+        return False
+    back = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    laid = cv2.warpAffine(_details(moved), warp, fixed.shape, flags=back)
+    inside = cv2.warpAffine(np.ones_like(moved), warp, fixed.shape, flags=back) > 0
+    if inside.mean() < 0.5:
+        return False
+    a, b = _details(fixed)[inside], laid[inside]
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(np.sqrt((a @ a) * (b @ b)))
+    return scale > 0 and float(a @ b) / scale >= _SAME_DETAILS
+
+
+def _details(picture: Grey) -> npt.NDArray[np.float32]:
+    exact = picture.astype(np.float32)
+    return np.asarray(exact - cv2.GaussianBlur(exact, (0, 0), 1.5), dtype=np.float32)
+
+
+def groups(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The number of the group of each of `count` items, of which `pairs` belong together: shape (count,)."""
+    joined = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    links = coo_array(
+        (np.ones(len(joined), dtype=np.int8), (joined[:, 0], joined[:, 1])), shape=(count, count)
+    )
+    return np.asarray(connected_components(links, directed=False)[1])
+
+
+def same_boxes(boxes: np.ndarray, smear: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of nearly the same box in one smear: more than 0.7 of what both cover is in both.
+
+    Each box is compared with the four that are nearest to it.
+
+    Args:
+        boxes: y0, x0, y1, x1 in px, shape (n, 4).
+        smear: of each box.
+
+    Returns:
+        Positions, sorted.
+    """
+    if len(boxes) < 2:
+        return []
+    _, number = np.unique(np.asarray(smear, dtype=str), return_inverse=True)
+    keys, first, where = np.unique(
+        np.column_stack([number, boxes]), axis=0, return_index=True, return_inverse=True
+    )
+    pairs = [(place, int(first[key])) for place, key in enumerate(where.ravel()) if first[key] != place]
+    apart = np.array([4.0 * (boxes.max() - boxes.min() + 1), 1, 1, 1, 1])  # no two smears are near each other
+    _, near = cKDTree(keys * apart).query(keys * apart, k=min(5, len(keys)))
+    near = near.reshape(len(keys), -1)
+    links = np.stack([np.repeat(np.arange(len(keys)), near.shape[1]), near.ravel()], axis=1)
+    links = np.unique(np.sort(links, axis=1), axis=0)
+    links = links[(links[:, 0] < links[:, 1]) & (keys[links[:, 0], 0] == keys[links[:, 1], 0])]
+    one, other = keys[links[:, 0], 1:], keys[links[:, 1], 1:]
+    sides = np.minimum(one[:, 2:], other[:, 2:]) - np.maximum(one[:, :2], other[:, :2])
+    both = np.clip(sides, 0, None).prod(axis=1)
+    either = (one[:, 2:] - one[:, :2]).prod(axis=1) + (other[:, 2:] - other[:, :2]).prod(axis=1) - both
+    pairs += [(int(first[a]), int(first[b])) for a, b in links[both > _SAME_BOX * either]]
+    return sorted({(min(pair), max(pair)) for pair in pairs})
