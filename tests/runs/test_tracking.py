@@ -2,8 +2,10 @@
 
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +180,24 @@ tracker.close({}, {"auroc": 0.5})
     artifacts = {run.info.artifact_uri.split("/mlartifacts/")[0] for run in found}
     assert artifacts == {tmp_path.as_uri()}
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_letters_of_a_url_in_the_name_of_a_folder_change_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "p 20%c?x#y"
+    beside = place / ".dvc" / "tmp"
+    beside.mkdir(parents=True)
+    code = """
+from pathlib import Path
+from aplsmear.runs.tracking import Tracker
+tracker = Tracker(Path("../.."), "tune blast", "abc", {}, {})
+tracker.log_pictures(Path())
+tracker.close({}, {"auroc": 0.5})
+"""
+    (beside / "picture.png").touch()
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    subprocess.run([sys.executable, "-c", code], cwd=beside, env=environment, check=True)
+    with closing(sqlite3.connect(place / "mlflow.db")) as database:
+        assert database.execute("select count(*) from runs").fetchall() == [(1,)]
+    assert len(list((place / "mlartifacts").rglob("picture.png"))) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [place.name]
+    assert [path.name for path in beside.iterdir()] == ["picture.png"]

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
 from aplsmear.params import flat, read_params
 from aplsmear.workspace.profiles import ProfileError, leftovers, read_profile, with_settings
+from clones import run
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ROOT / "profiles"
@@ -173,3 +176,67 @@ def test_a_bad_setting_leaves_params_yaml_as_it_was(tmp_path: Path, monkeypatch:
     assert done.exit_code == 1
     assert "folds" in done.output
     assert (tmp_path / "params.yaml").read_text(encoding="utf-8") == "seed: 3\n"
+
+
+@pytest.mark.parametrize(
+    "root", ["/x/charge #2", "2024", "'x", "true", "/p 20%c?x", "a: b", "[x", "-", "${seed}"]
+)
+def test_text_on_the_command_line_is_taken_as_it_is(root: str) -> None:
+    written = with_settings(DEMO, {"dataset.root": root})
+    assert yaml.safe_load(written)["dataset"]["root"] == root
+    assert YAML(typ="safe").load(written)["dataset"]["root"] == root  # as DVC and a stage read it
+
+
+def test_numbers_lists_and_tables_on_the_command_line_are_read_as_such() -> None:
+    given = {
+        "finetune.trial": "3",
+        "augment.rotate": "9.5",
+        "finetune.online": "true",
+        "tune.space.epochs": "[2, 5]",
+        "tune.space.features": "[any]",
+        "tune.pick": "{blast: 1}",
+        "backbones.mobilenet.layer": "[conv_pw_3_relu]",
+    }
+    found = dict(flat(yaml.safe_load(with_settings(DEMO, given)), tables=True))
+    assert [found[key] for key in given] == [3, 9.5, True, [2, 5], ["any"], {"blast": 1}, ["conv_pw_3_relu"]]
+
+
+@pytest.mark.parametrize("text", ["10 #2", "'x", "[1", "10\n---\n11", "!!python/name:os.system"])
+def test_a_value_that_cannot_be_read_is_named(text: str) -> None:
+    with pytest.raises(ProfileError, match=re.escape(f"split.folds: {text!r} is no value")):
+        with_settings(DEMO, {"split.folds": text})
+
+
+def test_the_command_writes_full_paths_which_an_experiment_in_another_folder_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").symlink_to(PROFILES)
+    (tmp_path / "mine.h5").write_bytes(b"weights")
+    for root, full in (
+        ("our_smears", tmp_path / "our_smears"),
+        ("../d", tmp_path.parent / "d"),
+        ("data", "data"),
+        ("./kaggle", "./kaggle"),
+        ("/full", "/full"),
+    ):
+        settings = [f"dataset.root={root}", "backbones.mobilenet.weights=mine.h5"]
+        done = CliRunner().invoke(app, ["profile", "demo", *settings])
+        assert done.exit_code == 0, done.output
+        params = read_params(tmp_path / "params.yaml")
+        assert params.dataset.root == str(full)
+        assert params.backbones["mobilenet"].weights == str(tmp_path / "mine.h5")
+
+
+def test_the_command_refuses_a_data_set_whose_files_git_would_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").symlink_to(PROFILES)
+    run(tmp_path, "git", "init", "--quiet")
+    (tmp_path / "our_smears").mkdir()
+    (tmp_path / "our_smears" / "wsi.csv").touch()
+    done = CliRunner().invoke(app, ["profile", "demo", "dataset.root=our_smears"])
+    assert done.exit_code == 1
+    assert "our_smears/wsi.csv" in done.output
+    assert not (tmp_path / "params.yaml").exists()

@@ -25,14 +25,15 @@ def profile(
     Example: `aplsmear profile demo dataset.root=/data/our_smears split.folds=10`
     """
     from aplsmear.files import whole
-    from aplsmear.workspace.profiles import read_profile, with_settings, with_sums
+    from aplsmear.runs.data_root import check_root
+    from aplsmear.workspace.profiles import read_profile, with_full_paths, with_settings, with_sums
 
     text = read_profile(Path("profiles"), name)
     pairs = dict(_pair(setting) for setting in settings or [])
-    text = with_sums(with_settings(text, pairs) if pairs else text)
+    text = with_sums(with_full_paths(with_settings(text, pairs) if pairs else text))
     with whole(PARAMS) as part:
         part.write_text(text, encoding="utf-8")
-        read_params(part)
+        check_root(Path(read_params(part).dataset.root), Path())
     typer.echo(
         f"params.yaml is now the profile {name}" + (f" with {', '.join(pairs)} changed" if pairs else "")
     )

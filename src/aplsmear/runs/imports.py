@@ -23,6 +23,8 @@ WITHOUT_EFFECT = {
     "params",
     "progress",
     "runs.checksums",
+    "runs.data_root",
+    "runs.git",
     "runs.mend",
     "runs.stage",
     "runs.tracking",

@@ -14,6 +14,7 @@ from typing import Any
 from aplsmear.errors import UserError
 from aplsmear.files import copy_whole, whole
 from aplsmear.runs.checksums import is_sound, unsound_objects
+from aplsmear.runs.git import git
 
 # What DVC sets in git for an experiment, and removes at its end.
 _MERGE, _WAITING = "refs/exps/exec/EXEC_MERGE", "refs/exps/stash"
@@ -23,10 +24,6 @@ _EXPERIMENTS = ".dvc/tmp/exps"
 _COMMIT = r"[0-9a-f]{40}"
 _OWN_MOVES = rf"commit: dvc: commit experiment|dvc: Restore HEAD to '{_COMMIT}'"
 _STASHING = 10  # seconds at most from `git stash` to the detached HEAD, on a busy machine
-
-
-class GitError(UserError):
-    """A git command failed."""
 
 
 def mend(folder: Path) -> Iterator[str]:
@@ -88,7 +85,7 @@ def running_dvc(folder: Path) -> Iterator[Any]:
     """The processes (of psutil) of DVC in the repository, in any of its worktrees: they share git's refs."""
     import psutil
 
-    listed = _git(folder, "worktree", "list", "--porcelain").splitlines()
+    listed = git(folder, "worktree", "list", "--porcelain").splitlines()
     trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
     for process in psutil.process_iter(["cmdline", "cwd"]):
         where = process.info["cwd"]
@@ -144,9 +141,9 @@ def _mend_texts(folder: Path) -> Iterator[str]:
         path = folder / name
         if not _is_cut_off(path):
             continue
-        if _git(folder, "rev-parse", "--verify", "--quiet", f"HEAD:{name}", fails=1):
+        if git(folder, "rev-parse", "--verify", "--quiet", f"HEAD:{name}", fails=1):
             with whole(path) as part:
-                part.write_text(_git(folder, "show", f"HEAD:{name}") + "\n", encoding="utf-8")
+                part.write_text(git(folder, "show", f"HEAD:{name}") + "\n", encoding="utf-8")
             yield f"{name} was cut off: it is restored from the last commit"
         else:
             path.unlink()
@@ -175,32 +172,32 @@ def _mend_experiments(folder: Path) -> Iterator[str]:
     branch, aside = _left_branch(folder), _is_put_aside(folder)
     if branch and _refs(folder, (_MERGE,)):
         # DVC removes all changes from the workspace, and then takes them back from there.
-        lost = _git(
+        lost = git(
             folder, "diff", "--name-only", f"{_MERGE}^", _MERGE, "--", ".", ":(exclude).dvc/tmp"
         ).split()
-        if lost and _git(folder, "diff", "--quiet", f"{_MERGE}^", fails=1) is not None:
-            _git(folder, "stash", "apply", _MERGE)
+        if lost and git(folder, "diff", "--quiet", f"{_MERGE}^", fails=1) is not None:
+            git(folder, "stash", "apply", _MERGE)
             yield f"your uncommitted changes are here again: {', '.join(lost)}"
     for ref in _refs(folder, _REFS):
-        _git(folder, "update-ref", "-d", ref)
+        git(folder, "update-ref", "-d", ref)
         yield f"removed {ref}: it belonged to an experiment that was killed"
     if branch:
-        _git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{branch}")
-        _git(folder, "restore", "--staged", ":/")  # the index alone, as DVC does it
+        git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{branch}")
+        git(folder, "restore", "--staged", ":/")  # the index alone, as DVC does it
         yield f"git is on the branch {branch} again"
     for path in _beside(folder):
         shutil.rmtree(path)
         yield f"removed {path}: an experiment that was killed ran there"
     if aside:
         back = "drop" if _has_changes(folder) else "pop"
-        if _git(folder, "stash", back, "--quiet", fails=1) is not None:
+        if git(folder, "stash", back, "--quiet", fails=1) is not None:
             yield "your uncommitted changes, which `dvc exp run` had put into `git stash`, are here again"
         else:
             yield "your uncommitted changes are in `git stash`: they do not fit here (`git stash pop`)"
 
 
 def _refs(folder: Path, begins: tuple[str, ...]) -> list[str]:
-    found = _git(folder, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    found = git(folder, "for-each-ref", "--format=%(refname)", "refs/exps").split()
     return [ref for ref in found if ref.startswith(begins)]
 
 
@@ -219,16 +216,16 @@ def _left_branch(folder: Path, alive: bool = False) -> str | None:
     Returns:
         The branch; None: git is on a branch, a person took it off, or commits were made since.
     """
-    if _git(folder, "symbolic-ref", "--quiet", "HEAD", fails=1):
+    if git(folder, "symbolic-ref", "--quiet", "HEAD", fails=1):
         return None
     moves = list(dropwhile(lambda each: re.match(_OWN_MOVES, each[1]), _moves(folder)))
     found = re.fullmatch(rf"checkout: moving from (\S+) to {_COMMIT}", moves[0][1] if moves else "")
     if not found or (alive and not _is_older(folder, "logs/HEAD", _MERGE)):
         return None  # DVC sets its ref first, and then takes git off the branch
     branch = f"refs/heads/{found[1]}"
-    if not _git(folder, "for-each-ref", branch) or _git(folder, "rev-list", f"HEAD..{branch}"):
+    if not git(folder, "for-each-ref", branch) or git(folder, "rev-list", f"HEAD..{branch}"):
         return None
-    ahead = _git(folder, "log", "--format=%s", f"{branch}..HEAD").splitlines()
+    ahead = git(folder, "log", "--format=%s", f"{branch}..HEAD").splitlines()
     if not all(each.startswith("dvc: commit experiment") for each in ahead):
         return None
     # A person can detach HEAD in the same way (`git checkout COMMIT`). DVC does it twice, the second time
@@ -252,16 +249,16 @@ def _left_branch(folder: Path, alive: bool = False) -> str | None:
 def _is_older(folder: Path, one: str, other: str) -> bool:
     """Whether a file of git was changed before another one."""
     times = [
-        (folder / _git(folder, "rev-parse", "--git-path", name)).stat().st_mtime_ns for name in (one, other)
+        (folder / git(folder, "rev-parse", "--git-path", name)).stat().st_mtime_ns for name in (one, other)
     ]
     return bool(times[0] < times[1])
 
 
 def _moves(folder: Path) -> list[tuple[int, str]]:
     """Git's reflog of HEAD, newest first: seconds since 1970, and what happened."""
-    if not _git(folder, "rev-parse", "--verify", "--quiet", "HEAD", fails=1):
+    if not git(folder, "rev-parse", "--verify", "--quiet", "HEAD", fails=1):
         return []  # no commit yet
-    found = _git(folder, "log", "--walk-reflogs", "--date=unix", "--format=%gd %gs", "HEAD")
+    found = git(folder, "log", "--walk-reflogs", "--date=unix", "--format=%gd %gs", "HEAD")
     return [(int(when), move) for when, move in re.findall(r"^HEAD@\{(\d+)\} (.*)", found, re.MULTILINE)]
 
 
@@ -270,7 +267,7 @@ def _is_put_aside(folder: Path) -> bool:
 
     DVC takes git off its branch right after that; git's own command resets to HEAD instead.
     """
-    stashed = int(_git(folder, "for-each-ref", "--format=%(creatordate:unix)", "refs/stash") or 0)
+    stashed = int(git(folder, "for-each-ref", "--format=%(creatordate:unix)", "refs/stash") or 0)
     then = [move for when, move in _moves(folder) if 0 <= when - stashed <= _STASHING] if stashed else []
     detached = any(re.fullmatch(rf"checkout: moving from \S+ to {_COMMIT}", move) for move in then)
     return detached and "reset: moving to HEAD" not in then
@@ -328,15 +325,3 @@ def _files(repo: Any) -> Iterator[tuple[Path, str]]:
         elif tree := out.get_obj():
             for key, (_, each) in tree.iteritems():
                 yield path.joinpath(*key), each.value
-
-
-def _git(folder: Path, *words: str, fails: int = 0) -> Any:
-    """The output of a git command without blanks at its end; None where it ends with the exit code `fails`.
-
-    Raises:
-        GitError: it ends with another code than 0 and `fails`.
-    """
-    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode not in {0, fails}:
-        raise GitError(f"`git {' '.join(words)}` failed in {folder.resolve()}:\n{done.stderr.rstrip()}")
-    return None if done.returncode else done.stdout.rstrip()

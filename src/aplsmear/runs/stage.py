@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -17,7 +18,9 @@ import yaml
 from aplsmear import cpu
 from aplsmear.errors import UserError, brief
 from aplsmear.runs.checksums import unsound
-from aplsmear.runs.mend import GitError, is_dvc, leftovers, running_dvc
+from aplsmear.runs.data_root import check_root
+from aplsmear.runs.git import GitError
+from aplsmear.runs.mend import is_dvc, leftovers, running_dvc
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
 FAILED, MISUSED = 1, 2  # exit codes
@@ -58,6 +61,7 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     try:
         if "DVC_STAGE" in os.environ:
             check_repository(home())
+            check_data_root()
             check_inputs(os.environ["DVC_STAGE"])
         code = main(*words)
     except UserError as error:
@@ -98,6 +102,23 @@ def check_repository(top: Path) -> None:
             f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
             "Type `aplsmear mend`, then the same command again."
         )
+
+
+def check_data_root() -> None:
+    """Check that git stores no file of the data set that params.yaml names (`aplsmear.runs.data_root`).
+
+    Nothing is checked where git does not work.
+
+    Raises:
+        UserError: git does.
+    """
+    params = _loaded(Path("params.yaml"))
+    dataset = params.get("dataset") if isinstance(params, dict) else None
+    root = dataset.get("root") if isinstance(dataset, dict) else None
+    if isinstance(root, str):
+        with suppress(GitError):
+            for top in {Path(), home()}:
+                check_root(Path(root), top)
 
 
 def check_inputs(stage: str) -> None:

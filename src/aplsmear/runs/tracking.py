@@ -157,7 +157,9 @@ class Tracker:
             self._experiment = _experiment(client)
         else:
             database = (folder / "mlflow.db").resolve()
-            mlflow.set_tracking_uri(f"sqlite:///{database}")
+            # If names of folders have letters that mean something in a URL: the path from here.
+            special = any(letter in str(database) for letter in "?#%")
+            mlflow.set_tracking_uri(f"sqlite:///{os.path.relpath(database) if special else database}")
             with hold(database.with_name("mlflow.db.lock")):  # only one process may create the tables
                 client = mlflow.MlflowClient()
                 self._experiment = _experiment(client, database.with_name("mlartifacts").as_uri())

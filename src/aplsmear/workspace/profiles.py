@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import CommentMark, YAMLError
@@ -17,6 +20,7 @@ from aplsmear.files import sha256
 from aplsmear.params import Params, flat, no_yaml, renamed
 from aplsmear.words import nearest, no_such
 
+MADE = {"data", "kaggle"}  # data sets that the pipeline makes in the repository, and git ignores
 BASE = "demo"  # the profile that is a whole params.yaml
 # Tables that hold exactly the rows that a profile names. Other tables keep those rows of the demo that the
 # profile does not name.
@@ -67,10 +71,11 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
 
     Args:
         text: of the file.
-        settings: dotted key -> value as YAML, such as ``{"dataset.root": "data", "split.folds": "10"}``.
+        settings: dotted key -> value, such as ``{"dataset.root": "data", "split.folds": "10"}``. Where
+            params.yaml takes text, the value is that text, unchanged. Other values (numbers, lists) are YAML.
 
     Raises:
-        ProfileError: the file does not have some keys; the message lists all of them.
+        ProfileError: the file does not have some keys, or some values cannot be read; the message lists all.
     """
     editor = _editor()
     tree = editor.load(text)
@@ -82,13 +87,58 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
         for part in path:
             place = place.get(part) if isinstance(place, dict) else None
         if isinstance(place, dict) and last in place:
-            _put(place, last, YAML(typ="safe").load(settings[key]))
+            try:
+                _put(place, last, _value(key, settings[key]))
+            except ValueError as error:
+                problems.append(str(error))
         else:
             known = [name for name, _ in flat(tree, tables=True)]
             problems.append(f"there is no {key!r}{nearest(key, known)}")
     if problems:
         raise ProfileError("; ".join(problems))
     return _text_of(editor, tree)
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of a setting: text where the parameter takes this text, else YAML."""
+    kind: Any = Params
+    for part in key.split("."):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[part]
+            kind = Annotated[kind.annotation, *kind.metadata] if kind.metadata else kind.annotation
+        else:
+            kind = get_args(kind)[-1] if get_origin(kind) is dict else Any
+    if kind is not Any:
+        with suppress(ValidationError):
+            return TypeAdapter(kind).validate_python(text, strict=True)
+    try:
+        end = max(each.end_mark.index for each in yaml.scan(text) if each.start_mark.index < len(text))
+        if not text[end:].strip():
+            return YAML(typ="safe").load(text)
+    except (YAMLError, yaml.YAMLError, ValueError):
+        pass
+    raise ProfileError(f"{key}: {text!r} is no value such as 10, 0.5, true or [a, b]")
+
+
+def with_full_paths(text: str) -> str:
+    """Replace relative paths of a data set or of weights outside of git by full paths in a params.yaml.
+
+    An experiment of `dvc exp run --temp` or of the queue runs in another folder and does not find relative
+    paths. `data` and `kaggle` stay: the pipeline makes them in that folder.
+
+    Args:
+        text: of the file; paths start from the working directory.
+    """
+    editor = _editor()
+    tree = editor.load(text)
+    rows = [(tree["dataset"], "root"), *((row, "weights") for row in tree["backbones"].values())]
+    changed = False
+    for row, key in rows:
+        path = Path(str(row.get(key, ""))) if isinstance(row, dict) else Path("/")
+        stays = str(path) in MADE if key == "root" else not path.is_file()
+        if not stays and not path.is_absolute():
+            row[key], changed = str(path.resolve() if ".." in path.parts else path.absolute()), True
+    return _text_of(editor, tree) if changed else text
 
 
 def with_sums(text: str) -> str:
@@ -190,14 +240,14 @@ def _within(value: Any) -> Iterator[CommentedMap | CommentedSeq]:
 
 def _editor() -> YAML:
     """A reader and writer of YAML that keeps remarks and layout."""
-    yaml = YAML()
-    yaml.preserve_quotes = True
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml
+    editor = YAML()
+    editor.preserve_quotes = True
+    editor.width = 4096
+    editor.indent(mapping=2, sequence=4, offset=2)
+    return editor
 
 
-def _text_of(yaml: YAML, tree: Any) -> str:
+def _text_of(editor: YAML, tree: Any) -> str:
     out = io.StringIO()
-    yaml.dump(tree, out)
+    editor.dump(tree, out)
     return out.getvalue()
