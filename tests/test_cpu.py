@@ -1,11 +1,16 @@
 """The same bytes on other processors: the user's environment does not change the kernels."""
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import threadpoolctl
+from processors import INSTALL, can_emulate, output_of
 
 from aplsmear import cpu
 
@@ -16,13 +21,73 @@ ICE_LAKE = SKYLAKE.replace(
     "fma", "avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg avx512_vpopcntdq"
 )
 
-SRC = str(Path(__file__).parents[1] / "src")
+ROOT = Path(__file__).parents[1]
+SRC = str(ROOT / "src")
 
 
 def test_a_processor_without_avx2_or_fma_is_recognised():
     assert cpu.lacking(HASWELL) == cpu.lacking(SKYLAKE) == cpu.lacking("") == []
     assert cpu.lacking("processor\t: 0\nflags\t\t: fpu avx\n") == ["avx2", "fma"]
     assert cpu.lacking(HASWELL.replace(" fma", "")) == ["fma"]
+
+
+def test_a_line_is_printed_only_where_bytes_differ(monkeypatch):
+    np.linalg.svd(np.eye(2))
+    assert cpu.note() == ""
+    monkeypatch.setattr(cpu, "_LACKING", ["avx2", "fma"])
+    assert cpu.note() == (
+        "The last digits of results differ from those of other computers: the processor has no AVX2 and FMA."
+    )
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert cpu.note().endswith(": the processor is no x86-64 (arm64).")
+
+
+def test_another_version_of_a_library_is_named(monkeypatch):
+    monkeypatch.setitem(cpu.LOCKED, "numpy", "1.0")
+    monkeypatch.setitem(cpu.LOCKED, "opencv-nowhere", "4.0")
+    note = cpu.note()
+    assert f": numpy is {np.__version__}, not 1.0; opencv-nowhere is missing, not 4.0." in note
+    assert "\n" not in note
+
+
+def test_the_versions_that_are_expected_are_those_of_the_lock_file():
+    for file in ("requirements.lock", "requirements-gpu.lock"):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        for name, locked in cpu.LOCKED.items():
+            found = [line for line in lines if re.match(rf"{name}(-gpu)?==", line)]
+            assert {re.split("==| ", line)[1] for line in found} == {locked}, (file, name)
+
+
+def test_another_blas_is_named(monkeypatch):
+    """MKL in place of OpenBLAS, as threadpoolctl reports it."""
+    mkl = {"user_api": "blas", "internal_api": "mkl", "filepath": "/opt/conda/lib/libmkl_rt.so.2"}
+    monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: [mkl])
+    assert cpu.note().endswith(": BLAS is /opt/conda/lib/libmkl_rt.so.2.")
+
+
+def test_a_blas_that_started_with_other_kernels_is_named():
+    """NumPy was imported before aplsmear, in an environment that asks for other kernels."""
+    code = "import numpy, aplsmear; from aplsmear import cpu; print(cpu.note())"
+    line = output_of(code, OPENBLAS_CORETYPE="Nehalem")
+    assert re.search(r": BLAS is .*numpy\.libs/libscipy_openblas.* with kernels for Nehalem\.$", line)
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
+def test_a_processor_without_avx2_computes_and_says_that_its_bytes_differ():
+    """Emulated; /proc/cpuinfo, which qemu does not emulate, is replaced."""
+    code = """
+import pathlib
+real = pathlib.Path.read_text
+pathlib.Path.read_text = lambda path, *words, **more: (
+    "flags : sse4_2" if str(path) == "/proc/cpuinfo" else real(path, *words, **more)
+)
+import aplsmear, numpy
+print(numpy.ones((9, 9)).dot(numpy.ones(9))[0], aplsmear.cpu.note())
+"""
+    line = output_of(code, processor="Nehalem")
+    assert line.startswith("9.0 The last digits of results differ")
+    assert line.endswith(": the processor has no AVX2 and FMA.")
 
 
 CHAIN = """

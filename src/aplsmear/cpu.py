@@ -1,4 +1,4 @@
-"""Settings that make results independent of the processor: the same bytes on any x86-64 machine with AVX2.
+"""Settings that make results independent of the processor: the same bytes on any x86-64 with AVX2 and FMA.
 
 OpenBLAS, NumPy, OpenCV and oneDNN choose their kernels by the processor, and different kernels add numbers in
 different orders. Here each library is limited to the instructions that every such machine has. These settings
@@ -7,14 +7,28 @@ TensorFlow's own threads use the other cores.
 """
 
 import os
+import platform
 import re
 import sys
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _SKX = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 _ICL = {"avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq"}
 # What OpenCV must not use -> what Linux calls the processor's parts of it.
 _OPENCV = {"AVX512-SKX": _SKX, "AVX512-ICL": _SKX | _ICL}
+# The libraries whose arithmetic the results are made of, in the versions of requirements.lock.
+LOCKED = {
+    "numpy": "2.4.6",
+    "onnxruntime": "1.32.0",
+    "opencv-python-headless": "4.14.0.94",
+    "pillow": "13.0.0",
+    "scikit-learn": "1.9.1",
+    "scipy": "1.17.1",
+}
+_BUNDLED = (".libs", ".dylibs")  # ends of the folders of wheels with the libraries that they bring along
+_KERNELS = "Haswell"  # of OpenBLAS: those for AVX2 and FMA
 
 
 def opencv_disable(cpuinfo: str) -> str:
@@ -53,7 +67,7 @@ PINNED = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # NumPy ignores what is not there
     "OPENCV_CPU_DISABLE": opencv_disable(_cpuinfo()),
     "ONEDNN_MAX_CPU_ISA": "AVX2",
-} | ({} if _LACKING else {"OPENBLAS_CORETYPE": "Haswell"})  # whose kernels would end the process
+} | ({} if _LACKING else {"OPENBLAS_CORETYPE": _KERNELS})  # whose kernels would end the process
 
 
 _late: set[str] = set()
@@ -63,13 +77,50 @@ def pin() -> None:
     """Set the environment variables; call it before NumPy is imported: libraries read them once."""
     if "numpy" in sys.modules:
         _late.update(name for name, value in PINNED.items() if os.environ.get(name, "") != value)
+    os.environ.pop("OPENBLAS_CORETYPE", None)  # the user's, where none is pinned
     os.environ.update(PINNED)
 
 
 def note() -> str:
-    """A line for the user of a processor without AVX2 or FMA; else ''."""
-    names = " and ".join(_LACKING).upper()
-    return f"This processor has no {names}: the last digits of all results differ." if names else ""
+    """A line for the user of another processor or of other libraries, whose results differ; else ''.
+
+    The BLAS libraries are those that this process has loaded by now.
+    """
+    reasons = "; ".join(_reasons())
+    return f"The last digits of results differ from those of other computers: {reasons}." if reasons else ""
+
+
+def _reasons() -> Iterator[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        yield f"the processor is no x86-64 ({platform.machine()})"
+        return
+    if _LACKING:
+        yield f"the processor has no {' and '.join(map(str.upper, _LACKING))}"
+    for name, locked in LOCKED.items():
+        if (found := _version(name)) != locked:
+            yield f"{name} is {found}, not {locked}"
+    if "numpy" in sys.modules and not _LACKING:
+        yield from _other_blas()
+
+
+def _version(name: str) -> str:
+    for package in (name, f"{name}-gpu"):
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return "missing"
+
+
+def _other_blas() -> Iterator[str]:
+    """Each loaded BLAS that no package has brought along, or that has other kernels than the pinned ones."""
+    from threadpoolctl import threadpool_info
+
+    for each in threadpool_info():
+        own = Path(each["filepath"]).parent.name.endswith(_BUNDLED)
+        if each["user_api"] == "blas" and not (own and each.get("architecture") == _KERNELS):
+            kernels = f" with kernels for {each['architecture']}" if "architecture" in each else ""
+            yield f"BLAS is {each['filepath']}{kernels}"
 
 
 def late() -> list[str]:
