@@ -1,7 +1,7 @@
 # The commands for daily work; `make` alone lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test bench fuzz faults share-check experiments compare lock audit licences
+.PHONY: help venv demo test bench fuzz faults computers share-check experiments compare lock audit licences
 
 # These can be set on the command line, as in `make demo PYTHON=python3.12`:
 PYTHON ?=
@@ -16,7 +16,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 # Targets that need the environment first run tools/preflight.py, by the first Python that can run it. If the environment
 # cannot be made, preflight prints the reason in one line, and `--question` makes `make` fail without another message.
-ifneq ($(filter venv demo test bench fuzz faults share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
+ifneq ($(filter venv demo test bench fuzz faults computers share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
 PREFLIGHT := $(shell \
   for python in python3 python3.13 python3.12 python3.11 python; do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2>/dev/null; then \
@@ -56,6 +56,9 @@ fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, decompression bomb
 
 faults: venv  ## 50 kills, full disks, flipped bits, servers that stop (more cases as root); prints a table
 	@python benchmarks/faults.py
+
+computers: venv  ## the same bytes on every processor? this one and those that qemu-user emulates; prints a table
+	@python benchmarks/computers.py
 
 share-check: venv  ## does the DVC remote work? writes, reads and deletes a small object there (REMOTE=name)
 	@aplsmear share-check $(REMOTE)
