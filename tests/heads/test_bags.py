@@ -26,7 +26,7 @@ from aplsmear.heads.results import held_out_predictions, scores_table
 from aplsmear.heads.search import Trial, choose_all, held_out_scores, run_study
 from aplsmear.heads.stack import Lane, Material, judge_heads, plan, train_heads
 from aplsmear.heads.study import open_study
-from aplsmear.heads.task_data import PatientTaskData, make_patient_task_data
+from aplsmear.heads.task_data import PatientTaskData, make_task_data
 from aplsmear.params import Task
 from recipes import BASE, FOLDS, jobs_of, keep_no_features_in_memory, same, weights_of
 from studies import outcome, settings
@@ -320,7 +320,7 @@ def task_data(
     folds = pd.DataFrame({"patient": [f"p{n:02}" for n in range(patients)], "fold": fold})
     images = task_items(cells, "cell")
     items = task_items(images, "patient")
-    return make_patient_task_data(images, items, task_labels(items, TASK), folds, features)
+    return make_task_data(items, task_labels(items, TASK), folds, features, images)
 
 
 SPACE = {"views": [0, 1], "depth": [0, 1], "width": [3, 6], "batch": [8], "epochs": [6], "mixup": [0.0]}

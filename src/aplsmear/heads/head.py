@@ -109,13 +109,7 @@ def layer_sizes(depth: int, width: int, channels: int) -> list[tuple[int, int]]:
 
 
 def parameters(recipe: Recipe, channels: int, *, bags: bool = False) -> int:
-    """The number of weights of a head.
-
-    Args:
-        recipe: of the head.
-        channels: of its features.
-        bags: whether it is a head on bags, with attention.
-    """
+    """The number of weights of a head on so many channels, with the attention of a head on bags."""
     sizes = layer_sizes(recipe.depth, recipe.width, channels)
     attention = (recipe.width + 1) * 2 * recipe.width + recipe.width if bags and recipe.depth else 0
     return sum((rows + 1) * columns for rows, columns in sizes) + attention
@@ -202,10 +196,7 @@ def mean_over_views(
 def write_heads(path: Path, heads: Sequence[Head], average: int = 0) -> None:
     """Write heads to a .npz of arrays: the same bytes from the same heads, and no code in it.
 
-    Args:
-        path: of the file.
-        heads: of each outer fold.
-        average: number of augmented views whose scores are averaged with that of the plain view.
+    `average` is the number of augmented views whose scores are averaged with that of the plain view.
     """
     arrays: dict[str, np.ndarray] = {
         "average": np.array(average),

@@ -58,19 +58,10 @@ def conclude(
     resamples: int,
     picked: int | None = None,
 ) -> Results:
-    """Choose trials, train their heads and score all items.
-
-    Args:
-        task_data: items and features.
-        study: that the trials are of.
-        trials: all of the study, finished.
-        settings: of the search.
-        seed: of heads, intervals and importances.
-        resamples: of the intervals.
-        picked: trial that the user picked for the final model.
+    """Choose trials of a finished study, train their heads and score all items.
 
     Raises:
-        TuneError: `picked` is no trial, or one that failed.
+        TuneError: the trial that the user `picked` for the final model does not exist, or failed.
     """
     choices = choose_all(trials, task_data.folds, picked)
     scores, heads = held_out_scores(task_data, [choice.trial for choice in choices], settings, seed)
@@ -127,13 +118,8 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
 def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
     """The share of each parameter in the variance of the AUROC, by functional ANOVA (Hutter et al. 2014).
 
-    Args:
-        trials: of `Study.trials`.
-        seed: of its random forest.
-
-    Returns:
-        Parameter -> share, the largest first, of parameters that took more than one value. Empty with fewer
-        than four trials that did not fail.
+    The largest comes first; parameters with one value are left out. Empty with fewer than four trials that
+    did not fail.
     """
     import optuna
 
@@ -141,14 +127,14 @@ def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
     moved = sorted(
         name for name in (sound[0].params if sound else {}) if len({t.params[name] for t in sound}) > 1
     )
-    found: dict[str, float] = {}
-    if len(sound) >= 4 and moved and len({trial.value for trial in sound}) > 1:
-        study = optuna.create_study(direction="maximize")
-        study.add_trials(sound)
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=moved)
-    shares = {name: float(share) for name, share in found.items()}
-    return dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
+    if len(sound) < 4 or not moved or len({trial.value for trial in sound}) == 1:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(sound)
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=moved)
+    shares = ((name, float(share)) for name, share in found.items())
+    return dict(sorted(shares, key=lambda item: (-item[1], item[0])))
 
 
 def scores_table(task_data: TaskData, scores: np.ndarray) -> pd.DataFrame:
@@ -186,11 +172,7 @@ def explain_choice(
 ) -> dict[str, Any]:
     """The trial of the final model, why it was chosen, and how all others compare.
 
-    Args:
-        trials: all of a study.
-        choices: of each outer fold.
-        shares: of `importances`. Without any, each parameter is listed without a share, since `dvc plots`
-            cannot draw an empty list.
+    Without `shares` each parameter is listed without one, since `dvc plots` cannot draw an empty list.
     """
     last = len(choices) - 1
     final = choices[-1].trial

@@ -66,7 +66,7 @@ class Trial:
 
     def by_fold(self) -> list[float]:
         """AUROC on each fold, the mean over the heads that were judged on it."""
-        return [float(value) for value in self._inner_results(self.inner, len(self.inner))]
+        return list(map(float, self._inner_results(self.inner, len(self.inner))))
 
     def epochs(self, outer_fold: int) -> int:
         """Number of epochs for the heads of an outer fold: the mean of the best ones on its inner folds."""
@@ -111,10 +111,7 @@ def study_key(task_data: TaskData, settings: Tune, seed: int) -> str:
 def draw_candidates(
     settings: Tune, features: Sequence[str], seed: int
 ) -> tuple[list[Recipe], dict[str, Any]]:
-    """Draw the recipes of a study, each from seed and number alone.
-
-    Returns:
-        The recipes, and Optuna's distribution of each parameter.
+    """The recipes of a study, each drawn from seed and number alone, and Optuna's distribution of parameters.
 
     Raises:
         TuneError: `settings.space.features` names features that do not exist.
@@ -149,13 +146,6 @@ def run_study(
     task_data: TaskData, settings: Tune, seed: int, study: Study, judge: Judge = judge_heads
 ) -> Iterator[Trial]:
     """Train each candidate on each pair of folds. Other workers may train trials of the same study.
-
-    Args:
-        task_data: items and features.
-        settings: the space and the number of trials.
-        seed: of candidates and heads.
-        study: stores finished trials.
-        judge: trains and judges heads.
 
     Yields:
         All trials by number, as soon as they and all before them are finished. They are the same, to the bit,
@@ -254,13 +244,10 @@ def choose(trials: Sequence[Trial], outer_fold: int) -> Choice:
 
 
 def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -> list[Choice]:
-    """The choice of each outer fold.
+    """The choice of each outer fold, and then that of the final model.
 
-    Args:
-        trials: all of a study.
-        folds: their number; the choice of the final model comes after them.
-        picked: the trial that the user picked for the final model (`tune.pick`). The outer folds still choose
-            by their inner folds: the user has seen all patients, so the held-out scores would be biased.
+    The user can pick the trial of the final model (`tune.pick`). The outer folds still choose by their inner
+    folds: the user has seen all patients, so the held-out scores would be biased.
 
     Raises:
         TuneError: `picked` is no trial, or one that failed.
@@ -284,24 +271,16 @@ def held_out_scores(
 ) -> tuple[np.ndarray, list[Head]]:
     """Train the chosen trials, and score all items, labelled or not, in each outer fold.
 
-    Args:
-        task_data: items and features.
-        chosen: the trial of each outer fold.
-        settings: numbers of items per patient and of views that are averaged, memory, restarts.
-        seed: of the heads.
-
     Returns:
         Scores, float32 (items, outer folds). In outer fold w, the items of fold w are scored by the head that
         saw all other folds; other items by the head that saw neither their own fold nor fold w.
         And of each outer fold the head that scores its held-out patients. The last one is the final head,
         trained on all patients.
     """
-    fold = task_data.table["fold"].to_numpy()
+    fold, folds = task_data.table["fold"].to_numpy(), task_data.folds
     wanted: dict[tuple[int, int], Job] = {}  # by outer fold and the fold to score
     for outer_fold, trial in enumerate(chosen):
-        held_out = inner_sets(outer_fold, task_data.folds) | {
-            outer_fold: outer_set(outer_fold, task_data.folds)
-        }
+        held_out = inner_sets(outer_fold, folds) | {outer_fold: outer_set(outer_fold, folds)}
         for scored, unseen in held_out.items():
             wanted[outer_fold, scored] = Job(trial.number, trial.recipe, unseen, trial.epochs(outer_fold))
     jobs = list(dict.fromkeys(wanted.values()))

@@ -58,14 +58,7 @@ class Material:
 
 
 def train_heads(jobs: Sequence[Job], material: Material) -> list[Head]:
-    """Train heads for as many epochs as their jobs say, each from several starts, and take their mean.
-
-    Args:
-        jobs: what to train.
-        material: what to train it on.
-
-    Returns:
-        One head a job, in their order.
+    """One head for each job: the mean of heads from several starts, trained for the epochs of the job.
 
     Raises:
         ValueError: a job is left with one class only.
@@ -81,17 +74,12 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
     """Train heads, and judge each after every epoch on the plain views of each of its held-out folds.
 
     Each fold has its own result, which depends on no item of another held-out fold: that of the epoch with
-    the lowest loss on it (class weights as in training).
-
-    Args:
-        jobs: what to train.
-        material: what to train it on.
-        patience: epochs without a gain on any fold after which a head stops; 0: all epochs, and the last one
-            is the result.
+    the lowest loss on it (class weights as in training). A head stops after `patience` epochs without a gain
+    on any fold; with 0 it trains all epochs, and the last one is the result.
 
     Returns:
-        One a job, in their order. A head whose loss is not finite, or that does not fit into memory, has a
-        `failure` instead of results.
+        One for each job. A head whose loss is not finite, or that does not fit into memory, has a `failure`
+        instead of results.
 
     Raises:
         ValueError: a job is left with one class only.

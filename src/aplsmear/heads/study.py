@@ -76,9 +76,7 @@ class Study:
     def queue(self, params: Sequence[Mapping[str, Any]], space: Mapping[str, Any]) -> None:
         """Add the trials that are not in the study yet.
 
-        Args:
-            params: of all trials, in the order of their numbers.
-            space: Optuna's distribution of each parameter.
+        `params` are those of all trials, by number; `space` is Optuna's distribution of each parameter.
         """
         from optuna.trial import TrialState, create_trial
 
@@ -96,14 +94,12 @@ class Study:
     @contextmanager
     def claim(self, number: int) -> Iterator[bool]:
         """Hold a trial; False if it is finished, or another worker holds it."""
-        with _storage_errors():
-            taken = self._locks.take(TRIALS + number, wait=False)
+        taken = self._locks.take(TRIALS + number, wait=False)
         try:
             yield taken and self._start(number)
         finally:
             if taken:
-                with _storage_errors():
-                    self._locks.give(TRIALS + number)
+                self._locks.give(TRIALS + number)
 
     @_storage_errors()
     def _start(self, number: int) -> bool:
@@ -117,13 +113,7 @@ class Study:
 
     @_storage_errors()
     def finish(self, number: int, value: float | None, attributes: Mapping[str, Any]) -> None:
-        """Store the result of a trial, unless it has one.
-
-        Args:
-            number: of the trial.
-            value: to maximise; None: the trial failed.
-            attributes: JSON-like.
-        """
+        """Store the value of a trial (None: it failed) and JSON-like attributes, unless it has a result."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
@@ -137,12 +127,9 @@ class Study:
 
 
 def open_study(name: str, journal: Path, url: str = "") -> Study:
-    """Open the study of this name, or create it.
+    """Open the study of this name, or create it, in a journal file or, with a URL, in a database.
 
-    Args:
-        name: of `aplsmear.heads.search.study_key`.
-        journal: the file that holds it, if there is no `url`.
-        url: of a PostgreSQL database (``postgresql+psycopg://...``); it is written nowhere.
+    The URL is that of a PostgreSQL database (``postgresql+psycopg://...``); it is written nowhere.
 
     Raises:
         StudyError: the database cannot be reached or the journal is damaged.
@@ -200,6 +187,7 @@ class _DatabaseLocks:
     def give(self, number: int) -> None:
         self._call("pg_advisory_unlock", number)
 
+    @_storage_errors()
     def _call(self, function: str, number: int) -> Any:
         import sqlalchemy
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,7 @@ class TaskData:
     views: np.ndarray  # int64 (images,): number of augmented views, in the rows after the plain one
     features: Mapping[str, Features]
     folds: int
+    bags: ClassVar = False  # whether an item has many images
 
     def training_places(self, per_patient: int, seed: int) -> np.ndarray:
         """The rows of the table to train on: labelled items, at most `per_patient` of each patient and class.
@@ -66,19 +67,17 @@ class TaskData:
         """The features and items that heads train on."""
         values = {name: each.values for name, each in self.features.items()}
         items = self.training_items(settings.items_per_patient, seed)
-        return Material(values, items, seed, settings.memory, restarts=settings.restarts)
+        bag = settings.cells_per_step if self.bags else 1
+        return Material(values, items, seed, settings.memory, bag, settings.restarts)
 
     def parameters(self, recipe: Recipe) -> int:
         """The number of weights of a head."""
-        return parameters(recipe, self.features[recipe.features].values.shape[1])
+        return parameters(recipe, self.features[recipe.features].values.shape[1], bags=self.bags)
 
     def score(self, head: Head, places: np.ndarray, average: int) -> np.ndarray:
-        """Probabilities of the items in these rows of the table, float32 (places,).
+        """Probabilities of the items in these rows of the table: float32 (places,).
 
-        Args:
-            head: trained.
-            places: int64 (places,).
-            average: number of augmented views whose scores are averaged with that of the plain view.
+        The scores of `average` augmented views are averaged with that of the plain view.
         """
         values = self.features[head.features].values
         return mean_over_views(
@@ -90,6 +89,7 @@ class TaskData:
 class PatientTaskData(TaskData):
     """Items are patients; their images are cells. The cells of a patient stand together, sorted by name."""
 
+    bags: ClassVar = True
     cell: np.ndarray  # str (images,): names
     size: np.ndarray  # int64 (items,): number of cells of each patient, at least one
 
@@ -108,14 +108,6 @@ class PatientTaskData(TaskData):
             size=np.minimum(self.size[kept], per_patient),
         )
 
-    def material(self, settings: Tune, seed: int) -> Material:
-        """The features and items that heads train on."""
-        return replace(super().material(settings, seed), bag=settings.cells_per_step)
-
-    def parameters(self, recipe: Recipe) -> int:
-        """The number of weights of a head."""
-        return parameters(recipe, self.features[recipe.features].values.shape[1], bags=True)
-
     def score(self, head: Head, places: np.ndarray, average: int) -> np.ndarray:
         """Probabilities of the patients in these rows of the table, float32 (places,)."""
         values = self.features[head.features].values
@@ -123,21 +115,14 @@ class PatientTaskData(TaskData):
         def probability(rows: np.ndarray) -> np.float32:
             return np.float32(attend(head, rows_of(values, rows))[0])
 
-        images = [self._images(place) for place in places]
+        ends = np.cumsum(self.size)
+        images = [slice(ends[place] - self.size[place], ends[place]) for place in places]
         each = [mean_over_views(probability, self.row[i], self.views[i], average) for i in images]
         return np.array(each, np.float32)
-
-    def _images(self, place: int) -> slice:
-        start = int(self.size[:place].sum())
-        return slice(start, start + int(self.size[place]))
 
 
 def read_task_data(task: Task, backbones: Mapping[str, Any]) -> TaskData:
     """Read the data of a task from the outs of `download`, `split` and `bottleneck` in the working folder.
-
-    Args:
-        task: a value of `tasks` in params.yaml.
-        backbones: of params.yaml.
 
     Raises:
         FeaturesError: features are missing.
@@ -148,77 +133,51 @@ def read_task_data(task: Task, backbones: Mapping[str, Any]) -> TaskData:
     label = task_labels(items, task)
     folds = read_table(Path("splits/folds.csv"))
     features = read_features(Path(f"features/{task.images}"), backbones)
-    if task.level == "patient":
-        return make_patient_task_data(images, items, label, folds, features)
-    return make_task_data(items, label, folds, features)
+    return make_task_data(items, label, folds, features, images if task.level == "patient" else None)
 
 
 def make_task_data(
-    items: pd.DataFrame, label: np.ndarray, folds: pd.DataFrame, features: Mapping[str, Features]
+    items: pd.DataFrame,
+    label: np.ndarray,
+    folds: pd.DataFrame,
+    features: Mapping[str, Features],
+    cells: pd.DataFrame | None = None,
 ) -> TaskData:
-    """Bring together cells or smears, their labels, folds and features.
+    """Bring together items, their labels, folds and features.
 
     Args:
-        items: ``item, patient`` of every cell or smear.
+        items: ``item, patient`` of every cell, smear or patient (with the same name in both columns).
         label: int8 (items,), of `aplsmear.data.tasks.task_labels`.
         folds: ``splits/folds.csv``.
-        features: of `aplsmear.features.store.read_features`.
+        features: of the images, of `aplsmear.features.store.read_features`.
+        cells: ``item, patient`` of every cell, if the items are patients.
 
     Raises:
         TuneError: features are missing or belong to other items, or too few folds have both classes.
     """
-    rows = _rows(items, features)
-    task_data = TaskData(
-        table=_with_folds(items, folds),
+    images = _images(items if cells is None else cells, features)
+    bags: dict[str, Any] = {}
+    if cells is not None:
+        images = images.sort_values(["patient", "item"])
+        bags = {"cell": images["item"].to_numpy(), "size": images.groupby("patient").size().to_numpy()}
+        order = np.argsort(items["patient"].to_numpy(), kind="stable")
+        items, label = items.iloc[order], label[order]
+    fold = items["patient"].map(folds.set_index("patient")["fold"]).astype(np.int64)
+    task_data = (PatientTaskData if bags else TaskData)(
+        table=items[["item", "patient"]].assign(fold=fold).reset_index(drop=True),
         label=label,
-        row=rows["row"].to_numpy(),
-        views=rows["views"].to_numpy(),
+        row=images["row"].to_numpy(),
+        views=images["views"].to_numpy(),
         features=features,
         folds=int(folds["fold"].max()) + 1,
+        **bags,
     )
     _check_classes(task_data)
     return task_data
 
 
-def make_patient_task_data(
-    cells: pd.DataFrame,
-    patients: pd.DataFrame,
-    label: np.ndarray,
-    folds: pd.DataFrame,
-    features: Mapping[str, Features],
-) -> PatientTaskData:
-    """Bring together patients, their labels and folds, their cells and the features of these.
-
-    Args:
-        cells: ``item, patient`` of every cell.
-        patients: ``item, patient`` (both the patient's name) of every patient who has cells.
-        label: int8 (patients,), of `aplsmear.data.tasks.task_labels`.
-        folds: ``splits/folds.csv``.
-        features: of the cells, of `aplsmear.features.store.read_features`.
-
-    Raises:
-        TuneError: as by `make_task_data`.
-    """
-    rows = _rows(cells, features).reset_index(drop=True)
-    rows = rows.assign(item=cells["item"].astype(str).to_numpy(), patient=cells["patient"].to_numpy())
-    rows = rows.sort_values(["patient", "item"], ignore_index=True)
-    order = np.argsort(patients["patient"].to_numpy(), kind="stable")
-    task_data = PatientTaskData(
-        table=_with_folds(patients.iloc[order], folds),
-        label=label[order],
-        row=rows["row"].to_numpy(),
-        views=rows["views"].to_numpy(),
-        features=features,
-        folds=int(folds["fold"].max()) + 1,
-        cell=rows["item"].to_numpy(),
-        size=rows.groupby("patient").size().to_numpy(),
-    )
-    _check_classes(task_data)
-    return task_data
-
-
-def _rows(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame:
-    """Of each item: ``row`` of its plain view in the features, and ``views``, the augmented ones after it."""
+def _images(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame:
+    """``item, patient``, ``row`` of the plain view in the features, and number of ``views`` after it."""
     if not features:
         raise TuneError("there are no features; `dvc repro bottleneck` makes them")
     index = next(iter(features.values())).index
@@ -226,17 +185,10 @@ def _rows(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame
         if not other.index.equals(index):
             raise TuneError(f"the features {other.name} are of other views; run `dvc repro bottleneck` again")
     plain = np.flatnonzero(index["view"] == 0)
-    found = {"row": plain, "views": np.diff(plain, append=len(index)) - 1}
-    rows = pd.DataFrame(found, index=index["item"].iloc[plain])
-    if not rows.index.equals(pd.Index(items["item"])):
+    if index["item"].iloc[plain].tolist() != items["item"].tolist():
         raise TuneError("the features are not those of this data set; run `dvc repro bottleneck` again")
-    return rows
-
-
-def _with_folds(items: pd.DataFrame, folds: pd.DataFrame) -> pd.DataFrame:
-    """``item, patient, fold``."""
-    fold = items["patient"].map(folds.set_index("patient")["fold"])
-    return items[["item", "patient"]].assign(fold=fold.astype(np.int64)).reset_index(drop=True)
+    views = np.diff(plain, append=len(index)) - 1
+    return items[["item", "patient"]].assign(row=plain, views=views)
 
 
 def _random_rank(names: Iterable[str], groups: pd.DataFrame, seed: int) -> np.ndarray:
