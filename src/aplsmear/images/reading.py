@@ -1,7 +1,9 @@
 """Reads pictures of smears as 8-bit RGB, and encodes views as JPEG.
 
-Pillow decodes the pictures: it supports rare modes (palette, alpha, CMYK, 16 bits), reports truncated files,
-and its libjpeg-turbo gives the same pixels on every x86-64 machine.
+Pillow decodes JPEG and PNG: it supports rare modes (palette, alpha, CMYK), reports truncated files, and its
+libjpeg-turbo gives the same pixels on every x86-64 machine. Of a PNG with 16 bits it keeps the upper eight,
+so that imagecodecs decodes it. TIFF is decoded by tifffile (see tiff.py). Both are imported only for such
+files.
 """
 
 from __future__ import annotations
@@ -9,56 +11,48 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from aplsmear.errors import UserError
+from aplsmear.images.pixels import (
+    ImageError,
+    Picture,
+    Rgb,
+    as_rgb,
+    exponent,
+    managed,
+    on_white,
+    scaled,
+    upright,
+)
 
-Rgb = npt.NDArray[np.uint8]
+__all__ = ["ImageError", "Picture", "Rgb", "decode", "decode_jpeg", "encode_jpeg", "fitting", "image_bytes"]
+__all__ += ["image_size", "read_image", "read_picture", "resize", "scaling"]
 
-FORMATS = ("JPEG", "PNG", "TIFF")
+FORMATS = ("JPEG", "PNG")
 MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
-_BACKGROUND = (255, 255, 255, 255)  # replaces transparent pixels: an empty bright field is white
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_PLAIN = {"1", "L", "P", "RGB", "CMYK", "YCbCr"}
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+_APPLE_DOUBLE = b"\0\x05\x16\x07"
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
 MAX_BYTES = 2 * 1024**3  # of a file; MAX_PIXELS with four channels of 16 bits are 1.2e9 bytes
 _MAX_SCANS = 200  # of a JPEG; a progressive JPEG has about ten, and each scan is a pass over all pixels
 _FULL_COLOUR = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
 _SCAN = b"\xff\xda"
-_DARK = 16  # of 256; a 16-bit picture whose upper bytes are all smaller holds 12 bits or fewer
-
-
-class ImageError(UserError, ValueError):
-    """A picture cannot be read.
-
-    Attributes:
-        path: the file as the caller named it ('' for bytes).
-        what: what is wrong with it.
-        fix: what the user can do.
-    """
-
-    def __init__(self, path: str | Path, what: str, fix: str) -> None:
-        """Store the parts, so that a table of problems can show them in columns."""
-        super().__init__(str(path), what, fix)
-        self.path, self.what, self.fix = path, what, fix
-
-    def __str__(self) -> str:
-        """One line: file, what is wrong, what to do."""
-        return f"{self.path}: {self.what}; {self.fix}" if str(self.path) else f"{self.what}; {self.fix}"
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     """Read a whole PNG, JPEG or TIFF picture, upright.
 
-    Grey, palette, CMYK and 16-bit pictures are converted to RGB (of 16 bits the upper eight are kept).
-    Transparent pixels become white. The EXIF orientation is applied. If a file holds several pictures (levels
-    of a pyramid, a preview), the first one is read.
+    Grey, palette, CMYK, floats and pictures of up to 16 bits are converted to 8-bit RGB (`pixels.scaled` says
+    how). Transparent pixels become white. The EXIF orientation, a colour profile and the gamma of a PNG are
+    applied. If a file holds several pictures, the largest is read if the others are smaller copies of it.
 
     Args:
         path: the file.
@@ -68,12 +62,12 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
         uint8, shape (height, width, 3), RGB.
 
     Raises:
-        ImageError: the file is missing, is no picture, is truncated or damaged, has a mode that cannot be
-            converted to 8-bit RGB without a guess (float, 32-bit, Lab, 12 bits stored as 16), or has more
+        ImageError: the file is missing, is no picture, is truncated or damaged, holds several pictures or
+            colours that cannot be converted to RGB without a guess (Lab, raw data of a camera), or has more
             than `max_pixels` pixels.
     """
     with _open_file(path) as file:
-        return _decode(file, path, max_pixels)
+        return _decode(file, path, max_pixels).rgb
 
 
 def image_bytes(path: Path) -> bytes:
@@ -96,18 +90,15 @@ def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     Raises:
         ImageError: the file is missing, is no picture, or has more than `max_pixels` pixels.
     """
-    with _open_file(path) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with _open_picture(file, path, max_pixels) as picture:
-                turned = picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
-                turned &= picture.format != "TIFF"  # whose size Pillow gives upright
-                width, height = picture.size
-        except ImageError:
-            raise
-        except Exception as error:
-            raise _damaged(path, error) from error
-    return (width, height) if turned else (height, width)
+    with _open_file(path) as file, _decoding(path):
+        if _is_tiff(file):
+            from aplsmear.images import tiff
+
+            return tiff.size_of(file, max_pixels)
+        with _open_picture(file, max_pixels) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return (width, height) if turned else (height, width)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
@@ -123,6 +114,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     Raises:
         ImageError: as `read_image`; its path is empty.
     """
+    return read_picture(data, max_pixels=max_pixels).rgb
+
+
+def read_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """As `decode`, with notes on what was decided while the picture was decoded."""
     return _decode(io.BytesIO(data), "", max_pixels)
 
 
@@ -179,23 +175,78 @@ def _open_file(path: Path) -> IO[bytes]:
         ) from error
 
 
-def _open_picture(file: IO[bytes], path: str | Path, max_pixels: int) -> ImageFile.ImageFile:
+@contextmanager
+def _decoding(path: str | Path) -> Iterator[None]:
+    """Turn any exception of a decoder into an `ImageError`; its warnings are not about pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except ImageError as error:
+            raise ImageError(path, error.what, error.fix) from None
+        except MemoryError:
+            raise ImageError(path, "does not fit into memory", "cut the picture into fields") from None
+        except Exception as error:  # on damaged bytes, a decoder may raise nearly any
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            what = f"truncated or damaged ({reason})"
+            raise ImageError(path, what, "copy it again from its source") from error
+
+
+def _decode(file: IO[bytes], path: str | Path, max_pixels: int) -> Picture:
+    with _decoding(path):
+        if _is_tiff(file):
+            from aplsmear.images import tiff
+
+            return tiff.read(file, max_pixels)
+        with _open_picture(file, max_pixels) as picture:
+            notes = _check_frames(picture)
+            found = _deep(picture, file) if _bits_are_deep(picture) else _shallow(picture)
+            return found._replace(notes=notes + found.notes)
+
+
+def _is_tiff(file: IO[bytes]) -> bool:
+    start = file.read(4)
+    file.seek(0)
+    return start in _TIFF
+
+
+def _open_picture(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
     try:
         picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        what = (
-            "empty file"
-            if file.seek(0, io.SEEK_END) == 0
-            else "not a PNG, JPEG or TIFF picture, or its header is damaged"
-        )
-        raise ImageError(path, what, "copy it again from its source, or save it as PNG") from None
+        raise _no_picture(file) from None
     except Image.DecompressionBombError:
-        raise _too_large(path, max_pixels) from None
+        raise _too_large(max_pixels) from None
     if math.prod(picture.size) > max_pixels:
-        raise _too_large(path, max_pixels)
-    if picture.format == "JPEG" and _scans(file) > _MAX_SCANS:
-        raise ImageError(path, f"a JPEG of more than {_MAX_SCANS} scans", "save it as PNG")
+        raise _too_large(max_pixels)
+    if picture.format != "PNG" and _scans(file) > _MAX_SCANS:
+        raise ImageError("", f"a JPEG of more than {_MAX_SCANS} scans", "save it as PNG")
     return picture
+
+
+def _no_picture(file: IO[bytes]) -> ImageError:
+    """What a file is that Pillow takes for no picture."""
+    file.seek(0)
+    start = file.read(1 << 16)
+    if not start:
+        return ImageError("", "empty file", "copy it again from its source, or save it as PNG")
+    if start.startswith(_APPLE_DOUBLE):
+        return ImageError("", "no picture, but what macOS keeps beside one (._ file)", "delete its row")
+    bits = _jpeg_bits(start)
+    if bits not in (0, 8):
+        return ImageError("", f"a JPEG of {bits} bits", "save it as JPEG of 8 bits, or as PNG")
+    what = "not a PNG, JPEG or TIFF picture, or its header is damaged"
+    return ImageError("", what, "copy it again from its source, or save it as PNG")
+
+
+def _jpeg_bits(start: bytes) -> int:
+    """Bits per channel of a JPEG; 0 for any other file."""
+    place = 2 if start.startswith(b"\xff\xd8") else len(start)
+    while place + 4 < len(start) and start[place] == 0xFF:
+        if start[place + 1] in (0xC0, 0xC1, 0xC2, 0xC3):
+            return start[place + 4]
+        place += 2 + int.from_bytes(start[place + 2 : place + 4], "big")
+    return 0
 
 
 def _scans(file: IO[bytes]) -> int:
@@ -207,63 +258,77 @@ def _scans(file: IO[bytes]) -> int:
     return count
 
 
-def _too_large(path: str | Path, max_pixels: int) -> ImageError:
-    return ImageError(path, f"more than {max_pixels // 10**6} million pixels", "cut the picture into fields")
+def _too_large(max_pixels: int) -> ImageError:
+    return ImageError("", f"more than {max_pixels // 10**6} million pixels", "cut the picture into fields")
 
 
-def _damaged(path: str | Path, error: Exception) -> ImageError:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    return ImageError(path, f"truncated or damaged ({reason})", "copy it again from its source")
-
-
-def _decode(file: IO[bytes], path: str | Path, max_pixels: int) -> Rgb:
-    # A decoder may raise nearly any exception on damaged bytes: each of them means "damaged". Warnings are
-    # about broken EXIF data and large pictures, not about pixels.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with _open_picture(file, path, max_pixels) as picture:
-                deep = _bits_are_deep(picture)
-                picture.load()
-                ImageOps.exif_transpose(picture, in_place=True)
-                return _to_rgb(picture, path, deep)
-        except ImageError:
-            raise
-        except MemoryError:
-            raise ImageError(path, "does not fit into memory", "cut the picture into fields") from None
-        except Exception as error:
-            raise _damaged(path, error) from error
+def _check_frames(picture: ImageFile.ImageFile) -> tuple[str, ...]:
+    """A note if a JPEG holds smaller pictures, too (previews, maps of brightness); others are an error."""
+    count = getattr(picture, "n_frames", 1)
+    if count == 1:
+        return ()
+    sizes = []
+    for number in range(1, count if picture.format == "MPO" else 1):
+        picture.seek(number)
+        sizes.append(math.prod(picture.size))
+    picture.seek(0)
+    if not sizes or max(sizes) >= math.prod(picture.size):
+        what = f"{count} pictures in one file ({picture.format})"
+        raise ImageError("", what, "save the one that is meant as PNG")
+    return (f"the largest of {count} pictures in its file",)
 
 
 def _bits_are_deep(picture: ImageFile.ImageFile) -> bool:
-    """Whether the file stores 16 bits per channel (Pillow keeps the upper eight bits of colours)."""
-    raw = picture.tile[0].args if picture.tile else ""
+    """Whether the file stores 16 bits per channel."""
+    raw: Any = picture.tile[0].args if picture.tile else ""
     mode = raw[0] if isinstance(raw, tuple) and raw else raw
     return ";16" in str(mode)
 
 
-def _to_rgb(picture: Image.Image, path: str | Path, deep: bool) -> Rgb:
-    mode = picture.mode
-    if mode.startswith("I;16"):
-        grey = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)
-        rgb = np.repeat(grey[:, :, None], 3, axis=2)
-    elif mode in _SEE_THROUGH or "transparency" in picture.info:
-        whole = picture.convert("RGBA")
-        rgb = np.asarray(
-            Image.alpha_composite(Image.new("RGBA", whole.size, _BACKGROUND), whole).convert("RGB")
-        )
-    elif mode in _PLAIN:
-        rgb = np.asarray(picture if mode == "RGB" else picture.convert("RGB"))
+def _deep(picture: ImageFile.ImageFile, file: IO[bytes]) -> Picture:
+    """Decode a PNG of 16 bits."""
+    import imagecodecs
+
+    orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    file.seek(0)
+    values = imagecodecs.png_decode(file.read())
+    values = values[:, :, None] if values.ndim == 2 else values
+    colours = 1 if values.shape[2] < 3 else 3
+    power, of_gamma = _gamma(picture)
+    found = scaled(values, None, colours, power)
+    rgb, notes = as_rgb(found.pixels[:, :, :colours], picture.info.get("icc_profile"))
+    if values.shape[2] > colours:
+        rgb = on_white(rgb, found.pixels[:, :, colours], False)
+    rgb = np.require(upright(rgb, orientation), requirements=["C", "W"])
+    return Picture(rgb, found.notes + notes + of_gamma, found.levels)
+
+
+def _shallow(picture: ImageFile.ImageFile) -> Picture:
+    """Decode a picture of 8 bits or fewer."""
+    picture.load()
+    ImageOps.exif_transpose(picture, in_place=True)
+    alpha = None
+    if picture.mode in _SEE_THROUGH or "transparency" in picture.info:
+        *colours, opacity = picture.convert("RGBA").split()
+        alpha, plain = np.asarray(opacity), Image.merge("RGB", colours)
+    elif picture.mode in ("L", "CMYK"):
+        plain = picture
     else:
-        raise ImageError(
-            path, f"pixels of mode {mode}, expected 8 or 16 bits a channel", "save it as 8-bit RGB"
-        )
-    if deep and rgb.size and int(rgb.max()) < _DARK:
-        raise ImageError(
-            path, "a 16-bit picture that uses 12 bits or fewer: it would be read as black",
-            "save it as 8-bit RGB, as bright as on the screen",
-        )  # fmt: skip
-    return np.array(rgb, dtype=np.uint8, order="C", copy=not rgb.flags.writeable)
+        plain = picture if picture.mode == "RGB" else picture.convert("RGB")
+    plain, notes = managed(plain, picture.info.get("icc_profile"))
+    rgb = np.asarray(plain if plain.mode == "RGB" else plain.convert("RGB"))
+    power, of_gamma = _gamma(picture)
+    rgb = scaled(rgb, gamma=power).pixels
+    if alpha is not None:
+        rgb = on_white(rgb, alpha, False)
+    return Picture(np.require(rgb, requirements=["C", "W"]), notes + of_gamma)
+
+
+def _gamma(picture: ImageFile.ImageFile) -> tuple[float, tuple[str, ...]]:
+    """The exponent by which the chunk gAMA of a PNG changes brightness, and a note if it does."""
+    better = {"srgb", "icc_profile"} & picture.info.keys()  # the standard of PNG prefers these
+    power = 1.0 if better else exponent(picture.info.get("gamma"))
+    return power, () if power == 1.0 else ("brightness was converted by its gamma",)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,0 +1,256 @@
+"""Turns pixels of any depth and colour model into 8-bit RGB.
+
+Nothing is guessed without a word: each step that a person may want to check adds a note to the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from aplsmear.errors import UserError
+
+Rgb = npt.NDArray[np.uint8]
+
+SAVE_AS_RGB = "save it as 8-bit RGB (PNG), as bright as on the screen"
+_DEPTHS = (8, 10, 12, 14)  # bits that cameras use of 16
+_BURNT_IN = 0.02  # of the pixels may be brighter than the levels of the camera: scale bars, names, hot pixels
+_SAMPLE = 4_000_000  # pixels of the histogram
+_WHITE = 65535
+_FLOAT_RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+_ROWS = 256  # converted at once, so that large pictures need little memory
+_SAME_COLOUR = 2  # levels of 256
+_SCREEN_GAMMA = 1 / 2.2
+
+
+class ImageError(UserError, ValueError):
+    """A picture cannot be read.
+
+    Attributes:
+        path: the file as the caller named it ('' for bytes).
+        what: what is wrong with it.
+        fix: what the user can do.
+    """
+
+    def __init__(self, path: str | Path, what: str, fix: str) -> None:
+        """Store the parts, so that a table of problems can show them in columns."""
+        super().__init__(str(path), what, fix)
+        self.path, self.what, self.fix = path, what, fix
+
+    def __str__(self) -> str:
+        """One line: file, what is wrong, what to do."""
+        return f"{self.path}: {self.what}; {self.fix}" if str(self.path) else f"{self.what}; {self.fix}"
+
+
+class Picture(NamedTuple):
+    """A decoded picture.
+
+    Attributes:
+        rgb: uint8, shape (height, width, 3), RGB.
+        notes: what was decided while it was decoded, for the report of a data set.
+        levels: the range of brightness, if it was taken from the pixels and not from the file; else ''.
+    """
+
+    rgb: Rgb
+    notes: tuple[str, ...] = ()
+    levels: str = ""
+
+
+class Scaled(NamedTuple):
+    """Channels as 8 bits; notes and levels as in `Picture`."""
+
+    pixels: npt.NDArray[np.uint8]
+    notes: tuple[str, ...] = ()
+    levels: str = ""
+
+
+def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, gamma: float = 1.0) -> Scaled:
+    """Scale channels of any number type to 8 bits.
+
+    Whole numbers of at most 16 bits keep their upper eight bits. Which bits a 16-bit picture uses is taken
+    from `bits`, else from the histogram: the fewest bits of 8, 10, 12, 14 and 16 that at most 2 % of the
+    pixels exceed. Numbers with a decimal point, and whole numbers of 32 bits, have the range 0 to 1, 255,
+    1023, 4095, 16383 or 65535, by the same rule.
+
+    Args:
+        values: shape (height, width, channels).
+        bits: significant bits that the file names; None: it names none.
+        colours: number of channels that count for the histogram; others (opacity) keep the full range.
+        gamma: exponent of the light, 1 for no change.
+
+    Raises:
+        ImageError: the numbers are negative, not finite, complex or larger than 65535.
+    """
+    if values.dtype == bool or (values.dtype == np.uint8 and (bits or 8) == 8 and gamma == 1.0):
+        return Scaled(values.astype(np.uint8) * 255 if values.dtype == bool else values)
+    if values.dtype == np.uint8:
+        return Scaled(_by_table(values, bits or 8, gamma))
+    sample = _sample(values[:, :, :colours])
+    if values.dtype.kind not in "uif":
+        raise ImageError("", f"pixels of the type {values.dtype}", SAVE_AS_RGB)
+    if not np.isfinite(sample).all() or (sample.size and float(sample.min()) < 0):
+        raise ImageError("", "pixels that are negative or no numbers", SAVE_AS_RGB)
+    if values.dtype != np.uint16:
+        return _from_wide(values, sample, bits, gamma)
+    guessed = _bits_of(sample)
+    if bits is not None and bits < guessed:
+        raise ImageError("", f"its tags name {bits} bits, but its pixels need {guessed}", SAVE_AS_RGB)
+    used = bits or guessed
+    found = _by_table(values[:, :, :colours], used, gamma)
+    if values.shape[2] > colours:
+        rest = values[:, :, colours:]
+        full = used if int(rest.max(initial=0)) < 2**used else 16
+        found = np.concatenate([found, _by_table(rest, full, 1.0)], axis=2)
+    if bits is not None:
+        return Scaled(found, (f"levels of {bits} bits, by its tags",) if bits < 16 else ())
+    levels = f"{used} of 16 bits"
+    return Scaled(found, (f"levels of {levels}, by its histogram",) if used < 16 else (), levels)
+
+
+def _sample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The brightest channel of evenly spaced pixels."""
+    step = max(1, math.isqrt(values.shape[0] * values.shape[1] // _SAMPLE))
+    return np.asarray(values[::step, ::step].max(axis=2))
+
+
+def _bits_of(sample: npt.NDArray[Any]) -> int:
+    """The number of bits that 16-bit pixels use. White that covers less than half can be burnt in."""
+    counts = np.bincount(sample.ravel(), minlength=_WHITE + 1)
+    if 2 * counts[_WHITE] < counts.sum():
+        counts[_WHITE] = 0
+    allowed = _BURNT_IN * counts.sum()
+    return next((bits for bits in _DEPTHS if counts[2**bits :].sum() <= allowed), 16)
+
+
+def _by_table(values: npt.NDArray[Any], bits: int, gamma: float) -> npt.NDArray[np.uint8]:
+    """Whole numbers of up to 16 bits as 8 bits: the upper eight of `bits`; more than `bits` is white."""
+    number = np.minimum(np.arange(np.iinfo(values.dtype).max + 1), 2**bits - 1)
+    shown = number >> (bits - 8) if bits > 8 else np.rint(number * (255 / (2**bits - 1)))
+    if gamma != 1.0:
+        shown = np.rint(255 * (number / (2**bits - 1)) ** gamma)
+    table, found = shown.astype(np.uint8), np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):
+        found[start : start + _ROWS] = table[values[start : start + _ROWS]]
+    return found
+
+
+def _from_wide(values: npt.NDArray[Any], sample: npt.NDArray[Any], bits: int | None, gamma: float) -> Scaled:
+    """Floats, and whole numbers with a sign or of 32 and more bits."""
+    floats = values.dtype.kind == "f"
+    ranges = _FLOAT_RANGES if floats else _FLOAT_RANGES[1:]
+    allowed = _BURNT_IN * sample.size
+    top = next((each for each in ranges if np.count_nonzero(sample > each) <= allowed), None)
+    if bits is not None and not floats and bits <= 16:
+        top = 2.0**bits - 1
+    if top is None:
+        raise ImageError("", f"pixels of the type {values.dtype} above 65535", SAVE_AS_RGB)
+    found = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _ROWS):
+        rows = values[start : start + _ROWS].astype(np.float64)
+        if not np.isfinite(rows).all() or rows.min(initial=0) < 0:
+            raise ImageError("", "pixels that are negative or no numbers", SAVE_AS_RGB)
+        found[start : start + _ROWS] = np.rint(255 * np.minimum(rows / top, 1) ** gamma)
+    levels = f"{values.dtype} from 0 to {top:g}"
+    return Scaled(found, (f"levels of {levels}, by its histogram",), levels)
+
+
+def on_white(colours: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8], ready: bool) -> Rgb:
+    """Put RGB on white.
+
+    Args:
+        colours: uint8, shape (height, width, 3).
+        alpha: opacity, uint8, shape (height, width).
+        ready: whether the colours are multiplied by the opacity already.
+
+    Raises:
+        ImageError: nothing in the picture is opaque.
+    """
+    if not alpha.any():
+        raise ImageError(
+            "",
+            "transparent everywhere, so that nothing of it is seen",
+            "save it without transparency, as RGB",
+        )
+    found = np.empty(colours.shape, np.uint8)
+    for start in range(0, len(colours), _ROWS):
+        cover = alpha[start : start + _ROWS, :, None].astype(np.uint16)
+        light = colours[start : start + _ROWS].astype(np.uint16)
+        light = light if ready else (light * cover + 127) // 255
+        found[start : start + _ROWS] = np.minimum(light + 255 - cover, 255)
+    return found
+
+
+def exponent(gamma: float | None) -> float:
+    """The exponent that brings the light of a file with this gamma (chunk gAMA) to that of screens."""
+    if gamma is None or not 0.2 <= gamma <= 5 or abs(gamma / _SCREEN_GAMMA - 1) < 0.05:
+        return 1.0
+    return _SCREEN_GAMMA / gamma
+
+
+def managed(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
+    """A picture of mode L, RGB or CMYK in the colours of sRGB, and a note if that changed them.
+
+    Args:
+        picture: mode L, RGB or CMYK.
+        profile: ICC profile of the file; None: it has none.
+    """
+    if profile is None:
+        return picture, ()
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(picture.mode, picture.mode):
+            return picture, ()  # common, and ignored by all viewers: a profile for other channels
+        # PERCEPTUAL is the intent that profiles of cameras and printers have tables for.
+        change = ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), picture.mode, "RGB", ImageCms.Intent.PERCEPTUAL
+        )
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
+        return picture, ("a colour profile that cannot be read was left aside",)
+    if picture.mode != "CMYK" and _changes_little(change, picture.mode):
+        return picture, ()
+    found = ImageCms.applyTransform(picture, change)
+    if found is None:
+        raise ImageError("", "its colour profile cannot be applied", "save it as sRGB")
+    return found, ("its colour profile was converted to sRGB",)
+
+
+def _changes_little(change: Any, mode: str) -> bool:
+    """Whether a transform leaves an even grid of colours as it is."""
+    from PIL import ImageCms
+
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    grid = steps[:, None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), axis=-1)
+    probe = Image.fromarray(grid.reshape(grid.shape[0], -1, *([] if mode == "L" else [3])))
+    found = ImageCms.applyTransform(probe, change)
+    return bool(np.abs(_plain(found).astype(int) - _plain(probe.convert("RGB"))).max() <= _SAME_COLOUR)
+
+
+def _plain(picture: Any) -> npt.NDArray[np.uint8]:
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def as_rgb(pixels: npt.NDArray[np.uint8], profile: bytes | None = None) -> tuple[Rgb, tuple[str, ...]]:
+    """8-bit grey, RGB or CMYK (by the number of channels: 1, 3 or 4) as RGB, with a note on its profile."""
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[pixels.shape[2]]
+    if profile is None and mode != "CMYK":
+        return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))), ()
+    flat = np.ascontiguousarray(pixels[:, :, 0] if mode == "L" else pixels)
+    size = (pixels.shape[1], pixels.shape[0])
+    picture, notes = managed(Image.frombytes(mode, size, flat.tobytes()), profile)
+    return np.array(picture if picture.mode == "RGB" else picture.convert("RGB"), np.uint8), notes
+
+
+def upright(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Turn pixels as the EXIF or TIFF tag Orientation (1 to 8) demands."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    flips: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
+    return np.flip(pixels, flips[orientation]) if orientation in flips else pixels
