@@ -75,8 +75,8 @@ def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, 
 
     Whole numbers of at most 16 bits keep their upper eight bits. Which bits a 16-bit picture uses is taken
     from `bits`, else from the histogram: the fewest bits of 8, 10, 12, 14 and 16 that at most 2 % of the
-    pixels exceed. Numbers with a decimal point, and whole numbers of 32 bits, have the range 0 to 1, 255,
-    1023, 4095, 16383 or 65535, by the same rule.
+    pixels exceed. Numbers with a decimal point have the range 0 to 1, 255, 1023, 4095, 16383 or 65535, by the
+    same rule.
 
     Args:
         values: shape (height, width, channels).
@@ -85,21 +85,28 @@ def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, 
         gamma: exponent of the light, 1 for no change.
 
     Raises:
-        ImageError: the numbers are negative, not finite, complex or larger than 65535.
+        ImageError: the numbers are negative, not finite, complex or above 65535, or contradict `bits`.
     """
     if values.dtype == bool or (values.dtype == np.uint8 and (bits or 8) == 8 and gamma == 1.0):
         return Scaled(values.astype(np.uint8) * 255 if values.dtype == bool else values)
     if values.dtype == np.uint8:
         return Scaled(_by_table(values, bits or 8, gamma))
-    sample = _sample(values[:, :, :colours])
-    if values.dtype.kind not in "uif":
+    if values.dtype.kind not in "uif" or values.dtype == np.int8:
         raise ImageError("", f"pixels of the type {values.dtype}", SAVE_AS_RGB)
+    sample = _sample(values[:, :, :colours])
     if not np.isfinite(sample).all() or (sample.size and float(sample.min()) < 0):
         raise ImageError("", "pixels that are negative or no numbers", SAVE_AS_RGB)
+    if values.dtype.kind == "f":
+        return _of_floats(values, sample, gamma)
     if values.dtype != np.uint16:
-        return _from_wide(values, sample, bits, gamma)
+        if int(values.min(initial=0)) < 0 or np.mean(sample > _WHITE) > _BURNT_IN:
+            raise ImageError("", "whole numbers that are negative or above 65535", SAVE_AS_RGB)
+        top = min(_WHITE, np.iinfo(values.dtype).max)
+        if values.dtype == np.int16 and _bits_of(sample) == 16:
+            bits = 15
+        return scaled(np.minimum(values, top).astype(np.uint16), bits, colours, gamma)
     guessed = _bits_of(sample)
-    if bits is not None and bits < guessed:
+    if bits is not None and bits < min(guessed, 15):
         raise ImageError("", f"its tags name {bits} bits, but its pixels need {guessed}", SAVE_AS_RGB)
     used = bits or guessed
     found = _by_table(values[:, :, :colours], used, gamma)
@@ -140,16 +147,10 @@ def _by_table(values: npt.NDArray[Any], bits: int, gamma: float) -> npt.NDArray[
     return found
 
 
-def _from_wide(values: npt.NDArray[Any], sample: npt.NDArray[Any], bits: int | None, gamma: float) -> Scaled:
-    """Floats, and whole numbers with a sign or of 32 and more bits."""
-    floats = values.dtype.kind == "f"
-    ranges = _FLOAT_RANGES if floats else _FLOAT_RANGES[1:]
-    allowed = _BURNT_IN * sample.size
-    top = next((each for each in ranges if np.count_nonzero(sample > each) <= allowed), None)
-    if bits is not None and not floats and bits <= 16:
-        top = 2.0**bits - 1
+def _of_floats(values: npt.NDArray[Any], sample: npt.NDArray[Any], gamma: float) -> Scaled:
+    top = next((each for each in _FLOAT_RANGES if np.mean(sample > each) <= _BURNT_IN), None)
     if top is None:
-        raise ImageError("", f"pixels of the type {values.dtype} above 65535", SAVE_AS_RGB)
+        raise ImageError("", "numbers with a decimal point above 65535", SAVE_AS_RGB)
     found = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), _ROWS):
         rows = values[start : start + _ROWS].astype(np.float64)
