@@ -6,32 +6,28 @@ two clean tables, and a report of what they contain and what was left out. Image
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pandera.pandas as pa
 
-from aplsmear.compute.engine import HERE, Engine, Here
-from aplsmear.data import labels, schema
-from aplsmear.data.copies import Fingerprint, fingerprint, groups, same_boxes, same_pictures
+from aplsmear.compute.engine import HERE, Engine
+from aplsmear.data import boxes, labels, schema
 from aplsmear.data.csvfile import read_csv
-from aplsmear.data.names import Distinct, declaration, image_path, name_problems, read_distinct
+from aplsmear.data.names import image_path, name_problems, read_distinct
+from aplsmear.data.notes import Notes, listed, sorted_ids
+from aplsmear.data.pictures import BOX_COLUMNS, with_boxes, with_images, without_copies
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
 from aplsmear.data.tasks import ANY, task_items, task_labels
-from aplsmear.images import reading as images
 from aplsmear.params import Task
-from aplsmear.progress import progress
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import misspelt
 
@@ -47,7 +43,6 @@ __all__ = [
 ]
 
 SMEAR_COLUMNS = ("smear", "image", "patient", "site", "diagnosis", "fab", "labels", "width", "height")
-BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
 CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX_COLUMNS)
 
@@ -56,9 +51,7 @@ _KINDS = {  # file -> column -> kind of the names in it
     SMEARS_FILE: {"id": "smear", "imgName": "image", "patient": "patient"},
     CELLS_FILE: {"id": "cell", "wsi": "smear"},
 }
-_NAMED = 5  # most rows named in one message
 _PATH = "correct the path of the folder"
-_FEW_IMAGES = 8  # checked faster in this process than by new ones
 _UNLABELLED = labels.SmearLabels((), (), "", ())
 _SOURCE = {column: (CELLS_FILE, title) for title, (column, _) in LABELS_OF_CELLS.items()}
 _SOURCE |= {"diagnosis": (SMEARS_FILE, "label"), "fab": (SMEARS_FILE, "label")}
@@ -77,25 +70,6 @@ class DataSet:
     smears: pd.DataFrame
     cells: pd.DataFrame
     report: dict[str, Any]
-
-
-@dataclass
-class _Notes:
-    """Problems and parts of the report, gathered while the data set is read."""
-
-    problems: list[Problem] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-    left_out: dict[str, Any] = field(default_factory=dict)
-    changed: dict[str, Any] = field(default_factory=dict)
-    unknown_labels: dict[str, dict[str, int]] = field(default_factory=dict)
-    distinct: Distinct = field(default_factory=Distinct)
-
-    def add(self, file: str, column: str, values: pd.Series, expected: str, fix: str) -> None:
-        """Add a problem for each of `values`, which has the row numbers as its index."""
-        self.problems += [
-            Problem(file, row, column, value, expected=expected, fix=fix)
-            for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
-        ]
 
 
 def read_data_set(
@@ -127,7 +101,7 @@ def read_data_set(
     Raises:
         DataSetError: with all problems.
     """
-    notes = _Notes()
+    notes = Notes()
     hide = pseudonyms.of if pseudonyms else _unhidden
     raw_smears, raw_cells = _raw_tables(root, labelled, hide, notes)
     smears = _smears(raw_smears, labelled, hide, notes)
@@ -136,15 +110,15 @@ def read_data_set(
         _check_spelling(cells, tasks, notes)
         if not notes.problems:  # else a class can seem empty because its rows have problems
             _check_tasks(smears, _with_patients(cells, smears), tasks, notes)
-    smears = _with_images(smears, root, engine, check_images, skip_bad_images, labelled, notes)
-    smears = _without_copies(smears, _has_patients(raw_smears), notes)
-    cells = _with_boxes(cells, smears, min_box, notes)
+    smears = with_images(smears, cells, root, engine, check_images, skip_bad_images, labelled, notes)
+    smears = without_copies(smears, _has_patients(raw_smears), notes)
+    cells = with_boxes(cells, smears, min_box, notes)
     if labelled:
         undiagnosed = smears["diagnosis"] == ""
-        notes.left_out["smears_without_diagnosis"] = _listed(smears["smear"][undiagnosed])
+        notes.left_out["smears_without_diagnosis"] = listed(smears["smear"][undiagnosed])
         smears = smears[~undiagnosed]
     known = cells["smear"].isin(set(smears["smear"]))
-    notes.left_out["cells_of_left_out_smears"] = _listed(cells["cell"][~known])
+    notes.left_out["cells_of_left_out_smears"] = listed(cells["cell"][~known])
     cells = _with_patients(cells[known], smears)
     if labelled and not notes.problems:  # again: a class can be empty after smears and cells are left out
         _check_tasks(smears, cells, tasks, notes)
@@ -162,7 +136,7 @@ def names_of(root: Path) -> list[tuple[str, str]]:
     Raises:
         DataSetError: the tables cannot be read.
     """
-    notes = _Notes()
+    notes = Notes()
     found: set[tuple[str, str]] = set()
     for declared in (schema.SMEARS, schema.CELLS):
         name = str(declared.name)
@@ -182,7 +156,7 @@ def names_of(root: Path) -> list[tuple[str, str]]:
 
 
 def _raw_tables(
-    root: Path, labelled: bool, hide: _Hide, notes: _Notes
+    root: Path, labelled: bool, hide: _Hide, notes: Notes
 ) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """The tables of smears and of cells, as text; no table of cells where there is no such file.
 
@@ -205,7 +179,7 @@ def _raw_tables(
 
 
 def _read(
-    root: Path, declared: pa.DataFrameSchema, labelled: bool, hide: _Hide, notes: _Notes
+    root: Path, declared: pa.DataFrameSchema, labelled: bool, hide: _Hide, notes: Notes
 ) -> pd.DataFrame | None:
     """The known columns of a CSV file; fields that break a rule are noted and stay in the table.
 
@@ -252,7 +226,7 @@ def _id(text: str) -> str:
     return re.sub(r"(?a)^(\d+)[.,]0+$", r"\1", labels.tidy(text))
 
 
-def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: _Notes) -> pd.DataFrame:
+def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: Notes) -> pd.DataFrame:
     """`SMEAR_COLUMNS` without the sizes, and `file`, the path of the image below the folder of the data set.
 
     Rows without a usable id or image name are dropped; their problems are noted already.
@@ -295,7 +269,7 @@ def _has_patients(raw: pd.DataFrame) -> bool:
     return "patient" in raw and bool((raw["patient"] != "").any())
 
 
-def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: _Notes) -> pd.Series:
+def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: Notes) -> pd.Series:
     if not _has_patients(raw):
         notes.remarks.append("no patient column: each smear counts as a patient")
         return raw["id"]
@@ -314,7 +288,7 @@ def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: _Notes) -> pd.Seri
     return given
 
 
-def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, notes: _Notes) -> pd.DataFrame:
+def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, notes: Notes) -> pd.DataFrame:
     """cell, smear, bbox (text) and labels; rows without a usable id, smear or box are dropped and noted."""
     if raw is None:
         raw = pd.DataFrame(columns=["id", "wsi", "bbox"], dtype=object)
@@ -324,7 +298,8 @@ def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, n
     cells = pd.DataFrame({"cell": raw["id"], "smear": raw["wsi"], "bbox": raw["bbox"]}, dtype=object)
     for column, (name, _) in LABELS_OF_CELLS.items():
         cells[name] = _mapped(raw[column], _cell_labels) if labelled and column in raw else ""
-    readable = _mapped(raw["bbox"], schema.is_box).astype(bool)
+    numbers = _mapped(raw["bbox"], lambda text: boxes.numbers_of(text) if text else ())
+    cells["numbers"], readable = numbers, numbers.notna()
     return cells[known & readable & (raw["id"] != "") & ~raw["id"].duplicated()]
 
 
@@ -336,7 +311,7 @@ def _cell_labels(text: str) -> str:
         return ""
 
 
-def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
+def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes) -> None:
     """Note labels of cells that are probably misspelt as problems, and count other unknown labels."""
     conditions = [condition for task in tasks.values() for condition in (task.positive, task.negative)]
     for column, (name, vocabulary) in LABELS_OF_CELLS.items():
@@ -357,148 +332,6 @@ def _check_spelling(cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Note
             notes.add(CELLS_FILE, column, fields, expected, "correct the spelling")
 
 
-# --- images and boxes -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Look:
-    """Size in px, SHA-256 and fingerprint of one image; `wrong` and `fix` if it cannot be read."""
-
-    height: int = 0
-    width: int = 0
-    content: str = ""
-    fingerprint: Fingerprint | None = None
-    wrong: str = ""
-    fix: str = ""
-
-
-def _look(path: Path, whole: bool) -> _Look:
-    try:
-        data = images.image_bytes(path)
-        if not whole:
-            return _Look(*images.image_size(path), hashlib.sha256(data).hexdigest())
-        rgb = images.decode(data)
-        found = fingerprint(rgb)
-        return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found)
-    except images.ImageError as error:
-        return _Look(wrong=error.what, fix=error.fix)
-
-
-def _with_images(
-    smears: pd.DataFrame,
-    root: Path,
-    engine: Engine,
-    whole: bool,
-    skip_bad: bool,
-    labelled: bool,
-    notes: _Notes,
-) -> pd.DataFrame:
-    """Add width, height and content; a smear with a bad image is a problem, or left out and listed."""
-    paths = [root / file for file in smears["file"]]
-    engine = engine if whole and len(paths) >= _FEW_IMAGES else Here(1)
-    looks = list(progress(engine.map(partial(_look, whole=whole), paths), "images", len(paths)))
-    otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
-    bad = {}
-    for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
-        if look.wrong and skip_bad:
-            bad[smear] = f"{image}: {look.wrong}"
-        elif look.wrong:
-            expected, fix = f"a whole picture: {look.wrong}", f"{look.fix}, or {otherwise}"
-            notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
-    notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
-    seen = smears.assign(
-        height=[look.height for look in looks],
-        width=[look.width for look in looks],
-        content=[look.content for look in looks],
-        fingerprint=pd.Series([look.fingerprint for look in looks], index=smears.index, dtype=object),
-    )
-    return seen[seen["content"] != ""]
-
-
-def _without_copies(smears: pd.DataFrame, has_patients: bool, notes: _Notes) -> pd.DataFrame:
-    """Count smears with the same picture as one patient, or note them if they contradict each other."""
-    smears = smears.sort_values("content")
-    images = smears["image"].tolist()
-    alike = same_pictures([one for one in smears["fingerprint"] if one is not None])
-    for places in smears.reset_index().groupby("content").groups.values():
-        alike += [*pairwise(places), *((places[0], place) for place in places[2:])]
-    alike = [pair for pair in alike if not notes.distinct.declares("image", *(images[one] for one in pair))]
-    for _, found in smears.groupby(groups(len(smears), alike)):
-        if len(found) == 1:
-            continue
-        group = found.sort_index()
-        ids = _sorted_ids(group["smear"])
-        if not has_patients:
-            smears.loc[group.index, "patient"] = ids[0]
-        if len(set(group["patient"] if has_patients else group["diagnosis"]) - {""}) > 1:
-            for row, image in zip(group.index.tolist(), group["image"].tolist(), strict=True):
-                others = group["image"].drop(row).iloc[:_NAMED]
-                named = ", ".join(map(str, others.index))
-                expected = f"a picture of its own; row {named} has the same with another patient or label"
-                fix = "delete the wrong row, or give both rows the same patient and label, or, "
-                names = (one.removeprefix(f"{IMAGE_FOLDER}/") for one in (image, others.iloc[0]))
-                fix += declaration("image", *names)
-                notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
-        else:
-            notes.remarks.append(f"the same picture, counted as one patient: smears {', '.join(ids)}")
-    return smears.sort_index()
-
-
-def _with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: _Notes) -> pd.DataFrame:
-    """Boxes as numbers, clipped to their image; cells without a box or with a small one are left out."""
-    empty = cells["bbox"] == ""
-    notes.left_out["cells_without_box"] = _listed(cells["cell"][empty])
-    cells = cells[~empty]
-    found = [match.groups() for match in map(schema.BOX.fullmatch, cells["bbox"]) if match]
-    box = np.array(found, dtype=np.int64).reshape(-1, 4)
-    start, end = box[:, :2], box[:, 2:]
-    sizes = smears.set_index("smear")[["height", "width"]].reindex(cells["smear"])
-    seen = sizes["height"].notna().to_numpy()
-    size = sizes.fillna(np.iinfo(np.int32).max).to_numpy(dtype=np.int64)
-
-    swapped = np.any(end < start, axis=1)
-    outside = ((start >= size) | (end <= 0)).any(axis=1) & (end > start).all(axis=1) & seen
-    rows, texts = cells.index.tolist(), cells["bbox"].tolist()
-    for place in np.flatnonzero(swapped | outside).tolist():
-        height, width = size[place].tolist()
-        expected = f"a box inside its image of {height} px height and {width} px width"
-        fix = "correct the box (y comes first) or the smear, or leave the box empty"
-        if swapped[place]:
-            expected = "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]"
-            fix = "put the numbers in order, or leave the box empty"
-        problem = Problem(CELLS_FILE, rows[place], "bbox", texts[place], expected=expected, fix=fix)
-        notes.problems.append(problem)
-
-    inside = np.concatenate([np.clip(start, 0, size), np.clip(end, 0, size)], axis=1)
-    small = (inside[:, 2:] - inside[:, :2] < min_box).any(axis=1)
-    fine = ~swapped & ~outside
-    notes.left_out["cells_with_box_under_min_box"] = _listed(cells["cell"][small & fine])
-    notes.changed["boxes_clipped"] = _listed(cells["cell"][(inside != box).any(axis=1) & fine & ~small])
-    numbers = pd.DataFrame(inside, index=cells.index, columns=list(BOX_COLUMNS))
-    cells = pd.concat([cells, numbers], axis=1).iloc[np.flatnonzero(fine & ~small)]
-    _check_same_cells(cells, notes)
-    return cells
-
-
-def _check_same_cells(cells: pd.DataFrame, notes: _Notes) -> None:
-    """Note cells with nearly the same box: a problem if their types differ, else a remark."""
-    rows, types, ids = cells.index.tolist(), cells["cell_type"].tolist(), cells["cell"].tolist()
-    same = same_boxes(cells[list(BOX_COLUMNS)].to_numpy(), cells["smear"].tolist())
-    for first, second in same:
-        if "" != types[first] != types[second] != "":
-            expected = f"one type for one cell; row {rows[first]} has the box {cells['bbox'].iloc[first]}"
-            fix = "correct the type or the box, or delete one of the rows"
-            title = "cellType"
-            notes.problems.append(
-                Problem(CELLS_FILE, rows[second], title, types[second], expected=expected, fix=fix)
-            )
-    if same:
-        notes.remarks.append(
-            f"{len(same)} pairs of cells have nearly the same box and count twice, such as "
-            + " and ".join(_sorted_ids(ids[place] for place in same[0]))
-        )
-
-
 # --- tasks, order, report -------------------------------------------------------------------------
 
 
@@ -508,7 +341,7 @@ def _with_patients(cells: pd.DataFrame, smears: pd.DataFrame) -> pd.DataFrame:
     return cells.merge(of_smear, on="smear", how="left").fillna("")
 
 
-def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes) -> None:
+def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes) -> None:
     """Note each task without a positive or without a negative item, and the labels that it needs."""
     for name, task in tasks.items():
         items = task_items(cells if task.images == "cell" else smears, task.level)
@@ -537,31 +370,18 @@ def _label_counts(column: pd.Series) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _listed(ids: Iterable[str]) -> dict[str, Any]:
-    listed = _sorted_ids(ids)
-    return {"count": len(listed), "ids": listed}
-
-
-def _sorted_ids(ids: Iterable[str]) -> list[str]:
-    """Ids sorted by number if all are whole numbers, else as text."""
-    listed = list(ids)
-    if all(re.fullmatch(r"[0-9]{1,18}", one) for one in listed):
-        return sorted(listed, key=lambda one: (int(one), one))
-    return sorted(listed)
-
-
 def _in_order(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
     """These columns, rows sorted by smear, then by cell."""
     keys = [column for column in ("smear", "cell") if column in columns]
 
     def rank(ids: pd.Series) -> pd.Series:
-        return ids.map({one: number for number, one in enumerate(_sorted_ids(ids.unique()))})
+        return ids.map({one: number for number, one in enumerate(sorted_ids(ids.unique()))})
 
     return table[list(columns)].sort_values(keys, key=rank, ignore_index=True)
 
 
 def _report(
-    smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: _Notes
+    smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes
 ) -> dict[str, Any]:
     tables = {"smears": smears, "patients": smears.drop_duplicates("patient"), "cells": cells}
     found = {

@@ -6,7 +6,6 @@ are written for the person who keeps the spreadsheet.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath, PureWindowsPath
@@ -15,13 +14,10 @@ import pandas as pd
 import pandera.pandas as pa
 from pandera.errors import SchemaError, SchemaErrors
 
-from aplsmear.data import labels
+from aplsmear.data import boxes, labels
 from aplsmear.data.problems import Problem
 
 SMEARS_FILE, CELLS_FILE, IMAGE_FOLDER = "wsi.csv", "labeled_cells.csv", "wsi"
-
-_NUMBER = r"(-?\d{1,9})(?:\.0*)?"
-BOX = re.compile(rf"\s*[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[\])]\s*")
 
 LABELS_OF_CELLS = {  # column of the CSV -> column of dataset/cells.csv, known labels
     "cellType": ("cell_type", labels.CELL_TYPES),
@@ -38,11 +34,6 @@ KAGGLE_CELL_COLUMNS = (
     "objectType", "bbox", *MEASURES,
 )  # fmt: skip
 IDS = frozenset({"id", "wsi", "patient", "site"})
-
-
-def is_box(text: str) -> bool:
-    """Whether a text is a box, ``[y0, x0, y1, x1]``, or empty."""
-    return not text or BOX.fullmatch(text) is not None
 
 
 def leaves_folder(name: str) -> bool:
@@ -101,7 +92,7 @@ _CELL_LABELS = pa.Check(
     description="correct it (examples: {'Promyelocyte'}, {'Auer rods', 'Faggot cell'}), or leave it empty",
 )
 _BOX = pa.Check(
-    _each(is_box),
+    _each(boxes.is_whole),
     name="box",
     error="[y0, x0, y1, x1], four whole numbers in px",
     description="correct the box, or leave it empty: then the cell is left out",

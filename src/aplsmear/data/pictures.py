@@ -1,0 +1,200 @@
+"""The pictures of smears, and the boxes of cells in them: read once, compared and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from aplsmear.compute.engine import Engine, Here
+from aplsmear.data import boxes
+from aplsmear.data.copies import Fingerprint, fingerprint, groups, same_boxes, same_pictures
+from aplsmear.data.names import declaration
+from aplsmear.data.notes import Notes, listed, sorted_ids
+from aplsmear.data.problems import Problem
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.images import reading as images
+from aplsmear.progress import progress
+
+BOX_COLUMNS = ("y0", "x0", "y1", "x1")
+_NAMED = 5  # most rows named in one message
+_FEW_IMAGES = 8  # checked faster in this process than by new ones
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What is kept of one image; `wrong` and `fix` if it cannot be read."""
+
+    height: int = 0
+    width: int = 0
+    content: str = ""
+    fingerprint: Fingerprint | None = None
+    darkness: boxes.Darkness | None = None
+    wrong: str = ""
+    fix: str = ""
+
+
+def _look(part: tuple[Path, boxes.Numbers], whole: bool) -> _Look:
+    path, numbers = part
+    try:
+        data = images.image_bytes(path)
+        if not whole:
+            return _Look(*images.image_size(path), hashlib.sha256(data).hexdigest())
+        rgb = images.decode(data)
+        found = fingerprint(rgb)
+        return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found, boxes.darkness(rgb, numbers))
+    except images.ImageError as error:
+        return _Look(wrong=error.what, fix=error.fix)
+
+
+def with_images(
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    root: Path,
+    engine: Engine,
+    whole: bool,
+    skip_bad: bool,
+    labelled: bool,
+    notes: Notes,
+) -> pd.DataFrame:
+    """Add width, height and content; a smear with a bad image is a problem, or left out and listed."""
+    found = cells[cells["numbers"].astype(bool)].groupby("smear")["numbers"]
+    numbers = {smear: np.array(given.tolist(), dtype=np.float64) for smear, given in found}
+    none = np.empty((0, 4))
+    smear_files = zip(smears["smear"].tolist(), smears["file"].tolist(), strict=True)
+    parts = [(root / file, numbers.get(smear, none)) for smear, file in smear_files]
+    engine = engine if whole and len(parts) >= _FEW_IMAGES else Here(1)
+    looks = list(progress(engine.map(partial(_look, whole=whole), parts), "images", len(parts)))
+    otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
+    bad = {}
+    for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
+        if look.wrong and skip_bad:
+            bad[smear] = f"{image}: {look.wrong}"
+        elif look.wrong:
+            expected, fix = f"a whole picture: {look.wrong}", f"{look.fix}, or {otherwise}"
+            notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
+    notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
+    seen = smears.assign(
+        height=[look.height for look in looks],
+        width=[look.width for look in looks],
+        content=[look.content for look in looks],
+        fingerprint=pd.Series([look.fingerprint for look in looks], index=smears.index, dtype=object),
+        darkness=pd.Series([look.darkness for look in looks], index=smears.index, dtype=object),
+    )
+    return seen[seen["content"] != ""]
+
+
+def without_copies(smears: pd.DataFrame, has_patients: bool, notes: Notes) -> pd.DataFrame:
+    """Count smears with the same picture as one patient, or note them if they contradict each other."""
+    smears = smears.sort_values("content")
+    images = smears["image"].tolist()
+    alike = same_pictures([one for one in smears["fingerprint"] if one is not None])
+    for places in smears.reset_index().groupby("content").groups.values():
+        alike += [*pairwise(places), *((places[0], place) for place in places[2:])]
+    alike = [pair for pair in alike if not notes.distinct.declares("image", *(images[one] for one in pair))]
+    for _, found in smears.groupby(groups(len(smears), alike)):
+        if len(found) == 1:
+            continue
+        group = found.sort_index()
+        ids = sorted_ids(group["smear"])
+        if not has_patients:
+            smears.loc[group.index, "patient"] = ids[0]
+        if len(set(group["patient"] if has_patients else group["diagnosis"]) - {""}) > 1:
+            for row, image in zip(group.index.tolist(), group["image"].tolist(), strict=True):
+                others = group["image"].drop(row).iloc[:_NAMED]
+                named = ", ".join(map(str, others.index))
+                expected = f"a picture of its own; row {named} has the same with another patient or label"
+                fix = "delete the wrong row, or give both rows the same patient and label, or, "
+                names = (one.removeprefix(f"{IMAGE_FOLDER}/") for one in (image, others.iloc[0]))
+                fix += declaration("image", *names)
+                notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
+        else:
+            notes.remarks.append(f"the same picture, counted as one patient: smears {', '.join(ids)}")
+    return smears.sort_index()
+
+
+def with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: Notes) -> pd.DataFrame:
+    """Boxes as numbers, clipped to their image; cells without a box or with a small one are left out."""
+    empty = cells["bbox"] == ""
+    notes.left_out["cells_without_box"] = listed(cells["cell"][empty])
+    cells = cells[~empty]
+    numbers = np.array(cells["numbers"].tolist(), dtype=np.float64).reshape(-1, 4)
+    sizes = smears.set_index("smear")[["height", "width"]].reindex(cells["smear"])
+    seen = sizes["height"].notna().to_numpy()
+    if _check_order(cells[seen], numbers[seen], sizes[seen].to_numpy(np.float64), smears["darkness"], notes):
+        return cells.iloc[:0].assign(**dict.fromkeys(BOX_COLUMNS, 0))
+    whole = (numbers == np.rint(numbers)).all(axis=1)  # the others are noted already
+    cells, box, seen = cells[whole], numbers[whole].astype(np.int64), seen[whole]
+    start, end = box[:, :2], box[:, 2:]
+    size = sizes[whole].fillna(np.iinfo(np.int32).max).to_numpy(dtype=np.int64)
+
+    swapped = np.any(end < start, axis=1)
+    outside = ((start >= size) | (end <= 0)).any(axis=1) & (end > start).all(axis=1) & seen
+    rows, texts = cells.index.tolist(), cells["bbox"].tolist()
+    for place in np.flatnonzero(swapped | outside).tolist():
+        height, width = size[place].tolist()
+        expected = f"a box inside its image of {height} px height and {width} px width"
+        fix = "correct the box (y comes first) or the smear, or leave the box empty"
+        if swapped[place]:
+            expected, fix = (
+                "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]",
+                "correct the box, or leave it empty",
+            )
+        problem = Problem(CELLS_FILE, rows[place], "bbox", texts[place], expected=expected, fix=fix)
+        notes.problems.append(problem)
+
+    inside = np.concatenate([np.clip(start, 0, size), np.clip(end, 0, size)], axis=1)
+    small = (inside[:, 2:] - inside[:, :2] < min_box).any(axis=1)
+    fine = ~swapped & ~outside
+    notes.left_out["cells_with_box_under_min_box"] = listed(cells["cell"][small & fine])
+    notes.changed["boxes_clipped"] = listed(cells["cell"][(inside != box).any(axis=1) & fine & ~small])
+    clipped = pd.DataFrame(inside, index=cells.index, columns=list(BOX_COLUMNS))
+    cells = pd.concat([cells, clipped], axis=1).iloc[np.flatnonzero(fine & ~small)]
+    _check_same_cells(cells, notes)
+    return cells
+
+
+def _check_order(
+    cells: pd.DataFrame, numbers: boxes.Numbers, sizes: boxes.Numbers, dark: pd.Series, notes: Notes
+) -> bool:
+    """Whether all boxes together have another order or unit: one problem instead of one for each box."""
+    found = [one for one in dark if one is not None]
+    whole = sum(found[1:], found[0]) if found else None
+    readings = boxes.other_readings(numbers, sizes, whole)
+    notes.remarks += filter(None, [] if readings else [boxes.from_one(numbers), boxes.off_nuclei(whole)])
+    if not readings:
+        return False
+    notes.problems = [one for one in notes.problems if (one.file, one.column) != (CELLS_FILE, "bbox")]
+    named = " or ".join(f"[{order}] in {unit}" for order, unit in readings)
+    right = np.rint(boxes.as_read(numbers[:1], sizes[:1], *readings[0])[0]).astype(int).tolist()
+    fix = f"write all boxes as [y0, x0, y1, x1] in px: in row {cells.index[0]}, {right}"
+    if len(readings) > 1:
+        fix = "look which it is, and write all boxes as [y0, x0, y1, x1] in px"
+    expected = f"[y0, x0, y1, x1] in px; all boxes together fit only as {named}"
+    value = cells["bbox"].iloc[0]
+    notes.problems.append(Problem(CELLS_FILE, None, "bbox", value, expected=expected, fix=fix))
+    return True
+
+
+def _check_same_cells(cells: pd.DataFrame, notes: Notes) -> None:
+    """Note cells with nearly the same box: a problem if their types differ, else a remark."""
+    rows, types, ids = cells.index.tolist(), cells["cell_type"].tolist(), cells["cell"].tolist()
+    same = same_boxes(cells[list(BOX_COLUMNS)].to_numpy(), cells["smear"].tolist())
+    for first, second in same:
+        if "" != types[first] != types[second] != "":
+            expected = f"one type for one cell; row {rows[first]} has the box {cells['bbox'].iloc[first]}"
+            fix = "correct the type or the box, or delete one of the rows"
+            title = "cellType"
+            notes.problems.append(
+                Problem(CELLS_FILE, rows[second], title, types[second], expected=expected, fix=fix)
+            )
+    if same:
+        notes.remarks.append(
+            f"{len(same)} pairs of cells have nearly the same box and count twice, such as "
+            + " and ".join(sorted_ids(ids[place] for place in same[0]))
+        )
