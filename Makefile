@@ -49,6 +49,7 @@ test: venv  ## format, lint, types and the whole test suite, on WORKERS=2 proces
 bench: demo  ## speed, memory and other laboratories, compared with other ways; writes benchmarks/results/
 	@python benchmarks/tuning.py
 	@python benchmarks/shift.py
+	@python benchmarks/forward.py
 	@python benchmarks/scale.py
 
 fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, decompression bombs: how each ends (half an hour)

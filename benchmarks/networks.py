@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.backbones import cut_network
+from aplsmear.images.reading import read_image
 from aplsmear.params import JOINT, Backbone, Level
 
 
@@ -21,4 +26,39 @@ def keras_network(settings: Backbone, level: Level, seed: int) -> Any:
     joined = {layer: [means[part] for part in layer.split(JOINT)] for layer in settings.layer}
     return keras.Model(
         image, {layer: keras.ops.concatenate(parts, axis=1) for layer, parts in joined.items()}
+    )
+
+
+def write_live_weights(path: Path, settings: Backbone, smear: Path) -> None:
+    """Write untrained weights whose features do not fade with depth.
+
+    Each batch normalisation takes the mean and variance of its inputs for tiles of a smear. Without this,
+    features fade to zeros.
+    """
+    keras = start_tensorflow().keras
+    network, preprocess = cut_network(settings, "cell", 1)
+    network.trainable = True
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    size, image = settings.input_size["cell"], read_image(smear)
+    rows, columns = (side // size for side in image.shape[:2])
+    tiles = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
+    batch = tiles.reshape(-1, size, size, 3)[:256]
+    network(preprocess(batch.astype(np.float32)), training=True)
+    network.save_weights(path)
+
+
+def gflop(network: Any) -> float:
+    """Billions of multiplications and additions of the convolutions and dense layers, for one image."""
+    import keras
+
+    layers = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
+    return (
+        sum(
+            2 * float(np.prod(layer.kernel.shape)) * float(np.prod(layer.output.shape[1:-1]))
+            for layer in network.layers
+            if isinstance(layer, layers)
+        )
+        / 1e9
     )

@@ -27,9 +27,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,14 @@ import cv2
 import numpy as np
 import pandas as pd
 import yaml
+from forward import compare
 from matplotlib.figure import Figure
-from networks import keras_network
+from networks import write_live_weights
 from record import ROOT, commit, machine
 
-from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.features.backbones import cut_network
-from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
-from aplsmear.features.store import write_features
+from aplsmear.cpu import PINNED
 from aplsmear.files import write_json
-from aplsmear.images.reading import decode, read_image
-from aplsmear.images.view_store import read_index, read_views
+from aplsmear.images.view_store import read_views
 from aplsmear.params import Backbone, read_params
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table
@@ -307,23 +303,6 @@ def prepare(folder: Path, data: Path, form: Form) -> None:
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
 
 
-def write_live_weights(path: Path, settings: Backbone, smear: Path) -> None:
-    """Filters without training whose features are alive at every depth: each batch normalisation takes the
-    mean and variance that it sees in tiles of a smear. As Keras draws them, they fade to zeros on the way."""
-    keras = start_tensorflow().keras
-    network, preprocess = cut_network(settings, "cell", SEED)
-    network.trainable = True
-    for layer in network.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = 0.0
-    size, image = settings.input_size["cell"], read_image(smear)
-    rows, columns = (side // size for side in image.shape[:2])
-    tiles = image[: rows * size, : columns * size].reshape(rows, size, columns, size, 3).swapaxes(1, 2)
-    batch = tiles.reshape(-1, size, size, 3)[:256]
-    network(preprocess(batch.astype(np.float32)), training=True)
-    network.save_weights(path)
-
-
 @dataclass
 class Watched:
     """What a command took.
@@ -348,7 +327,8 @@ class Watched:
 
 def watched(command: Sequence[str], folder: Path) -> Watched:
     """Run a command, and look at its processes several times a second."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # Our stages set the limits of `aplsmear.cpu` themselves; Keras's way has none.
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", *PINNED}}
     found = Watched()
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -419,45 +399,17 @@ def demand(session: int) -> dict[str, float]:
 # --- the forward pass alone ----------------------------------------------------------------------------
 
 
-def forward_speeds(folder: Path, batches: int = 40, rounds: int = 4) -> dict[str, float]:
-    """Speed of the stage's way, from encoded views to features on disk, over that of two bare forward passes
-    on pixels in memory: ONNX Runtime's, and TensorFlow's as it starts on this processor; by turns, in CPU
-    time."""
-    tf = start_tensorflow()
+def forward_speeds(folder: Path) -> dict[str, float]:
+    """Speed of `bottleneck` over that of bare forward passes, on cells of this set; see forward.py."""
     settings = read_params(folder / "params.yaml").backbones[BACKBONE]
-    views, graph = folder / "augmented" / "cell" / "views.parquet", folder / f"backbones/{BACKBONE}/cell.onnx"
-    batch = batch_of(settings, "cell")
-    request = FeatureRequest(BACKBONE, graph, "cell", (LAYER,), batch)
-    index = read_index(views)[: batch * batches]
-    pixels = [
-        np.stack([decode(view.image) for view in each]) for each in islice(read_views(views, batch), batches)
-    ]
-    keras, runtime = keras_network(settings, "cell", 1), Network(graph, [LAYER])
-    traced = tf.function(lambda images: keras(images, training=False))
-
-    def tensorflow() -> float:
-        return cpu_seconds(lambda: [traced(images)[LAYER].numpy() for images in pixels])
-
-    def onnx_runtime() -> float:
-        return cpu_seconds(lambda: [runtime.features(images) for images in pixels])
-
-    def ours(out: Path) -> float:
-        features = features_of(islice(read_views(views, batch), batches), request)
-        return cpu_seconds(lambda: write_features(out, index, [LAYER], features))
-
-    tensorflow(), onnx_runtime()
-    with tempfile.TemporaryDirectory() as out:
-        took = np.array([(tensorflow(), onnx_runtime(), ours(Path(out))) for _ in range(rounds)]).sum(axis=0)
+    views = (
+        view for each in read_views(folder / "augmented" / "cell" / "views.parquet", 256) for view in each
+    )
+    found = compare(settings, views)
     return {
-        "forward_fraction": float(took[1] / took[2]),
-        "bottleneck_vs_tensorflow_forward": float(took[0] / took[2]),
+        "forward_fraction": found["forward_fraction"],
+        "bottleneck_vs_tensorflow_forward": found["vs_tensorflow"]["as_it_starts"],
     }
-
-
-def cpu_seconds(function: Callable[[], object]) -> float:
-    started = time.process_time()
-    function()
-    return time.process_time() - started
 
 
 # --- Keras's way ---------------------------------------------------------------------------------------
