@@ -75,7 +75,8 @@ RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --for
   --override requirements.overrides --no-header --no-annotate --quiet $(UPGRADE)
 lock: venv  ## bring both lock files in line with pyproject.toml (newest versions of all: UPGRADE=--upgrade)
 	$(RESOLVE) --extra dev --output-file requirements.lock
-	$(RESOLVE) --extra dev --extra gpu --constraints requirements.lock --output-file requirements-gpu.lock
+	$(RESOLVE) --override requirements-gpu.overrides --extra dev --extra gpu --constraints requirements.lock \
+	  --output-file requirements-gpu.lock
 
 # uvx runs these tools in environments of their own; they examine the lock file and .venv.
 audit: venv  ## known vulnerabilities of all that the lock file pins (asks osv.dev)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from aplsmear.compute.engine import engine_of
-from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.compute.runtime import device_note, start_tensorflow
 from aplsmear.features.backbones import weight_files, write_graph
 from aplsmear.features.forward import FeatureRequest, batch_of, features_of_file, partition
 from aplsmear.features.store import write_features
@@ -23,6 +23,8 @@ def main(name: str) -> None:
     backbone = named(params.backbones, name, "backbones")
     views = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     start_tensorflow(gpus=False)
+    if device_note():
+        print(device_note(), file=sys.stderr)
     for file in filter(Path.is_file, weight_files(backbone)):
         if not backbone.sha256:
             print(

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 
+from aplsmear.compute import runtime
 from aplsmear.compute.runtime import start_tensorflow
 
 SRC = str(Path(__file__).parents[2] / "src")
@@ -58,6 +60,34 @@ def test_a_gpu_that_tensorflow_does_not_see_is_reported(tmp_path):
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     (line,) = started("", PATH=str(tmp_path)).stderr.splitlines()
     assert "on CPU, though there is an NVIDIA driver" in line
+
+
+@pytest.mark.parametrize(
+    ("there", "works", "chosen"),
+    [
+        (["CPUExecutionProvider"], False, "CPU"),
+        (["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"], True, "CUDA"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], False, "CPU"),  # the package without a GPU
+    ],
+)
+def test_networks_run_on_a_gpu_that_works_and_the_user_is_told(there, works, chosen, monkeypatch):
+    class Session:
+        def __init__(self, _: bytes, __: object, providers: list[str]) -> None:
+            self.get_providers = lambda: providers if works else providers[-1:]
+
+    runtime.providers.cache_clear()
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    assert runtime.device() == chosen
+    assert runtime.providers()[-1] == "CPUExecutionProvider"
+    assert ("on a GPU (CUDA)" in runtime.device_note()) == (chosen == "CUDA")
+    runtime.providers.cache_clear()
+
+
+def test_an_empty_network_runs_on_the_cpu_where_a_provider_does_not_work():
+    with pytest.warns(UserWarning, match="not in available provider names"):  # without onnxruntime-gpu
+        session = runtime._session_on("CUDAExecutionProvider")
+    assert session.get_providers() == ["CPUExecutionProvider"]
 
 
 def test_messages_of_libraries_are_shown_when_the_import_fails(monkeypatch, capfd):

@@ -10,6 +10,7 @@ import typer
 
 from aplsmear import cpu
 from aplsmear.cli.base import app, fail, params_here, params_if_any
+from aplsmear.compute.runtime import device_note
 
 if TYPE_CHECKING:
     from aplsmear.ensembles.combination import Combination
@@ -55,8 +56,8 @@ def predict(
     from aplsmear.tables import write_table
 
     _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
-    if cpu.note():
-        typer.echo(cpu.note(), err=True)
+    for line in filter(None, (cpu.note(), device_note())):
+        typer.echo(line, err=True)
     bundle = read_bundle(ensemble)
     models = Models(bundle, bundle.outer_fold_of(fold))
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:

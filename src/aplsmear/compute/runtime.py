@@ -8,8 +8,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # read when TensorFlow is imported; 0: all messages, 3: only fatal ones
 
 
@@ -48,17 +50,41 @@ def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
     return tf
 
 
+@cache
 def providers() -> list[str]:
-    """What ONNX Runtime runs networks on: a GPU (with the package onnxruntime-gpu), else the CPU."""
+    """What ONNX Runtime runs networks on: a GPU that works (package onnxruntime-gpu), else the CPU."""
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+    if _CUDA in onnxruntime.get_available_providers():  # also where there is no GPU
+        onnxruntime.preload_dlls()  # CUDA as TensorFlow brings it
+        if _CUDA in _session_on(_CUDA).get_providers():
+            return [_CUDA, _CPU]
+    return [_CPU]
+
+
+def _session_on(provider: str) -> Any:
+    """A session with an empty network. ONNX Runtime takes the CPU where the provider does not work."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "empty", info[:1], info[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # only fatal messages
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider, _CPU])
 
 
 def device() -> str:
     """The first of `providers` in short: CUDA or CPU."""
     return providers()[0].removesuffix("ExecutionProvider")
+
+
+def device_note() -> str:
+    """A line for the user of a GPU, on which features differ; else ''."""
+    if device() == "CPU":
+        return ""
+    return f"Features are computed on a GPU ({device()}): their last digits differ from those of a CPU."
 
 
 @contextmanager
