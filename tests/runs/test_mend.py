@@ -3,21 +3,24 @@
 A stage refuses to run in what a killed `dvc exp run` has left, and names this command.
 """
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from dvc.scm import Git
 
 from aplsmear.errors import UserError
-from aplsmear.runs.mend import mend
+from aplsmear.runs.mend import is_dvc, mend
 from clones import ROOT, commit, run, start
 from flips import flip
 
@@ -215,6 +218,57 @@ def test_a_person_may_leave_the_branch(place: Path, how: str) -> None:
     assert branch(place) == "## HEAD (no branch)"
 
 
+def by_hand(place: Path) -> str:
+    """Leave the branch as a person does, and return the commit."""
+    commit_ = run(place, "git", "rev-parse", "HEAD").strip()
+    run(place, "git", "checkout", "--quiet", commit_)
+    return commit_
+
+
+def before_it(place: Path) -> None:
+    by_hand(place)
+    kill(begun(place, *EXPERIMENT))
+
+
+def after_one_beside_the_workspace(place: Path) -> None:
+    kill(begun(place, *EXPERIMENT, "--temp"))
+    by_hand(place)
+
+
+def after_it(place: Path) -> None:
+    kill(begun(place, *EXPERIMENT))
+    run(place, "git", "checkout", "--quiet", "--force", "main")
+    by_hand(place)
+
+
+@pytest.mark.parametrize("left", [before_it, after_one_beside_the_workspace, after_it])
+def test_the_branch_stays_left_where_a_person_left_it_before_or_after_an_experiment_that_was_killed(
+    place: Path, left: Callable[[Path], None]
+) -> None:
+    left(place)
+    assert list(mend(place)) != []
+    assert branch(place) == "## HEAD (no branch)"
+    assert list(mend(place)) == []
+
+
+def test_mending_in_one_worktree_leaves_what_another_one_needs(place: Path) -> None:
+    tree = place.parent / "other tree"
+    run(place, "git", "worktree", "add", "--quiet", "-b", "other", str(tree))
+    (place / "notes").write_text(NOTES)
+    git = Git(str(place))
+    taken_away(git, place)
+    git.close()
+    refs = run(place, "git", "for-each-ref")
+    (line,) = mend(tree)
+    assert f"killed in {place}, too" in line
+    assert run(place, "git", "for-each-ref") == refs
+    assert "your uncommitted changes are here again: notes" in list(mend(place))
+    assert (place / "notes").read_text() == NOTES
+    assert branch(place) == "## main"
+    assert list(mend(tree)) == list(mend(place)) == []
+    assert branch(tree) == "## other"
+
+
 def in_the_stash(git: Git, place: Path) -> None:
     git.stash.push()
     git.checkout(git.get_rev(), detach=True)
@@ -229,6 +283,8 @@ def for_the_experiment(git: Git, place: Path) -> None:
 
 def taken_away(git: Git, place: Path) -> None:
     kept = run(place, "git", "stash", "create").strip()
+    with git.detach_head(client="dvc"):
+        pass
     run(place, "git", "update-ref", "refs/exps/exec/EXEC_MERGE", kept)
     git.checkout(git.get_rev(), detach=True, force=True)
 
@@ -256,17 +312,63 @@ def test_changes_that_dvc_held_when_it_was_killed_are_here_again(
 def test_what_a_person_put_into_the_stash_stays_there(place: Path) -> None:
     (place / "notes").write_text(NOTES)
     run(place, "git", "stash")
-    git = Git(str(place))
-    git.checkout(git.get_rev(), detach=True)  # by DVC, at once, which held a lock when it was killed
-    git.close()
+    time.sleep(1.1)  # git's times are seconds
     lock = place / ".dvc" / "tmp" / "exps" / "rwlock"
     lock.parent.mkdir()
     lock.write_text(json.dumps({"read": {}, "write": {"workspace": {"pid": 1, "cmd": "dvc exp run"}}}))
+    git = Git(str(place))
+    git.checkout(git.get_rev(), detach=True)  # by DVC, which held the lock when it was killed
+    git.close()
     assert any("branch main again" in line for line in mend(place))
     assert run(place, "git", "stash", "list").count("\n") == 1
+
+
+def test_a_dvc_of_another_user_counts_if_a_list_of_dvc_names_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system hides the folder of such a process, and some systems its command line."""
+    other = SimpleNamespace(pid=os.getpid(), info={"cmdline": ["/usr/bin/dvc", "exp", "run"], "cwd": None})
+    monkeypatch.setattr("psutil.process_iter", lambda _: [other])
+    assert list(mend(place)) == []  # it may run in another repository
+    folder = place / ".dvc" / "tmp" / "exps" / "run" / "workspace"
+    folder.mkdir(parents=True)
+    (folder / "workspace.json").write_text(json.dumps({"pid": os.getpid(), "stdin": None}))
+    for words in (other.info["cmdline"], None):
+        other.info["cmdline"] = words
+        with pytest.raises(UserError, match=f"DVC is running here .process {os.getpid()}"):
+            list(mend(place))
+    other.info["cmdline"] = ["/usr/bin/vim"]  # the number is used again
+    assert list(mend(place)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_one"),
+    [
+        ("/a b/.venv/bin/python /a b/.venv/bin/dvc repro", True),
+        ("python3.11 -u -m dvc exp queue-worker", True),
+        ("python -P -m dvc repro", True),
+        ("dvc repro", True),
+        ("vim dvc", False),
+        ("tail -f dvc", False),
+        ("", False),
+    ],
+)
+def test_a_command_line_of_dvc_is_told_from_others(line: str, is_one: bool) -> None:
+    assert is_dvc(line.replace("a b", "a-b").split()) == is_one
 
 
 def test_where_git_fails_mend_says_why(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     with pytest.raises(UserError, match="dubious ownership"):
+        list(mend(place))
+
+
+def test_where_another_user_owns_the_repository_mend_says_so(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_right(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", ".dvc/tmp/lock")
+
+    monkeypatch.setattr("aplsmear.runs.mend._lock", no_right)
+    with pytest.raises(UserError, match=r"\.dvc/tmp/lock: you may not write there.*user who owns"):
         list(mend(place))

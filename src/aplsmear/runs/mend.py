@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def mend(folder: Path) -> Iterator[str]:
     try:
         with _lock(folder):
             for process in running_dvc(folder):
-                words = " ".join(process.info["cmdline"])
+                words = " ".join(process.info["cmdline"] or ["of another user"])
                 raise UserError(
                     f"DVC is running here (process {process.pid}, {words}): wait until it has ended."
                 )
@@ -58,6 +59,10 @@ def mend(folder: Path) -> Iterator[str]:
                 yield from _mend_outs(repo, folder)
     except LockError:
         raise UserError("DVC is running here: wait until it has ended.") from None
+    except PermissionError as error:
+        raise UserError(
+            f"{error.filename}: you may not write there. Type this as the user who owns the repository."
+        ) from None
     except NotDvcRepoError:
         raise UserError(f"{folder.resolve()} cannot be opened as a DVC repository.") from None
 
@@ -78,23 +83,45 @@ def _lock(folder: Path) -> Any:
 
 def is_dvc(words: Sequence[str] | None) -> bool:
     """Whether a command line is DVC's; None, of a process that the system does not show to us, is not."""
-    return any(Path(word).name == "dvc" for word in (words or [])[:3])
+    first, *rest = (words or [])[:5] or [""]
+    if Path(first).name.startswith("python"):
+        first = next((word for word in rest if not word.startswith("-")), "")
+    return Path(first).name == "dvc"
 
 
 def running_dvc(folder: Path) -> Iterator[Any]:
-    """The processes (of psutil) of DVC in the repository, in any of its worktrees: they share git's refs."""
+    """The processes (of psutil) of DVC in the repository, in any of its worktrees: they share git's refs.
+
+    The system may hide the folder or the command line of another user's process. Such a process counts if
+    DVC's lists of locks or of running experiments have its number.
+    """
     import psutil
 
-    listed = git(folder, "worktree", "list", "--porcelain").splitlines()
-    trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+    trees = worktrees(folder)
+    listed = {number for tree in trees for number in _listed(tree)}
     for process in psutil.process_iter(["cmdline", "cwd"]):
-        where = process.info["cwd"]
-        if (
-            where
-            and is_dvc(process.info["cmdline"])
-            and any(Path(where).is_relative_to(tree) for tree in trees)
+        where, words = process.info["cwd"], process.info["cmdline"]
+        hidden = process.pid in listed and (words is None or (where is None and is_dvc(words)))
+        if hidden or (
+            where and is_dvc(words) and any(Path(where).is_relative_to(tree.resolve()) for tree in trees)
         ):
             yield process
+
+
+def worktrees(folder: Path) -> list[Path]:
+    """The top folders of all worktrees of the repository that are on this machine."""
+    listed = git(folder, "worktree", "list", "--porcelain").split("\n")
+    trees = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
+    return [tree for tree in trees if tree.is_dir()]
+
+
+def _listed(tree: Path) -> set[int]:
+    """The numbers of the processes that DVC has in its lists of locks and of running experiments."""
+    temporary = tree / ".dvc" / "tmp"
+    files = [temporary / "rwlock", tree / _EXPERIMENTS / "rwlock"]
+    files += (tree / _EXPERIMENTS / "run").glob("*/*.json")
+    text = "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    return {int(number) for number in re.findall(r'"pid": *(\d+)', text)}
 
 
 def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
@@ -107,8 +134,8 @@ def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
     Raises:
         GitError: git does not work here.
     """
-    if branch := _left_branch(folder, alive=mine is not None and mine.samefile(folder)):
-        yield f"git is off its branch {branch}"
+    if left := _left(folder, alive=mine is not None and mine.samefile(folder)):
+        yield f"git is off its branch {left.branch}"
     if _is_put_aside(folder):
         yield "your uncommitted changes are in `git stash`"
     if _refs(folder, (_WAITING,)):
@@ -168,23 +195,28 @@ def _is_cut_off(path: Path) -> bool:
 
 
 def _mend_experiments(folder: Path) -> Iterator[str]:
-    """Repair what a killed `dvc exp run` has left; no experiment may be running."""
-    branch, aside = _left_branch(folder), _is_put_aside(folder)
-    if branch and _refs(folder, (_MERGE,)):
+    """Repair what a killed `dvc exp run` has left; no experiment may be running.
+
+    All worktrees have the same refs. They stay until no other worktree needs them.
+    """
+    left, aside = _left(folder), _is_put_aside(folder)
+    if left and left.has_merge:
         # DVC removes all changes from the workspace, and then takes them back from there.
-        lost = git(
-            folder, "diff", "--name-only", f"{_MERGE}^", _MERGE, "--", ".", ":(exclude).dvc/tmp"
-        ).split()
+        show = ("diff", "-z", "--name-only", f"{_MERGE}^", _MERGE, "--", ".", ":(exclude).dvc/tmp")
+        lost = git(folder, *show).rstrip("\0")
         if lost and git(folder, "diff", "--quiet", f"{_MERGE}^", fails=1) is not None:
             git(folder, "stash", "apply", _MERGE)
-            yield f"your uncommitted changes are here again: {', '.join(lost)}"
-    for ref in _refs(folder, _REFS):
+            yield f"your uncommitted changes are here again: {', '.join(lost.split(chr(0)))}"
+    others = [tree for tree in worktrees(folder) if not tree.samefile(folder) and _left(tree)]
+    for tree in others:
+        yield f"an experiment was killed in {tree}, too: type `aplsmear mend` there"
+    for ref in [] if others else _refs(folder, _REFS):
         git(folder, "update-ref", "-d", ref)
         yield f"removed {ref}: it belonged to an experiment that was killed"
-    if branch:
-        git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{branch}")
+    if left:
+        git(folder, "symbolic-ref", "-m", "aplsmear mend", "HEAD", f"refs/heads/{left.branch}")
         git(folder, "restore", "--staged", ":/")  # the index alone, as DVC does it
-        yield f"git is on the branch {branch} again"
+        yield f"git is on the branch {left.branch} again"
     for path in _beside(folder):
         shutil.rmtree(path)
         yield f"removed {path}: an experiment that was killed ran there"
@@ -206,52 +238,68 @@ def _beside(folder: Path) -> list[Path]:
     return sorted((folder.resolve() / _EXPERIMENTS / "standalone").glob("tmp*"))
 
 
-def _left_branch(folder: Path, alive: bool = False) -> str | None:
-    """The branch that a killed `dvc exp run` took git off.
+@dataclass(frozen=True)
+class _Left:
+    """How a killed `dvc exp run` left a worktree off its branch.
+
+    Attributes:
+        branch: the branch.
+        has_merge: whether `_MERGE` holds the changes of this worktree, and not those of another one.
+    """
+
+    branch: str
+    has_merge: bool
+
+
+def _left(folder: Path, alive: bool = False) -> _Left | None:
+    """Whether a killed `dvc exp run` took git off its branch.
 
     Args:
-        folder: the top of a repository.
+        folder: the top of a worktree.
         alive: an experiment runs in the workspace, which takes git off its branch as long as it does.
 
     Returns:
-        The branch; None: git is on a branch, a person took it off, or commits were made since.
+        None: git is on a branch, a person took it off, or commits were made since.
     """
     if git(folder, "symbolic-ref", "--quiet", "HEAD", fails=1):
         return None
     moves = list(dropwhile(lambda each: re.match(_OWN_MOVES, each[1]), _moves(folder)))
-    found = re.fullmatch(rf"checkout: moving from (\S+) to {_COMMIT}", moves[0][1] if moves else "")
-    if not found or (alive and not _is_older(folder, "logs/HEAD", _MERGE)):
-        return None  # DVC sets its ref first, and then takes git off the branch
+    when, move = moves[0] if moves else (0, "")
+    found = re.fullmatch(rf"checkout: moving from (\S+) to {_COMMIT}", move)
+    # DVC sets its ref first, and then takes git off the branch.
+    merged = int(git(folder, "for-each-ref", "--format=%(creatordate:unix)", _MERGE) or 0)
+    if not found or (alive and when >= merged):
+        return None
     branch = f"refs/heads/{found[1]}"
     if not git(folder, "for-each-ref", branch) or git(folder, "rev-list", f"HEAD..{branch}"):
         return None
     ahead = git(folder, "log", "--format=%s", f"{branch}..HEAD").splitlines()
     if not all(each.startswith("dvc: commit experiment") for each in ahead):
         return None
-    # A person can detach HEAD in the same way (`git checkout COMMIT`). DVC does it twice, the second time
-    # right after the end of the first; in the first it holds a lock, and may have put changes aside.
+    # A person can detach HEAD in the same way (`git checkout COMMIT`), also before the experiment or after
+    # its end. DVC does it twice, the second time right after the end of the first. In the first it has just
+    # written its list of locks, or has put changes aside. Before the second it writes a file about the run.
     ended = f"dvc: Restore HEAD to '{found[1]}'"
-    twice = [move for when, move in moves[:3] if moves[0][0] - when <= _STASHING] == [
-        found[0],
-        ended,
-        found[0],
-    ]
+    last = [each for then, each in moves[:3] if when - then <= _STASHING]
+    twice = last == [move, ended, move]
+    has_merge = twice and 0 <= when - merged <= _STASHING
+    runs = (folder / _EXPERIMENTS / "run").glob("*/*.run")
+    began = [_time(run) for run in runs if '"location": "workspace"' in run.read_text("utf-8")]
     lock = folder / _EXPERIMENTS / "rwlock"
+    locked = _time(lock) if lock.exists() and '"workspace"' in lock.read_text("utf-8") else 0
+    before = moves[1][0] if len(moves) > 1 else 0
     sure = (
-        twice
-        or (not alive and _refs(folder, _REFS))
-        or (lock.exists() and '"workspace"' in lock.read_text(encoding="utf-8"))
+        has_merge
+        or (twice and any(0 <= when - time <= _STASHING for time in began))
+        or (before < locked <= when <= locked + _STASHING)
         or _is_put_aside(folder)
     )
-    return found[1] if sure else None
+    return _Left(found[1], has_merge) if sure else None
 
 
-def _is_older(folder: Path, one: str, other: str) -> bool:
-    """Whether a file of git was changed before another one."""
-    times = [
-        (folder / git(folder, "rev-parse", "--git-path", name)).stat().st_mtime_ns for name in (one, other)
-    ]
-    return bool(times[0] < times[1])
+def _time(path: Path) -> int:
+    """When a file was written: seconds since 1970, as git counts them."""
+    return int(path.stat().st_mtime)
 
 
 def _moves(folder: Path) -> list[tuple[int, str]]:
