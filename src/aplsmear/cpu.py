@@ -54,18 +54,19 @@ def lacking(cpuinfo: str) -> list[str]:
     return [name for name in ("avx2", "fma") if flags and name not in flags[1].split()]
 
 
-def _cpuinfo() -> str:
+def cpuinfo() -> str:
+    """What Linux says of the processor; empty elsewhere."""
     path = Path("/proc/cpuinfo")  # Linux alone; a processor of a Mac has no AVX-512
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-_LACKING = lacking(_cpuinfo())
+_LACKING = lacking(cpuinfo())
 
 PINNED = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # NumPy ignores what is not there
-    "OPENCV_CPU_DISABLE": opencv_disable(_cpuinfo()),
+    "OPENCV_CPU_DISABLE": opencv_disable(cpuinfo()),
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 } | ({} if _LACKING else {"OPENBLAS_CORETYPE": _KERNELS})  # whose kernels would end the process
 

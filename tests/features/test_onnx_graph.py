@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.cpu import cpuinfo
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import OPERATIONS, PIXELS, GraphError, only, read_graph
@@ -232,6 +234,85 @@ def test_emulated_processors_give_the_same_bits(keras, tmp_path):
     assert len(here.split()) == 4
     for processor in ("Haswell", "EPYC-Milan"):
         assert output_of(DIGESTS, *graphs, processor=processor) == here
+
+
+EACH_OPERATION = """
+import hashlib, sys
+import numpy as np
+import onnxruntime
+from onnx import ValueInfoProto, helper, numpy_helper
+rng = np.random.default_rng(1)
+x = rng.normal(0, 4, (3, 48, 7, 9)).astype(np.float32)
+def weights(*shape): return rng.normal(0, 1, shape).astype(np.float32)
+window = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+more = {
+    "Add": ([weights(1, 48, 1, 1)], {}), "AveragePool": ([], window), "Cast": ([], {"to": 10}),
+    "Clip": ([np.float32(0), np.float32(6)], {}), "Concat": ([weights(3, 5, 7, 9)], {"axis": 1}),
+    "Conv": ([weights(32, 48, 1, 1)], {}), "Gather": ([np.array([5, 3])], {"axis": 1}),
+    "HardSigmoid": ([], {"alpha": 1 / 6}), "LayerNormalization": ([weights(9), weights(9)], {"axis": -1}),
+    "MaxPool": ([], window), "Mul": ([weights(1, 48, 1, 1)], {}), "Softmax": ([], {"axis": 1}),
+    "Pad": ([np.array([0, 0, 1, 1, 0, 0, 1, 1])], {}), "Transpose": ([], {"perm": [0, 2, 3, 1]}),
+    "Slice": ([np.array([1]), np.array([5]), np.array([2])], {}),
+}
+for kind in sys.argv[1:]:
+    values, attributes = more.get(kind, ([], {}))
+    tensors = [numpy_helper.from_array(np.asarray(value), f"w{n}") for n, value in enumerate(values)]
+    node = helper.make_node(kind, ["x", *(each.name for each in tensors)], ["y"], **attributes)
+    image = helper.make_tensor_value_info("x", 1, x.shape)
+    graph = helper.make_graph([node], "g", [image], [ValueInfoProto(name="y")], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    print(kind, hashlib.sha256(session.run(None, {"x": x})[0].tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
+def test_each_operation_that_a_graph_may_have_gives_the_same_bits_on_emulated_processors():
+    kinds = sorted(OPERATIONS)
+    here = output_of(EACH_OPERATION, *kinds)
+    assert len(here.splitlines()) == len(OPERATIONS)
+    for processor in ("Haswell", "EPYC"):
+        assert output_of(EACH_OPERATION, *kinds, processor=processor) == here
+
+
+@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
+@pytest.mark.skipif(" avx512f " not in cpuinfo(), reason="this processor has no AVX-512 to compare with")
+def test_softmax_differs_with_avx512_and_is_refused():
+    here, other = (output_of(EACH_OPERATION, "Softmax", processor=each) for each in ("", "Haswell"))
+    assert here != other, "OPERATIONS can have Softmax now"
+    with pytest.raises(GraphError, match="that no backbone has: Softmax"):
+        read_graph(of_nodes(helper.make_node("Softmax", ["x"], ["y"])))
+
+
+@pytest.mark.parametrize(
+    ("shape", "opened", "refused"),
+    [
+        ((32, 48, 3, 3), False, True),  # computed in blocks, whose size depends on the processor
+        ((32, 48, 3, 3), True, False),
+        ((32, 48, 1, 1), False, False),
+        ((20, 48, 1, 1), False, True),  # the last block is not full
+        ((32, 3, 3, 3), False, False),
+        ((48, 1, 3, 3), False, False),
+    ],
+)
+def test_a_convolution_whose_bits_depend_on_the_processor_is_refused(shape, opened, refused):
+    count = shape[0] if shape[1] == 1 else 1
+    pixels = helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, ["images", 8, 8, shape[1] * count])
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["images", None, None, None])
+    nodes = [
+        helper.make_node("Cast", [PIXELS], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["cast"], ["x"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["x", "w"], ["out"], group=count),
+    ]
+    inputs = [pixels, helper.make_tensor_value_info("w", TensorProto.FLOAT, shape)][: 2 if opened else 1]
+    weights = [numpy_helper.from_array(np.zeros(shape, np.float32), "w")]
+    graph = helper.make_graph(nodes, "g", inputs, [out], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with pytest.raises(GraphError, match="gives other bits") if refused else nullcontext():
+        read_graph(model.SerializeToString())
 
 
 def test_an_unknown_application_is_an_error_before_anything_is_written(tmp_path):

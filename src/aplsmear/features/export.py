@@ -23,10 +23,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from aplsmear.features.onnx_graph import PIXELS, GraphError
+from aplsmear.features.onnx_graph import BLOCK, PIXELS, GraphError
 
 OPSET, IR_VERSION = 18, 10  # fixed, so a later release of onnx writes the same bytes
-_BLOCK = 16  # channels
 _ROWS, _COLUMNS = 2, 3  # axes of (images, channels, rows, columns)
 _NONE = (0, 0, 0, 0)
 
@@ -152,7 +151,7 @@ class _Graph:
     def scaled(self, x: _Map, factor: np.ndarray, offset: np.ndarray) -> _Map:
         """A factor and an offset for each channel."""
         x = self.stored(x)
-        if x.width % _BLOCK == 0:  # as a convolution, into which ONNX Runtime fuses an activation function
+        if x.width % BLOCK == 0:  # as a convolution, into which ONNX Runtime fuses an activation function
             return self.convolved(x, factor[:, None, None, None], offset, depthwise=True)
         name, shape = x.name, (1, -1, 1, 1)
         if (factor != 1).any():
@@ -190,14 +189,14 @@ class _Graph:
             attributes: strides and dilations.
         """
         count, _, *window = kernel.shape
-        width = x.width if depthwise else -(-count // _BLOCK) * _BLOCK
+        width = x.width if depthwise else -(-count // BLOCK) * BLOCK
         places = x.places if depthwise else np.arange(count)
         weights = np.zeros((width, 1 if depthwise else x.width, *window))
         weights[places[:, None], [[0]] if depthwise else x.places] = kernel
         biases = np.zeros(width)
         biases[places] = bias
         name = self.constant(weights)
-        if not depthwise and window != [1, 1] and x.width >= _BLOCK:
+        if not depthwise and window != [1, 1] and x.width >= BLOCK:
             self._open.append(name)
         name = self.node(
             "Conv",
@@ -459,7 +458,7 @@ def _standardisation(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 def _layer_normalisation(graph: _Graph, call: _Call) -> _Map:
     layer, x = call.layer, graph.stored(call.inputs[0])
     if list(layer.axis) not in ([-1], [3]) or x.width != len(x.places):
-        raise _unsupported(layer, f"does not normalise over a multiple of {_BLOCK} channels")
+        raise _unsupported(layer, f"does not normalise over a multiple of {BLOCK} channels")
     name = graph.node("Transpose", [x.name], perm=[0, 2, 3, 1])
     weights = [graph.constant(layer.gamma), graph.constant(layer.beta)]
     name = graph.node("LayerNormalization", [name, *weights], epsilon=layer.epsilon, axis=-1)

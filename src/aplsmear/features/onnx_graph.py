@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 from aplsmear.errors import UserError, brief
 
 PIXELS = "pixels"  # name of the input: uint8 (images, side, side, 3), RGB
+# Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax, for one, does not.
 OPERATIONS = frozenset(
     {
         "Add",
@@ -35,6 +36,7 @@ OPERATIONS = frozenset(
         "Transpose",
     }
 )
+BLOCK = 16  # channels; ONNX Runtime stores maps in blocks of as many with AVX-512, of half as many with AVX2
 _LARGEST = 2**28  # numbers in one tensor of a graph, for one image
 
 
@@ -75,7 +77,8 @@ def read_graph(content: bytes) -> onnx.ModelProto:
 
     Raises:
         GraphError: it is no graph, or does more than a graph of `aplsmear.features.export`: another
-            operation, a function, weights in another file, or a tensor that is too large for memory.
+            operation, a function, a convolution whose bits depend on the processor, weights in another file,
+            or a tensor that is too large for memory.
     """
     try:
         model = onnx.load_model_from_string(content)
@@ -89,11 +92,26 @@ def read_graph(content: bytes) -> onnx.ModelProto:
         raise GraphError(
             f"the graph has operations that no backbone has: {', '.join(unknown) or 'functions'}"
         )
+    _check_convolutions(model.graph)
     weights = [*model.graph.initializer, *(each.values for each in model.graph.sparse_initializer)]
     if any(each.data_location == TensorProto.EXTERNAL for each in weights):
         raise GraphError("the graph takes weights from another file: put them into the graph")
     _check_sizes(model)
     return model
+
+
+def _check_convolutions(graph: onnx.GraphProto) -> None:
+    """Refuse a convolution whose order of sums depends on the processor (see `aplsmear.features.export`)."""
+    shapes, opened = {each.name: each.dims for each in graph.initializer}, {each.name for each in graph.input}
+    for node in graph.node:
+        if node.op_type == "Conv":
+            filters, channels, *window = shapes.get(node.input[1], [1, 1])
+            in_blocks = channels >= BLOCK and max(window) > 1 and node.input[1] not in opened
+            if filters % BLOCK or in_blocks:
+                raise GraphError(
+                    f"the convolution {node.output[0]!r} of the graph gives other bits with AVX-512 than "
+                    "without: write the graph again with this version (`dvc repro`)"
+                )
 
 
 def _check_sizes(model: onnx.ModelProto) -> None:
