@@ -1,6 +1,6 @@
 """Speed of `bottleneck`, from encoded views to features on disk, beside bare forward passes.
 
-Usage: python benchmarks/forward.py
+Usage: python benchmarks/forward.py [NAME ...]   (names of backbones, as demo/mobilenet; otherwise all)
 
 For each backbone of params.yaml and profiles/, and for MobileNet at 64 px, with cells of a drawn smear and
 untrained filters (see `networks.write_live_weights`):
@@ -19,6 +19,7 @@ counts is CPU time. Results: benchmarks/results/forward.json.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from aplsmear.cpu import PINNED
 from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.forward import FeatureRequest, Network, features_of_file
 from aplsmear.features.store import write_features
+from aplsmear.files import write_json
 from aplsmear.images.augmentation import Pyramid
 from aplsmear.images.reading import decode_jpeg, read_image
 from aplsmear.images.view_store import View, ViewWriter, read_index, read_views
@@ -57,7 +59,7 @@ WAYS = {  # -> environment variables
     "tensorflow_onednn_1": {ONEDNN: "1"},
     "sgemm": {"OPENBLAS_NUM_THREADS": "1"},
 }
-ROUNDS, PIXELS, SIDE = 5, 2**23, 2048  # rounds; pixels of all views of a round; side of the matrices
+ROUNDS, GFLOP, SIDE = 5, 150, 2048  # rounds; arithmetic of a network in a round; side of the matrices
 EXTRA = {  # beside the backbones of the profiles
     "mobilenet-64": {
         "application": "MobileNet",
@@ -70,20 +72,21 @@ EXTRA = {  # beside the backbones of the profiles
 
 
 def main() -> None:
-    found: dict[str, Any] = {"machine": machine(), "commit": commit(), "backbones": {}}
+    wanted = sys.argv[1:] or list(backbones())
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         draw_data_set(work / "drawn", 3, 1)
         smear = next((work / "drawn" / "wsi").iterdir())
-        for backbone, raw in backbones().items():
-            settings = Backbone.model_validate(raw | {"weights": "none", "sha256": ""})
+        for backbone in wanted:
+            settings = Backbone.model_validate(backbones()[backbone] | {"weights": "none", "sha256": ""})
             weights = work / f"{backbone.replace('/', '-')}.weights.h5"
             write_live_weights(weights, settings, smear)
             settings = settings.model_copy(update={"weights": str(weights)})
             views = drawn_views(smear, settings.input_size["cell"])
-            found["backbones"][backbone] = row = compare(settings, views)
-            print(backbone, json.dumps(row), flush=True)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            found[backbone] = {"machine": machine(), "commit": commit()} | compare(settings, views)
+            write_json(RESULTS, found)
+            print(backbone, json.dumps(found[backbone]), flush=True)
 
 
 def backbones() -> dict[str, dict[str, Any]]:
@@ -119,8 +122,8 @@ def compare(settings: Backbone, views: Iterable[View]) -> dict[str, Any]:
         settings: of the backbone, with the path of its weights.
         views: at least as many as one round takes.
     """
-    batches = -(-PIXELS // (settings.input_size["cell"] ** 2 * settings.batch))
-    count = batches * settings.batch
+    amount = gflop(cut_network(settings, "cell", 1)[0])
+    count = math.ceil(GFLOP / amount / settings.batch) * settings.batch
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         write_graph(work / "cell.onnx", settings, "cell", 1)
@@ -136,7 +139,6 @@ def compare(settings: Backbone, views: Iterable[View]) -> dict[str, Any]:
                 took[way] += worker.run()
         for worker in workers.values():
             worker.close()
-    gflop_per_image = workers["tensorflow"].gflop
     speed = {way: ROUNDS * count / seconds for way, seconds in took.items() if way != "sgemm"}
     limit = ROUNDS * 2 * SIDE**3 / 1e9 / took["sgemm"]
     return {
@@ -147,9 +149,9 @@ def compare(settings: Backbone, views: Iterable[View]) -> dict[str, Any]:
             if way.startswith("tensorflow")
         },
         "forward_fraction": speed["stage"] / speed["onnx_runtime"],
-        "gflop_per_image": gflop_per_image,
+        "gflop_per_image": amount,
         "sgemm_gflop_per_cpu_second": limit,
-        "arithmetic_fraction": gflop_per_image * speed["stage"] / limit,
+        "arithmetic_fraction": amount * speed["stage"] / limit,
         "images": count,
     }
 
@@ -169,7 +171,7 @@ class _Worker:
         )
         self._asks: Any = self._process.stdin
         self._answers: Any = self._process.stdout
-        self.gflop = self._number()
+        self._number()  # it is ready
 
     def _number(self) -> float:
         line = self._answers.readline()
@@ -189,53 +191,49 @@ class _Worker:
 
 
 def work_for(way: str, work: Path) -> None:
-    """Prepare a way and print GFLOP per image, if known; then for each line of stdin its CPU seconds."""
+    """Prepare a way and print a 0; then, for each line of stdin, its CPU seconds."""
     prepare = {"sgemm": _sgemm, "stage": _stage, "onnx_runtime": _onnx_runtime}.get(way, _tensorflow)
-    amount, function = prepare(work)
+    function = prepare(work)
     function()
-    print(amount, flush=True)
+    print(0, flush=True)
     for _ in sys.stdin:
         started = time.process_time()
         function()
         print(time.process_time() - started, flush=True)
 
 
-def _sgemm(_: Path) -> tuple[float, Callable[[], object]]:
+def _sgemm(_: Path) -> Callable[[], object]:
     a, b = np.random.default_rng(1).random((2, SIDE, SIDE), dtype=np.float32)
-    return 0.0, lambda: a @ b
+    return lambda: a @ b
 
 
 def _request(work: Path) -> tuple[Any, Any]:
-
     settings = Backbone.model_validate_json((work / "settings.json").read_text(encoding="utf-8"))
     return settings, FeatureRequest("b", work / "cell.onnx", "cell", tuple(settings.layer), settings.batch)
 
 
 def _pixels(work: Path) -> tuple[Any, Any, list[np.ndarray]]:
-
     settings, request = _request(work)
     batches = read_views(work / "views.parquet", settings.batch)
     return settings, request, [np.stack([decode_jpeg(view.image) for view in each]) for each in batches]
 
 
-def _stage(work: Path) -> tuple[float, Callable[[], object]]:
-
+def _stage(work: Path) -> Callable[[], object]:
     settings, request = _request(work)
     path = work / "views.parquet"
-    return 0.0, lambda: write_features(
+    return lambda: write_features(
         work / "features", read_index(path), settings.layer, features_of_file(path, request)
     )
 
 
-def _onnx_runtime(work: Path) -> tuple[float, Callable[[], object]]:
-
+def _onnx_runtime(work: Path) -> Callable[[], object]:
     _, request, pixels = _pixels(work)
     network = Network(request.graph, request.layers)
     pool = ThreadPoolExecutor(joblib.cpu_count())
-    return 0.0, lambda: list(pool.map(network.features, pixels))
+    return lambda: list(pool.map(network.features, pixels))
 
 
-def _tensorflow(work: Path) -> tuple[float, Callable[[], object]]:
+def _tensorflow(work: Path) -> Callable[[], object]:
     settings, _, pixels = _pixels(work)
     for name in PINNED:
         os.environ.pop(name, None)  # TensorFlow reads them after its import
@@ -244,8 +242,7 @@ def _tensorflow(work: Path) -> tuple[float, Callable[[], object]]:
 
     network = keras_network(settings, "cell", 1)
     traced = tf.function(lambda images: network(images, training=False))
-    amount = gflop(cut_network(settings, "cell", 1)[0])
-    return amount, lambda: [[each.numpy() for each in traced(images).values()] for images in pixels]
+    return lambda: [[each.numpy() for each in traced(images).values()] for images in pixels]
 
 
 if __name__ == "__main__":
