@@ -87,3 +87,8 @@ def test_twin_stages_differ_in_the_name_of_the_ensemble_only() -> None:
     """dvc.yaml repeats the deps of the two ensembles, because DVC accepts no list inside a list."""
     healthy, aml = STAGES["ensemble_apl_healthy"], STAGES["ensemble_apl_aml"]
     assert [dep.replace("apl_healthy", "apl_aml") for dep in healthy["deps"]] == aml["deps"]
+
+
+def test_no_stage_reads_what_finetune_writes() -> None:
+    """Its bytes depend on the processor, and would pass this on (docs/safety.md)."""
+    assert [name for name, stage in STAGES.items() if any("finetuned" in dep for dep in stage["deps"])] == []
