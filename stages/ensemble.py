@@ -20,7 +20,7 @@ def main(name: str) -> None:
 
     out = Path(f"ensembles/{name}")
     write_results(out, results)
-    write_model(out / "model", results, params)
+    write_model(out / "model", results, params.backbones, params.augment, params.dataset.min_box, params.seed)
     write_page(out / "report.html", findings)
     write_model_card(out / "model_card.md", findings)
 

@@ -360,6 +360,13 @@ class Ensemble(Strict):
         return self
 
 
+class External(Strict):
+    """A labelled cohort that took no part in training, and the ensemble that is judged on it."""
+
+    ensemble: Name
+    root: str = Field(min_length=1)
+
+
 class CombineSpace(Strict):
     """What the search for a combination chooses from."""
 
@@ -396,6 +403,7 @@ class Params(Strict):
     overrides: dict[TaskName, Tune]  # params.yaml has only what differs from `tune` in the row of a task
     tasks: dict[Name, Task] = Field(min_length=1)
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
+    external: dict[Name, External]
     combine: Combine
 
     @model_validator(mode="before")
@@ -419,6 +427,14 @@ class Params(Strict):
             if row.pick.get(task, 0) >= row.trials:
                 number = row.pick[task]
                 raise ValueError(f"{task} has no trial {number} to pick: it has {row.trials}, counted from 0")
+        return rows
+
+    @field_validator("external")
+    @classmethod
+    def _judges_by_ensembles(cls, rows: dict[str, External], info: ValidationInfo) -> dict[str, External]:
+        if "ensembles" in info.data:
+            asked = (row.ensemble for row in rows.values())
+            _among("there is no ensemble", asked, info.data["ensembles"])
         return rows
 
     def tune_of(self, task: str) -> Tune:

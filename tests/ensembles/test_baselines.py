@@ -12,7 +12,8 @@ from aplsmear.features.store import Features
 
 def test_the_ensemble_is_compared_with_members_and_plain_baselines() -> None:
     patients, members = cohort(n=12, folds=3, strength=1.5)
-    baselines = baselines_of(patients, members, ["m1", "not a member"], 1)
+    judged = baselines_of(patients, members, ["m1", "not a member"], 1)
+    baselines = {name: each.table["probability"].to_numpy() for name, each in judged.items()}
     assert list(baselines) == ["m0 alone", "m1 alone", "m2 alone", "share of m1 cells", "plain average"]
     table = compare(
         patients, judge(patients, members, RIDGE, 0, 1).table["probability"].to_numpy(), baselines
@@ -47,8 +48,12 @@ def test_the_baseline_on_pooled_features_finds_a_signal_and_no_more() -> None:
     noise = random.normal(size=(len(patients), 40))
     signal = noise + 3 * patients["label"].to_numpy()[:, None] * (np.arange(40) < 3)
     signal[0] = np.nan  # a patient without cells
-    found = pooled_baseline(patients, {"a": noise, "b": signal})
+    found, model = pooled_baseline(patients, {"a": noise, "b": signal})
     assert compare(patients, found, {})["auroc"][0] > 0.9
     turned = patients.assign(label=np.where(patients["fold"] == 1, 1 - patients["label"], patients["label"]))
     there = (patients["fold"] == 1).to_numpy()
-    np.testing.assert_array_equal(pooled_baseline(turned, {"a": noise, "b": signal})[there], found[there])
+    again, _ = pooled_baseline(turned, {"a": noise, "b": signal})
+    np.testing.assert_array_equal(again[there], found[there])
+    assert model.layer == "b"
+    new = model.probability(np.array([[3.0] * 3 + [0.0] * 37, [0.0] * 40, [np.nan] * 40]))
+    assert new[1] < new[2] < new[0]

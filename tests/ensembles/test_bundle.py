@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_combination import RIDGE, cohort
 
+from aplsmear.ensembles.baselines import Pooled
 from aplsmear.ensembles.bundle import (
     BundleError,
     Member,
@@ -18,7 +19,7 @@ from aplsmear.ensembles.bundle import (
     reference_features,
     write_bundle,
 )
-from aplsmear.ensembles.combination import as_json, judge
+from aplsmear.ensembles.combination import Candidate, as_json, judge
 from aplsmear.ensembles.familiarity import make_cloud
 from aplsmear.heads.head import Head, write_heads
 from aplsmear.params import Augment, Backbone
@@ -42,6 +43,7 @@ def make(folder: Path) -> Path:
     """A folder of an ensemble, with a bundle in it."""
     patients, members = cohort()
     verdicts = judge(patients, members, RIDGE, 0, 1)
+    share = judge(patients, {"m0": members["m0"]}, [Candidate(0, "average", "share", 0.0, 0)], 0, 1)
     random = np.random.default_rng(1)
     heads = {}
     for task in LEVELS:
@@ -73,9 +75,12 @@ def make(folder: Path) -> Path:
         min_items=4.0,
         pictured_by="m0",
         high_is_positive=True,
+        shares={"share of m0 cells": as_json(share.combinations[-1])},
+        pooled_features="net/b",
         inputs={"splits/folds.csv": "0123"},
     )
-    write_bundle(folder / "apl_aml" / "model", model, heads, folder / "backbones", reference)
+    pooled = Pooled("net/b", np.zeros(5), np.ones(5), np.ones(5), np.array(0.5))
+    write_bundle(folder / "apl_aml" / "model", model, heads, folder / "backbones", reference, pooled)
     return folder / "apl_aml"
 
 
@@ -152,7 +157,7 @@ def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None
     """Also if model.json has settings that this version does not have."""
     edited(copy / "model.json", standardise=0.0, upwards=True)
     edited(copy / "manifest.json", version=1, aplsmear="0.2.0")
-    with pytest.raises(BundleError, match=r"version 1 .*reads 3.*0\.2\.0.*dvc repro") as error:
+    with pytest.raises(BundleError, match=r"version 1 .*reads 4.*0\.2\.0.*dvc repro") as error:
         read_bundle(copy)
     assert "standardise" not in str(error.value)
 

@@ -160,7 +160,7 @@ def test_permuted_diagnoses_give_an_auroc_of_a_half() -> None:
     table = null_check(patients, members, RIDGE, 6, 1)
     assert table.columns.tolist() == ["repeat", "auroc", "auroc_within_folds"]
     assert table["auroc_within_folds"].mean() == pytest.approx(0.5, abs=0.1)
-    assert measure(judge(patients, members, RIDGE, 0, 1), 100, 1)["auroc"]["value"] > 0.85
+    assert measure(judge(patients, members, RIDGE, 0, 1).table, 100, 1)["auroc"]["value"] > 0.85
 
 
 # --- order ------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def numbers(tree) -> list[float]:
 def test_three_folds_of_two_and_two_patients_give_finite_numbers(tmp_path, candidates, strength) -> None:
     patients, members = cohort(n=6, folds=3, strength=strength)
     verdicts = judge(patients, members, candidates, 20, 1)
-    measured = measure(verdicts, 100, 1)
+    measured = measure(verdicts.table, 100, 1)
     write_json(tmp_path / "metrics.json", measured)
     assert all(math.isfinite(number) for number in numbers(measured))
     for name in ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "brier"):

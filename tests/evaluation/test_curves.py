@@ -122,3 +122,12 @@ def test_the_roc_band_contains_the_curve_and_ends_at_1():
 def test_a_perfect_score_has_a_band_without_width():
     band = curves.roc_band_table([0, 0, 0, 1, 1, 1], [0, 0.1, 0.2, 0.7, 0.8, 0.9], 200, 1, points=5)
     assert band[["low", "high"]].to_numpy().tolist() == [[1, 1]] * 5
+
+
+def test_the_net_benefit_by_hand() -> None:
+    """Vickers & Elkin (2006): at 0.2, a false alarm costs a quarter of what a found patient is worth."""
+    label, probability = [1, 1, 0, 0, 0], [0.9, 0.1, 0.3, 0.1, 0.05]
+    table = curves.decision_table(label, probability, points=4).set_index("threshold").round(12)
+    assert table.loc[0.2].tolist() == [round(1 / 5 - 0.25 / 5, 12), round(2 / 5 - 0.25 * 3 / 5, 12), 0]
+    assert table["model"].iloc[-1] == 1 / 5
+    assert len(curves.decision_table(label, probability)) == 99

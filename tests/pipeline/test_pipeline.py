@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from aplsmear.sources.drawn import draw_data_set
 from clones import run, stages_run
 from small import MEMBERS, TASKS
 
@@ -79,6 +80,25 @@ def test_predict_gives_held_out_patients_the_probabilities_of_the_run(small: Pat
     new = pd.read_csv(tmp_path / "new.csv", dtype=str)
     mine = said[said["fold"] == "1"][columns].sort_values("patient", ignore_index=True)
     assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
+
+
+def test_a_row_of_external_becomes_a_stage_and_reruns_no_other(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    shutil.copytree(small, folder, symlinks=True)
+    draw_data_set(tmp_path / "dresden", 12, 8, size=(240, 320), cells_per_smear=6)
+    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    params["external"] = {"dresden": {"ensemble": "apl_aml", "root": str(tmp_path / "dresden")}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    assert stages_run(run(folder, "dvc", "repro")) == ["evaluate@dresden"]
+    shown = json.loads(run(folder, "dvc", "metrics", "show", "--json"))[""]["data"]
+    numbers = shown["evaluated/dresden/metrics.json"]["data"]
+    assert numbers["n_patients"] == 8  # four are healthy
+    assert 0 <= numbers["auroc"]["value"] <= 1
+    plots = json.loads(run(folder, "dvc", "plots", "show", "--json"))["data"]
+    drawn = [plots[key] for key in plots if "evaluated/dresden" in key]
+    assert len(drawn) == 5
+    assert all(each["content"]["data"]["values"] for (each,) in drawn)
+    assert stages_run(run(folder, "dvc", "repro")) == []
 
 
 def test_dvc_shows_metrics_and_plots(small: Path) -> None:

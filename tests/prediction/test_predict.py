@@ -1,6 +1,7 @@
 """New patients get the probabilities that they got as held-out patients of the training run."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -21,9 +22,17 @@ from typer.testing import CliRunner
 from aplsmear.cli import app
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.dataset import DataSet, read_data_set
+from aplsmear.ensembles.baselines import (
+    POOLED,
+    baselines_of,
+    pooled_baseline,
+    pooled_features,
+    share_of,
+)
 from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle
-from aplsmear.ensembles.combination import Candidate, as_json, judge, patients_of
+from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
+from aplsmear.evaluation.auroc import auroc
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.store import Features, read_features, write_features
@@ -112,6 +121,12 @@ def bag_scores_of(task: str, heads: list[Head], of: Features, rows: pd.DataFrame
     return pd.DataFrame(table)
 
 
+def baseline_of(share: Verdicts, member: pd.DataFrame, patients: pd.Series) -> np.ndarray:
+    """The probabilities by a share of cells, of the model that was fitted to all patients."""
+    last = member[member["outer_fold"] == FOLDS].set_index("patient")["share"]
+    return share.combinations[-1].probability(last.loc[patients].to_numpy()[:, None])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Run:
     """The work of the stages, one after another, with heads that were not trained."""
@@ -153,6 +168,9 @@ def trained(tmp_path_factory) -> Run:
         members[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
     patients = patients_of(folds, "apl", "aml")
     verdicts = judge(patients, members, RIDGE, 0, SEED)
+    share = baselines_of(patients, members, ["nuclei"], SEED)[share_of("nuclei")]
+    plain = pooled_features(features["cell"].values(), found.cells.rename(columns={"cell": "item"}), patients)
+    _, pooled = pooled_baseline(patients, plain)
     items = {level: getattr(found, f"{level}s").rename(columns={level: "item"}) for level in LEVELS}
     chosen = features["cell"]["net/conv_pw_2_relu"]
     mine = items["cell"][items["cell"]["patient"].isin(patients["patient"])]
@@ -178,9 +196,14 @@ def trained(tmp_path_factory) -> Run:
         min_items=float(np.quantile(mine["patient"].value_counts(), 0.01)),
         pictured_by="nuclei",
         high_is_positive=True,
+        shares={share_of("nuclei"): as_json(share.combinations[-1])},
+        pooled_features=pooled.layer,
         inputs={},
     )
-    write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference)
+    write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference, pooled)
+    expected = {share_of("nuclei"): baseline_of(share, members["nuclei"], patients["patient"])}
+    expected[POOLED] = pooled.probability(plain[pooled.layer])
+    write_table(root / "baselines.csv", pd.DataFrame({"patient": patients["patient"], **expected}))
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
     verdicts = read_table(root / "apl_aml" / "predictions.csv")
     return Run(root, root / "data", root / "apl_aml", verdicts)
@@ -219,6 +242,93 @@ def rewrite(path: Path, change) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+# --- a labelled cohort ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory) -> Path:
+    """A folder of `aplsmear evaluate`, on the training patients, at two sites."""
+    data = Path(shutil.copytree(trained.data, tmp_path_factory.mktemp("cohort") / "data"))
+    rewrite(
+        data / "wsi.csv",
+        lambda rows: [
+            row | {"site": "Dresden" if place < 14 else "Leipzig"} for place, row in enumerate(rows)
+        ],
+    )
+    out = data.parent / "evaluated"
+    asked = [
+        "--ensemble",
+        str(trained.ensemble),
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        "--resamples",
+        "100",
+    ]
+    done = CliRunner().invoke(app, ["evaluate", *asked])
+    assert done.exit_code == 0, done.output
+    assert "12 patients (6 aml, 6 apl): AUROC" in done.output
+    assert "left out: 6 patients with another diagnosis" in done.output
+    return out
+
+
+def test_a_cohort_is_judged_as_new_patients_are(trained, final, evaluated) -> None:
+    found = pd.read_csv(evaluated / "predictions.csv", dtype={"patient": str}).set_index("patient")
+    assert (found["label"] == (found["diagnosis"] == "apl")).all()
+    expected = predicted(final, trained.data, set(found.index))
+    assert [f"{value:.6g}" for value in expected["probability"]] == [
+        f"{value:.6g}" for value in found["probability"]
+    ]
+    assert (expected[["verdict", "sensitive"]] == found[["verdict", "sensitive"]]).all(axis=None)
+    order = found["probability"].rank()
+    assert (found["adapted"].rank() == order).all()  # all logits are shifted by the same number
+
+
+def test_the_baselines_of_training_judge_the_same_patients(trained, evaluated) -> None:
+    held = pd.read_csv(trained.root / "baselines.csv", dtype={"patient": str}).set_index("patient")
+    label = pd.read_csv(evaluated / "predictions.csv", dtype={"patient": str}).set_index("patient")["label"]
+    compared = pd.read_csv(evaluated / "comparison.csv").set_index("against")["auroc"]
+    assert list(compared.index) == ["the ensemble", share_of("nuclei"), POOLED]
+    for name in (share_of("nuclei"), POOLED):
+        scores = held.loc[label.index, name].to_numpy()
+        assert compared[name] == pytest.approx(auroc(label.to_numpy(), scores), abs=1e-6)
+
+
+def test_the_numbers_of_a_cohort_are_those_of_its_table(evaluated) -> None:
+    table = pd.read_csv(evaluated / "predictions.csv", dtype={"patient": str}, keep_default_na=False)
+    numbers, more = (
+        json.loads((evaluated / name).read_text(encoding="utf-8"))
+        for name in ("metrics.json", "intervals.json")
+    )
+    assert numbers["n_patients"] == len(table) == 12
+    assert numbers["auroc"]["value"] == pytest.approx(auroc(table["label"], table["probability"]), abs=1e-4)
+    positive = table[table["label"] == 1]
+    assert numbers["sensitivity"] == pytest.approx(positive["verdict"].mean(), abs=1e-4)
+    assert more["at_sensitive"]["sensitivity"]["value"] == pytest.approx(positive["sensitive"].mean())
+    assert numbers["adapted"]["sensitivity"] == pytest.approx(positive["adapted_verdict"].mean(), abs=1e-4)
+    wrong = table["verdict"] != table["label"]
+    assert more["unfamiliar"]["wrong"] == wrong.sum()
+    assert more["unfamiliar"]["wrong_and_warned"] == (wrong & (table["warning"] != "")).sum()
+    assert set(more["sites"]) <= {"Dresden", "Leipzig"}
+    page = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert f"{numbers['auroc']['value']:.3f}" in page
+    assert "Decision curve" in page
+
+
+def test_a_cohort_without_a_diagnosis_or_a_folder_in_use_is_refused(trained, data, evaluated) -> None:
+    asked = ["evaluate", "--ensemble", str(trained.ensemble), "--data", str(data), "--out"]
+    done = CliRunner().invoke(app, [*asked, str(evaluated)])
+    assert done.exit_code == 1
+    assert "--overwrite" in done.output
+    rewrite(data / "wsi.csv", lambda rows: [row for row in rows if "m3" not in row["label"]])
+    (data / "labeled_cells.csv").unlink()
+    done = CliRunner().invoke(app, [*asked, str(data.parent / "out")])
+    assert done.exit_code == 1
+    assert "0 with apl" in " ".join(done.output.split())
+    assert not (data.parent / "out").exists()
 
 
 # --- the same as in training ----------------------------------------------------------------------

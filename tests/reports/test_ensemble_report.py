@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from test_combination import NETWORK, RIDGE, cohort
 
-from aplsmear.ensembles.baselines import compare
+from aplsmear.ensembles.baselines import Baselines, compare
 from aplsmear.ensembles.combination import importance, judge, measure
 from aplsmear.ensembles.run import Inputs
-from aplsmear.evaluation import curves
+from aplsmear.evaluation.curves import curve_tables
 from aplsmear.params import Ensemble
 from aplsmear.reports import pages
 from aplsmear.reports.ensemble import Findings, page, wanted_cells, write_page
@@ -42,15 +42,11 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     return Findings(
         inputs=inputs,
         verdicts=verdicts,
-        measured=measure(verdicts, 100, 1),
+        measured=measure(verdicts.table, 100, 1),
         comparison=compare(patients, probability.to_numpy(), baselines),
+        baselines=Baselines({}, None),
         importance=importance(verdicts, 5, 1),
-        curves={
-            "roc": curves.roc_curve_table(label, probability),
-            "band": curves.roc_band_table(label, probability, 100, 1),
-            "precision_recall": curves.precision_recall_table(label, probability),
-            "calibration": curves.calibration_table(label, probability),
-        },
+        curves=curve_tables(label, probability, 100, 1),
         pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
         pictured_by="m1" if pictured else "",
         settings={"seed": 1, "combine": {"space": {"C": [0.1, 1.0]}}},

@@ -10,7 +10,8 @@ import yaml
 from aplsmear.runs.imports import PACKAGE, WITHOUT_EFFECT, imported_modules
 
 ROOT = Path(__file__).parents[2]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+DECLARED = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+STAGES = {name: stage.get("do", stage) for name, stage in DECLARED.items()}  # `do`: of each row of `foreach`
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 
 # Read, but the value changes no result: `tune` checks that the names of backbones exist.
@@ -24,7 +25,7 @@ def script_of(stage: dict) -> str:
 def modules_in(dep: str) -> set[str]:
     """The modules that a dependency of dvc.yaml names: one, or those of a room."""
     path = ROOT / dep
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.suffix == ".py" else []
     names = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in files}
     return {name for name in names if not name.endswith("__init__")} - WITHOUT_EFFECT
 
@@ -71,6 +72,17 @@ def test_a_stage_declares_every_parameter_that_it_reads_and_no_other(name: str) 
     declared = {re.sub(r"\.(\$\{.*|apl_healthy|apl_aml)$", "", param) for param in stage.get("params", [])}
     assert [each for each in sorted(read) if not any(covers(given, each) for given in declared)] == []
     assert [given for given in sorted(declared) if not any(covers(given, each) for each in read)] == []
+
+
+def test_nothing_of_a_cohort_that_is_judged_flows_back_into_training() -> None:
+    """Neither a row of `external` nor what `evaluate` writes is an input of another stage."""
+    training = {name: stage for name, stage in STAGES.items() if name != "evaluate"}
+    read = [str(each) for stage in training.values() for each in [*stage["deps"], *stage.get("params", [])]]
+    commands = [
+        f"{stage['cmd']} {stage.get('matrix', '')} {stage.get('vars', '')}" for stage in training.values()
+    ]
+    assert [each for each in [*read, *commands] if re.search("external|evaluated", each)] == []
+    assert all(out.startswith("evaluated/") for out in STAGES["evaluate"]["outs"])
 
 
 def test_every_parameter_belongs_to_a_stage_except_task_and_engine() -> None:

@@ -82,6 +82,47 @@ def predict(
     typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
 
 
+@app.command(rich_help_panel=_PANEL)
+def evaluate(
+    ensemble: Annotated[
+        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    ],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv, with diagnoses.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tables, numbers and the page.")],
+    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
+) -> None:
+    """Judge a trained ensemble on a labelled cohort of another laboratory.
+
+    The ensemble stays as it was trained, with its calibration and its operating points. The folder gets
+    metrics.json, intervals.json (each number with its 95 % interval over patients), predictions.csv,
+    comparison.csv (plain baselines on the same patients), the curves, and report.html, which also shows the
+    numbers after the adaptation of `predict --adapt`. Patients with other diagnoses than those two of the
+    ensemble are left out.
+
+    Example: `aplsmear evaluate --ensemble ensembles/apl_aml --data /data/dresden --out evaluated/dresden`
+    """
+    from aplsmear.compute.engine import engine_of
+    from aplsmear.ensembles.bundle import read_bundle
+    from aplsmear.prediction.cohort import evaluate as evaluated
+    from aplsmear.prediction.cohort import write_evaluation
+
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        fail(f"{out} exists and is not empty: choose another name, or add --overwrite")
+    _refuse_to_replace([out / "metrics.json"], overwrite)
+    bundle = read_bundle(ensemble)
+    with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
+        found = evaluated(bundle, data, resamples, bundle.model.seed, engine)
+    write_evaluation(out, found)
+    _print_remarks(found.left_out, found.remarks)
+    auroc, counts = found.measured["auroc"], found.table["diagnosis"].value_counts().sort_index()
+    patients = ", ".join(f"{count} {diagnosis}" for diagnosis, count in counts.items())
+    typer.echo(
+        f"{len(found.table)} patients ({patients}): AUROC {auroc['value']:.3f}, 95 % interval "
+        f"{auroc['low']:.3f} to {auroc['high']:.3f}. Open {out / 'report.html'} in a browser."
+    )
+
+
 def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
     """Print how much of the data set was left out, and the remarks."""
     for what, left in left_out.items():

@@ -7,15 +7,15 @@ Every baseline is judged on the same held-out patients by the same nested scheme
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 
-from aplsmear.ensembles.combination import Candidate, judge
+from aplsmear.ensembles.combination import Candidate, Combination, Verdicts, judge
 from aplsmear.ensembles.familiarity import describe_features
 from aplsmear.ensembles.pooling import SUMMARIES
 from aplsmear.evaluation.auroc import auroc_within_folds, delong_interval, delong_test
@@ -24,10 +24,42 @@ from aplsmear.features.store import Features
 _STRENGTHS = (0.0001, 0.001, 0.01, 0.1)  # C of a regression on hundreds of features
 
 
+POOLED = "mean-pooled features"
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A ridge regression on a patient's mean-pooled features."""
+
+    layer: str  # backbone/layer
+    mean: np.ndarray  # float64 (channels,); also replaces the features of a patient without cells
+    scale: np.ndarray  # float64 (channels,)
+    weights: np.ndarray  # float64 (channels,)
+    intercept: np.ndarray  # float64 ()
+
+    def probability(self, values: np.ndarray) -> np.ndarray:
+        """Float64 (patients,) of pooled features (patients, channels), NaN for a patient without cells."""
+        standard = (np.where(np.isnan(values), self.mean, values) - self.mean) / self.scale
+        return np.asarray(expit(standard @ self.weights + self.intercept))
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The plain baselines that go with an ensemble to new patients, fitted to all training patients."""
+
+    shares: Mapping[str, Combination]  # by the name of `share_of`
+    pooled: Pooled | None  # None: the ensemble has no cells
+
+
+def share_of(member: str) -> str:
+    """The name of the baseline that is the share of a member's positive cells."""
+    return f"share of {member} cells"
+
+
 def baselines_of(
     patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Sequence[str], seed: int
-) -> dict[str, np.ndarray]:
-    """Held-out probabilities of simpler models than the ensemble, each float64 (patients,).
+) -> dict[str, Verdicts]:
+    """Held-out verdicts of simpler models than the ensemble.
 
     Args:
         patients: of `aplsmear.ensembles.combination.patients_of`.
@@ -37,17 +69,16 @@ def baselines_of(
         seed: for `aplsmear.ensembles.combination.judge`; nothing here is random.
 
     Returns:
-        ``<member> alone``, by the summary that is best on the inner folds; ``share of <member> cells``; and
+        ``<member> alone``, by the summary that is best on the inner folds; `share_of` each of `shares`; and
         ``plain average`` of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
     """
     average = [Candidate(n, "average", summary, 0.0, 0) for n, summary in enumerate(SUMMARIES)]
     share = [candidate for candidate in average if candidate.summary == "share"]
     models = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
-    models |= {f"share of {name} cells": ({name: members[name]}, share) for name in shares if name in members}
+    models |= {share_of(name): ({name: members[name]}, share) for name in shares if name in members}
     models["plain average"] = (dict(members), average)
     return {
-        name: judge(patients, tables, candidates, 0, seed).table["probability"].to_numpy()
-        for name, (tables, candidates) in models.items()
+        name: judge(patients, tables, candidates, 0, seed) for name, (tables, candidates) in models.items()
     }
 
 
@@ -67,27 +98,36 @@ def pooled_features(
     return pooled
 
 
-def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Held-out probabilities of a ridge regression on mean-pooled features, float64 (patients,).
+def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) -> tuple[np.ndarray, Pooled]:
+    """Held-out probabilities of a ridge regression on mean-pooled features, and the one for new patients.
 
     The layer and the strength of the penalty with the best AUROC on the inner folds are chosen. A patient
     without items gets the mean features of the training patients.
+
+    Args:
+        patients: of `aplsmear.ensembles.combination.patients_of`.
+        pooled: of `pooled_features`.
+
+    Returns:
+        float64 (patients,), and the model that was fitted to all patients.
     """
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     out = np.zeros(len(patients))
-    for outer_fold in np.unique(fold):
+    for outer_fold in range(int(fold.max()) + 2):
         inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
 
         def inner_auroc(choice: tuple[str, float], inside: np.ndarray = inside) -> float:
             inner = np.zeros(len(patients))
             for held_out in np.unique(fold[inside]):
                 train, test = inside[fold[inside] != held_out], inside[fold[inside] == held_out]
-                inner[test] = _regressed(pooled[choice[0]], train, test, label, choice[1])
+                model = _regressed(choice[0], pooled[choice[0]][train], label[train], choice[1])
+                inner[test] = model.probability(pooled[choice[0]][test])
             return auroc_within_folds(label[inside], inner[inside], fold[inside])
 
         layer, C = max(product(pooled, _STRENGTHS), key=inner_auroc)
-        out[outside] = expit(_regressed(pooled[layer], inside, outside, label, C))
-    return out
+        model = _regressed(layer, pooled[layer][inside], label[inside], C)
+        out[outside] = model.probability(pooled[layer][outside])
+    return out, model
 
 
 def compare(
@@ -135,12 +175,11 @@ def _holm(p: np.ndarray) -> np.ndarray:
     return adjusted
 
 
-def _regressed(
-    values: np.ndarray, train: np.ndarray, test: np.ndarray, label: np.ndarray, C: float
-) -> np.ndarray:
-    """Logits of the rows `test` by a ridge regression on standardised features of the rows `train`."""
-    filled = SimpleImputer(keep_empty_features=True).fit(values[train]).transform(values)
-    mean, scale = filled[train].mean(axis=0), filled[train].std(axis=0)
-    standard = (filled - mean) / np.maximum(scale, 1e-9)
-    model = LogisticRegression(C=C, max_iter=1000).fit(standard[train], label[train])
-    return np.asarray(model.decision_function(standard[test]))
+def _regressed(layer: str, values: np.ndarray, label: np.ndarray, C: float) -> Pooled:
+    """A ridge regression on the standardised features of some patients, float64 (patients, channels)."""
+    known = ~np.isnan(values)
+    mean = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    centred = np.where(known, values, mean) - mean
+    scale = np.maximum(centred.std(axis=0), 1e-9)
+    model = LogisticRegression(C=C, max_iter=1000).fit(centred / scale, label)
+    return Pooled(layer, mean, scale, model.coef_[0], np.asarray(model.intercept_[0]))

@@ -6,7 +6,7 @@
     model.json                                members, views, backbones, a combination for every outer fold
     heads/<task>.npz                          heads of every outer fold
     backbones/<backbone>/<level>.onnx         graph of a backbone, up to the deepest layer used
-    reference.npz                             where the training patients are
+    reference.npz                             the training patients; the regression on pooled features
 
 There is no pickle, no code and no path out of the folder. A graph is a list of operations of the ONNX
 standard with their weights. `aplsmear.features.onnx_graph.read_graph` refuses all other operations, so a
@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import ValidationError
 
 import aplsmear
+from aplsmear.ensembles.baselines import Baselines, Pooled
 from aplsmear.ensembles.combination import Combination, combination_of
 from aplsmear.ensembles.familiarity import Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.errors import UserError, brief
@@ -37,7 +38,7 @@ from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
 
-VERSION = 3  # of the format
+VERSION = 4  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
@@ -78,6 +79,8 @@ class Model(Strict):
     min_items: float  # 99 % of the training patients had at least so many cells or smears of that level
     pictured_by: str  # the member whose scores choose the cells that are shown; empty: there is none
     high_is_positive: bool  # whether a high score of that member points to the positive diagnosis
+    shares: dict[str, dict[str, Any]]  # plain baselines on the share of positive cells, by `as_json`
+    pooled_features: str  # backbone/layer of the baseline on mean-pooled features; empty: there is none
     inputs: dict[str, str]  # file -> MD5 of the tables that the ensemble was made from, as in dvc.lock
 
 
@@ -121,6 +124,7 @@ class Bundle:
     members: list[Scorer]
     weigh_by: Scorer
     combinations: list[Combination]  # of every outer fold
+    baselines: Baselines
     reference: Reference
 
     def outer_fold_of(self, fold: int | None) -> int:
@@ -166,7 +170,12 @@ def make_reference(
 
 
 def write_bundle(
-    folder: Path, model: Model, heads: Mapping[str, Path], backbones: Path, reference: Reference
+    folder: Path,
+    model: Model,
+    heads: Mapping[str, Path],
+    backbones: Path,
+    reference: Reference,
+    pooled: Pooled | None,
 ) -> None:
     """Write a bundle: the same bytes from the same inputs. The manifest is written last.
 
@@ -176,18 +185,23 @@ def write_bundle(
         heads: task -> file of `aplsmear.heads.head.write_heads`, of the members and of `Model.weigh_by`.
         backbones: the folder with ``<backbone>/<level>.onnx``.
         reference: of `make_reference`.
+        pooled: the baseline on `Model.pooled_features`.
     """
     read = {(model.reference_features, model.reference_level)}
     for member in [model.weigh_by, *model.members]:
         read |= {(head.features, member.images) for head in read_heads(heads[member.task])}
+    if pooled:
+        read.add((pooled.layer, "cell"))
     needed = {(features.split("/")[0], level) for features, level in read}
     files = {_heads(task): path for task, path in heads.items()}
     files |= {_graph(name, level): backbones / name / f"{level}.onnx" for name, level in needed}
     for name, path in files.items():
         copy_whole(path, folder / name)
     write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
-    clouds = [(kind, vars(cloud)) for kind, cloud in vars(reference).items()]
-    arrays = {f"{kind}.{name}": np.asarray(array) for kind, cloud in clouds for name, array in cloud.items()}
+    parts = [(kind, vars(cloud)) for kind, cloud in vars(reference).items()]
+    if pooled:
+        parts.append(("pooled", {name: each for name, each in vars(pooled).items() if name != "layer"}))
+    arrays = {f"{part}.{name}": np.asarray(each) for part, found in parts for name, each in found.items()}
     write_arrays(folder / REFERENCE, arrays)
     sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
     write_json(folder / MANIFEST, Manifest(files=sums).model_dump())
@@ -208,12 +222,14 @@ def read_bundle(folder: Path) -> Bundle:
         scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
             reference = Reference(*(_cloud(arrays, each.name) for each in fields(Reference)))
+            pooled = _pooled(arrays, model.pooled_features) if model.pooled_features else None
         bundle = Bundle(
             folder=folder,
             model=model,
             members=[scorers[each.task] for each in model.members],
             weigh_by=scorers[model.weigh_by.task],
             combinations=[combination_of(each) for each in model.combinations],
+            baselines=Baselines({name: combination_of(each) for name, each in model.shares.items()}, pooled),
             reference=reference,
         )
         if problems := _misfits(bundle, listed):
@@ -276,8 +292,12 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
         if len(each.heads) != outer_folds
     ]
     problems += ["a combination is of other members" for each in bundle.combinations if each.members != names]
+    shares = bundle.baselines.shares.items()
+    problems += [f"{name} is of another member" for name, each in shares if {*each.members} - {*names}]
     used = {(head.features, each.member.images) for each in scorers for head in each.heads}
     used.add((bundle.model.reference_features, bundle.model.reference_level))
+    if bundle.model.pooled_features:
+        used.add((bundle.model.pooled_features, "cell"))
     for features, level in sorted(used):
         name, _, layer = features.partition("/")
         if layer not in bundle.model.backbones.get(name, {}).get("layer", []):
@@ -300,6 +320,13 @@ def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:
     found: dict[str, Any] = {each.name: arrays[f"{kind}.{each.name}"] for each in fields(Cloud)}
     found |= {name: float(array) for name, array in found.items() if not array.ndim}
     return Cloud(**found)
+
+
+def _pooled(arrays: Mapping[str, np.ndarray], layer: str) -> Pooled:
+    found = Pooled(layer, *(arrays[f"pooled.{name}"] for name in ("mean", "scale", "weights", "intercept")))
+    if not found.mean.ndim == 1 or not found.mean.shape == found.scale.shape == found.weights.shape:
+        raise ValueError("the arrays of the regression on pooled features do not fit together")
+    return found
 
 
 def _heads(task: str) -> str:

@@ -280,12 +280,16 @@ def high_is_positive(verdicts: Verdicts, member: str) -> bool:
     return bool(np.nansum((logits - np.nanmean(logits)) * verdicts.table["label"]) >= 0)
 
 
-def measure(verdicts: Verdicts, resamples: int, seed: int) -> dict[str, Any]:
+def measure(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
     """The measures for intervals.json, each with its 95 % interval over patients.
 
     Those at the sensitive operating point are in the group ``at_sensitive``.
+
+    Args:
+        table: ``label, probability, verdict, sensitive`` of each patient, such as `Verdicts.table`.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
     """
-    table = verdicts.table
     measured = summary(table["label"], table["probability"], resamples=resamples, seed=seed)
     balanced, sensitive = (rates(table["label"], table[column]) for column in ("verdict", "sensitive"))
     return measured | balanced | {"at_sensitive": sensitive}

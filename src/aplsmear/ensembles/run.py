@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aplsmear.ensembles.baselines import baselines_of, compare, pooled_baseline, pooled_features
+from aplsmear.ensembles.baselines import (
+    POOLED,
+    Baselines,
+    baselines_of,
+    compare,
+    pooled_baseline,
+    pooled_features,
+    share_of,
+)
 from aplsmear.ensembles.bundle import Member, Model, make_reference, reference_features, write_bundle
 from aplsmear.ensembles.combination import (
     Verdicts,
@@ -24,13 +32,13 @@ from aplsmear.ensembles.combination import (
     read_members,
 )
 from aplsmear.ensembles.familiarity import COMMON
-from aplsmear.evaluation import curves
+from aplsmear.evaluation.curves import confusion_table, curve_tables
 from aplsmear.evaluation.intervals import headline
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import write_json
 from aplsmear.heads.head import read_heads
 from aplsmear.images.view_store import read_views
-from aplsmear.params import LEVELS, Backbone, Combine, Ensemble, Level, Params, Task, TaskLevel, named
+from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
 from aplsmear.runs.checksums import md5
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -60,6 +68,7 @@ class Results:
     verdicts: Verdicts
     measured: dict[str, Any]  # of `aplsmear.ensembles.combination.measure`
     comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
+    baselines: Baselines  # for new patients
     importance: pd.DataFrame  # of `aplsmear.ensembles.combination.importance`
     # Of `aplsmear.evaluation.curves`, by name: roc, band (of the ROC curve), precision_recall, calibration.
     curves: Mapping[str, pd.DataFrame]
@@ -104,24 +113,25 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     patients, members = inputs.patients, inputs.members
     verdicts = judge(patients, members, draw_candidates(combine, seed), combine.refits, seed)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
-    baselines = baselines_of(patients, members, combine.shares, seed)
+    judged = baselines_of(patients, members, combine.shares, seed)
+    held_out = {name: each.table["probability"].to_numpy() for name, each in judged.items()}
+    regression = None
     if pooled := pooled_features(inputs.features["cell"].values(), inputs.items["cell"], patients):
-        baselines["mean-pooled features"] = pooled_baseline(patients, pooled)
+        held_out[POOLED], regression = pooled_baseline(patients, pooled)
     important = importance(verdicts, combine.shuffles, seed)
     drops = dict(zip(important["member"], important["auroc_drop"], strict=True))
     of_cells = [task for task in drops if inputs.levels[task] == "cell"]
     return Results(
         inputs=inputs,
         verdicts=verdicts,
-        measured=measure(verdicts, combine.resamples, seed),
-        comparison=compare(patients, probability.to_numpy(), baselines),
+        measured=measure(verdicts.table, combine.resamples, seed),
+        comparison=compare(patients, probability.to_numpy(), held_out),
+        baselines=Baselines(
+            {name: judged[name].combinations[-1] for name in map(share_of, combine.shares) if name in judged},
+            regression,
+        ),
         importance=important,
-        curves={
-            "roc": curves.roc_curve_table(label, probability),
-            "band": curves.roc_band_table(label, probability, combine.resamples, seed),
-            "precision_recall": curves.precision_recall_table(label, probability),
-            "calibration": curves.calibration_table(label, probability),
-        },
+        curves=curve_tables(label, probability, combine.resamples, seed),
         pictured_by=max(of_cells, key=lambda task: drops[task], default=""),
         settings={
             "seed": seed,
@@ -139,14 +149,30 @@ def write_results(out: Path, results: Results) -> None:
     drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
     write_json(out / "curves.json", drawn)
     names = [ensemble.negative, ensemble.positive]
-    write_table(out / "confusion.csv", curves.confusion_table(table["label"], table["verdict"], names))
+    write_table(out / "confusion.csv", confusion_table(table["label"], table["verdict"], names))
     write_json(out / "metrics.json", headline(results.measured), digits=4)
     drops = results.importance.rename(columns={"auroc_drop": "value"}).set_index("member").to_dict("index")
     write_json(out / "intervals.json", results.measured | {"auroc_drop_without": drops})
 
 
-def write_model(out: Path, results: Results, params: Params) -> None:
-    """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder."""
+def write_model(
+    out: Path,
+    results: Results,
+    backbones: Mapping[str, Backbone],
+    augment: Augment,
+    min_box: int,
+    seed: int,
+) -> None:
+    """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder.
+
+    Args:
+        out: the folder ``ensembles/<name>/model``.
+        results: of `judge_and_compare`.
+        backbones: of params.yaml.
+        augment: of params.yaml.
+        min_box: `dataset.min_box` of params.yaml.
+        seed: of params.yaml.
+    """
     inputs, pictured_by = results.inputs, results.pictured_by
     ensemble = inputs.ensemble
     members = {
@@ -171,12 +197,10 @@ def write_model(out: Path, results: Results, params: Params) -> None:
         negative=ensemble.negative,
         members=mine,
         weigh_by=members[ensemble.weigh_by],
-        seed=params.seed,
-        min_box=params.dataset.min_box,
-        augment=params.augment,
-        backbones={
-            name: each.model_dump(exclude={"weights", "sha256"}) for name, each in params.backbones.items()
-        },
+        seed=seed,
+        min_box=min_box,
+        augment=augment,
+        backbones={name: each.model_dump(exclude={"weights", "sha256"}) for name, each in backbones.items()},
         combinations=[as_json(combination) for combination in results.verdicts.combinations],
         reference_level=level,
         reference_features=chosen,
@@ -184,5 +208,7 @@ def write_model(out: Path, results: Results, params: Params) -> None:
         pictured_by=pictured_by,
         high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),
         inputs=dict(inputs.md5),
+        shares={name: as_json(each) for name, each in results.baselines.shares.items()},
+        pooled_features=results.baselines.pooled.layer if results.baselines.pooled else "",
     )
-    write_bundle(out, model, inputs.heads, Path("backbones"), reference)
+    write_bundle(out, model, inputs.heads, Path("backbones"), reference, results.baselines.pooled)

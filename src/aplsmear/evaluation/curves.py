@@ -17,6 +17,18 @@ from aplsmear.evaluation.intervals import roc_band
 MAX_ROWS = 500
 
 
+def curve_tables(
+    label: npt.ArrayLike, probability: npt.ArrayLike, resamples: int, seed: int
+) -> dict[str, pd.DataFrame]:
+    """The curves of probabilities by name: roc, band (of the ROC curve), precision_recall, calibration."""
+    return {
+        "roc": roc_curve_table(label, probability),
+        "band": roc_band_table(label, probability, resamples, seed),
+        "precision_recall": precision_recall_table(label, probability),
+        "calibration": calibration_table(label, probability),
+    }
+
+
 def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS) -> pd.DataFrame:
     """The ROC curve from (0, 0) to (1, 1): ``fpr, tpr, threshold`` (positive if score >= threshold).
 
@@ -70,6 +82,24 @@ def calibration_table(
     place = (table["predicted"].rank(method="min") - 1) * bins // len(table)
     found = table.groupby(place).agg({"predicted": "mean", "observed": "mean", "n": "sum"})
     return found.reset_index(drop=True)
+
+
+def decision_table(label: npt.ArrayLike, probability: npt.ArrayLike, points: int = 99) -> pd.DataFrame:
+    """Decision curve: ``threshold, model, treat_all, treat_none`` at `points` thresholds between 0 and 1.
+
+    The net benefit of calling patients positive from a threshold t on is the share of true positives minus
+    the share of false positives times t / (1 - t): t says how many false alarms one found patient is worth
+    (Vickers & Elkin, Med Decis Making 2006;26:565). The model is worth using where its net benefit is above
+    that of treating all and of treating none (0).
+    """
+    y, p = check_columns(label, probability, probability=True)
+    threshold = np.arange(1, points + 1) / (points + 1)
+    worth = threshold / (1 - threshold)
+    called = p >= threshold[:, None]
+    model = (called & (y == 1)).mean(axis=1) - worth * (called & (y == 0)).mean(axis=1)
+    treat_all = y.mean() - worth * (1 - y.mean())
+    columns = {"threshold": threshold, "model": model, "treat_all": treat_all, "treat_none": 0.0}
+    return pd.DataFrame(columns)
 
 
 def confusion_table(label: npt.ArrayLike, call: npt.ArrayLike, names: Sequence[str]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.schema import CELLS_FILE
+from aplsmear.ensembles.baselines import POOLED, Baselines
 from aplsmear.ensembles.bundle import Bundle, Scorer
 from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.familiarity import Moments, how_stained, stain_of
@@ -57,6 +58,7 @@ class Verdict:
     distance: float  # from the training patients in features (`aplsmear.ensembles.familiarity`), or NaN
     stain: float  # from the training patients in stain, or NaN
     warnings: list[str]
+    baselines: Mapping[str, float]  # probability by each plain baseline; empty if they are not wanted
     # Cells, as name and JPEG: those that point most to the positive diagnosis, then to the negative one.
     pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
 
@@ -71,6 +73,7 @@ class _Record:
     scores: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     features: Moments = field(default_factory=Moments)
     stain: Moments = field(default_factory=Moments)
+    pooled: Moments = field(default_factory=Moments)
     pictures: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -82,17 +85,20 @@ class Models:
         outer_fold: that they are of.
         combination: of that outer fold.
         scorers: of each level, the tasks whose heads score its items.
+        baselines: the plain baselines that judge beside the ensemble.
         requests: the forward passes that they need.
     """
 
-    def __init__(self, bundle: Bundle, outer_fold: int) -> None:
+    def __init__(self, bundle: Bundle, outer_fold: int, baselines: bool = False) -> None:
         """Collect what the models of one outer fold need; networks are built later, where they run.
 
         Args:
             bundle: of `aplsmear.ensembles.bundle.read_bundle`.
             outer_fold: of `Bundle.outer_fold_of`.
+            baselines: judge by the plain baselines of the bundle, too.
         """
         self.bundle, self.outer_fold = bundle, outer_fold
+        self.baselines = bundle.baselines if baselines else Baselines({}, None)
         self.combination = bundle.combinations[outer_fold]
         scorers = {scorer.task: scorer for scorer in bundle.members}
         if any(self._is_weighted(scorer) for scorer in bundle.members):
@@ -112,6 +118,8 @@ class Models:
         names = {scorer.heads[self.outer_fold].features for scorer in self.scorers[level]}
         if self.bundle.model.reference_level == level:
             names.add(self.bundle.model.reference_features)
+        if self.baselines.pooled and level == "cell":
+            names.add(self.baselines.pooled.layer)
         for backbone in sorted({name.split("/")[0] for name in names}):
             layers = sorted(name.partition("/")[2] for name in names if name.split("/")[0] == backbone)
             yield self.bundle.backbone(backbone, level, layers)
@@ -147,7 +155,7 @@ class Models:
             scores = {
                 scorer.task: self._scores(scorer, features, plain, more) for scorer in self.scorers[level]
             }
-            model = self.bundle.model
+            model, pooled = self.bundle.model, self.baselines.pooled
             for item, row in enumerate(plain):
                 record, view = owners[row]
                 record.items[level].append(view.item)
@@ -158,6 +166,8 @@ class Models:
                 if level == model.reference_level:
                     record.features.add(features[f"{level}/{model.reference_features}"][row][None])
                     record.stain.add(stain_of(view)[None])
+                if pooled and level == "cell":
+                    record.pooled.add(features[f"cell/{pooled.layer}"][row][None])
 
     def _scores(
         self, scorer: Scorer, features: Mapping[str, np.ndarray], plain: np.ndarray, more: np.ndarray
@@ -177,7 +187,8 @@ class Models:
     def verdict(self, patient: str, record: _Record) -> Verdict:
         """The verdict on a patient whose smears are all in the record."""
         model, reference = self.bundle.model, self.bundle.reference
-        logits = np.array([self._summary(scorer, record) for scorer in self.bundle.members])
+        summary = self.combination.summary
+        logits = np.array([self._summary(scorer, record, summary) for scorer in self.bundle.members])
         seen = record.features.count > 0
         found = Verdict(
             patient=patient,
@@ -188,6 +199,7 @@ class Models:
             distance=reference.typical.distance(record.features.describe()) if seen else float("nan"),
             stain=reference.stain.distance(record.stain.mean()) if seen else float("nan"),
             warnings=[],
+            baselines=dict(self._baselines(record)),
             pictures=([], []),
         )
         found.warnings.extend(self._warnings(found, record))
@@ -198,8 +210,18 @@ class Models:
                 shown.extend((cell, record.pictures[cell]) for cell in cells)
         return found
 
-    def _summary(self, scorer: Scorer, record: _Record) -> float:
-        """The summary of the scores of one member, as a logit; NaN without items."""
+    def _baselines(self, record: _Record) -> Iterator[tuple[str, float]]:
+        """The probability by each plain baseline."""
+        scorers = {scorer.task: scorer for scorer in self.bundle.members}
+        for name, share in self.baselines.shares.items():
+            logits = [self._summary(scorers[member], record, share.summary) for member in share.members]
+            yield name, float(share.probability(np.array([logits]))[0])
+        if pooled := self.baselines.pooled:
+            mean = record.pooled.mean() if record.pooled.count else np.full_like(pooled.mean, np.nan)
+            yield POOLED, float(pooled.probability(mean[None])[0])
+
+    def _summary(self, scorer: Scorer, record: _Record, summary: str) -> float:
+        """A summary of the scores of one member, as a logit; NaN without items."""
         if not record.scores.get(scorer.task):
             return float("nan")
         scores = np.array(record.scores[scorer.task])
@@ -213,7 +235,7 @@ class Models:
         else:
             weights = record.scores[self.bundle.weigh_by.task] if self._is_weighted(scorer) else None
             logits = summary_logits(scores, None if weights is None else np.array(weights))
-        return as_written(logits[self.combination.summary])  # as the combination was fitted and judged
+        return as_written(logits[summary])  # as the combination was fitted and judged
 
     def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[str]:
         model, reference = self.bundle.model, self.bundle.reference
@@ -254,7 +276,12 @@ def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
 
 
 def judge_patients(
-    models: Models, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine = HERE
+    models: Models,
+    root: Path,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    engine: Engine = HERE,
+    files: Mapping[str, str] | None = None,
 ) -> Iterator[Verdict]:
     """The verdict on every patient, sorted by name, each as soon as all smears of the patient are processed.
 
@@ -264,11 +291,12 @@ def judge_patients(
         smears: of `aplsmear.data.dataset.read_data_set`.
         cells: likewise.
         engine: makes the views and runs the networks; it changes no result.
+        files: as in `aplsmear.images.views.all_views`.
     """
     model = models.bundle.model
     smears = smears.sort_values("patient", kind="stable")
     settings = model.augment.model_copy(update={"views": models.views, "extra_views": {}})
-    views = map(models.needed, all_views(root, smears, cells, settings, model.seed, engine))
+    views = map(models.needed, all_views(root, smears, cells, settings, model.seed, engine, files))
     of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
     chunks, again = tee(_chunks(of_smears))
     forward = partial(features_of_views, requests=models.requests)

@@ -13,7 +13,6 @@ import pandas as pd
 import aplsmear
 from aplsmear.ensembles.combination import high_is_positive
 from aplsmear.ensembles.run import Results
-from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.images.view_store import plain_views
 from aplsmear.params import flat
 from aplsmear.reports import pages
@@ -53,7 +52,7 @@ def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
     if not name:
         return {}
     member = results.inputs.members[name]
-    own = {row["patient"]: row for row in _records(member[member["outer_fold"] == member["fold"]])}
+    own = {row["patient"]: row for row in pages.records(member[member["outer_fold"] == member["fold"]])}
     places = {place for shown in _patients_with_a_card(verdicts.table).values() for place in shown}
     ends = ("highest", "lowest") if high_is_positive(verdicts, name) else ("lowest", "highest")
     return {
@@ -85,41 +84,18 @@ def content(found: Findings) -> dict[str, Any]:
         ],
         "measured": measured,
         "at": {"balanced": measured, "sensitive": measured["at_sensitive"]},
-        **_curves(found),
-        "patients": _records(table.sort_values(["probability", "patient"], ascending=[False, True])),
+        **pages.curve_content(table, found.curves),
+        "patients": pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
         **_cards(found),
         "pictured_by": found.pictured_by,
         **_importance(found.importance),
         "linear": not last.fitted.hidden.shape[1],
         "members": list(_members(found)),
-        "comparison": _records(found.comparison),
+        "comparison": pages.records(found.comparison),
         "chosen": found.verdicts.chosen,
         "inputs": found.inputs.md5,
         "settings": list(flat(found.settings)),
         "version": aplsmear.__version__,
-    }
-
-
-def _curves(found: Findings) -> dict[str, Any]:
-    """Points of the charts, and the numbers of patients (is, called) of the confusion tables."""
-    table, curves, band = found.verdicts.table, found.curves, found.curves["band"]
-    calibration = []
-    for group in _records(curves["calibration"]):
-        share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
-        calibration.append({**group, "low": share.low, "high": share.high})
-    return {
-        "prevalence": float(table["label"].mean()),
-        "roc": _points(curves["roc"], "fpr", "tpr"),
-        "band": _points(band, "fpr", "low") + _points(band[::-1], "fpr", "high"),
-        "precision_recall": _points(curves["precision_recall"], "recall", "precision"),
-        "calibration": calibration,
-        "confusion": {
-            point: [
-                [int(((table["label"] == label) & (table[column] == call)).sum()) for call in (1, 0)]
-                for label in (1, 0)
-            ]
-            for point, column in (("balanced", "verdict"), ("sensitive", "sensitive"))
-        },
     }
 
 
@@ -139,7 +115,7 @@ def _patients_with_a_card(table: pd.DataFrame) -> dict[str, list[int]]:
 
 def _cards(found: Findings) -> dict[str, list[dict[str, Any]]]:
     verdicts, cells = found.verdicts, wanted_cells(found)
-    members, rows = verdicts.combinations[-1].members, _records(verdicts.table)
+    members, rows = verdicts.combinations[-1].members, pages.records(verdicts.table)
 
     def card(place: int) -> dict[str, Any]:
         ends = cells.get(str(rows[place]["patient"]), ([], []))
@@ -165,7 +141,7 @@ def _importance(table: pd.DataFrame) -> dict[str, Any]:
             end: (row[column] / widest + 1) / 2
             for end, column in (("value", "auroc_drop"), ("low", "low"), ("high", "high"))
         }
-        for row in _records(ranked)
+        for row in pages.records(ranked)
     ]
     return {"widest": widest, "importance": drops}
 
@@ -177,11 +153,3 @@ def _members(found: Findings) -> Iterator[dict[str, Any]]:
     for place, (name, table) in enumerate(found.inputs.members.items()):
         counts = table[(table["outer_fold"] == 0) & table["patient"].isin(patients)]["items"]
         yield {"name": name, "patients": len(counts), "median": counts.median(), "weight": weights[place]}
-
-
-def _points(table: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
-    return list(zip(table[x].tolist(), table[y].tolist(), strict=True))
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]

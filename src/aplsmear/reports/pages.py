@@ -8,14 +8,16 @@ an error, and equal content gives equal bytes. A page opens offline: it has no s
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import pandas as pd
 from scipy.special import expit
 
+from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.files import whole
 
 _DIAGNOSES = {"apl": "APL", "aml": "other AML", "healthy": "healthy"}
@@ -57,6 +59,43 @@ def member_scores(members: Sequence[str], logits: np.ndarray) -> list[tuple[str,
         (member, None if np.isnan(logit) else float(expit(logit)))
         for member, logit in zip(members, logits, strict=True)
     ]
+
+
+def curve_content(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """What `curves.html.j2` draws: points of the charts, and numbers of patients (is, called).
+
+    Args:
+        table: ``label, verdict, sensitive`` of each patient.
+        curves: of `aplsmear.evaluation.curves.curve_tables`.
+    """
+    band, calibration = curves["band"], []
+    for group in records(curves["calibration"]):
+        share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
+        calibration.append({**group, "low": share.low, "high": share.high})
+    return {
+        "prevalence": float(table["label"].mean()),
+        "roc": points(curves["roc"], "fpr", "tpr"),
+        "band": points(band, "fpr", "low") + points(band[::-1], "fpr", "high"),
+        "precision_recall": points(curves["precision_recall"], "recall", "precision"),
+        "calibration": calibration,
+        "confusion": {
+            point: [
+                [int(((table["label"] == label) & (table[column] == call)).sum()) for call in (1, 0)]
+                for label in (1, 0)
+            ]
+            for point, column in (("balanced", "verdict"), ("sensitive", "sensitive"))
+        },
+    }
+
+
+def points(table: pd.DataFrame, x: str, y: str) -> list[tuple[float, float]]:
+    """Two columns as points of a chart."""
+    return list(zip(table[x].tolist(), table[y].tolist(), strict=True))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def _data_uri(picture: bytes) -> str:

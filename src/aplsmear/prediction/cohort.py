@@ -1,0 +1,268 @@
+"""A labelled cohort, judged by a finished ensemble: what would the ensemble have been worth there?
+
+The operating points and the calibration are those of the training run. Nothing is fitted to the cohort, with
+one exception that is shown beside it: `aplsmear.prediction.recalibration` shifts all logits by one number,
+without labels. The plain baselines of the bundle judge the same patients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+import aplsmear
+from aplsmear.compute.engine import HERE, Engine
+from aplsmear.data.dataset import read_data_set
+from aplsmear.data.pseudonyms import Pseudonyms
+from aplsmear.ensembles.baselines import compare
+from aplsmear.ensembles.bundle import Bundle
+from aplsmear.ensembles.combination import Combination, measure
+from aplsmear.errors import UserError
+from aplsmear.evaluation.columns import Z
+from aplsmear.evaluation.curves import confusion_table, curve_tables, decision_table
+from aplsmear.evaluation.intervals import headline
+from aplsmear.files import write_json
+from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures, verdict_table
+from aplsmear.prediction.recalibration import adapted
+from aplsmear.reports import pages
+from aplsmear.tables import write_table
+
+_FEWEST = 2  # patients of each diagnosis, below which there are no intervals
+_FEWEST_RANKED = 4  # patients below which a rank correlation has no interval
+_ADAPTED = {"probability": "adapted", "verdict": "adapted_verdict", "sensitive": "adapted_sensitive"}
+
+
+class CohortError(UserError, ValueError):
+    """An ensemble cannot be evaluated with these data."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The verdicts of an ensemble on a labelled cohort, and its measures.
+
+    Attributes:
+        bundle: the ensemble.
+        table: of `labelled_table`.
+        measured: of `measure_cohort`.
+        comparison: of `aplsmear.ensembles.baselines.compare`.
+        curves: of `aplsmear.evaluation.curves`, by name: roc, band, precision_recall, calibration, decision.
+        left_out: what was left out of the data set, and how much of it.
+        remarks: for the head of the page.
+    """
+
+    bundle: Bundle
+    table: pd.DataFrame
+    measured: Mapping[str, Any]
+    comparison: pd.DataFrame
+    curves: Mapping[str, pd.DataFrame]
+    left_out: Mapping[str, Any]
+    remarks: Sequence[str] = ()
+
+
+def evaluate(
+    bundle: Bundle,
+    root: Path,
+    resamples: int,
+    seed: int,
+    engine: Engine = HERE,
+    pseudonyms: Pseudonyms | None = None,
+) -> Evaluation:
+    """Judge the patients of a data set that have one of the two diagnoses of an ensemble.
+
+    Args:
+        bundle: of `aplsmear.ensembles.bundle.read_bundle`.
+        root: the folder of the data set, with diagnoses.
+        resamples: of the bootstrap over patients.
+        seed: of the bootstrap.
+        engine: makes the views and runs the networks; it changes no result.
+        pseudonyms: replace the names of patients, smears and cells.
+
+    Raises:
+        DataSetError: the data set has problems.
+        CohortError: there are too few patients of a diagnosis.
+        PredictError: members need cells and there are none.
+    """
+    model = bundle.model
+    found = read_data_set(
+        root, {}, min_box=model.min_box, skip_bad_images=False, engine=engine, pseudonyms=pseudonyms
+    )
+    smears = found.smears[found.smears["diagnosis"].isin([model.positive, model.negative])]
+    others = sorted(set(found.smears["patient"]) - set(smears["patient"]))
+    _check_diagnoses(smears, bundle, root)
+    cells = found.cells[found.cells["smear"].isin(set(smears["smear"]))]
+    check_input(bundle, cells, root)
+    models = Models(bundle, bundle.outer_fold_of(None), baselines=True)
+    files = pseudonyms.files(root, smears["image"]) if pseudonyms else None
+    verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine, files), 0)
+    shifted = adapted(models.combination, np.array([each.logits for each in verdicts]))
+    as_trained, after = (verdict_table(verdicts, each) for each in (models.combination, shifted))
+    table = labelled_table(as_trained, after, smears, model.positive)
+    baselines = {
+        name: np.array([each.baselines[name] for each in verdicts]) for name in verdicts[0].baselines
+    }
+    label, probability = table["label"], table["probability"]
+    curves = curve_tables(label, probability, resamples, seed)
+    return Evaluation(
+        bundle=bundle,
+        table=table,
+        measured=measure_cohort(table, resamples, seed),
+        comparison=compare(table, probability.to_numpy(), baselines),
+        curves=curves | {"decision": decision_table(label, probability)},
+        left_out=found.report["left_out"]
+        | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
+        remarks=[_shift(models.combination, shifted)],
+    )
+
+
+def labelled_table(
+    verdicts: pd.DataFrame, shifted: pd.DataFrame, smears: pd.DataFrame, positive: str
+) -> pd.DataFrame:
+    """The verdicts beside the diagnoses.
+
+    Args:
+        verdicts: of `aplsmear.prediction.predict.verdict_table`, by the combination of the training run.
+        shifted: the same by the adapted combination.
+        smears: ``patient, site, diagnosis`` of each smear.
+        positive: diagnosis with label 1.
+
+    Returns:
+        ``patient, site, diagnosis, label``, the columns of `verdicts`, and ``adapted, adapted_verdict,
+        adapted_sensitive``: probability and calls of `shifted`.
+    """
+    known = smears.drop_duplicates("patient").set_index("patient").loc[verdicts["patient"]]
+    diagnosis = known["diagnosis"].to_numpy()
+    front = {"patient": verdicts["patient"], "site": known["site"].to_numpy(), "diagnosis": diagnosis}
+    front["label"] = (diagnosis == positive).astype(np.int64)
+    new = {name: shifted[column].to_numpy() for column, name in _ADAPTED.items()}
+    return pd.DataFrame(front).join(verdicts.drop(columns="patient")).assign(**new)
+
+
+def measure_cohort(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
+    """The measures for intervals.json.
+
+    Args:
+        table: of `labelled_table`.
+        resamples: of the bootstrap over patients.
+        seed: of the bootstrap.
+
+    Returns:
+        Those of `aplsmear.ensembles.combination.measure`, and the groups ``adapted``: the same after the
+        adaptation; ``sites``: the same for each site, if there are several, without a site that has fewer
+        than two patients of a diagnosis; ``unfamiliar``: how many patients and how many wrong calls (at the
+        balanced operating point) carried a warning, and Spearman's rank correlation of each distance with the
+        error of the probability, with its interval (Bonett & Wright, Psychometrika 2000;65:23).
+    """
+    names = {new: old for old, new in _ADAPTED.items()}
+    shifted = table[["label", *names]].rename(columns=names)
+    wrong, warned = table["verdict"] != table["label"], table["warning"] != ""
+    error = (table["probability"] - table["label"]).abs().to_numpy()
+    unfamiliar: dict[str, Any] = {
+        "warned": int(warned.sum()),
+        "wrong": int(wrong.sum()),
+        "wrong_and_warned": int((wrong & warned).sum()),
+    }
+    for column in ("distance", "stain"):
+        if correlation := _rank_correlation(table[column].to_numpy(), error):
+            unfamiliar[f"error_by_{column}"] = correlation
+    several = len(set(table["site"])) > 1
+    sites = {
+        site: measure(mine, resamples, seed)
+        for site, mine in table.groupby("site")
+        if several and mine["label"].value_counts().reindex([0, 1], fill_value=0).min() >= _FEWEST
+    }
+    return measure(table, resamples, seed) | {
+        "adapted": measure(shifted, resamples, seed),
+        "sites": sites,
+        "unfamiliar": unfamiliar,
+    }
+
+
+def write_evaluation(out: Path, found: Evaluation) -> None:
+    """Write the tables, the measures and the page into a folder.
+
+    Args:
+        out: for example ``evaluated/<name>``.
+        found: of `evaluate`.
+    """
+    model, measured = found.bundle.model, found.measured
+    write_table(out / "predictions.csv", found.table)
+    write_table(out / "comparison.csv", found.comparison)
+    for name, curve in found.curves.items():
+        write_table(out / f"{name}.csv", curve)
+    calls = confusion_table(found.table["label"], found.table["verdict"], [model.negative, model.positive])
+    write_table(out / "confusion.csv", calls)
+    write_json(out / "intervals.json", measured)
+    short = headline(measured) | {"adapted": headline(measured["adapted"])}
+    write_json(out / "metrics.json", short, digits=4)
+    pages.write(out / "report.html", page(found))
+
+
+def page(found: Evaluation) -> str:
+    """The page of a cohort as HTML."""
+    model, table = found.bundle.model, found.table
+    decision = found.curves["decision"]
+    share = float(table["label"].mean())
+    # As a share of the most that could be gained, so that 1 is perfect (Kerr, J Clin Oncol 2016;34:2534).
+    drawn = {
+        name: [(x, y / share) for x, y in pages.points(decision, "threshold", name) if y >= 0]
+        for name in ("model", "treat_all")
+    }
+    return pages.render(
+        "prediction/cohort.html.j2",
+        name=model.name,
+        positive=pages.diagnosis(model.positive),
+        negative=pages.diagnosis(model.negative),
+        measured=found.measured,
+        variants=[("as trained", found.measured), ("adapted", found.measured["adapted"])],
+        decision=drawn,
+        comparison=pages.records(found.comparison),
+        patients=pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
+        thresholds=found.bundle.combinations[-1].thresholds,
+        left_out=found.left_out,
+        remarks=found.remarks,
+        inputs=model.inputs,
+        version=aplsmear.__version__,
+        **pages.curve_content(table, found.curves),
+    )
+
+
+def _check_diagnoses(smears: pd.DataFrame, bundle: Bundle, root: Path) -> None:
+    """Refuse a cohort in which a diagnosis has too few patients."""
+    counts = smears.drop_duplicates("patient")["diagnosis"].value_counts()
+    wanted = (bundle.model.positive, bundle.model.negative)
+    if any(counts.get(diagnosis, 0) < _FEWEST for diagnosis in wanted):
+        has = " and ".join(f"{counts.get(diagnosis, 0)} with {diagnosis}" for diagnosis in wanted)
+        raise CohortError(
+            f"{root}: an evaluation of the ensemble {bundle.model.name} needs at least {_FEWEST} patients of "
+            f"each diagnosis, but there are {has}. Add patients to wsi.csv, or use `aplsmear predict`, which "
+            "needs no diagnoses."
+        )
+
+
+def _shift(before: Combination, after: Combination) -> str:
+    return (
+        f"Adapted: all logits are shifted by {after.offset - before.offset:+.2f}, assuming that about "
+        f"{before.thresholds['balanced']:.0%} of the patients are positive, as in training. No diagnosis was "
+        "used for this."
+    )
+
+
+def _rank_correlation(distance: np.ndarray, error: np.ndarray) -> dict[str, float] | None:
+    """Spearman's correlation with its 95 % interval; None: too few patients, or all the same distance."""
+    known = np.isfinite(distance)
+    n = int(known.sum())
+    if n < _FEWEST_RANKED or np.ptp(distance[known]) == 0 or np.ptp(error[known]) == 0:
+        return None
+    value = float(stats.spearmanr(distance[known], error[known]).statistic)
+    if abs(value) >= 1:
+        return {"value": value, "low": value, "high": value}
+    half = Z * math.sqrt((1 + value**2 / 2) / (n - 3))
+    low, high = (math.tanh(math.atanh(value) + side * half) for side in (-1, 1))
+    return {"value": value, "low": low, "high": high}

@@ -1,0 +1,62 @@
+"""The measures of a labelled cohort, by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from aplsmear.prediction.cohort import labelled_table, measure_cohort
+
+
+def verdicts(probability: list[float], **more) -> pd.DataFrame:
+    """Of patients a, b, ..., half of them with APL."""
+    n = len(probability)
+    label = np.arange(n) % 2
+    table = pd.DataFrame(
+        {"patient": list("abcdefghijklmnop"[:n]), "label": label, "probability": probability}
+    )
+    call = (table["probability"] >= 0.5).astype(int)
+    table = table.assign(verdict=call, sensitive=1, adapted=probability, adapted_verdict=call)
+    table = table.assign(adapted_sensitive=1, site="", warning="", distance=1.0, stain=1.0)
+    return table.assign(**more)
+
+
+def test_a_patient_gets_the_diagnosis_and_the_site_of_the_smears() -> None:
+    smears = pd.DataFrame(
+        {"patient": ["b", "b", "a"], "site": ["x", "x", "y"], "diagnosis": ["apl", "apl", "aml"]}
+    )
+    judged = pd.DataFrame({"patient": ["a", "b"], "probability": [0.1, 0.9], "verdict": 0, "sensitive": 1})
+    shifted = judged.assign(probability=[0.2, 0.95], verdict=1)
+    found = labelled_table(judged, shifted, smears, "apl")
+    assert found[["patient", "site", "diagnosis", "label"]].to_numpy().tolist() == [
+        ["a", "y", "aml", 0],
+        ["b", "x", "apl", 1],
+    ]
+    assert found["adapted"].tolist() == [0.2, 0.95]
+    assert found["adapted_verdict"].tolist() == [1, 1]
+    assert found["verdict"].tolist() == [0, 0]
+
+
+def test_errors_that_grow_with_the_distance_are_reported() -> None:
+    probability = [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.6, 0.4]  # the last two are wrong
+    distance = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    warning = ["", "few cells", *[""] * 5, "unlike the training patients"]
+    found = measure_cohort(verdicts(probability, distance=distance, warning=warning), 100, 1)["unfamiliar"]
+    assert {name: found[name] for name in ("warned", "wrong", "wrong_and_warned")} == {
+        "warned": 2,
+        "wrong": 2,
+        "wrong_and_warned": 1,
+    }
+    correlation = found["error_by_distance"]
+    assert 0.9 < correlation["value"] < 1
+    assert -1 < correlation["low"] < correlation["value"] < correlation["high"] < 1
+    assert "error_by_stain" not in found  # all have the same
+
+
+def test_each_site_is_measured_if_it_has_two_patients_of_each_diagnosis() -> None:
+    probability = [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.6, 0.4]
+    table = verdicts(probability, site=["Dresden"] * 5 + ["Leipzig"] * 3)
+    sites = measure_cohort(table, 100, 1)["sites"]
+    assert list(sites) == ["Dresden"]
+    assert sites["Dresden"]["n_patients"] == 5
+    assert sites["Dresden"]["auroc"]["value"] == pytest.approx(1.0)
+    assert measure_cohort(verdicts(probability), 100, 1)["sites"] == {}
