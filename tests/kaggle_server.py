@@ -44,7 +44,6 @@ class KaggleServer:
     statuses: list[int] = field(default_factory=list)  # of the next API calls
     storage: str = "storage.localhost"  # host of the archive
     storage_statuses: list[int] = field(default_factory=list)  # of the next requests to it, 0: as usual
-    retry_after: str | None = None
     drop_after: int | None = None  # bytes of the archive before a connection is cut
     drops: int = 10**9  # number of connections that are cut
     ranges: bool = True
@@ -109,8 +108,7 @@ def _handler(kaggle: KaggleServer) -> type[BaseHTTPRequestHandler]:
             if not status and (asked != (OWNER, SLUG) or version not in kaggle.versions):
                 status = 404
             if status:  # the message contains the key, as that of a careless server might
-                headers = {} if kaggle.retry_after is None else {"Retry-After": kaggle.retry_after}
-                self._json(status, {"code": status, "message": f"no, {sent}"}, headers)
+                self._json(status, {"code": status, "message": f"no, {sent}"}, {})
             elif not kaggle.redirects:
                 self._archive(kaggle.versions[version])
             else:

@@ -297,12 +297,6 @@ def test_a_passing_failure_is_tried_again_and_then_told(
     assert holds(folder) == FILES
 
 
-def test_a_long_wait_ends_the_download(server: KaggleServer, folder: Path) -> None:
-    server.statuses, server.retry_after = [429], "7200"
-    assert "asks to wait 7200 s" in refused(folder)
-    assert len(server.seen) == 1
-
-
 def test_an_expired_address_of_the_storage_is_asked_for_again(server: KaggleServer, folder: Path) -> None:
     server.storage_statuses = [403, 500]
     fetch(folder)
@@ -391,9 +385,7 @@ def test_secrets_are_in_no_output_log_file_or_exception(
         setting(server, storage_statuses=[0, 403] * 3),
         setting(server, drop_after=0),
         setting(server, storage="127.0.0.1:1"),
-        setting(
-            server, storage="storage.localhost", drop_after=None, versions={3: packed({"../evil": b"x"})}
-        ),
+        setting(server, storage="storage.localhost", drop_after=None, versions={3: packed({"evil": b"x"})}),
         setting(server, versions={3: b"no zip"}),
         setting(server, accepts="nobody"),
         lambda: signed_in.setenv("KAGGLE_API_TOKEN", f"{KEY}\nsecond line"),
@@ -423,36 +415,21 @@ def test_secrets_are_in_no_output_log_file_or_exception(
 # --- archives that must not be unpacked -----------------------------------------------------------
 
 
-def link(name: str) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name)
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info
-
-
-@pytest.mark.parametrize(
-    ("member", "told"),
-    [
-        ("../evil.png", "would be written outside the folder"),
-        ("wsi/../../evil.png", "would be written outside the folder"),
-        ("/etc/evil.png", "would be written outside the folder"),
-        ("..\\evil.png", "would be written outside the folder"),
-        (link("wsi/evil"), "is a link"),
-        ("WSI.csv", "is there twice"),
-    ],
-)
-def test_a_dangerous_archive_is_refused_with_all_its_dangers(
-    server: KaggleServer, folder: Path, tmp_path: Path, member: str | zipfile.ZipInfo, told: str
+@pytest.mark.parametrize("name", ["../evil.png", "wsi/../../evil.png", "/etc/evil.png", "..\\evil.png"])
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFLNK])
+def test_an_archive_writes_no_link_and_nothing_outside_of_its_folder(
+    server: KaggleServer, folder: Path, tmp_path: Path, name: str, kind: int
 ) -> None:
+    member = zipfile.ZipInfo(name)
+    member.external_attr = (kind | 0o777) << 16
     buffer = io.BytesIO(WHOLE)
     with zipfile.ZipFile(buffer, "a") as bundle:
         bundle.writestr(member, "../../../home")
-        bundle.writestr("../second.png", "")
     server.versions[3] = buffer.getvalue()
-    message = refused(folder)
-    assert told in message
-    assert "'../second.png' would be written outside the folder" in message
-    left = [path for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()]
-    assert left == []
+    fetch(folder)
+    written = [path for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()]
+    assert len(written) == len(FILES) + 2  # the member and the marker
+    assert all(path.is_relative_to(folder) and not path.is_symlink() for path in written)
 
 
 def test_a_bomb_is_refused(server: KaggleServer, folder: Path) -> None:
@@ -470,11 +447,8 @@ def test_a_bomb_is_refused(server: KaggleServer, folder: Path) -> None:
             "BadZipFile",
         ),
         (packed({"wsi.csv": b"", "wsi.csv/a.png": b""}), "damaged (NotADirectoryError)"),
-        (
-            packed({"cells.csv": b"", "images/a.png": b""}),
-            "no wsi.csv at its top, but: cells.csv, images",
-        ),
-        (packed({}), "but: nothing"),
+        (packed({"cells.csv": b"", "images/a.png": b""}), "0 files of the name wsi.csv"),
+        (packed({"a/wsi.csv": b"", "b/wsi.csv": b""}), "2 files of the name wsi.csv"),
     ],
 )
 def test_an_archive_that_is_damaged_or_no_data_set_is_refused_and_removed(
@@ -520,9 +494,9 @@ def test_files_that_were_there_before_are_left_alone(server: KaggleServer, folde
     mine = folder.with_name("mine")
     mine.mkdir()
     (mine / "wsi.csv").write_text("my own")
-    assert "holds files that this program did not download" in refused(mine)
     (folder.with_name("a file")).touch()
-    assert "is a file, not a folder" in refused(folder.with_name("a file"))
+    for path in (mine, folder.with_name("a file")):
+        assert f"this program did not download {path}" in refused(path)
 
 
 def test_a_download_that_was_changed_is_neither_used_nor_replaced(server: KaggleServer, folder: Path) -> None:

@@ -2,24 +2,23 @@
 
 Kaggle's own client, `kagglehub`, signs in, downloads the archive, continues a download that was cut off and
 compares the MD5 checksum. This module adds new attempts after network failures, a check of the free disk
-space before the download, a check of the archive before it is unpacked, and messages that say what to do.
+space, and messages that say what to do.
 
-Errors of the client and of the network can contain keys and signed addresses. So no text of them is passed
-on, and a `KaggleError` is raised outside their handler: it keeps no reference to them.
+Errors of the client and of the network can contain keys and signed addresses. Their text is not shown, and a
+`KaggleError` is raised outside their handler, so that it keeps no reference to them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import stat
 import struct
 import time
 import zipfile
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import requests
 
@@ -32,7 +31,6 @@ MARKER = ".aplsmear-kaggle.json"
 
 _LONGEST_PAUSE = 60.0  # s
 _LARGEST_RATIO = 100  # unpacked to packed size; smears hardly shrink, tables shrink about tenfold
-_LISTED = 10  # names or problems shown of one archive
 _DAMAGED = (  # what reading a damaged or encrypted archive raises
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError,
     FileExistsError, IsADirectoryError, NotADirectoryError,
@@ -136,21 +134,15 @@ def _present(wanted: Kaggle, folder: Path) -> Obtained | None:
     Raises:
         KaggleError: the folder holds something else, or the download was changed.
     """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
     move = f"move or rename {folder}, then run the same command again."
-    if not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise _error(wanted, f"{folder} is a file, not a folder.", move)
-    marker = folder / MARKER
-    if not marker.exists():
-        if any(folder.iterdir()):
-            raise _error(wanted, f"{folder} holds files that this program did not download.", move)
-        return None
     try:
-        record = json.loads(marker.read_text(encoding="utf-8"))
-        present = Obtained(**{field.name: record[field.name] for field in fields(Obtained)})
-    except (ValueError, TypeError, KeyError):
-        raise _error(wanted, f"{marker} is damaged.", f"delete {folder} and run again.") from None
+        present = Obtained(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise _error(wanted, f"this program did not download {folder}.", move) from None
+    if (present.owner, present.slug) != (wanted.owner, wanted.slug):
+        raise _error(wanted, f"{folder} holds another data set: {present.owner}/{present.slug}.", move)
     files, size = _count(folder)
     if (files, size) != (present.files, present.bytes):
         raise _error(
@@ -160,8 +152,6 @@ def _present(wanted: Kaggle, folder: Path) -> Obtained | None:
             "to keep your changes, move the folder; in params.yaml, set dataset.root to its new place and "
             f"dataset.source to folder. To download it again, delete {folder}. Then run again.",
         )
-    if (present.owner, present.slug) != (wanted.owner, wanted.slug):
-        raise _error(wanted, f"{folder} holds another data set: {present.owner}/{present.slug}.", move)
     return present
 
 
@@ -176,12 +166,11 @@ def _count(folder: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Trouble:
-    """Why an attempt failed; `passes`: another attempt may succeed, after `wait` seconds."""
+    """Why an attempt failed; `passes`: another attempt may succeed."""
 
     happened: str
     to_do: str
     passes: bool = False
-    wait: float = 0.0
 
 
 _AGAIN = "then run the same command again."
@@ -199,10 +188,24 @@ _UNUSABLE = _Trouble(
     _SIGN_IN,
 )
 _BROKEN = _Trouble("the archive was damaged on its way and is removed.", _NETWORK, passes=True)
+_REFUSALS = {  # HTTP status of Kaggle -> its meaning, and what to do
+    401: ("Kaggle does not accept the credentials: mistyped, expired or revoked", _SIGN_IN),
+    403: (
+        "Kaggle accepts the credentials, but does not give this data set to them",
+        "open the page of the data set with a browser, sign in and accept the terms. If it does not open, "
+        f"the data set is private or its name is wrong. Correct this, {_AGAIN}",
+    ),
+    404: (
+        "Kaggle has no such data set, or not this version",
+        "open the page of the data set with a browser. If it does not open, the data set was moved, renamed "
+        f"or removed, or is private. Correct {_NAME}, {_AGAIN}",
+    ),
+    429: ("too many requests to Kaggle", _LATER),
+}
 
 
 def _download(wanted: Kaggle, work: Path, attempts: int, pause: float) -> Path:
-    """Download the archive into the folder `work`, in as many attempts as it takes; returns its path."""
+    """Download the archive into the folder `work`, with several attempts; returns its path."""
     archive = work / f"{wanted.owner}-{wanted.slug}-{wanted.version}.zip"
     for other in work.glob("*.zip"):
         if other != archive:
@@ -216,10 +219,10 @@ def _download(wanted: Kaggle, work: Path, attempts: int, pause: float) -> Path:
         size = archive.stat().st_size if archive.exists() else 0
         failures = 1 if size > most else failures + 1
         most = max(most, size)
-        if not trouble.passes or failures >= attempts or trouble.wait > _LONGEST_PAUSE:
+        if not trouble.passes or failures >= attempts:
             tried = f"gave up after {failures} attempts: " if failures > 1 else ""
             raise _error(wanted, tried + trouble.happened, trouble.to_do)
-        time.sleep(max(trouble.wait, min(pause * 2 ** (failures - 1), _LONGEST_PAUSE)))
+        time.sleep(min(pause * 2 ** (failures - 1), _LONGEST_PAUSE))
 
 
 def _ask(wanted: Kaggle) -> requests.Response | _Trouble:
@@ -257,39 +260,21 @@ def _refusal(answer: requests.Response | None) -> _Trouble:
     if answer is None:
         return _Trouble("no answer from Kaggle.", _NETWORK, passes=True)
     status = answer.status_code
-    if answer.history:  # from the storage
-        return _Trouble(f"Kaggle's storage refused the download (HTTP {status}).", _LATER, passes=True)
-    if status == 429:
-        wait = answer.headers.get("Retry-After", "")
-        seconds = float(wait) if wait.isdecimal() else 0.0
-        asked = f" It asks to wait {seconds:.0f} s." if seconds else ""
-        return _Trouble(f"too many requests to Kaggle (HTTP 429).{asked}", _LATER, passes=True, wait=seconds)
-    if status == 408 or status >= 500:
-        return _Trouble(f"Kaggle does not work at present (HTTP {status}).", _LATER, passes=True)
-    if status in (401, 403) and "Authorization" not in answer.request.headers:
-        return _Trouble(
-            f"Kaggle requires credentials, and there are none on this computer (HTTP {status}).", _SIGN_IN
-        )
-    happened, to_do = {
-        401: ("Kaggle does not accept the credentials: mistyped, expired or revoked", _SIGN_IN),
-        403: (
-            "Kaggle accepts the credentials, but does not give this data set to them",
-            "open the page of the data set with a browser, sign in and accept the terms. If it does not "
-            f"open, the data set is private or its name is wrong. Correct this, {_AGAIN}",
-        ),
-        404: (
-            "Kaggle has no such data set, or not this version",
-            "open the page of the data set with a browser. If it does not open, the data set was moved, "
-            f"renamed or removed, or is private. Correct {_NAME}, {_AGAIN}",
-        ),
-    }.get(status, ("Kaggle refused the request", _LATER))
-    return _Trouble(f"{happened} (HTTP {status}).", to_do)
+    passes = status in (408, 429) or status >= 500
+    happened, to_do = _REFUSALS.get(
+        status, ("Kaggle does not work at present" if passes else "Kaggle refused the request", _LATER)
+    )
+    if answer.history:  # the answer is from the storage, whose addresses expire
+        happened, to_do, passes = "Kaggle's storage refused the download", _LATER, True
+    elif status in (401, 403) and "Authorization" not in answer.request.headers:
+        happened, to_do = "Kaggle requires credentials, and there are none on this computer", _SIGN_IN
+    return _Trouble(f"{happened} (HTTP {status}).", to_do, passes)
 
 
 def _fetch(wanted: Kaggle, answer: requests.Response, archive: Path) -> _Trouble | None:
-    """Complete the archive from what is there; None if it is whole.
+    """Download the rest of the archive; None if it is complete.
 
-    When kagglehub continues a download, it appends whatever the storage returns, an error page too. Then
+    When kagglehub continues a download, it appends all that the storage returns, also an error page. Then
     checksum or size do not match, and the archive is removed and downloaded again from its beginning.
 
     Raises:
@@ -333,58 +318,33 @@ def _unpack(wanted: Kaggle, archive: Path, files: Path) -> tuple[Obtained, Path]
         What was unpacked, and the folder in `files` that holds ``wsi.csv``.
 
     Raises:
-        KaggleError: the archive is damaged, dangerous or without ``wsi.csv``.
+        KaggleError: the archive is damaged, a bomb or without ``wsi.csv``.
     """
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = bundle.infolist()
-            problems = _dangers(members, archive.stat().st_size)
-            if problems:
-                more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
-                listed = "".join(f"\n    {line}" for line in problems[:_LISTED] + more)
+            size, packed = sum(member.file_size for member in members), archive.stat().st_size
+            if size > _LARGEST_RATIO * packed:
                 raise _error(
                     wanted,
-                    f"the archive is dangerous and is removed:{listed}",
-                    f"check {_NAME}. If they are right, tell the owner of the data set, and do not unpack "
-                    "the archive by hand.",
+                    f"the archive is a bomb and is removed: its {packed} bytes unpack to {size}.",
+                    f"check {_NAME}. If they are right, tell the owner of the data set.",
                 )
             files.mkdir()
             for member in progress(members, "files unpacked", len(members)):
-                bundle.extract(member, files)  # checks the CRC of the file
+                bundle.extract(member, files)  # never outside of `files`; checks the CRC
     except _DAMAGED as error:
         raise _error(
             wanted, f"the archive is damaged ({type(error).__name__}) and is removed.", _NETWORK
         ) from None
-    top = files
-    while not (top / "wsi.csv").is_file():  # one folder may be around everything
-        names = sorted(path.name for path in top.iterdir()) if top.is_dir() else []
-        if len(names) != 1:
-            raise _error(
-                wanted,
-                f"the archive has no wsi.csv at its top, but: {', '.join(names[:_LISTED]) or 'nothing'}.",
-                f"check {_NAME}. A data set needs wsi.csv and the folder wsi.",
-            )
-        top /= names[0]
+    tables = [path for path in files.rglob("wsi.csv") if path.is_file()]
+    if len(tables) != 1:
+        raise _error(
+            wanted,
+            f"the archive has {len(tables)} files of the name wsi.csv, expected one.",
+            f"check {_NAME}. A data set needs wsi.csv and the folder wsi.",
+        )
+    top = tables[0].parent  # folders may be around everything
     obtained = Obtained(wanted.owner, wanted.slug, wanted.version, *_count(top))
     (top / MARKER).write_text(json.dumps(asdict(obtained), indent=2) + "\n", encoding="utf-8")
     return obtained, top
-
-
-def _dangers(members: list[zipfile.ZipInfo], packed: int) -> list[str]:
-    """Reasons not to unpack an archive of `packed` bytes with these members, one line each."""
-    problems, seen = [], set()
-    for member in members:
-        name = member.orig_filename
-        path = PurePosixPath(name.replace("\\", "/"))
-        kind = stat.S_IFMT(member.external_attr >> 16)
-        if path.is_absolute() or ".." in path.parts:
-            problems.append(f"{name!r} would be written outside the folder")
-        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            problems.append(f"{name!r} is a link or a device, not a file")
-        elif name.casefold() in seen:
-            problems.append(f"{name!r} is there twice (some computers ignore capital letters)")
-        seen.add(name.casefold())
-    size = sum(member.file_size for member in members)
-    if size > _LARGEST_RATIO * packed:
-        problems.append(f"a bomb: {size} bytes after unpacking, over {_LARGEST_RATIO} times its {packed}")
-    return problems
