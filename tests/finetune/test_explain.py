@@ -80,14 +80,15 @@ def test_on_drawn_cells_the_maps_lie_on_auer_rods_more_than_expected_by_chance()
     from aplsmear.heads.head import Head, Recipe
     from aplsmear.images.reading import resize
     from aplsmear.params import read_params
-    from aplsmear.sources.drawn import draw_smear
+    from aplsmear.sources.drawn import draw_smear, sample_patient
 
     name = "conv_pw_3_relu"
     backbone = read_params(Path(__file__).parents[2] / "params.yaml").backbones["mobilenet"]
     backbone = backbone.model_copy(update={"layer": [name]})
     cells = []
     for number in range(40):
-        smear = draw_smear("apl", np.random.default_rng([5, number]), (480, 640), 20)
+        rng = np.random.default_rng([5, number])
+        smear = draw_smear(sample_patient("apl", rng), rng, (480, 640), 20)
         for cell in smear.cells:
             y0, x0, y1, x1 = cell.box
             seen = resize(smear.image[y0:y1, x0:x1], 64)

@@ -56,7 +56,7 @@ def test_a_leak_ends_in_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ensembles, "null_check", leaky)
     result = check("--repeats", "5")
     assert result.exit_code == 1
-    assert "leaks into their probabilities" in result.output
+    assert "held-out patients leak" in result.output
 
 
 def test_a_missing_input_is_named_with_the_command_that_makes_it(home: Path) -> None:

@@ -28,7 +28,7 @@ from aplsmear.sources.cell_finder import (
     find_cells,
     kaggle_rows,
 )
-from aplsmear.sources.drawn import Smear, draw_smear, generator, patient_smears
+from aplsmear.sources.drawn import Smear, draw_smear, generator, patient_smears, sample_patient
 
 TYPICAL = 60.0  # px, of the demo's cells
 SEED = 4
@@ -42,7 +42,8 @@ def smear_of(patient: int) -> Smear:
 
 @cache
 def field_without_cells() -> np.ndarray:
-    return draw_smear("healthy", generator(SEED, 0), n_cells=0).image
+    rng = generator(SEED, 0)
+    return draw_smear(sample_patient("healthy", rng), rng, n_cells=0).image
 
 
 def drawn(smear: Smear) -> np.ndarray:

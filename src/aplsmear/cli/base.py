@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -28,7 +28,7 @@ class _Commands(TyperGroup):
         except BrokenPipeError:  # the reader of a pipe has ended: click ends quietly, too
             raise
         except (UserError, OSError) as error:
-            fail(str(error))
+            typer.echo(without_secrets(str(error)), err=True)
         raise typer.Exit(1)
 
 
@@ -40,19 +40,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",
 )
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with a message on stderr and exit code 1."""
-    typer.echo(without_secrets(message), err=True)
-    raise typer.Exit(1) from None
-
-
-def params_here() -> Params:
-    """The parameters of the working directory, or the end of the command if it has none."""
-    if not PARAMS.exists():
-        fail("There is no params.yaml here: start in the folder of dvc.yaml.")
-    return read_params(PARAMS)
 
 
 def params_if_any() -> Params | None:

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aplsmear.cli.base import app, fail, params_if_any
+from aplsmear.cli.base import app, params_if_any
+from aplsmear.errors import UserError
 from aplsmear.params import read_params
 
 _MIN_BOX = 8  # px; where no params.yaml says otherwise
@@ -81,10 +82,7 @@ def demo_data(
     """
     from aplsmear.sources.drawn import draw_data_set
 
-    try:
-        draw_data_set(folder, patients, seed)
-    except ValueError as error:
-        fail(str(error))
+    draw_data_set(folder, patients, seed)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -120,7 +118,7 @@ def cells(
     for line in cell_finder.summary(found, smears["smear"]):
         typer.echo(line)
     if found.cells.empty:
-        fail(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
+        raise UserError(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
     if kept:
         typer.echo(f"The old table is now {kept}")
     typer.echo(f"{table} holds the boxes. Look at {sheet} first: does each box hold one cell?")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aplsmear import cpu
-from aplsmear.cli.base import app, fail, params_here, params_if_any
+from aplsmear.cli.base import PARAMS, app, params_if_any
 from aplsmear.compute.runtime import device_note
+from aplsmear.errors import UserError
 
 if TYPE_CHECKING:
     from aplsmear.ensembles.combination import Combination
@@ -141,7 +142,7 @@ def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
             f"{path} exists: choose another name, or add --overwrite" for path in paths if path.is_file()
         ]
     if problems:
-        fail("\n".join(problems))
+        raise UserError("\n".join(problems))
 
 
 def _adapted(combination: Combination, verdicts: Sequence[Verdict]) -> tuple[Combination, str]:
@@ -173,10 +174,10 @@ def null_check(
     Example: `aplsmear null-check --ensemble apl_healthy`
     """
     from aplsmear.ensembles import combination as ensembles
-    from aplsmear.params import named
+    from aplsmear.params import named, read_params
     from aplsmear.tables import read_scores, read_table
 
-    params = params_here()
+    params = read_params(PARAMS)
     asked = named(params.ensembles, ensemble, "ensembles")
     folds = _made(Path("splits/folds.csv"))
     level = {task: each.level for task, each in params.tasks.items()}
@@ -195,11 +196,11 @@ def null_check(
         failed |= abs(mean - 0.5) > max(0.03, 3 * error)
         typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error:.3f})")
     if failed:
-        fail("This should be 0.5: information of held-out patients leaks into their probabilities.")
+        raise UserError("This should be 0.5: held-out patients leak into the training of their own models.")
 
 
 def _made(path: Path) -> Path:
     """The path, if it exists."""
     if not path.exists():
-        fail(f"{path} does not exist: `dvc repro` makes it")
+        raise UserError(f"{path} does not exist: `dvc repro` makes it")
     return path

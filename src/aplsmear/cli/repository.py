@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from aplsmear.cli.base import PARAMS, app, fail, params_here
+from aplsmear.cli.base import PARAMS, app
+from aplsmear.errors import UserError
 from aplsmear.params import read_params
 
 _PANEL = "The repository"
@@ -43,7 +44,7 @@ def profile(
 def _pair(setting: str) -> tuple[str, str]:
     key, found, value = setting.partition("=")
     if not found or not key:
-        fail(f"{setting!r} is not KEY=VALUE, such as split.folds=10")
+        raise UserError(f"{setting!r} is not KEY=VALUE, such as split.folds=10")
     return key, value
 
 
@@ -90,7 +91,7 @@ def _remove_leftovers() -> int:
 
     from aplsmear.workspace.profiles import leftovers
 
-    found = leftovers(Path(), params_here())
+    found = leftovers(Path(), read_params(PARAMS))
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
@@ -154,7 +155,7 @@ def compare(
     from aplsmear.workspace.dvc_api import compare as compared
 
     if len(revisions) < 2:
-        fail("A comparison needs two names or more, such as: aplsmear compare main workspace")
+        raise UserError("A comparison needs two names or more, such as: aplsmear compare main workspace")
     write_page(out, compared(Path(), revisions))
     typer.echo(f"{out} is written: open it in a browser")
 

@@ -17,6 +17,7 @@ import yaml
 
 from aplsmear import cpu
 from aplsmear.errors import UserError, brief
+from aplsmear.params import flat
 from aplsmear.runs.checksums import unsound
 from aplsmear.runs.data_root import check_root
 from aplsmear.runs.git import GitError
@@ -79,16 +80,16 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
 
 
 def check_repository(top: Path) -> None:
-    """Check that no killed `dvc exp run` has left git off its branch, or changes of a person in git's stash.
+    """Check that no killed `dvc exp run` has left git off its branch, or a user's changes in git's stash.
 
-    Nothing is checked where DVC was not started as a command, or while another DVC runs in the repository,
-    or where git does not work: `dvc exp run` does not work there either.
+    There is no check if DVC was not started as a command, if another DVC runs in the repository, or if git
+    does not work.
 
     Args:
         top: the top of the repository that DVC was called in.
 
     Raises:
-        UserError: one has.
+        UserError: a killed run has left something; the message names the command that repairs it.
     """
     if _dvc() is None:
         return
@@ -122,7 +123,7 @@ def check_data_root() -> None:
 
 
 def check_inputs(stage: str) -> None:
-    """Check that the inputs of a stage have the hashes that dvc.lock has of them.
+    """Check that the inputs of a stage have the hashes in dvc.lock.
 
     Each file is read once in a run of DVC, however many stages depend on it (`aplsmear.runs.checksums`).
 
@@ -135,10 +136,12 @@ def check_inputs(stage: str) -> None:
     pipeline, lock, dvc = Path("dvc.yaml"), Path("dvc.lock"), _dvc()
     if not lock.is_file():
         return
-    params = _loaded(Path("params.yaml"))
     template, _, item = stage.partition("@")
-    deps = _loaded(pipeline)["stages"][template]["deps"]
-    wanted = [PurePosixPath(_filled(dep, params, item)) for dep in deps]
+    values = dict(flat(_loaded(Path("params.yaml"))))
+    wanted = [
+        PurePosixPath(re.sub(r"\$\{([^}]+)\}", lambda found: str(values.get(found[1], item)), dep))
+        for dep in _loaded(pipeline)["stages"][template]["deps"]  # `${item.task}` is in no params.yaml
+    ]
     made = [out for entry in _loaded(lock).get("stages", {}).values() for out in entry.get("outs", [])]
     mine = {
         out["path"]: out["md5"]
@@ -150,7 +153,7 @@ def check_inputs(stage: str) -> None:
     damaged = unsound(mine, Path(".dvc/tmp/sound"), f"{dvc.pid} {dvc.create_time()}" if dvc else "")
     if damaged:
         raise UserError(
-            "\n  ".join(["these do not have the hashes in dvc.lock (a failing disk?):", *damaged])
+            "\n  ".join(["these inputs do not have the hashes in dvc.lock (a failing disk?):", *damaged])
             + "\nType `aplsmear mend`, then the same command again."
         )
 
@@ -163,7 +166,7 @@ def _above() -> list[Any]:
 
 
 def _dvc() -> Any:
-    """The DVC that runs this process; None: there is none, or it is a library of another program."""
+    """The process of DVC above this one; None: there is none, or another program uses DVC as a library."""
     return next((each for each in _above() if is_dvc(each.as_dict(["cmdline"])["cmdline"])), None)
 
 
@@ -174,21 +177,6 @@ def _is_complete(path: Path, files: int) -> bool:
 
 def _loaded(path: Path) -> Any:
     return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # ten times as fast
-
-
-def _filled(text: str, params: Any, item: str) -> str:
-    """A dependency in dvc.yaml with each ``${...}`` replaced; a stage has one matrix variable at most."""
-
-    def value(found: re.Match[str]) -> str:
-        keys = found[1].split(".")
-        if keys[0] == "item":
-            return item
-        each = params
-        for key in keys:
-            each = each[key]
-        return str(each)
-
-    return re.sub(r"\$\{([^}]+)\}", value, text)
 
 
 def home() -> Path:

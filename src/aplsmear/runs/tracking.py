@@ -167,7 +167,9 @@ class Tracker:
         if runs:
             self._run = runs[0].info.run_id
             client.update_run(self._run, status="RUNNING")
-            for tag, value in _with_names(runs[0].data.tags, tags).items():
+            names = f"{runs[0].data.tags.get(NAMES, '')} {tags.pop(NAMES, '')}".split()
+            tags |= {NAMES: " ".join(dict.fromkeys(names))} if names else {}
+            for tag, value in tags.items():
                 client.set_tag(self._run, tag, value)
         else:
             tags |= {"key": key}
@@ -208,12 +210,6 @@ def _experiment(client: Any, artifacts: str | None = None) -> str:
     """The id of this project's experiment in MLflow, which is created if it is not there."""
     found = client.get_experiment_by_name(EXPERIMENT)
     return str(found.experiment_id if found else client.create_experiment(EXPERIMENT, artifacts))
-
-
-def _with_names(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    """New tags; the names of DVC experiments are those of old and new."""
-    names = f"{old.get(NAMES, '')} {new.get(NAMES, '')}".split()
-    return dict(new) | ({NAMES: " ".join(dict.fromkeys(names))} if names else {})
 
 
 def _signed_in(server: str) -> str:

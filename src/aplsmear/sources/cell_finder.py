@@ -122,10 +122,10 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
 
 
 def _check_size(size: float) -> None:
-    if not size >= MIN_SIZE:
+    if not MIN_SIZE <= size < math.inf:
         raise CellsError(
-            f"cells of {size:g} px are too small to be distinguished from platelets. They need at least "
-            f"{MIN_SIZE:g} px: take the pictures at a higher magnification, or correct the size"
+            f"cells of {size:g} px cannot be told from platelets. They need at least {MIN_SIZE:g} px: take "
+            "the pictures at a higher magnification, or correct the size"
         )
 
 
@@ -314,25 +314,15 @@ def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
-    """Diameter of a typical cell in px.
-
-    Args:
-        size: the diameter in px, if it is known.
-        micrometres_per_pixel: the resolution, from which it is computed, if this is known.
-
-    Returns:
-        px; None if neither is given.
+    """Diameter of a typical cell in px, given as such or by the resolution; None if neither is known.
 
     Raises:
-        CellsError: both are given, a value is not a positive number, or cells would be too small.
+        CellsError: both are given, or cells would be too small.
     """
     if size is not None and micrometres_per_pixel is not None:
         raise CellsError("--size and --micrometres-per-pixel exclude each other: give only one of them")
-    for given in (size, micrometres_per_pixel):
-        if given is not None and not (given > 0 and math.isfinite(given)):
-            raise CellsError(f"{given:g} is not a length: give a number above 0")
     if micrometres_per_pixel is not None:
-        size = TYPICAL_MICROMETRES / micrometres_per_pixel
+        size = TYPICAL_MICROMETRES / micrometres_per_pixel if micrometres_per_pixel > 0 else 0
     if size is not None:
         _check_size(size)
     return size
@@ -341,11 +331,9 @@ def expected_size(size: float | None, micrometres_per_pixel: float | None) -> fl
 def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
     """The smears of a data set, with or without labels; every image is decoded once as a check.
 
-    If there is no ``wsi.csv``, one is written: a row for each picture in the folder ``wsi``, with an empty
-    label.
-
     Returns:
-        A table with `smear` and `image`, and the ``wsi.csv`` that was written, or None.
+        A table with `smear` and `image`. If there was no ``wsi.csv``: the one that is now written, with a row
+        for each picture in the folder ``wsi`` and empty labels; otherwise None.
 
     Raises:
         DataSetError: with all problems of tables and images.

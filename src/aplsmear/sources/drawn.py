@@ -1,13 +1,9 @@
-"""Synthetic marrow smears in the layout of the Kaggle data set, in any number, the same bytes everywhere.
+"""Synthetic marrow smears in the layout of the Kaggle data set, in any number.
 
-Nothing is copied from a patient: every cell is drawn. The drawings show the features that a haematologist
-uses in a May-Grünwald-Giemsa smear (ratio of nucleus to cytoplasm, shape of the nucleus, chromatin, nucleoli,
-granules, Auer rods), so a network can learn something real. They also show what misleads in practice: stain,
-light, focus, crowded cells, and a share of abnormal cells that differs widely between patients. Only the
-cells depend on the diagnosis.
-
-There are three layers: sampling of patients and cells (`sample_patient`, `sample_cells`: no pictures),
-drawing (`draw_smear`), and writing (`draw_data_set`).
+Every cell is drawn; nothing is copied from a patient. The drawings show the features that a haematologist
+uses in a May-Grünwald-Giemsa smear: ratio of nucleus to cytoplasm, shape of the nucleus, chromatin, nucleoli,
+granules, Auer rods. They also show what misleads in practice: stain, light, focus, crowded cells, and a share
+of abnormal cells that differs widely between patients. Only the cells depend on the diagnosis.
 
 The bytes are the same on every x86-64 computer because pixels are computed with integers. Dyes absorb light
 (Beer-Lambert), so optical densities are added in fixed point, and one table turns the sum into grey values.
@@ -16,23 +12,26 @@ Random numbers come from Philox streams with the seed (seed, patient, smear).
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from aplsmear.data.labels import DIAGNOSES
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, SMEARS_FILE
-from aplsmear.files import whole
+from aplsmear.errors import UserError
 from aplsmear.params import Diagnosis
 from aplsmear.progress import progress
+from aplsmear.tables import write_table
 
 HEIGHT, WIDTH = 480, 640
 CELL_SIZE = 64
@@ -49,6 +48,10 @@ _Rgb = tuple[float, float, float]
 
 _UNIT = 1024  # optical density 1.0 (natural logarithm) in fixed point
 _SHIFT = 4  # OpenCV draws at 1/16 pixel
+
+
+class DrawnError(UserError, ValueError):
+    """The data set cannot be drawn; the message says what to change."""
 
 
 # --- what cells look like ------------------------------------------------------------------------------
@@ -75,59 +78,21 @@ class _Look:
     rough: float = 0.035  # unevenness of the outline
 
 
-_LOOKS: dict[str, _Look] = {
-    "myeloblast": _Look(
-        3.0, "Myeloblast", (0.86, 0.09), (0.84, 0.035), ("round", "round", "oval", "notched"),
-        (0.52, 0.92, 0.30), (0.42, 0.33, 0.10), 1.0, 0.16, (0.0, 0.02), nucleoli=(1, 3), eccentric=0.5,
-    ),
-    "monoblast": _Look(
-        0.7, "Monoblast", (1.04, 0.09), (0.74, 0.05), ("folded", "kidney", "oval"),
-        (0.46, 0.80, 0.27), (0.36, 0.29, 0.13), 1.3, 0.20, (0.0, 0.03), nucleoli=(0, 2), rough=0.055,
-    ),
-    "lymphoblast": _Look(
-        0.5, "Lymphoblast", (0.70, 0.06), (0.88, 0.03), ("round", "notched"),
-        (0.60, 1.02, 0.34), (0.46, 0.36, 0.10), 1.4, 0.20, nucleoli=(0, 1),
-    ),
-    "promyelocyte": _Look(
-        5.5, "Promyelocyte", (1.04, 0.10), (0.69, 0.05), ("round", "oval", "oval", "notched"),
-        (0.55, 0.96, 0.32), (0.36, 0.33, 0.12), 1.3, 0.20, (0.06, 0.20), nucleoli=(0, 2), hof=0.55,
-        eccentric=0.75,
-    ),
-    "abnormal promyelocyte": _Look(
-        1.0, "Promyelocyte", (0.98, 0.12), (0.70, 0.06),
-        ("bilobed", "bilobed", "kidney", "kidney", "notched", "oval"),
-        (0.64, 1.08, 0.40), (0.22, 0.36, 0.13), 1.1, 0.17, (0.12, 0.36), nucleoli=(0, 1),
-        hof=0.15, rough=0.055,
-    ),
-    "myelocyte": _Look(
-        15.0, "Myelocyte", (0.88, 0.08), (0.63, 0.04), ("oval", "round", "notched"),
-        (0.66, 1.10, 0.40), (0.16, 0.27, 0.12), 1.8, 0.28, (0.01, 0.05), 0.30, hof=0.25, eccentric=0.8,
-    ),
-    "metamyelocyte": _Look(
-        14.0, "Metamyelocyte", (0.82, 0.07), (0.62, 0.04), ("kidney",),
-        (0.70, 1.16, 0.42), (0.10, 0.22, 0.11), 2.0, 0.30, (0.0, 0.02), 0.34, eccentric=0.6,
-    ),
-    "granulocyte": _Look(
-        19.0, "Granulocyte", (0.77, 0.06), (0.70, 0.04), ("segmented", "segmented", "band"),
-        (0.80, 1.30, 0.50), (0.07, 0.18, 0.10), 2.2, 0.26, (0.0, 0.01), 0.36, eccentric=0.2,
-    ),
-    "lymphocyte": _Look(
-        12.0, "Lymphocyte", (0.58, 0.06), (0.86, 0.04), ("round", "notched"),
-        (0.78, 1.22, 0.46), (0.38, 0.26, 0.06), 2.4, 0.30, (0.0, 0.01), eccentric=0.7,
-    ),
-    "erythroblast": _Look(
-        23.0, "Erythroblast", (0.58, 0.08), (0.66, 0.07), ("round",),
-        (0.92, 1.42, 0.60), (0.34, 0.36, 0.20), 2.6, 0.36, eccentric=0.35, rough=0.02,
-    ),
-    "plasma cell": _Look(
-        2.0, "Plasma cell", (0.90, 0.07), (0.48, 0.03), ("round", "oval"),
-        (0.82, 1.28, 0.48), (0.74, 0.62, 0.18), 2.6, 0.36, hof=0.75, eccentric=0.95, rough=0.05,
-    ),
-    "smudge": _Look(
-        4.0, None, (1.02, 0.14), (0.95, 0.03), ("smudge",),
-        (0.40, 0.72, 0.24), (0.16, 0.24, 0.08), 2.0, 0.40, rough=0.12,
-    ),
-}  # fmt: skip
+@dataclass(frozen=True)
+class _Tables:
+    """The parameters in drawn.json, beside this file.
+
+    Attributes:
+        looks: kind of cell -> its look.
+        fab: FAB class of an AML other than APL -> weight in the random choice, shares of its abnormal cells.
+    """
+
+    looks: dict[str, _Look]
+    fab: dict[str, tuple[float, dict[str, float]]]
+
+
+_TABLES = TypeAdapter(_Tables).validate_json(Path(__file__).with_suffix(".json").read_bytes())
+_LOOKS, _FAB = _TABLES.looks, _TABLES.fab
 KINDS: tuple[str, ...] = tuple(_LOOKS)
 
 _GRANULE: _Rgb = (0.31, 0.96, 0.28)
@@ -136,18 +101,6 @@ _ROD: _Rgb = (0.22, 1.10, 0.62)
 _NUCLEOLUS: _Rgb = (-0.17, -0.44, -0.16)
 _RED_CELL: _Rgb = (0.11, 0.36, 0.33)
 _PLASMA: _Rgb = (0.035, 0.06, 0.025)
-
-# FAB class of an AML other than APL: weight in the random choice, and shares of its abnormal cells.
-_FAB: dict[str, tuple[float, dict[str, float]]] = {
-    "m0": (5, {"myeloblast": 0.92, "lymphoblast": 0.08}),
-    "m1": (17, {"myeloblast": 0.95, "promyelocyte": 0.05}),
-    "m2": (27, {"myeloblast": 0.74, "promyelocyte": 0.22, "abnormal promyelocyte": 0.04}),
-    "m4": (19, {"myeloblast": 0.50, "monoblast": 0.42, "promyelocyte": 0.08}),
-    "m5": (14, {"monoblast": 0.86, "myeloblast": 0.14}),
-    "m6": (5, {"erythroblast": 0.52, "myeloblast": 0.48}),
-    "m7": (2, {"myeloblast": 0.84, "lymphoblast": 0.16}),
-    "not_classified": (11, {"myeloblast": 0.80, "monoblast": 0.10, "promyelocyte": 0.10}),
-}
 
 
 # --- sampling: tables only -----------------------------------------------------------------------------
@@ -347,41 +300,29 @@ class Smear:
     """A drawn field of view: `image`, uint8 RGB (height, width, 3), and its cells from top to bottom."""
 
     image: NDArray[np.uint8]
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[Cell]
 
 
 def draw_smear(
-    diagnosis: Diagnosis,
+    patient: Patient,
     rng: np.random.Generator,
     size: tuple[int, int] = (HEIGHT, WIDTH),
     n_cells: int = CELLS_PER_SMEAR,
-    *,
     cell_size: int = CELL_SIZE,
-    patient: Patient | None = None,
 ) -> Smear:
     """Draw one smear.
 
     Args:
-        diagnosis: healthy, aml (other than APL) or apl.
+        patient: of the smear.
         rng: random stream of this smear; the picture depends on nothing else.
         size: (height, width) in px.
         n_cells: wanted number of nucleated cells; fewer are drawn if the field is full.
         cell_size: diameter of a promyelocyte in px; all other lengths follow from it.
-        patient: patient of the smear; None: drawn at random from `rng`.
-
-    Returns:
-        The smear, its cells sorted from top to bottom.
 
     Raises:
-        ValueError: the field is too small for cells, or `patient` has another diagnosis.
+        DrawnError: the field is too small for cells.
     """
     _check_size(size, cell_size)
-    if patient is None:
-        patient = sample_patient(diagnosis, rng)
-    elif patient.diagnosis != diagnosis:
-        raise ValueError(
-            f"The patient has the diagnosis {patient.diagnosis!r}, but the smear should show {diagnosis!r}."
-        )
     stain = patient.stain
     density = _background(size, cell_size, stain, rng)
     drawn = []
@@ -399,7 +340,7 @@ def draw_smear(
 
 def _check_size(size: tuple[int, int], cell_size: int) -> None:
     if cell_size < 24 or min(size) < 2 * cell_size:
-        raise ValueError(
+        raise DrawnError(
             f"A smear of {size[0]}x{size[1]} px with cells of {cell_size} px cannot be drawn. A cell needs "
             "24 px, and a smear needs room for two cells each way: use larger smears or smaller cells."
         )
@@ -777,11 +718,11 @@ def _place_cell(density: _Density, patch: _Patch, plan: CellPlan, centre: tuple[
     below = density[:, y0:y1, x0:x1]
     below[:] = below * (255 - cover.astype(np.int32) * 235 // 255) // 255 + patch.density[:, *part]
     mask = cover > 100
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
+    x, y, across, down = cv2.boundingRect(mask.astype(np.uint8))
+    if not across:
         return None
-    first, last = max(int(rows[0]) - 1, 0), min(int(rows[-1]) + 2, y1 - y0)  # a margin of one pixel
-    start, end = max(int(columns[0]) - 1, 0), min(int(columns[-1]) + 2, x1 - x0)
+    first, last = max(y - 1, 0), min(y + down + 1, y1 - y0)  # a margin of one pixel
+    start, end = max(x - 1, 0), min(x + across + 1, x1 - x0)
     inner = (slice(first, last), slice(start, end))
     box = (y0 + first, x0 + start, y0 + last, x0 + end)
     return Cell(plan, box, mask[inner], (patch.rods[part][inner] > 60) & mask[inner])
@@ -818,8 +759,8 @@ def draw_data_set(
     """Write a synthetic data set in the Kaggle layout: ``wsi.csv``, ``labeled_cells.csv``, ``wsi/*.jpg``.
 
     A third of the patients each has APL, another AML, a healthy marrow. Patient k is the same for any number
-    of patients. One smear is in memory at a time. The tables get their names last, so a folder that was cut
-    off is not taken for a data set.
+    of patients. One image is in memory at a time. The tables are written last, so a folder that was cut off
+    is not taken for a data set.
 
     Args:
         folder: does not exist, or is empty.
@@ -830,57 +771,42 @@ def draw_data_set(
         cell_size: diameter of a promyelocyte in px.
 
     Raises:
-        ValueError: fewer than 3 patients, a negative seed, a field too small, or a folder with files.
+        DrawnError: fewer than 3 patients, a negative seed, a field too small, or a folder with files.
     """
     if patients < len(DIAGNOSES):
-        raise ValueError(f"{patients} patients are too few: give at least 3, one for each diagnosis.")
+        raise DrawnError(f"{patients} patients are too few: give at least 3, one for each diagnosis.")
     if seed < 0:
-        raise ValueError(f"The seed is {seed}: give a whole number of at least 0.")
+        raise DrawnError(f"The seed is {seed}: give a whole number of at least 0.")
     _check_size(size, cell_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
+        raise DrawnError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
     (folder / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
-    smear_id = cell_id = 0
-    with (
-        whole(folder / CELLS_FILE) as cells_part,
-        whole(folder / SMEARS_FILE) as smears_part,
-        cells_part.open("w", newline="", encoding="utf-8") as cells_file,
-        smears_part.open("w", newline="", encoding="utf-8") as smears_file,
-    ):
-        smears, cells = (csv.writer(file, lineterminator="\n") for file in (smears_file, cells_file))
-        smears.writerow(["id", "imgName", "label", "patient"])
-        cells.writerow(KAGGLE_CELL_COLUMNS)
-        for number in progress(range(1, patients + 1), "patients", patients):
-            for patient, smear in patient_smears(
-                number, seed, size=size, cells_per_smear=cells_per_smear, cell_size=cell_size
-            ):
-                smear_id += 1
-                name = f"smear_{smear_id:04d}.jpg"
-                (folder / IMAGE_FOLDER / name).write_bytes(_jpeg(smear.image))
-                smears.writerow([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
-                for row in _rows(smear, number):
-                    cell_id += 1
-                    cells.writerow([cell_id, 1, smear_id, *row])
+    smears: list[list[Any]] = []
+    cells: list[list[Any]] = []
+    for number in progress(range(1, patients + 1), "patients", patients):
+        for patient, smear in patient_smears(number, seed, size, cells_per_smear, cell_size):
+            smear_id = len(smears) + 1
+            name = f"smear_{smear_id:04d}.jpg"
+            (folder / IMAGE_FOLDER / name).write_bytes(_jpeg(smear.image))
+            smears.append([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
+            for row in _rows(smear, number):
+                cells.append([len(cells) + 1, 1, smear_id, *row])
+    write_table(folder / SMEARS_FILE, pd.DataFrame(smears, columns=["id", "imgName", "label", "patient"]))
+    write_table(folder / CELLS_FILE, pd.DataFrame(cells, columns=[*KAGGLE_CELL_COLUMNS]))
 
 
 def patient_smears(
     number: int,
     seed: int,
-    *,
     size: tuple[int, int] = (HEIGHT, WIDTH),
-    cells_per_smear: int = CELLS_PER_SMEAR,
+    n_cells: int = CELLS_PER_SMEAR,
     cell_size: int = CELL_SIZE,
 ) -> Iterator[tuple[Patient, Smear]]:
     """Patient `number` (1, 2, ...) of the data set `seed`, with each of the patient's one or two smears."""
-    diagnosis = diagnosis_of(number, seed)
     rng = generator(seed, number)
-    patient = sample_patient(diagnosis, rng)
+    patient = sample_patient(diagnosis_of(number, seed), rng)
     for view in range(2 if rng.random() < TWO_SMEARS_SHARE else 1):
-        own = generator(seed, number, 1 + view)
-        yield (
-            patient,
-            draw_smear(diagnosis, own, size, cells_per_smear, cell_size=cell_size, patient=patient),
-        )
+        yield patient, draw_smear(patient, generator(seed, number, 1 + view), size, n_cells, cell_size)
 
 
 def smear_labels(patient: Patient) -> tuple[str, ...]:
