@@ -102,7 +102,6 @@ def test_check_requires_the_labels_of_the_tasks_of_params_yaml_if_there_is_one(p
     assert "auer_rod" in done.stderr
     (place / "params.yaml").rename("other.yaml")
     assert check("data").exit_code == 0
-    assert check("data", "--params", "other.yaml").exit_code == 1
 
 
 def test_check_reports_problems_of_params_yaml(place):

@@ -25,7 +25,6 @@ ORDER = [
     "runs",
     "evaluation",
     "params",
-    "layers",
     "secrets",
     "words",
     "tables",

@@ -15,7 +15,9 @@ import cv2
 import numpy as np
 import pytest
 from scipy.stats import kruskal
+from typer.testing import CliRunner
 
+from aplsmear.cli import app
 from aplsmear.sources import drawn as demo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -265,10 +267,8 @@ def test_cells_have_the_size_that_is_asked_for() -> None:
 
 
 def test_too_few_patients_a_bad_seed_and_a_tiny_field_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least 3"):
-        demo.draw_data_set(tmp_path / "new", 2, 1)
-    with pytest.raises(ValueError, match="seed is -1"):
-        demo.draw_data_set(tmp_path / "new", 3, -1)
+    for words in (["--patients", "2"], ["--seed", "-1"]):
+        assert CliRunner().invoke(app, ["demo-data", str(tmp_path / "new"), *words]).exit_code == 2
     with pytest.raises(ValueError, match="larger smears"):
         demo.draw_data_set(tmp_path / "new", 3, 1, size=(100, 100))
     assert not (tmp_path / "new").exists()

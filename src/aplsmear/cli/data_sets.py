@@ -12,7 +12,6 @@ from rich.table import Table
 
 from aplsmear.cli.base import app, params_if_any
 from aplsmear.errors import UserError
-from aplsmear.params import read_params
 
 _MIN_BOX = 8  # px; where no params.yaml says otherwise
 _PANEL = "Data sets"
@@ -20,20 +19,16 @@ _DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that hold
 
 
 @app.command(rich_help_panel=_PANEL)
-def check(
-    folder: _DATA_SET,
-    params: Annotated[
-        Path | None,
-        typer.Option(help="File whose tasks must find their labels. Default: params.yaml here, if any."),
-    ] = None,
-) -> None:
+def check(folder: _DATA_SET) -> None:
     """Check a data set: print what it holds, or every problem and how to fix it (exit code 1).
+
+    If there is a params.yaml here, its tasks must find their labels.
 
     Example: `aplsmear check /data/our_smears`
     """
     from aplsmear.data.dataset import read_data_set
 
-    found = read_params(params) if params else params_if_any()
+    found = params_if_any()
     data_set = read_data_set(
         folder,
         found.tasks if found else {},

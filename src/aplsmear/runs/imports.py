@@ -19,7 +19,6 @@ WITHOUT_EFFECT = {
     "compute.runtime",
     "data.problems",
     "errors",
-    "layers",
     "params",
     "progress",
     "runs.checksums",

@@ -764,19 +764,15 @@ def draw_data_set(
 
     Args:
         folder: does not exist, or is empty.
-        patients: number of patients, at least 3.
+        patients: number of patients; of three, each has another diagnosis.
         seed: at least 0; another seed gives other patients.
         size: (height, width) of a smear in px.
         cells_per_smear: wanted number of nucleated cells in a smear.
         cell_size: diameter of a promyelocyte in px.
 
     Raises:
-        DrawnError: fewer than 3 patients, a negative seed, a field too small, or a folder with files.
+        DrawnError: the field is too small, or the folder has files.
     """
-    if patients < len(DIAGNOSES):
-        raise DrawnError(f"{patients} patients are too few: give at least 3, one for each diagnosis.")
-    if seed < 0:
-        raise DrawnError(f"The seed is {seed}: give a whole number of at least 0.")
     _check_size(size, cell_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DrawnError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
