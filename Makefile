@@ -31,58 +31,58 @@ STAMP := .venv/$(or $(firstword $(PREFLIGHT)),not-to-be-had)
 BASE_PYTHON := $(wordlist 2,99,$(PREFLIGHT))
 endif
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
-venv: .venv/project  ## make .venv from requirements.lock (GPU: LOCK=requirements-gpu.lock), unless it is complete
+venv: .venv/project  ## make .venv from requirements.lock, unless it is complete (GPU: LOCK=requirements-gpu.lock)
 
-demo: venv  ## the whole pipeline on the embedded smears, then what it found
+demo: venv  ## run the pipeline on the embedded smears, then print the results
 	@dvc repro ensemble_apl_healthy
 	@python tools/demo_summary.py
 
-test: venv  ## format, lint, types and the whole test suite, on WORKERS=2 processes
+test: venv  ## check format, style and types, then run all tests in WORKERS=2 processes
 	ruff format --check
 	ruff check
 	mypy
 	pytest -n $(WORKERS) --dist worksteal
 
-bench: demo  ## speed, memory and other laboratories, compared with other ways; writes benchmarks/results/
+bench: demo  ## measure speed, memory and results in other laboratories; write benchmarks/results/
 	@python benchmarks/tuning.py
 	@python benchmarks/shift.py
 	@python benchmarks/forward.py
 	@python benchmarks/scale.py
 
-fuzz: venv  ## 20,000 damaged tables, 5,000 damaged pictures, decompression bombs: how each ends (half an hour)
+fuzz: venv  ## try 20,000 damaged tables, 5,000 damaged images and decompression bombs (half an hour)
 	@python benchmarks/fuzz.py
 
-faults: venv  ## 50 kills, full disks, flipped bits, servers that stop (more cases as root); prints a table
+faults: venv  ## try 50 kills, full disks, flipped bits, servers that stop (as root: more cases); print a table
 	@python benchmarks/faults.py
 
-computers: venv  ## the same bytes on every processor? this one and those that qemu-user emulates; prints a table
+computers: venv  ## test whether this processor and those that qemu-user emulates give the same bytes; print a table
 	@python benchmarks/computers.py
 
-share-check: venv  ## does the DVC remote work? writes, reads and deletes a small object there (REMOTE=name)
+share-check: venv  ## test the DVC remote: write, read and delete a small object there (REMOTE=name)
 	@aplsmear share-check $(REMOTE)
 
-experiments: venv  ## which experiment is better: what each changed, and its AUROC
+experiments: venv  ## print what each experiment changed, and its AUROC
 	@aplsmear experiments
 
-compare: venv  ## one offline page on how experiments or commits differ (A=... B=... C=...)
+compare: venv  ## write one page about the differences of experiments or commits (A=... B=... C=...)
 	@aplsmear compare $(A) $(B) $(C)
 
 # One version of each package for every Python, so that all of them give the same numbers.
 RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
   --override requirements.overrides --no-header --no-annotate --quiet $(UPGRADE)
-lock: venv  ## bring both lock files in line with pyproject.toml (newest versions of all: UPGRADE=--upgrade)
+lock: venv  ## update both lock files after a change of pyproject.toml (all packages: UPGRADE=--upgrade)
 	$(RESOLVE) --extra dev --output-file requirements.lock
 	$(RESOLVE) --override requirements-gpu.overrides --extra dev --extra gpu --constraints requirements.lock \
 	  --output-file requirements-gpu.lock
 
 # uvx runs these tools in environments of their own; they examine the lock file and .venv.
-audit: venv  ## known vulnerabilities of all that the lock file pins (asks osv.dev)
+audit: venv  ## list known vulnerabilities of the packages in the lock file (asks osv.dev)
 	@uvx --quiet pip-audit==2.10.1 --requirement $(LOCK) --require-hashes --disable-pip --vulnerability-service osv
 
-licences: venv  ## the licence of every package in .venv
+licences: venv  ## list the licence of every package in .venv
 	@uvx --quiet pip-licenses==5.5.5 --python .venv/bin/python --from=mixed --order=license --with-urls
 
 # The environment is made whole or not at all. The stamp comes last; without it all is made anew, because pip cannot
