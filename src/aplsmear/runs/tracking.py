@@ -46,10 +46,10 @@ class Tracker:
             tags: replace those of an earlier process; names of DVC experiments are added.
             params: that all trials have in common.
         """
-        self._client: Any = None
+        self._client: Any
+        self._is_reachable = True
         self._run = self._experiment = ""
         self._trials: set[str] = set()
-        self._cut: dict[str, str] = {}  # trial -> run, of trials that a killed process logged in part
         for variable, value in DEFAULTS.items():
             os.environ.setdefault(variable, value)
         self._attempt(lambda: self._open(folder, name, key, dict(tags), dict(params)))
@@ -82,20 +82,13 @@ class Tracker:
         def action() -> None:
             tags = {"mlflow.parentRunId": self._run, "trial": str(number)}
             tags |= {"failure": without_secrets(failure)[:LONGEST_TAG]} if failure else {}
-            run = (
-                self._cut.get(str(number))
-                or self._client.create_run(
-                    self._experiment,
-                    run_name=name or f"trial {number}",
-                    tags=tags,
-                    start_time=int(started * 1000),
-                ).info.run_id
-            )
+            start, shown = int(started * 1000), name or f"trial {number}"
+            run = self._client.create_run(self._experiment, start, tags, shown).info.run_id
             _log(self._client, run, params, dict(metrics) | {"seconds": ended - started}, curves or {})
             self._client.set_terminated(run, "FAILED" if failure else "FINISHED", int(ended * 1000))
             self._trials.add(str(number))
 
-        if self._client and str(number) not in self._trials:
+        if str(number) not in self._trials:
             self._attempt(action)
 
     def log_model(self, model: Any) -> None:
@@ -115,13 +108,11 @@ class Tracker:
             with mlflow.start_run(self._run):
                 mlflow.tensorflow.log_model(model, name="model", signature=signature, pip_requirements=needs)
 
-        if self._client:
-            self._attempt(action)
+        self._attempt(action)
 
     def log_pictures(self, folder: Path) -> None:
         """Log the files of a folder."""
-        if self._client:
-            self._attempt(lambda: self._client.log_artifacts(self._run, str(folder), folder.name))
+        self._attempt(lambda: self._client.log_artifacts(self._run, str(folder), folder.name))
 
     def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Log the results of the run, and end it."""
@@ -132,17 +123,18 @@ class Tracker:
             _log(self._client, self._run, {}, metrics)
             self._client.set_terminated(self._run)
 
-        if self._client:
-            self._attempt(action)
+        self._attempt(action)
 
     def _attempt(self, action: Callable[[], None]) -> None:
+        if not self._is_reachable:
+            return
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             action()
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            self._client = None
+            self._is_reachable = False
             reason = without_secrets(brief(error))
             log.warning(
                 "MLflow cannot be reached; this run continues without it and loses nothing. (%s)", reason
@@ -178,7 +170,7 @@ class Tracker:
         nested = f"tags.mlflow.parentRunId = '{self._run}'"
         for each in client.search_runs([self._experiment], nested, max_results=_MOST_RUNS):
             if each.info.status == "RUNNING":
-                self._cut[each.data.tags["trial"]] = each.info.run_id
+                client.delete_run(each.info.run_id)  # a killed process logged this trial only in part
             else:
                 self._trials.add(each.data.tags["trial"])
         self._client = client

@@ -37,6 +37,7 @@ from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.morphology import h_maxima, remove_small_holes
 from skimage.segmentation import watershed
+from skimage.util import montage
 
 from aplsmear.compute.engine import Here
 from aplsmear.data.dataset import read_data_set
@@ -448,28 +449,20 @@ def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Imag
     rows = cells.groupby("smear", sort=False).indices
     counts = [len(rows.get(smear, ())) for smear in smears["smear"]]
     ranked = np.argsort(counts, kind="stable")
-    shown = [int(ranked[place]) for place in _spread(len(ranked), _SHOWN)]
     tiles = []
-    for place in shown:
-        smear = smears.iloc[place]
+    for place in _spread(len(ranked), _SHOWN):
+        smear = smears.iloc[ranked[place]]
         boxes = cells.iloc[rows.get(smear["smear"], [])][list(BOX)].to_numpy(dtype=np.int64)
-        many = "1 cell" if len(boxes) == 1 else f"{len(boxes):,} cells"
-        tiles.append(_tile(read_image(root / smear["image"]), boxes, f"{smear['smear']}: {many}"))
-    across = min(_ACROSS, len(tiles))
-    lines = [tiles[start : start + across] for start in range(0, len(tiles), across)]
-    heights = [max(tile.height for tile in line) for line in lines]
-    page = Image.new("RGB", (across * (_TILE + _GAP) + _GAP, sum(heights) + _GAP * (len(lines) + 1)), "white")
-    top = _GAP
-    for line, height in zip(lines, heights, strict=True):
-        for column, tile in enumerate(line):
-            page.paste(tile, (_GAP + column * (_TILE + _GAP), top))
-        top += height + _GAP
-    return page
+        caption = f"{smear['smear']}: number of cells {len(boxes):,}"
+        tiles.append(_tile(read_image(root / smear["image"]), boxes, caption))
+    tall, across = max(map(len, tiles)), min(_ACROSS, len(tiles))
+    tiles = [np.pad(tile, ((0, tall - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in tiles]
+    grid = (math.ceil(len(tiles) / across), across)
+    return Image.fromarray(montage(tiles, (255, 255, 255), False, grid, _GAP, channel_axis=-1))
 
 
-def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: str) -> Image.Image:
-    height, width = image.shape[:2]
-    scale = _TILE / max(height, width)
+def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: str) -> npt.NDArray[np.uint8]:
+    scale = _TILE / max(image.shape)
     small, _ = _scaled(image, scale)
     tile = Image.new("RGB", (_TILE, small.shape[0] + _CAPTION), "white")
     tile.paste(Image.fromarray(small), (0, _CAPTION))
@@ -478,7 +471,7 @@ def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: s
     for y0, x0, y1, x1 in np.rint(boxes * scale).astype(int).tolist():
         corners = (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION)
         pen.rectangle(corners, outline=_GREEN, width=2)
-    return tile
+    return np.asarray(tile)
 
 
 def _spread(count: int, most: int) -> list[int]:
