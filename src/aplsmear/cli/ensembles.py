@@ -109,7 +109,7 @@ def evaluate(
     from aplsmear.prediction.cohort import write_evaluation
 
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        fail(f"{out} exists and is not empty: choose another name, or add --overwrite")
+        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
     _refuse_to_replace([out / "metrics.json"], overwrite)
     bundle = read_bundle(ensemble)
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
