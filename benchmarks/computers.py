@@ -43,7 +43,7 @@ from aplsmear.workspace.profiles import read_profile
 
 RESULTS = ROOT / "benchmarks" / "results" / "computers.json"
 PROCESSORS = ["Haswell", "Broadwell", "Skylake-Client", "EPYC", "EPYC-Rome", "EPYC-Milan"]
-SIZES = {"cell": 64, "smear": 64}  # px
+SIZES = {"cell": 40, "smear": 48}  # px; a side of a map is odd at some depth
 ENSEMBLE, TASKS = "apl_healthy", ["apl_healthy_cell", "apl_healthy_smear", "apl_healthy_patient"]
 CHAIN = "import computers, sys; computers.chain(sys.argv[1])"  # in a process of its own
 

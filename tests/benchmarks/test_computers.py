@@ -8,6 +8,7 @@ from processors import INSTALL, can_emulate
 from rich.console import Console
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.pipeline
 @pytest.mark.skipif(not can_emulate(), reason=INSTALL)
 def test_the_chain_gives_the_same_bytes_on_an_emulated_processor(tmp_path):

@@ -64,7 +64,7 @@ def test_weights_of_the_network_up_to_the_deepest_layer_are_loaded(keras, tmp_pa
     # Another file in its place is no longer the one that params.yaml means.
     held = hashlib.sha256((tmp_path / "cut.weights.h5").read_bytes()).hexdigest()
     cut_network(settings.model_copy(update={"sha256": held}), "cell", 1)
-    with pytest.raises(BackboneError, match=rf"another file .* by its sha256 \(0000.*sha256: {held}`"):
+    with pytest.raises(BackboneError, match=rf"another SHA-256 .*\(0000.*sha256: {held}`"):
         cut_network(settings.model_copy(update={"sha256": "0" * 64}), "cell", 1)
 
 
@@ -120,6 +120,6 @@ def test_weights_that_do_not_fit_are_an_error(keras, tmp_path):
     full.save_weights(tmp_path / "wide.weights.h5")  # as many tensors, of other shapes
     shallow = keras.Model(full.input, full.get_layer("conv_pw_1_relu").output)
     shallow.save_weights(tmp_path / "shallow.weights.h5")
-    for name, said in (("text", "do not fit"), ("wide", "do not fit"), ("shallow", "it holds 15 tensors")):
+    for name, said in (("text", "do not fit"), ("wide", "do not fit"), ("shallow", "it has 15 tensors")):
         with pytest.raises(BackboneError, match=said):
             cut_network(mobilenet(weights=str(tmp_path / f"{name}.weights.h5")), "cell", 1)

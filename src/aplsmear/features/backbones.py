@@ -19,23 +19,23 @@ UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
 
 class BackboneError(UserError, ValueError):
-    """A backbone, layer or weight file that Keras does not have; the message says what it has."""
+    """Keras refuses the settings of a backbone, or weights do not fit; the message says what to change."""
 
 
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
-    """The network of `settings` up to its layers, frozen, and the preprocessing that belongs to it.
+    """Build the network of `settings` up to its layers, frozen, with its preprocessing.
 
     Args:
         settings: application, its options, the layers to cut at, the weights.
-        level: whose input size to use.
-        seed: of the untrained filters.
+        level: its input size is taken.
+        seed: of untrained filters.
 
     Returns:
-        keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, a joint layer's parts
-        each by itself; and a function from float32 RGB, 0 to 255, to what it takes.
+        keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, each part of a joint
+        layer by itself; and a function from float32 RGB, 0 to 255, to the input of this model.
 
     Raises:
-        BackboneError: no such application, option, layer or weight file, or weights that do not fit.
+        BackboneError: no such application, option, layer or file of weights, or weights that do not fit.
     """
     import keras
 
@@ -71,7 +71,7 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> None
     Args:
         path: of the graph, ``.onnx``; the same bytes for the same weights.
         settings: the backbone.
-        level: whose input size to use.
+        level: its input size is taken.
         seed: of untrained filters.
 
     Raises:
@@ -99,7 +99,11 @@ def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 
 
 def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) -> Any:
-    """The whole network without its top; Keras's refusals in the user's words."""
+    """The whole network without its top.
+
+    Raises:
+        BackboneError: Keras refuses the options or the size, or cannot download the weights.
+    """
     fixed = {
         "include_top": False,
         "weights": IMAGENET if settings.weights == IMAGENET else None,
@@ -107,56 +111,61 @@ def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) ->
     }
     taken = sorted(fixed.keys() & settings.options.keys())
     if taken:
-        raise BackboneError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline does")
+        raise BackboneError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline sets it")
     try:
         return builder(**fixed, **settings.options)
     except (TypeError, ValueError) as error:
         raise BackboneError(f"Keras cannot build {settings.application} so: {brief(error)}") from error
-    except Exception as error:  # what Keras raises where a download fails is no narrower
+    except Exception as error:  # Keras raises this class where a download fails
         if settings.weights != IMAGENET:
             raise
         raise BackboneError(
-            f"the ImageNet weights of {settings.application} could not be had ({brief(error)}): they come "
-            "from the network at first use; without one, give `weights` the path of a file, or `none`"
+            f"the ImageNet weights of {settings.application} could not be downloaded ({brief(error)}). Without "
+            "a network, set `weights` in params.yaml to the path of a file, or to `none`."
         ) from error
 
 
 def _check_content(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise BackboneError(f"no weight file at {str(path)!r}: mend `weights` of the backbone in params.yaml")
+        raise BackboneError(
+            f"no weight file at {str(path)!r}: correct `weights` of the backbone in params.yaml"
+        )
     if expected and (found := sha256(path)) != expected:
         raise BackboneError(
-            f"{str(path)!r} is another file than the one that params.yaml means by its sha256 ({expected}). "
-            f"Put that one back; or write `sha256: {found}` there, and all that hangs on them runs again"
+            f"{str(path)!r} has another SHA-256 than in params.yaml ({expected}). Put the right file there. "
+            f"Or write `sha256: {found}` into params.yaml: all stages that use the weights then run again."
         )
 
 
 def _load(path: Path, full: Any, cut: Any) -> None:
     """Load weights of the whole network without its top, or of the network up to the deepest layer used.
 
-    Which of the two a file holds is seen from the number of its tensors.
+    The number of its tensors tells which of the two a file has.
+
+    Raises:
+        BackboneError: it has neither.
     """
     try:
         tensors, numbers = _count_tensors(path)
-        if _leads_elsewhere(path):
-            raise ValueError("it takes data from another file")
+        if _refers_elsewhere(path):
+            raise ValueError("it reads data from another file")
         whole, part = (
             [math.prod(each.shape) for each in of.weights if len(each.shape)] for of in (full, cut)
         )
         networks = {len(whole): (full, sum(whole)), len(part): (cut, sum(part))}
         if tensors not in networks:
             raise ValueError(
-                f"it holds {tensors} tensors; the whole network has {len(whole)}, up to the deepest layer "
+                f"it has {tensors} tensors; the whole network has {len(whole)}, up to the deepest layer "
                 f"used {len(part)}"
             )
         network, own = networks[tensors]
-        if numbers != own:  # a file of a kilobyte can claim terabytes
-            raise ValueError(f"it holds {numbers:,} numbers, the network has {own:,}")
-        with warnings.catch_warnings(record=True) as said:
+        if numbers != own:  # a file of a kilobyte can declare terabytes
+            raise ValueError(f"it has {numbers:,} numbers, the network has {own:,}")
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             network.load_weights(path)
-        left_out = [str(each.message) for each in said if issubclass(each.category, UserWarning)]
-        if left_out:  # Keras only warns where it leaves filters untrained
+        left_out = [str(each.message) for each in warned if issubclass(each.category, UserWarning)]
+        if left_out:  # Keras only warns about filters that stay untrained
             raise ValueError(left_out[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackboneError(
@@ -180,20 +189,20 @@ def _count_tensors(path: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _leads_elsewhere(path: Path) -> bool:
-    """Whether a part of an HDF5 file lies in another one: a stranger's weights could read any file so."""
+def _refers_elsewhere(path: Path) -> bool:
+    """Whether an HDF5 file refers to another file: a stranger's file could show any file of this machine."""
     import h5py
 
-    def leads(group: Any) -> bool:
+    def refers(group: Any) -> bool:
         for name in group:
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                 return True
             node = group[name]
-            if isinstance(node, h5py.Group) and leads(node):
+            if isinstance(node, h5py.Group) and refers(node):
                 return True
             if isinstance(node, h5py.Dataset) and (node.is_virtual or node.external):
                 return True
         return False
 
     with h5py.File(path) as file:
-        return leads(file)
+        return refers(file)
