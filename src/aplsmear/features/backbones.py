@@ -120,7 +120,7 @@ def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) ->
         if settings.weights != IMAGENET:
             raise
         raise BackboneError(
-            f"the ImageNet weights of {settings.application} could not be downloaded ({brief(error)}). Without "
+            f"ImageNet weights of {settings.application} could not be downloaded ({brief(error)}): without "
             "a network, set `weights` in params.yaml to the path of a file, or to `none`."
         ) from error
 
