@@ -34,6 +34,8 @@ def main() -> int:
     write_table(OUT / "smears.csv", found.smears)
     write_table(OUT / "cells.csv", found.cells)
     write_json(OUT / "report.json", found.report)
+    for remark in found.report["remarks"]:
+        print(remark)
     print("{smears} smears of {patients} patients, {cells} cells".format(**found.report))
     return 0
 

@@ -68,7 +68,7 @@ def predict(
         check_input(bundle, found.cells, data)
         each = judge_patients(models, data, found.smears, found.cells, engine)
         verdicts = keep_pictures(each, CARDS if report else 0)
-    combination, remarks = models.combination, []
+    combination, remarks = models.combination, list(found.report["remarks"])
     if fold is not None:
         remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
     if adapt:

@@ -22,7 +22,7 @@ from aplsmear.data import boxes, labels, schema
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.names import image_path, name_problems, read_distinct
 from aplsmear.data.notes import Notes, listed, sorted_ids
-from aplsmear.data.pictures import BOX_COLUMNS, with_boxes, with_images, without_copies
+from aplsmear.data.pictures import BOX_COLUMNS, on_disk, with_boxes, with_images, without_copies
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
@@ -206,6 +206,8 @@ def _read(
         kind = kinds.get(problem.column)
         value = hide(kind, problem.value) if kind else problem.value
         notes.problems.append(replace(problem, value=value))
+    if "imgName" in table:
+        table["imgName"] = on_disk(root, table["imgName"], notes)
     for column, kind in kinds.items():
         if column in table and column != "imgName":
             table[column] = _mapped(table[column], partial(hide, kind))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,16 +17,62 @@ import pandas as pd
 from aplsmear.compute.engine import Engine, Here
 from aplsmear.data import boxes
 from aplsmear.data.copies import Fingerprint, fingerprint, groups, same_boxes, same_pictures
-from aplsmear.data.names import declaration
+from aplsmear.data.names import declaration, image_path
 from aplsmear.data.notes import Notes, listed, sorted_ids
 from aplsmear.data.problems import Problem
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.data.quality import Quality, doubts, measured
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
 from aplsmear.images import reading as images
 from aplsmear.progress import progress
 
 BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 _NAMED = 5  # most rows named in one message
 _FEW_IMAGES = 8  # checked faster in this process than by new ones
+
+
+def on_disk(root: Path, names: pd.Series, notes: Notes) -> pd.Series:
+    """The names of pictures on the disk, which may have another Unicode form or case of the ending.
+
+    A remark names the rows. Names without a file, or with two files that fit, stay as they are.
+
+    Args:
+        root: folder of the data set.
+        names: column `imgName`, with the row numbers as its index.
+        notes: get the remark.
+    """
+    folders: dict[Path, dict[str, list[str]]] = {}
+    found = {name: _file_name(root, name, folders) for name in names.unique()}
+    other = names.map(found)
+    rows = names.index[names != other].astype(str).tolist()
+    if rows:
+        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+        notes.remarks.append(
+            f"pictures whose files have the names of {SMEARS_FILE} but for the case of the ending, or the "
+            f"Unicode form: rows {', '.join(rows[:_NAMED])}{more}"
+        )
+    return other
+
+
+def _file_name(root: Path, name: str, folders: dict[Path, dict[str, list[str]]]) -> str:
+    """The name of the one file that fits; `folders` keeps the names of folders that were listed."""
+    try:
+        path = root / image_path(name)
+        if not name or leaves_folder(name) or path.exists():
+            return name
+        folder = path.parent
+        if folder not in folders:
+            folders[folder] = defaultdict(list)
+            for each in folder.iterdir():
+                folders[folder][_plain_form(each.name)].append(each.name)
+    except (OSError, ValueError):  # no name that a file can have; the check of the picture says so
+        return name
+    fitting = folders[folder].get(_plain_form(path.name), [])
+    return f"{name.removesuffix(path.name)}{fitting[0]}" if len(fitting) == 1 else name
+
+
+def _plain_form(name: str) -> str:
+    path = Path(unicodedata.normalize("NFC", name))
+    return path.stem + path.suffix.lower()
 
 
 @dataclass(frozen=True)
@@ -35,6 +84,9 @@ class _Look:
     content: str = ""
     fingerprint: Fingerprint | None = None
     darkness: boxes.Darkness | None = None
+    quality: Quality | None = None
+    notes: tuple[str, ...] = ()
+    levels: str = ""
     wrong: str = ""
     fix: str = ""
 
@@ -45,9 +97,9 @@ def _look(part: tuple[Path, boxes.Numbers], whole: bool) -> _Look:
         data = images.image_bytes(path)
         if not whole:
             return _Look(*images.image_size(path), hashlib.sha256(data).hexdigest())
-        rgb = images.decode(data)
-        found = fingerprint(rgb)
-        return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found, boxes.darkness(rgb, numbers))
+        rgb, said, levels = images.read_picture(data)
+        found, dark = fingerprint(rgb), boxes.darkness(rgb, numbers)
+        return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found, dark, measured(rgb), said, levels)
     except images.ImageError as error:
         return _Look(wrong=error.what, fix=error.fix)
 
@@ -70,6 +122,8 @@ def with_images(
     parts = [(root / file, numbers.get(smear, none)) for smear, file in smear_files]
     engine = engine if whole and len(parts) >= _FEW_IMAGES else Here(1)
     looks = list(progress(engine.map(partial(_look, whole=whole), parts), "images", len(parts)))
+    looks = _of_same_levels(looks)
+    notes.remarks += _remarks(zip(smears["image"].tolist(), looks, strict=True))
     otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
     bad = {}
     for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
@@ -87,6 +141,39 @@ def with_images(
         darkness=pd.Series([look.darkness for look in looks], index=smears.index, dtype=object),
     )
     return seen[seen["content"] != ""]
+
+
+def _of_same_levels(looks: list[_Look]) -> list[_Look]:
+    """Pictures whose levels were taken from their pixels, and differ from most of the others, are wrong."""
+    counts = Counter(look.levels for look in looks if look.levels)
+    if len(counts) < 2:
+        return looks
+    most, count = max(counts.items(), key=lambda one: one[::-1])
+    wrong = f"it seems to use %s, but {count} other pictures {most}: one of both would be too dark"
+    fix = "save all pictures as 8-bit RGB, as bright as on the screen"
+    return [
+        replace(look, content="", wrong=wrong % look.levels, fix=fix)
+        if look.levels not in ("", most)
+        else look
+        for look in looks
+    ]
+
+
+def _remarks(looks: Iterable[tuple[str, _Look]]) -> list[str]:
+    """What was decided while pictures were read, and pictures in which nothing may be seen, by name."""
+    seen = [(image, look) for image, look in looks if look.quality and not look.wrong]
+    found = defaultdict(list)
+    for image, look in seen:
+        for note in look.notes:
+            found[f"pictures read so: {note}"].append(image)
+    qualities = [look.quality for _, look in seen if look.quality]
+    for (image, _), (doubt, figure) in zip(seen, doubts(qualities), strict=True):
+        if doubt:
+            found[f"pictures {doubt}"].append(f"{image} ({figure})")
+    more = {what: f" and {len(names) - _NAMED} more" for what, names in found.items() if len(names) > _NAMED}
+    return [
+        f"{what}: {', '.join(sorted(names)[:_NAMED])}{more.get(what, '')}" for what, names in found.items()
+    ]
 
 
 def without_copies(smears: pd.DataFrame, has_patients: bool, notes: Notes) -> pd.DataFrame:

@@ -33,9 +33,10 @@ from aplsmear.images.pixels import (
 )
 
 __all__ = ["ImageError", "Picture", "Rgb", "decode", "decode_jpeg", "encode_jpeg", "fitting", "image_bytes"]
-__all__ += ["image_size", "read_image", "read_picture", "resize", "scaling"]
+__all__ += ["image_size", "is_picture_name", "read_image", "read_picture", "resize", "scaling"]
 
 FORMATS = ("JPEG", "PNG")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -45,6 +46,11 @@ MAX_BYTES = 2 * 1024**3  # of a file; MAX_PIXELS with four channels of 16 bits a
 _MAX_SCANS = 200  # of a JPEG; a progressive JPEG has about ten, and each scan is a pass over all pixels
 _FULL_COLOUR = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
 _SCAN = b"\xff\xda"
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file in a folder of pictures is one by its name: not ``._a.jpg``, .DS_Store or Thumbs.db."""
+    return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:

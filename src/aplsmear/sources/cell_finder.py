@@ -44,7 +44,7 @@ from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
 from aplsmear.errors import UserError
 from aplsmear.files import whole
-from aplsmear.images.reading import read_image, scaling
+from aplsmear.images.reading import is_picture_name, read_image, scaling
 from aplsmear.progress import progress
 from aplsmear.tables import write_table
 
@@ -82,7 +82,6 @@ _OVERVIEW = 1024  # px of the longer side, for the first estimate of the size
 _ROUNDS = 5
 _SAMPLE = 24  # smears on which the size is estimated
 _UNLIKE = 1.6  # ratio of sizes that suggests another magnification; smears with more blasts stay below
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _FEW = 5  # cells; fewer are not enough to estimate the size
 _SHOWN = 24  # smears on the contact sheet
 _ACROSS = 4  # of them in a row
@@ -342,9 +341,7 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
     """
     table, written = root / SMEARS_FILE, None
     if not table.exists() and (root / IMAGE_FOLDER).is_dir():
-        names = sorted(
-            path.name for path in (root / IMAGE_FOLDER).iterdir() if path.suffix.lower() in _SUFFIXES
-        )
+        names = sorted(path.name for path in (root / IMAGE_FOLDER).iterdir() if is_picture_name(path.name))
         if not names:
             raise CellsError(
                 f"{root / IMAGE_FOLDER} contains no PNG, JPEG or TIFF: put the pictures of the smears there"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from aplsmear.images.pixels import Rgb
+from aplsmear.images.reading import Rgb
 
 _SIDE = 640  # px of the longer side when a picture is measured
 _CLIPPED = 0.9  # of the pixels
@@ -60,22 +60,22 @@ def measured(rgb: Rgb) -> Quality:
     return Quality(bright, brightest - darkest, float(clipped.mean()), float(stained.mean()), sharpness)
 
 
-def doubts(qualities: Sequence[Quality]) -> list[str]:
-    """For each picture of a set, why nothing of a smear may be seen in it, with the figure; '' if it may."""
+def doubts(qualities: Sequence[Quality]) -> list[tuple[str, str]]:
+    """For each picture of a set, why nothing of a smear may be seen in it, and the figure; '' if it may."""
     sharp = [one.sharpness for one in qualities]
     beside = _BLURRED_BESIDE * float(np.median(sharp)) if len(sharp) >= _FEW else 0.0
-    return [_doubt(one, beside) for one in qualities]
+    return [_doubt(one, max(_BLURRED, beside)) for one in qualities]
 
 
-def _doubt(one: Quality, beside: float) -> str:
+def _doubt(one: Quality, sharp: float) -> tuple[str, str]:
     if one.clipped > _CLIPPED:
-        return f"white or black in {one.clipped:.0%} of its pixels"
+        return "white or black nearly everywhere", f"{one.clipped:.0%} of its pixels"
     if one.contrast < _FLAT:
-        return f"nearly one colour, {one.contrast} of 255 levels of contrast"
+        return "nearly one colour", f"contrast {one.contrast} of 255 levels"
     if one.bright < _DARK:
-        return f"dark, three quarters of its pixels are below {one.bright + 1} of 255: a negative, or another scale"
+        return "dark: negatives, or of another scale", f"three quarters below {one.bright + 1} of 255"
     if one.stained < _STAINED:
-        return f"nothing stained, {one.stained:.2%} of its pixels are purple or pink: a label, or grey"
-    if one.sharpness < max(_BLURRED, beside):
-        return f"out of focus, sharpness {one.sharpness:.2g}, below {max(_BLURRED, beside):.2g}"
-    return ""
+        return "with nothing stained: labels, or grey", f"{one.stained:.2%} of its pixels purple or pink"
+    if one.sharpness < sharp:
+        return "out of focus", f"sharpness {one.sharpness:.2g}, below {sharp:.2g}"
+    return "", ""
