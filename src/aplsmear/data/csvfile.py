@@ -7,7 +7,7 @@ import errno
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,9 @@ _OTHER_FILES = {  # first bytes -> what the file is
     b"%PDF": "a PDF",
     b"PAR1": "a Parquet file",
 }
-_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[ ,;\t]*(?:\r\n?|\n|$)', re.IGNORECASE)  # Excel uses and hides it
+_SEPARATOR_LINE = re.compile(
+    r'"?sep=([^\w\s"]|\t)"?[ ,;\t]*(?:\r\n?|\n|$)', re.IGNORECASE
+)  # Excel uses and hides it
 _AS_TEXT = re.compile(r'="([^"]*)"')  # ="0012" in a spreadsheet: text, although it looks like a number
 _LARGEST = 10**9  # bytes; a million cells take 150 MB
 _AGAIN = "export the table again, as CSV UTF-8"
@@ -57,17 +59,11 @@ def read_csv(
     file, text = path.name, _text(path, problems, remarks)
     if text is None:
         return None
-    head = next((line for line in re.split(r"[\r\n]+", text) if line.strip()), "")
-    delimiter = max(_DELIMITERS, key=head.count)
-    if named := _SEPARATOR_LINE.match(text):
-        delimiter, text = named[1], text[named.end() :]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     places: dict[str, int] | None = None
     width = number = 0
-    rows: list[list[str]] = []
-    numbers: list[int] = []
+    rows: dict[int, list[str]] = {}
     try:
-        for number, record in enumerate(reader, start=1):
+        for number, record in enumerate(_reader(text), start=1):
             if not any(field.strip() for field in record):
                 continue
             if places is None:
@@ -76,25 +72,30 @@ def read_csv(
                     return None
             elif len(record) < width or any(field.strip() for field in record[width:]):
                 fix = 'put text that contains the delimiter in quotes, such as "[1, 2, 3, 4]"'
-                expected = f"{width} fields, as in the header"
-                problems.append(
-                    Problem(file, number, "", f"{len(record)} fields", expected=expected, fix=fix)
-                )
+                expected, value = f"{width} fields, as in the header", f"{len(record)} fields"
+                problems.append(Problem(file, number, "", value, expected=expected, fix=fix))
             else:
-                rows.append([_plain(record[place].strip()) for place in places.values()])
-                numbers.append(number)
+                rows[number] = [_plain(record[place].strip()) for place in places.values()]
     except csv.Error as error:
         fix = f'look for a stray " in this row, or {_AGAIN}'
         problems.append(Problem(file, number + 1, expected=f"fields with closed quotes ({error})", fix=fix))
         return None
-    if places is None:
-        problems.append(Problem(file, expected="a header, and a row for each item; it is empty", fix=_AGAIN))
-        return None
-    if not (rows or problems):
-        expected = "a row for each item; below the header there is none"
+    if places is None or not (rows or problems):
+        there = "it is empty" if places is None else "below the header there is none"
+        expected = f"a header, and a row for each item; {there}"
         problems.append(Problem(file, expected=expected, fix=f"{_AGAIN}, or remove the file"))
         return None
-    return pd.DataFrame(rows, columns=list(places), index=pd.Index(numbers, dtype=np.int64), dtype=object)
+    index = pd.Index(list(rows), dtype=np.int64)
+    return pd.DataFrame(list(rows.values()), columns=list(places), index=index, dtype=object)
+
+
+def _reader(text: str) -> Iterator[list[str]]:
+    """The records of a CSV file; a line that only names the delimiter is no record."""
+    head = next((line for line in re.split(r"[\r\n]+", text) if line.strip()), "")
+    delimiter = max(_DELIMITERS, key=head.count)
+    if named := _SEPARATOR_LINE.match(text):
+        delimiter, text = named[1], text[named.end() :]
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
 
 def _plain(field: str) -> str:
