@@ -251,12 +251,11 @@ def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: Notes) -> pd.
         dtype=object,
     )
     smears["patient"] = _patients(raw, smears["diagnosis"], notes)
-    usable = (raw["id"] != "") & ~raw["id"].duplicated() & (raw["imgName"] != "")
-    smears = smears[usable & ~raw["imgName"].map(schema.leaves_folder).astype(bool)]
+    smears = smears[(raw["imgName"] != "") & ~raw["imgName"].map(schema.leaves_folder).astype(bool)]
     repeated = smears["image"][smears["image"].duplicated(keep=False)].str.removeprefix(f"{IMAGE_FOLDER}/")
     expected, fix = "a picture that no other row names", "correct the name, or delete one of the rows"
     notes.add(SMEARS_FILE, "imgName", repeated, expected, fix)
-    return smears
+    return smears[(smears["smear"] != "") & ~raw["id"].duplicated()[smears.index]]
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:
