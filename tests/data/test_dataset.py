@@ -24,7 +24,6 @@ from aplsmear.data.dataset import (
     read_data_set,
     render_problems,
 )
-from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.images.reading import read_image
 from aplsmear.params import Task
 from aplsmear.tables import read_table, write_table
@@ -269,30 +268,6 @@ def test_images_may_lie_in_subfolders_and_behind_links(tmp_path):
     (tmp_path / "a/wsi/a.png").rename(tmp_path / "elsewhere.png")
     (tmp_path / "a/wsi/ulm/a.png").symlink_to(tmp_path / "elsewhere.png")
     assert read(tmp_path / "a").smears["image"][0] == "wsi/ulm/a.png"
-
-
-@pytest.mark.parametrize(
-    ("listed", "there"), [("a.PNG", "a.png"), ("\u00fc.png", "u\u0308.png"), ("\u00e4.Png", "a\u0308.PNG")]
-)
-def test_a_picture_is_found_under_a_name_of_another_unicode_form_or_case_of_the_ending(
-    tmp_path, listed, there
-):
-    folder(tmp_path, SMEARS.replace("a.png", listed))
-    (tmp_path / "wsi/a.png").rename(tmp_path / "wsi" / there)
-    found = read(tmp_path)
-    assert found.smears["image"][0] == f"wsi/{there}"
-    assert "such as in row 2" in found.report["remarks"][0]
-    assert hidden_names(tmp_path) == set(read(tmp_path, pseudonyms=Pseudonyms("k" * 32)).smears["image"])
-
-
-def hidden_names(root: Path) -> set[str]:
-    return {Pseudonyms("k" * 32).of("image", f"wsi/{path.name}") for path in (root / "wsi").iterdir()}
-
-
-def test_a_picture_whose_name_fits_two_files_is_missing(tmp_path):
-    folder(tmp_path, SMEARS.replace("a.png", "a.Png"))
-    (tmp_path / "wsi/a.PNG").write_bytes(IMAGES["a.png"])
-    assert places(problems(tmp_path)) == [("wsi.csv", 2, "imgName")]
 
 
 # --- what is left out, counted ----------------------------------------------------------------------

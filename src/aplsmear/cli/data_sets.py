@@ -19,14 +19,19 @@ _DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that hold
 
 
 @app.command(rich_help_panel=_PANEL)
-def check(folder: _DATA_SET) -> None:
+def check(
+    folder: _DATA_SET,
+    against: Annotated[
+        Path | None, typer.Option(metavar="DIR2", help="Another data set: no picture may be in both.")
+    ] = None,
+) -> None:
     """Check a data set: print what it holds, or every problem and how to fix it (exit code 1).
 
     If there is a params.yaml here, its tasks must find their labels.
 
     Example: `aplsmear check /data/our_smears`
     """
-    from aplsmear.data.dataset import read_data_set
+    from aplsmear.data.dataset import DataSetError, pictures_in_both, read_data_set
 
     found = params_if_any()
     data_set = read_data_set(
@@ -35,6 +40,10 @@ def check(folder: _DATA_SET) -> None:
         min_box=found.dataset.min_box if found else _MIN_BOX,
         skip_bad_images=found.dataset.skip_bad_images if found else False,
     )
+    if against:
+        other = read_data_set(against, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=False)
+        if problems := pictures_in_both(data_set, other):
+            raise DataSetError(problems)
     Console().print(_summary(data_set.report))
     if found is None:
         typer.echo("There is no params.yaml here, so it was not checked whether its tasks find their labels.")

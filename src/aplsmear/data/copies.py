@@ -31,6 +31,7 @@ _FARTHEST = (
     16  # of 64 bits; cut by 5 % on two sides: 18 at most; unrelated fields: 16 or fewer in 1 of 1,000 pairs
 )
 _SAME_DETAILS = 0.7  # correlation; copies: 0.76 and more; other pictures: 0.58 at most (docs/safety.md)
+_SCALED, _SHIFTED = 0.12, 10.0  # largest change of scale, and shift in px, of a copy that was cut
 _FLAT = 1.0  # of 255; a picture with a smaller standard deviation has no details to compare
 _SAME_BOX = 0.7  # intersection over union; real neighbours: 0.5 at most
 
@@ -131,7 +132,7 @@ def _same_details(one: Fingerprint, other: Fingerprint, turn: int) -> bool:
     back = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     laid = cv2.warpAffine(_details(moved), warp, fixed.shape, flags=back)
     inside = cv2.warpAffine(np.ones_like(moved), warp, fixed.shape, flags=back) > 0
-    if inside.mean() < 0.5:
+    if np.abs(warp - np.eye(2, 3)).max(axis=0)[:2].max() > _SCALED or np.abs(warp[:, 2]).max() > _SHIFTED:
         return False
     a, b = _details(fixed)[inside], laid[inside]
     a, b = a - a.mean(), b - b.mean()

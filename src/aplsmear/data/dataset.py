@@ -19,6 +19,7 @@ import pandera.pandas as pa
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data import boxes, labels, schema
+from aplsmear.data.copies import Fingerprint, same_pictures
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.names import image_path, name_problems, read_distinct
 from aplsmear.data.notes import Notes, listed, sorted_ids
@@ -65,11 +66,13 @@ class DataSet:
         smears: one row for each smear, columns `SMEAR_COLUMNS`; width and height in px.
         cells: one row for each cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear.
         report: counts, what was left out and why, remarks; ready for JSON.
+        fingerprints: of the picture of each smear, in the order of `smears`; empty if they were not decoded.
     """
 
     smears: pd.DataFrame
     cells: pd.DataFrame
     report: dict[str, Any]
+    fingerprints: list[Fingerprint]
 
 
 def read_data_set(
@@ -127,7 +130,24 @@ def read_data_set(
     if notes.problems:
         raise DataSetError(notes.problems)
     report = _report(smears, cells, tasks, notes)
-    return DataSet(_in_order(smears, SMEAR_COLUMNS), _in_order(cells, CELL_COLUMNS), report)
+    ordered = _in_order(smears, SMEAR_COLUMNS)
+    prints = [one for one in smears.set_index("smear")["fingerprint"][ordered["smear"]] if one is not None]
+    return DataSet(ordered, _in_order(cells, CELL_COLUMNS), report, prints)
+
+
+def pictures_in_both(data_set: DataSet, other: DataSet) -> list[Problem]:
+    """A problem for each smear whose picture is in another data set, too, for instance in the training set.
+
+    Both must have been read with `check_images`. Names of patients are not compared: two hospitals can use
+    the same numbers.
+    """
+    found = {}
+    for mine, theirs in same_pictures(data_set.fingerprints, other.fingerprints):
+        smear, copy = data_set.smears.iloc[mine], other.smears.iloc[theirs]
+        expected = f"a picture that is not in the other data set; there, {copy['image']} shows the same"
+        fix = "take it, and all of its patient, out of one of the two data sets"
+        found[mine] = Problem(SMEARS_FILE, None, "imgName", smear["image"], expected=expected, fix=fix)
+    return list(found.values())
 
 
 def names_of(root: Path) -> list[tuple[str, str]]:
