@@ -1,4 +1,4 @@
-"""Search for the head of one task on features; score every item by heads that never saw its patient.
+"""Search for the head of one task on features; score every item by heads trained without its patient.
 
 Usage: python stages/tune.py TASK            (a name of `tasks` in params.yaml)
        python stages/tune.py TASK --worker   (trains trials of the study that the first form runs, here or on

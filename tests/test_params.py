@@ -132,6 +132,13 @@ def test_the_new_name_of_every_renamed_parameter_exists():
     assert known.isdisjoint(RENAMED)
 
 
+def test_the_changelog_lists_every_renamed_parameter() -> None:
+    """DVC itself refuses an unknown name after -S, so its user has to look the new name up."""
+    rows = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for old, now in RENAMED.items():
+        assert f"| `{old}` | {'removed' if ' ' in now else f'`{now}`'} |" in rows
+
+
 def test_one_mistake_is_one_line(tmp_path):
     assert len(problems(changed(tmp_path, ("task", "nope")))) == 1
     assert len(problems(changed(tmp_path, ("tune.trials", 0)))) == 1  # not again for each override
