@@ -44,14 +44,9 @@ def copy_whole(source: Path, path: Path) -> None:
 
 
 def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
-    """A .npy file of zeros to write to, mapped into memory.
+    """A .npy file of zeros of a dtype (`kind`) to write to, mapped into memory.
 
     Its space on the disk is reserved at once. Otherwise a full disk would kill the process without a message.
-
-    Args:
-        path: of the file.
-        kind: of the numbers, such as ``np.float16``.
-        shape: of the array.
 
     Raises:
         OSError: the disk is full.
@@ -73,12 +68,7 @@ def give_back(array: np.ndarray) -> None:
 
 
 def rows_of(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """``array[rows]``; a mapped file is read in its order, and its memory is freed (`give_back`).
-
-    Args:
-        array: of any shape.
-        rows: int64, of any shape.
-    """
+    """``array[rows]`` for int64 `rows` of any shape; memory of a mapped file is freed (`give_back`)."""
     if not isinstance(array, np.memmap):
         return np.asarray(array[rows])
     flat = rows.ravel()
@@ -92,13 +82,9 @@ def rows_of(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a .npz file of named arrays: the same arrays give the same bytes under every Python.
+    """Write a .npz file of arrays of numbers or text, below 2 GiB each: the same bytes under every Python.
 
     `numpy.savez` writes 64-bit entries, whose bytes depend on the patch release of Python.
-
-    Args:
-        path: of the file; see `whole`.
-        arrays: numbers or text, below 2 GiB each.
     """
     with whole(path) as part, ZipFile(part, "w") as bundle:
         for name, array in arrays.items():
@@ -126,13 +112,9 @@ def hold(path: Path) -> IO[Any]:
 
 
 def round_floats(obj: Any, digits: int = 6) -> Any:
-    """Copy nested dicts and lists for JSON, with floats rounded, so that equal results give equal bytes.
+    """Copy nested dicts and lists for JSON, floats rounded to `digits` decimals: equal results, equal bytes.
 
     NumPy numbers and arrays become plain numbers and lists, tuples become lists.
-
-    Args:
-        obj: dicts, lists, tuples, arrays, numbers, text, None.
-        digits: decimals of floats.
 
     Raises:
         ValueError: numbers are NaN or infinite; the message names their keys (``auroc.low``).
@@ -165,13 +147,7 @@ def round_floats(obj: Any, digits: int = 6) -> Any:
 
 
 def write_json(path: Path, obj: Any, digits: int = 6) -> None:
-    """Write `round_floats` of an object as JSON with sorted keys; see `whole`.
-
-    Args:
-        path: of the file.
-        obj: see `round_floats`.
-        digits: decimals of floats.
-    """
+    """Write `round_floats` of an object as JSON with sorted keys; see `whole`."""
     text = json.dumps(
         round_floats(obj, digits), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False
     )

@@ -471,12 +471,7 @@ def no_yaml(path: Path, error: YAMLError) -> str:
 
 
 def named(rows: Mapping[str, T], name: str, where: str) -> T:
-    """The row of this name.
-
-    Args:
-        rows: a table of params.yaml.
-        name: the name asked for.
-        where: name of the table.
+    """The row of this name in the table `where` of params.yaml.
 
     Raises:
         ParamsError: there is no such row; the message names the nearest row.
@@ -487,10 +482,7 @@ def named(rows: Mapping[str, T], name: str, where: str) -> T:
 
 
 def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
-    """The parameters whose names are those of an earlier version (`RENAMED`).
-
-    Args:
-        raw: params.yaml, or a part of it, as read from YAML.
+    """The parameters of params.yaml whose names are those of an earlier version (`RENAMED`).
 
     Returns:
         Dotted name -> a sentence: the name now, or why it is gone.
@@ -508,13 +500,7 @@ def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
 
 
 def flat(nested: Any, above: str = "", *, tables: bool = False) -> Iterator[tuple[str, Any]]:
-    """The values of tables in tables, each with its dotted name.
-
-    Args:
-        nested: the outermost table.
-        above: dotted name of `nested`; empty: it has none.
-        tables: whether tables are given, too, each before what it holds.
-    """
+    """The values in a table of tables, each with its dotted name; with `tables`, the inner tables, too."""
     is_table = isinstance(nested, Mapping)
     if above and (tables or not is_table):
         yield above, nested

@@ -14,13 +14,9 @@ T = TypeVar("T")
 def progress(
     items: Iterable[T], unit: str, total: int | None = None, note: Callable[[T], str] | None = None
 ) -> Iterator[T]:
-    """Yield the items and show how many are done: a bar on a terminal, a line every 30 s in a log.
+    """Yield the items and show how many of `total` are done: a bar on a terminal, a line every 30 s in a log.
 
-    Args:
-        items: of the loop.
-        unit: the name of the items, in the plural.
-        total: their number, if it is known.
-        note: a text to show beside the bar after each item.
+    `unit` is the name of the items, in the plural; `note` gives a text beside the bar after each item.
     """
     seconds = 0.1 if sys.stderr.isatty() else 30.0
     with tqdm(total=total, unit=f" {unit}", mininterval=seconds, dynamic_ncols=True) as bar:

@@ -26,11 +26,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def no_such(lead: str, name: str, known: Collection[str]) -> str:
-    """The message about an unknown name: with the nearest known name, and all of them.
-
-    Args:
-        lead: its beginning, such as ``there is no profile``.
-        name: the unknown name.
-        known: the names that there are.
-    """
+    """The message about an unknown name: `lead` (``there is no profile``), the name, the known names."""
     return f"{lead} {name!r}{nearest(name, known)}; there are: {', '.join(known)}"

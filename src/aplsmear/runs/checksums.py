@@ -53,11 +53,7 @@ def unsound(outs: Mapping[str, str], record: Path, run: str) -> list[str]:
 
 
 def unsound_objects(store: Path) -> Iterator[Path]:
-    """The files of DVC's cache whose content does not have the hash in their name.
-
-    Args:
-        store: the folder ``files/md5`` of the cache.
-    """
+    """The files in ``files/md5`` of DVC's cache whose content does not have the hash in their name."""
     for path in sorted(store.glob("[0-9a-f][0-9a-f]/*")):
         name = path.parent.name + path.name.removesuffix(DIRECTORY)
         if len(name) == 32 and path.is_file() and md5(path) != name:

@@ -37,9 +37,6 @@ def imported_modules(path: Path) -> dict[str, Path]:
     Imports inside functions count. The file itself, the ``__init__.py`` of packages and the modules in
     `WITHOUT_EFFECT` do not. Nothing is executed.
 
-    Args:
-        path: of a script of ``stages/`` or of a module.
-
     Returns:
         Name below ``aplsmear`` (``heads.stack``) -> file, sorted by name.
     """

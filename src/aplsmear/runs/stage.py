@@ -82,11 +82,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
 def check_repository(top: Path) -> None:
     """Check that no killed `dvc exp run` has left git off its branch, or a user's changes in git's stash.
 
-    There is no check if DVC was not started as a command, if another DVC runs in the repository, or if git
-    does not work.
-
-    Args:
-        top: the top of the repository that DVC was called in.
+    There is no check if DVC was not started as a command, if another DVC runs in the repository (`top` is its
+    folder), or if git does not work.
 
     Raises:
         UserError: a killed run has left something; the message names the command that repairs it.
@@ -126,9 +123,7 @@ def check_inputs(stage: str) -> None:
     """Check that the inputs of a stage have the hashes in dvc.lock.
 
     Each file is read once in a run of DVC, however many stages depend on it (`aplsmear.runs.checksums`).
-
-    Args:
-        stage: its name in DVC, such as ``tune@blast``.
+    `stage` is a name of DVC, such as ``tune@blast``.
 
     Raises:
         UserError: some have another hash; the message names all of them.
@@ -191,12 +186,7 @@ def home() -> Path:
 
 
 def origin(stage: str, task: str) -> dict[str, str]:
-    """Tags of a run: stage, task, DVC experiment, git commit, and the hash of the data set in dvc.lock.
-
-    Args:
-        stage: name of the script.
-        task: name of the task.
-    """
+    """Tags of a run: stage, task, DVC experiment, git commit, and the hash of the data set in dvc.lock."""
     found = {"stage": stage, "task": task}
     if "DVC_EXP_NAME" in os.environ:
         found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]

@@ -68,15 +68,8 @@ class Tracker:
     ) -> None:
         """Log a finished trial as a nested run, unless it has been logged before.
 
-        Args:
-            number: of the trial.
-            params: of the trial.
-            metrics: name -> number; only finite numbers are logged.
-            started: seconds since 1970.
-            ended: seconds since 1970.
-            failure: why the trial failed; empty: it did not.
-            name: for people; empty: its number.
-            curves: name -> one number per epoch.
+        Times are in seconds since 1970. Only finite numbers are logged. `failure` says why the trial failed,
+        if it did; `name` is shown in place of its number; `curves` have one number per epoch.
         """
 
         def action() -> None:

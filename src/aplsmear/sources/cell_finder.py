@@ -355,11 +355,7 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
 
 
 def kept_name(table: Path, overwrite: bool) -> Path | None:
-    """The new name of a table that will be replaced; None if there is no such table.
-
-    Args:
-        table: CSV that will be written.
-        overwrite: whether an existing table may be replaced.
+    """The name that an existing table gets before `table` is written; None if there is no table.
 
     Raises:
         CellsError: the table exists and `overwrite` is False, or the name does not end with ``.csv``.
@@ -378,17 +374,12 @@ def kept_name(table: Path, overwrite: bool) -> Path | None:
 
 
 def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFrame, found: Search) -> Path:
-    """Write the table of boxes, if there are cells, and the contact sheet.
+    """Write the results of `find_all`: the table (CSV), if there are cells, and the contact sheet beside it.
 
-    Args:
-        table: CSV to write.
-        kept: new name of an existing table (`kept_name`).
-        root: as for `find_all`.
-        smears: as for `find_all`.
-        found: the result of `find_all`.
+    An existing table first gets the name `kept`.
 
     Returns:
-        The contact sheet, a PNG beside the table.
+        The contact sheet, a PNG.
     """
     sheet = table.with_suffix(".png")
     with whole(sheet) as part:
@@ -401,12 +392,7 @@ def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFram
 
 
 def summary(found: Search, smears: Iterable[str]) -> list[str]:
-    """Lines of text about the result.
-
-    Args:
-        found: the result of `find_all`.
-        smears: all smears that were searched.
-    """
+    """Lines of text about the result of `find_all` on these smears."""
     names = list(smears)
     if found.size is None:
         return [f"no nucleated cell in {len(names):,} smears, or too few to estimate the size of a cell"]
@@ -437,11 +423,7 @@ def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Imag
     """A picture of smears with their boxes and the number of their cells, for a check by eye.
 
     Of many smears it shows those with the fewest and the most cells, and others evenly spread between them.
-
-    Args:
-        root: the column `image` of `smears` has paths below this folder.
-        smears: with `smear` and `image`.
-        cells: as in `Search`.
+    The arguments are those of `find_all`, and the cells of its result.
     """
     rows = cells.groupby("smear", sort=False).indices
     counts = [len(rows.get(smear, ())) for smear in smears["smear"]]

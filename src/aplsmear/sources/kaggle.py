@@ -95,15 +95,10 @@ def obtain(wanted: Kaggle, folder: Path, *, attempts: int = 5, pause: float = 2.
 
 
 def borrow(wanted: Kaggle, folder: Path, lender: Path) -> Obtained | None:
-    """Make `folder` a link to an earlier download, if that is complete and has the wanted version.
-
-    Args:
-        wanted: owner, slug and version of the data set.
-        folder: does not exist, or is an earlier link.
-        lender: folder of the earlier download; it is not changed.
+    """Make `folder` a link to the earlier download in the folder `lender`.
 
     Returns:
-        The data set in `lender`; None, and no link, if it is incomplete, changed or another one.
+        The data set in `lender`; None, and no link, if it is incomplete, changed, or not the wanted version.
     """
     if folder.is_symlink():
         folder.unlink()
