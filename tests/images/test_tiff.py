@@ -1,13 +1,15 @@
 """A TIFF of any kind is read as the pixels that were written, or refused with a reason and a fix."""
 
 import io
+import sys
+from subprocess import run
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
 
-from aplsmear.images.reading import ImageError, decode, read_image
+from aplsmear.images.reading import ImageError, decode, image_size, read_image, read_picture
 
 Y, X = np.mgrid[0 : 1 : 48 * 1j, 0 : 1 : 80 * 1j]
 NOISE = np.random.default_rng(3).integers(0, 40, (48, 80, 3))
@@ -188,3 +190,155 @@ def test_refused_with_the_reason_and_a_fix(kind, tmp_path):
         read_image(tmp_path / "a.tif")
     assert caught.value.fix.startswith("save ")
     assert "\n" not in str(caught.value)
+
+
+SMOOTH = np.stack([255 * X, 255 * Y, 60 + 120 * X * Y], axis=2).round().astype(np.uint8)
+JPEGS = {
+    "full colour": {"subsampling": (1, 1)},
+    "reduced colour": {"subsampling": (2, 2), "rowsperstrip": 16},
+    "reduced colour in tiles": {"subsampling": (2, 2), "tile": (32, 32)},
+    "halved colour in tiles": {"subsampling": (2, 1), "tile": (16, 32)},
+}
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_jpeg_in_a_tiff(kind):
+    data = one(SMOOTH, compression="jpeg", compressionargs={"level": 95}, photometric="rgb", **JPEGS[kind])
+    assert np.abs(decode(data).astype(int) - SMOOTH).mean() < 2
+
+
+def test_jpeg_in_planes_and_of_twelve_bits():
+    planes = one(
+        SMOOTH.transpose(2, 0, 1),
+        compression="jpeg",
+        photometric="rgb",
+        planarconfig="separate",
+        tile=(16, 16),
+    )
+    assert np.abs(decode(planes).astype(int) - SMOOTH).max() <= 8
+    deep = one(SMOOTH.astype(np.uint16) << 4, compression="jpeg", bitspersample=12)
+    assert np.abs(decode(deep).astype(int) - SMOOTH).max() <= 8
+
+
+def test_jpeg_in_a_tiff_of_pillow():
+    data = io.BytesIO()
+    Image.fromarray(SMOOTH).save(data, "TIFF", compression="jpeg", quality=95)
+    assert np.abs(decode(data.getvalue()).astype(int) - SMOOTH).max() <= 8
+
+
+def test_black_and_white_by_group_4_fax():
+    data = io.BytesIO()
+    Image.fromarray(GREY > 100).save(data, "TIFF", compression="group4")
+    np.testing.assert_array_equal(decode(data.getvalue())[:, :, 0], np.where(GREY > 100, 255, 0))
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_the_size_is_known_without_the_pixels(kind, tmp_path):
+    (tmp_path / "a.tif").write_bytes(READ[kind])
+    assert image_size(tmp_path / "a.tif") == (48, 80)
+
+
+def test_each_orientation_also_with_planes(tmp_path):
+    for orientation in range(1, 9):
+        picture = Image.Exif()
+        picture[0x0112] = orientation
+        data = io.BytesIO()
+        Image.fromarray(RGB).save(data, "PNG", exif=picture)
+        turned = one(PLANES, planarconfig="separate", extratags=[(274, "H", 1, orientation, True)])
+        (tmp_path / "a.tif").write_bytes(turned)
+        found = read_image(tmp_path / "a.tif")
+        np.testing.assert_array_equal(found, decode(data.getvalue()))  # as Pillow turns it
+        assert image_size(tmp_path / "a.tif") == found.shape[:2]
+
+
+def test_one_burnt_in_pixel_or_a_bar_decides_nothing():
+    dim = RGB.astype(np.uint16) << 4
+    dim[0, 0] = 65535
+    dim[10:20, 30:70] = 65535
+    found = decode(one(dim))
+    assert (found[10:20, 30:70] == 255).all()
+    np.testing.assert_array_equal(found[20:], RGB[20:])
+
+
+def test_what_was_decided_is_told():
+    expected = {
+        "12 bits in 16": "levels of 12 of 16 bits, by its histogram",
+        "12 bits by MaxSampleValue": "levels of 12 bits, by its tags",
+        "float from 0 to 1": "levels of float32 from 0 to 1, by its histogram",
+        "composite of ImageJ": "3 channels without names were taken as red, green and blue",
+        "a thumbnail first that is not marked": "the largest of 2 pictures in its file",
+        "a fourth channel of no meaning": "a channel that is neither a colour nor opacity was left aside",
+    }
+    for kind, note in expected.items():
+        assert read_picture(READ[kind]).notes == (note,)
+    assert read_picture(GREYS["a negative (MinIsWhite)"]).notes == (
+        "a negative by its tags: its brightness was turned round",
+    )
+    for silent in ("tiles", "16 bits in planes", "BigTIFF", "channels of OME by name, in another order"):
+        assert read_picture(READ[silent]).notes == ()
+
+
+def test_opacity_of_half_on_white():
+    half = np.full_like(GREY, 51)
+    plain = one(np.dstack([RGB, half]), extrasamples=["unassalpha"], photometric="rgb")
+    ready = one(np.dstack([RGB // 5, half]), extrasamples=["assocalpha"], photometric="rgb")
+    for data in (plain, ready):
+        assert np.abs(decode(data) - (RGB / 5 + 204)).max() <= 1
+
+
+def test_parts_that_are_missing_are_no_black_areas():
+    data = bytearray(one(RGB, tile=(16, 16), compression="zlib"))
+    page = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0]
+    tag = page.tags["TileByteCounts"]
+    data[tag.valueoffset : tag.valueoffset + 2] = bytes(2)
+    with pytest.raises(ImageError, match="parts are missing"):
+        decode(bytes(data))
+
+
+@pytest.mark.parametrize("kind", ["tiles", "strips of one row", "BigTIFF", "composite of ImageJ"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_truncated_file_is_refused(kind, share):
+    data = READ[kind]
+    with pytest.raises(ImageError):
+        decode(data[: int(share * len(data))])
+
+
+def test_a_jpeg_larger_than_its_place_is_not_decoded():
+    """A tile of 16 px could hold a JPEG of four thousand million pixels."""
+    data = bytearray(one(SMOOTH[:16, :16], tile=(16, 16), compression="jpeg", photometric="ycbcr"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = b"\xfd\xe8\xfd\xe8"
+    with pytest.raises(ImageError, match="larger than its place"):
+        decode(bytes(data))
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded():
+    row = np.zeros((1, 12_500), np.uint8)
+    data = bytearray(one(row))
+    tag = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0].tags["ImageLength"]
+    data[tag.valueoffset : tag.valueoffset + 4] = (12_500).to_bytes(4, "little")
+    with pytest.raises(ImageError, match="more than 150 million pixels"):
+        decode(bytes(data))
+
+
+def test_no_other_file_is_opened_that_the_description_names(tmp_path):
+    described = tifffile.tiffcomment(io.BytesIO(READ["channels of OME"]))
+    stolen = described.replace(
+        "<TiffData", '<TiffData><UUID FileName="secret.tif">urn:uuid:1</UUID></TiffData><TiffData', 1
+    )
+    (tmp_path / "secret.tif").write_bytes(one(OTHER))
+    (tmp_path / "a.ome.tif").write_bytes(tiff((RGB, {"photometric": "rgb", "description": stolen})))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.ome.tif"), RGB)
+
+
+def test_jpeg_and_png_need_none_of_the_modules_for_tiff(tmp_path):
+    """They take a third of a second to import."""
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    Image.fromarray(RGB).save(tmp_path / "a.jpg")
+    script = (
+        "import sys; from pathlib import Path; from aplsmear.images.reading import read_image\n"
+        "for name in ('a.png', 'a.jpg'): read_image(Path(name))\n"
+        "print([name for name in ('tifffile', 'imagecodecs', 'PIL.ImageCms') if name in sys.modules])"
+    )
+    done = run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
@@ -31,8 +32,20 @@ _CHANNEL = re.compile(r"(?i)\b(red|green|blue|r|g|b)\b")
 _PURE = {(255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue", (255, 255, 255): ""}
 _UNNAMED = re.compile(r"(?i)(channel|ch|c)?[\s:_]*\d*")
 
-logging.getLogger("tifffile").propagate = False  # what it writes to the log is raised here
-logging.getLogger("tifffile").addHandler(logging.NullHandler())
+_LOG = logging.getLogger("tifffile")
+_LOG.propagate = False
+
+
+class _Errors(logging.Handler):
+    """Keeps the errors that tifffile writes to its log in this thread, and then ignores."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.thread, self.found = threading.get_ident(), list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread:
+            self.found.append(re.sub("<[^>]*> ?", "", record.getMessage()))
 
 
 def size_of(file: IO[bytes], max_pixels: int) -> tuple[int, int]:
@@ -79,10 +92,17 @@ def read(file: IO[bytes], max_pixels: int) -> Picture:
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Any]:
     """The file in tifffile; formats that would read other files of the folder are switched off."""
-    with tifffile.TiffFile(
-        file, name="picture", _multifile=False, is_mmstack=False, is_ndtiff=False, is_scanimage=False
-    ) as tif:
-        yield tif
+    errors = _Errors()
+    _LOG.addHandler(errors)
+    try:
+        with tifffile.TiffFile(
+            file, name="picture", _multifile=False, is_mmstack=False, is_ndtiff=False, is_scanimage=False
+        ) as tif:
+            yield tif
+    finally:
+        _LOG.removeHandler(errors)
+    if errors.found:
+        raise ValueError(errors.found[0])
 
 
 def _orientation(page: Any) -> int:
