@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from aplsmear.images.reading import (
     MAX_BYTES,
@@ -21,6 +21,7 @@ from aplsmear.images.reading import (
     image_bytes,
     image_size,
     read_image,
+    read_picture,
 )
 
 
@@ -112,6 +113,93 @@ def test_sixteen_bit_colour_keeps_its_upper_eight_bits():
         done, data = cv2.imencode(kind, deep)
         assert done
         np.testing.assert_array_equal(decode(data.tobytes()), RGB)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_fewer_bits_stored_as_sixteen_are_read_as_bright_as_they_were(bits, channels):
+    alpha = np.full_like(GREY, 255)
+    pixels = {1: GREY, 2: np.dstack([GREY, alpha]), 3: RGB, 4: np.dstack([RGB, alpha])}[channels]
+    data = imagecodecs.png_encode(pixels.astype(np.uint16) << (bits - 8))
+    found = read_picture(data)
+    np.testing.assert_array_equal(found.rgb, RGB if channels > 2 else np.repeat(GREY[:, :, None], 3, 2))
+    assert found.levels == f"{bits} of 16 bits"
+
+
+def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk behind its header."""
+    whole = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return png[:33] + whole + png[33:]
+
+
+def test_sixteen_bits_with_a_transparent_colour():
+    deep = RGB.astype(np.uint16) * 256
+    deep[3, 4] = (9, 8, 7)
+    data = with_chunk(imagecodecs.png_encode(deep), b"tRNS", struct.pack(">HHH", 9, 8, 7))
+    found = decode(data)
+    assert (found[3, 4] == 255).all()
+    np.testing.assert_array_equal(found[4:], RGB[4:])
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "a palette"])
+def test_the_gamma_of_a_png_is_that_of_its_light(kind):
+    light = ((RGB / 255) ** 2.2 * 255).round().astype(np.uint8)
+    few = Image.fromarray(light).quantize(200)
+    data = {
+        "8 bits": saved(Image.fromarray(light), "PNG"),
+        "16 bits": imagecodecs.png_encode(((RGB / 255) ** 2.2 * 65535).round().astype(np.uint16)),
+        "a palette": saved(few, "PNG"),
+    }[kind]
+    linear = with_chunk(data, b"gAMA", struct.pack(">I", 100_000))
+    found = read_picture(linear)
+    expected = np.asarray(few.convert("RGB")) / 255 if kind == "a palette" else (RGB / 255) ** 2.2
+    bright = RGB > 100  # eight bits of light are few in the dark
+    assert np.abs(found.rgb - 255 * expected ** (1 / 2.2))[bright].max() <= 2
+    assert found.notes[-1] == "brightness was converted by its gamma"
+    for number in (45_455, 0):  # that of screens; without a meaning
+        np.testing.assert_array_equal(
+            decode(with_chunk(data, b"gAMA", struct.pack(">I", number))), decode(data)
+        )
+    np.testing.assert_array_equal(decode(with_chunk(linear, b"sRGB", b"\0")), decode(data))
+
+
+def test_a_colour_profile_is_applied_where_it_changes_colours():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = bytearray(srgb)  # red and green exchange their primaries
+    red, green = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    swapped[red : red + 4], swapped[green : green + 4] = b"gXYZ", b"rXYZ"
+    for kind in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(decode(saved(Image.fromarray(RGB), kind, icc_profile=srgb)), RGB)
+        found = read_picture(saved(Image.fromarray(RGB), kind, icc_profile=bytes(swapped)))
+        assert np.abs(found.rgb.astype(int) - RGB[:, :, [1, 0, 2]]).max() <= 3
+        assert found.notes == ("its colour profile was converted to sRGB",)
+        broken = read_picture(saved(Image.fromarray(RGB), kind, icc_profile=b"no profile"))
+        np.testing.assert_array_equal(broken.rgb, RGB)
+        assert broken.notes == ("a colour profile that cannot be read was left aside",)
+    grey = saved(Image.fromarray(GREY), "PNG", icc_profile=bytes(swapped))  # for other channels than it has
+    np.testing.assert_array_equal(decode(grey)[:, :, 0], GREY)
+
+
+def test_transparent_everywhere_is_no_white_picture():
+    nothing = np.zeros_like(GREY)
+    for pixels in (np.dstack([RGB, nothing]), np.dstack([GREY, nothing])):
+        deep = imagecodecs.png_encode(pixels.astype(np.uint16) * 257)
+        for data in (saved(Image.fromarray(pixels), "PNG"), deep):
+            with pytest.raises(ImageError, match="transparent everywhere") as caught:
+                decode(data)
+            assert caught.value.fix == "save it without transparency, as RGB"
+
+
+def test_an_animation_is_refused_and_a_preview_in_a_jpeg_is_not_read():
+    first, other = Image.fromarray(RGB), Image.fromarray(RGB[::-1])
+    with pytest.raises(ImageError, match="2 pictures in one file"):
+        decode(saved(first, "PNG", save_all=True, append_images=[other]))
+    with pytest.raises(ImageError, match="2 pictures in one file"):
+        decode(saved(first, "MPO", save_all=True, append_images=[other]))
+    preview = saved(first, "MPO", save_all=True, append_images=[other.resize((10, 6))], quality=95)
+    found = read_picture(preview)
+    assert np.abs(found.rgb.astype(int) - RGB).max() <= 20
+    assert found.notes == ("the largest of 2 pictures in its file",)
 
 
 def test_one_bit_and_palette():
