@@ -2,14 +2,16 @@
 
 OpenBLAS, NumPy, OpenCV and oneDNN choose their kernels by the processor, and different kernels add numbers in
 different orders. Here each library is limited to the instructions that every such machine has. These settings
-replace those of the user's environment. Linear algebra uses one thread, for the same reason; processes and
-TensorFlow's own threads use the other cores.
+replace those of the user's environment, and other settings of these libraries are removed, as are Keras's.
+Linear algebra uses one thread, for the same reason; processes and TensorFlow's own threads use the other
+cores.
 """
 
 import os
 import platform
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,8 +70,23 @@ PINNED = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # NumPy ignores what is not there
     "OPENCV_CPU_DISABLE": opencv_disable(cpuinfo()),
     "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "KERAS_BACKEND": "tensorflow",
+    "TF_USE_LEGACY_KERAS": "0",
 } | ({} if _LACKING else {"OPENBLAS_CORETYPE": _KERNELS})  # whose kernels would end the process
 
+# Settings of these libraries in the user's environment: they change results, print text, or end the process.
+_OTHERS = (
+    "GOMP_",
+    "KERAS_MAX_",
+    "KERAS_NNX_",
+    "KMP_",
+    "MKL_",
+    "NPY_",
+    "OMP_",
+    "ONEDNN_",
+    "OPENBLAS_",
+    "OPENCV_",
+)
 
 _late: set[str] = set()
 
@@ -78,8 +95,11 @@ def pin() -> None:
     """Set the environment variables; call it before NumPy is imported: libraries read them once."""
     if "numpy" in sys.modules:
         _late.update(name for name, value in PINNED.items() if os.environ.get(name, "") != value)
-    os.environ.pop("OPENBLAS_CORETYPE", None)  # the user's, where none is pinned
+    for name in [name for name in os.environ if name.startswith(_OTHERS)]:
+        del os.environ[name]
     os.environ.update(PINNED)
+    if not Path(os.path.expanduser("~")).is_absolute():  # noqa: PTH111 (Path.home() raises an error)
+        os.environ["HOME"] = tempfile.gettempdir()  # a user without a home: MLflow and DVC need one
 
 
 def note() -> str:

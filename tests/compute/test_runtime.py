@@ -103,3 +103,69 @@ def test_messages_of_libraries_are_shown_when_the_import_fails(monkeypatch, capf
     with pytest.raises(ImportError, match="broken"):
         start_tensorflow()
     assert "the reason, from C++" in capfd.readouterr().err
+
+
+GRAPH = """
+import hashlib
+from pathlib import Path
+from aplsmear.features.backbones import write_graph
+from aplsmear.params import Backbone
+size = {"cell": 32, "smear": 32}
+backbone = Backbone(
+    application="MobileNet", input_size=size, layer=["conv_pw_2_relu"], weights="none", batch=1
+)
+write_graph(Path("graph"), backbone, "cell", 1)
+print(hashlib.sha256(Path("graph").read_bytes()).hexdigest())
+"""
+KERAS = '{"floatx": "float64", "epsilon": 0.1, "backend": "jax", "image_data_format": "channels_first"}'
+OTHERS = {
+    "KERAS_BACKEND": "torch",
+    "KERAS_MAX_EPOCHS": "many",
+    "TF_USE_LEGACY_KERAS": "1",
+    "OMP_NUM_THREADS": "0,1",
+    "OMP_DISPLAY_ENV": "true",
+    "OPENBLAS_VERBOSE": "2",
+    "OPENCV_IPP": "disabled",
+    "OPENCV_LOG_LEVEL": "verbose",
+}
+
+
+def test_settings_of_other_projects_for_keras_and_its_libraries_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = started(GRAPH, HOME=str(tmp_path / "empty"))
+    Path("graph").unlink()
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras" / "keras.json").write_text(KERAS)
+    others = started(GRAPH, HOME=str(tmp_path), **OTHERS)
+    assert (own.stdout, own.stderr) == (others.stdout, others.stderr)
+    (tmp_path / ".keras" / "keras.json").write_text('{"floatx": "float128"}')
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        started("", HOME=str(tmp_path))
+    assert "Correct or delete the file keras.json" in refused.value.stderr
+
+
+def test_a_user_without_a_home_can_import_what_needs_one(tmp_path: Path) -> None:
+    """Such as the number of a user in a container, who has no entry in passwd."""
+    code = """
+import pwd
+def no_entry(_):
+    raise KeyError("no such user")
+pwd.getpwuid = no_entry
+import aplsmear
+import mlflow
+from dvc.config import Config
+Config()
+"""
+    unset = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CONFIG_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": SRC},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+from aplsmear.errors import UserError, brief
+
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # read when TensorFlow is imported; 0: all messages, 3: only fatal ones
 
@@ -33,8 +35,7 @@ def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
     with (
         _held_back() if quiet else nullcontext()
     ):  # the first messages come before TensorFlow reads its level
-        import tensorflow as tf
-
+        tf = _imported()
         if not gpus:
             tf.config.set_visible_devices([], "GPU")
         found = tf.config.get_visible_devices("GPU")
@@ -47,6 +48,23 @@ def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
     if gpus and not found and shutil.which("nvidia-smi"):
         where += f", though there is an NVIDIA driver (`export {_LOG_LEVEL}=0`: then TensorFlow says why)"
     print(f"TensorFlow {tf.__version__} on {where}", file=sys.stderr)
+    return tf
+
+
+def _imported() -> Any:
+    """TensorFlow, and Keras with its defaults in place of ~/.keras/keras.json, which all projects share."""
+    try:
+        import keras
+        import tensorflow as tf
+    except (AssertionError, AttributeError, ValueError) as error:  # on a file that they cannot use
+        raise UserError(
+            f"TensorFlow and Keras cannot be imported: {brief(error)}\n"
+            "Correct or delete the file keras.json in ~/.keras, or in the folder that KERAS_HOME names."
+        ) from None
+    keras.config.set_floatx("float32")
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
+    keras.config.set_dtype_policy("float32")
     return tf
 
 
