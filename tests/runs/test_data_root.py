@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from aplsmear.runs.data_root import DataRootError, check_root
+from aplsmear.runs.stage import check_data_root
 from clones import ROOT, run
 
 
@@ -88,3 +89,13 @@ def test_git_tracks_no_file_that_it_would_not_store_again() -> None:
     """Else a file of a kind that .gitignore does not name would be missing in a later commit."""
     command = ("git", "ls-files", "--cached", "--ignored", "--exclude-per-directory=.gitignore")
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_a_cohort_of_external_in_the_repository_is_refused(place: Path) -> None:
+    """Its row in params.yaml is checked like `dataset.root`."""
+    data_set(place / "docs")
+    (place / ".gitignore").unlink()
+    text = "dataset: {root: ../outside}\nexternal: {dresden: {ensemble: apl_aml, root: docs}}\n"
+    (place / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(DataRootError, match=r"external\.dresden\.root is docs"):
+        check_data_root()

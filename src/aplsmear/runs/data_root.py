@@ -17,7 +17,7 @@ class DataRootError(UserError):
     """The data set lies where git would store it."""
 
 
-def check_root(root: Path, top: Path) -> None:
+def check_root(root: Path, top: Path, name: str = "dataset.root") -> None:
     """Check that git stores no file of a data set.
 
     Only .gitignore counts. DVC does not read `.git/info/exclude` in a worktree, and the folder of
@@ -26,6 +26,7 @@ def check_root(root: Path, top: Path) -> None:
     Args:
         root: the folder of the data set.
         top: of the repository; without `.git` in it, nothing is checked.
+        name: of the parameter that names the folder.
 
     Raises:
         DataRootError: git has files of the data set, or would store them with `git add`.
@@ -41,8 +42,7 @@ def check_root(root: Path, top: Path) -> None:
         listing = ("ls-files", "-z", "--cached", "--others", "--exclude-per-directory=.gitignore")
         if stored := git(here, *listing, "--", f":(top,literal){place}"):
             raise DataRootError(
-                f"dataset.root is {root}, a folder in this repository, and git stores its files, such as "
+                f"{name} is {root}, a folder in this repository, and git stores its files, such as "
                 f"{stored.partition(chr(0))[0]}. They would be sent with `dvc exp push` or `git push`.\n"
-                "Move the data set out of the repository, and set dataset.root to the full path of its new "
-                "place."
+                f"Move the data set out of the repository, and set {name} to the full path of its new place."
             )

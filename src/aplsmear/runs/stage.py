@@ -103,20 +103,18 @@ def check_repository(top: Path) -> None:
 
 
 def check_data_root() -> None:
-    """Check that git stores no file of the data set that params.yaml names (`aplsmear.runs.data_root`).
+    """Check that git stores no file of the data sets that params.yaml names (`aplsmear.runs.data_root`).
 
     Nothing is checked where git does not work.
 
     Raises:
         UserError: git does.
     """
-    params = _loaded(Path("params.yaml"))
-    dataset = params.get("dataset") if isinstance(params, dict) else None
-    root = dataset.get("root") if isinstance(dataset, dict) else None
-    if isinstance(root, str):
-        with suppress(GitError):
-            for top in {Path(), home()}:
-                check_root(Path(root), top)
+    for name, root in flat(_loaded(Path("params.yaml"))):
+        if re.fullmatch(r"dataset\.root|external\..*\.root", name) and isinstance(root, str):
+            with suppress(GitError):
+                for top in {Path(), home()}:
+                    check_root(Path(root), top, name)
 
 
 def check_inputs(stage: str) -> None:
@@ -133,19 +131,25 @@ def check_inputs(stage: str) -> None:
         return
     template, _, item = stage.partition("@")
     values = dict(flat(_loaded(Path("params.yaml"))))
+    declared = _loaded(pipeline)["stages"][template]
+    if table := declared.get("foreach"):  # `${item.root}` is in the row of that name
+        row = f"{table[2:-1]}.{item}."
+        values |= {
+            f"item.{key.removeprefix(row)}": value for key, value in values.items() if key.startswith(row)
+        }
     wanted = [
         PurePosixPath(re.sub(r"\$\{([^}]+)\}", lambda found: str(values.get(found[1], item)), dep))
-        for dep in _loaded(pipeline)["stages"][template]["deps"]  # `${item.task}` is in no params.yaml
+        for dep in declared.get("do", declared)["deps"]  # `${item.task}` is in no params.yaml
     ]
     made = [out for entry in _loaded(lock).get("stages", {}).values() for out in entry.get("outs", [])]
-    mine = {
+    inputs = {
         out["path"]: out["md5"]
         for out in made
         for dep in wanted
         if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
         if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
     }
-    damaged = unsound(mine, Path(".dvc/tmp/sound"), f"{dvc.pid} {dvc.create_time()}" if dvc else "")
+    damaged = unsound(inputs, Path(".dvc/tmp/sound"), f"{dvc.pid} {dvc.create_time()}" if dvc else "")
     if damaged:
         raise UserError(
             "\n  ".join(["these inputs do not have the hashes in dvc.lock (a failing disk?):", *damaged])
