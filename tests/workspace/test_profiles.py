@@ -106,6 +106,15 @@ def test_a_setting_changes_its_value_and_no_remark() -> None:
     assert with_settings(DEMO, {"split.folds": "7"}) == DEMO.replace("folds: 5", "folds: 7")
 
 
+def test_a_row_of_overrides_can_get_what_tune_has_and_nothing_else() -> None:
+    settings = {"overrides.blast.trials": "24", "overrides.blast.space.dropout.low": "0.1"}
+    found = yaml.safe_load(with_settings(DEMO, settings))
+    assert found["overrides"]["blast"] == {"trials": 24, "space": {"dropout": {"low": 0.1}}}
+    for key in ("overrides.blasts.trials", "overrides.blast.trails", "overrides.trials"):
+        with pytest.raises(ProfileError, match=f"there is no '{key}'"):
+            with_settings(DEMO, {key: "24"})
+
+
 def test_settings_that_do_not_exist_are_named_all_at_once() -> None:
     with pytest.raises(ProfileError, match=r"split\.fold'.*split\.folds.*nonsense"):
         with_settings(DEMO, {"split.fold": "7", "nonsense": "1"})

@@ -67,7 +67,7 @@ def read_profile(folder: Path, name: str) -> str:
 
 
 def with_settings(text: str, settings: Mapping[str, str]) -> str:
-    """Change some values of a params.yaml and keep all remarks.
+    """Change some values of a params.yaml and keep all remarks. A row of `overrides` may get keys of `tune`.
 
     Args:
         text: of the file.
@@ -81,18 +81,20 @@ def with_settings(text: str, settings: Mapping[str, str]) -> str:
     tree = editor.load(text)
     old = renamed(settings)
     problems = [f"{key!r} {answer}" for key, answer in old.items()]
+    known = [name for name, _ in flat(tree, tables=True)]
     for key in [key for key in settings if key not in old]:
         *path, last = key.split(".")
-        place: Any = tree
-        for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        if isinstance(place, dict) and last in place:
+        row = re.match(r"overrides\.[^.]+(?=\.)", key)
+        if key in known or (row and row[0] in known and f"tune{key[row.end() :]}" in known):
+            place: Any = tree
+            for part in path:
+                place = place.setdefault(part, CommentedMap())
+                place.fa.set_block_style()
             try:
                 _put(place, last, _value(key, settings[key]))
             except ValueError as error:
                 problems.append(str(error))
         else:
-            known = [name for name, _ in flat(tree, tables=True)]
             problems.append(f"there is no {key!r}{nearest(key, known)}")
     if problems:
         raise ProfileError("; ".join(problems))
