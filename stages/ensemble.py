@@ -7,8 +7,8 @@ from pathlib import Path
 
 from aplsmear.ensembles.run import judge_and_compare, read_inputs, write_model, write_results
 from aplsmear.params import read_params
-from aplsmear.reports.ensemble import with_pictures, write_page
-from aplsmear.reports.model_card import write_model_card
+from aplsmear.reports import pages
+from aplsmear.reports.ensemble import model_card, page, with_pictures
 from aplsmear.runs.stage import run
 
 
@@ -21,8 +21,8 @@ def main(name: str) -> None:
     out = Path(f"ensembles/{name}")
     write_results(out, results)
     write_model(out / "model", results, params.backbones, params.augment, params.dataset.min_box, params.seed)
-    write_page(out / "report.html", findings)
-    write_model_card(out / "model_card.md", findings)
+    pages.write(out / "report.html", page(findings))
+    pages.write(out / "model_card.md", model_card(findings))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ def main() -> None:
     task, settings, seed, threads = params.task, params.finetune, params.seed, params.compute.threads
     start_tensorflow(threads)
     check_precision(settings.precision)
-    tune, brightness = params.tune_of(task), params.augment.brightness
-    inputs = read_inputs(params.tasks[task], settings, tune, params.backbones, brightness, seed)
+    inputs = read_inputs(params)
     tuned, out = Path(f"tuned/{task}"), Path("finetuned")
     starts = read_starts(tuned, settings)
 

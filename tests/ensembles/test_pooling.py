@@ -20,7 +20,7 @@ from aplsmear.ensembles.pooling import (
 
 
 def test_summaries_of_four_cells_by_hand() -> None:
-    found = summarise(np.array([0.2, 0.9, 0.6, 0.1]), positive_above=0.5, top=2, leak=0.05)
+    found = summarise(np.array([0.2, 0.9, 0.6, 0.1]), top=2)
     assert found == pytest.approx(
         {
             "mean": 0.45,

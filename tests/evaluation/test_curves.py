@@ -9,6 +9,7 @@ from scipy import special
 from sklearn import metrics
 
 from aplsmear.evaluation import curves
+from aplsmear.evaluation.intervals import roc_band_table
 from aplsmear.tables import write_table
 
 
@@ -108,7 +109,7 @@ def test_bad_input_is_an_error(make):
 
 def test_the_roc_band_contains_the_curve_and_ends_at_1():
     label, score = items(200)
-    band = curves.roc_band_table(label, score, 500, 1, points=21)
+    band = roc_band_table(label, score, 500, 1, points=21)
     assert band.columns.tolist() == ["fpr", "low", "high"]
     fpr, tpr, _ = metrics.roc_curve(label, score)
     reached = tpr[np.searchsorted(fpr, band["fpr"] + 1e-12, side="right") - 1]
@@ -116,11 +117,11 @@ def test_the_roc_band_contains_the_curve_and_ends_at_1():
     assert band[["low", "high"]].iloc[-1].tolist() == [1, 1]
     assert 0.05 < (band["high"] - band["low"]).max() < 0.5
     mixed = np.random.default_rng(2).permutation(200)
-    pd.testing.assert_frame_equal(band, curves.roc_band_table(label[mixed], score[mixed], 500, 1, points=21))
+    pd.testing.assert_frame_equal(band, roc_band_table(label[mixed], score[mixed], 500, 1, points=21))
 
 
 def test_a_perfect_score_has_a_band_without_width():
-    band = curves.roc_band_table([0, 0, 0, 1, 1, 1], [0, 0.1, 0.2, 0.7, 0.8, 0.9], 200, 1, points=5)
+    band = roc_band_table([0, 0, 0, 1, 1, 1], [0, 0.1, 0.2, 0.7, 0.8, 0.9], 200, 1, points=5)
     assert band[["low", "high"]].to_numpy().tolist() == [[1, 1]] * 5
 
 

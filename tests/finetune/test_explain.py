@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aplsmear.finetune.explain import draw, examples, grad_cam, mass_on, occlusion
+from aplsmear.finetune.explain import draw, examples, grad_cam, occlusion
 
 SHAPE = (40, 72)  # not square: a transposed map cannot pass
 BLOCK = (slice(8, 16), slice(48, 56))
@@ -22,6 +22,12 @@ def image() -> np.ndarray:
 
 def redness(images: np.ndarray) -> np.ndarray:
     return images[:, *BLOCK, 0].mean(axis=(1, 2)) / 255
+
+
+def mass_on(found: np.ndarray, mask: np.ndarray) -> float:
+    """Share of a map's positive values that lies on a mask, divided by the share expected by chance."""
+    positive = np.maximum(found, 0)
+    return positive[mask].sum() / positive.sum() / mask.mean()
 
 
 def test_occlusion_peaks_on_the_one_block_that_counts(image: np.ndarray) -> None:

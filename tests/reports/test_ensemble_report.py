@@ -16,7 +16,7 @@ from aplsmear.ensembles.run import Inputs
 from aplsmear.evaluation.curves import curve_tables
 from aplsmear.params import Ensemble
 from aplsmear.reports import pages
-from aplsmear.reports.ensemble import Findings, page, wanted_cells, write_page
+from aplsmear.reports.ensemble import Findings, page, wanted_cells
 from browser import EVIL, browse, needs_browser, read
 
 
@@ -103,7 +103,7 @@ def test_a_name_that_a_template_lacks_is_an_error() -> None:
 
 
 def test_the_page_has_the_same_bytes_every_time_and_no_date(html, tmp_path) -> None:
-    write_page(tmp_path / "report.html", findings())
+    pages.write(tmp_path / "report.html", page(findings()))
     assert (tmp_path / "report.html").read_bytes() == html.encode()
     assert re.search(r"20\d\d-\d\d|\d\d:\d\d", html) is None
 

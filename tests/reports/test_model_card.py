@@ -5,7 +5,8 @@ from itertools import pairwise
 from test_ensemble_report import findings
 
 from aplsmear import __version__
-from aplsmear.reports.model_card import model_card, write_model_card
+from aplsmear.reports import pages
+from aplsmear.reports.ensemble import model_card
 
 
 def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
@@ -36,7 +37,7 @@ def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
 
 def test_no_patient_is_named_and_equal_findings_give_equal_bytes(tmp_path) -> None:
     for name in ("one", "two"):
-        write_model_card(tmp_path / name, findings(patient="Meier, Hans"))
+        pages.write(tmp_path / name, model_card(findings(patient="Meier, Hans")))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     card = (tmp_path / "one").read_text(encoding="utf-8")
     assert [name for name in findings(patient="Meier, Hans").verdicts.table["patient"] if name in card] == []

@@ -61,16 +61,9 @@ def baselines_of(
 ) -> dict[str, Verdicts]:
     """Held-out verdicts of simpler models than the ensemble.
 
-    Args:
-        patients: of `aplsmear.ensembles.combination.patients_of`.
-        members: of `aplsmear.ensembles.combination.read_members`.
-        shares: members that score cells; of each, the share of positive cells is a baseline. Names that are
-            not members are ignored.
-        seed: for `aplsmear.ensembles.combination.judge`; nothing here is random.
-
-    Returns:
-        ``<member> alone``, by the summary that is best on the inner folds; `share_of` each of `shares`; and
-        ``plain average`` of the members' standardised logits (Dawes, Am Psychol 1979;34:571).
+    ``<member> alone``, by the summary that is best on the inner folds; `share_of` each member in `shares`
+    (other names are ignored); and ``plain average`` of the members' standardised logits (Dawes, Am Psychol
+    1979;34:571).
     """
     average = [Candidate(n, "average", summary, 0.0, 0) for n, summary in enumerate(SUMMARIES)]
     share = [candidate for candidate in average if candidate.summary == "share"]
@@ -135,35 +128,19 @@ def compare(
 ) -> pd.DataFrame:
     """The ensemble against each baseline on the same held-out patients (DeLong et al. 1988).
 
-    Args:
-        patients: ``label`` of each.
-        ensemble: held-out probabilities, float64 (patients,).
-        baselines: likewise, by name.
-
-    Returns:
-        ``against, auroc, low, high, difference, difference_low, difference_high, p, p_holm``: first the
-        ensemble itself (difference 0), then the baselines in their order. AUROC of the row with its 95 %
-        interval; ensemble minus baseline with its 95 % interval; two-sided p value, also adjusted for the
-        number of comparisons (Holm, Scand J Stat 1979;6:65).
+    Held-out probabilities are float64 (patients,). Columns: ``against, auroc, low, high, difference,
+    difference_low, difference_high, p, p_holm``. The first row is the ensemble itself (difference 0), then
+    come the baselines in their order. AUROC of the row with its 95 % interval; ensemble minus baseline with
+    its 95 % interval; two-sided p value, also adjusted for the number of comparisons (Holm, Scand J Stat
+    1979;6:65).
     """
     label = patients["label"].to_numpy()
     rows = []
     for name, scores in {"the ensemble": ensemble, **baselines}.items():
-        interval = delong_interval(label, scores)
         test = delong_test(label, ensemble, scores)
-        rows.append(
-            {
-                "against": name,
-                "auroc": interval.value,
-                "low": interval.low,
-                "high": interval.high,
-                "difference": test.difference,
-                "difference_low": test.interval.low,
-                "difference_high": test.interval.high,
-                "p": test.p,
-            }
-        )
-    table = pd.DataFrame(rows)
+        rows.append([name, *delong_interval(label, scores), *test.interval, test.p])
+    columns = ["against", "auroc", "low", "high", "difference", "difference_low", "difference_high", "p"]
+    table = pd.DataFrame(rows, columns=columns)
     return table.assign(p_holm=[1.0, *_holm(table["p"].to_numpy()[1:])])
 
 

@@ -154,13 +154,9 @@ def reference_features(heads: Iterable[Sequence[Head]]) -> str:
 def make_reference(
     fold: Mapping[str, int], owner: Mapping[str, str], features: Features, views: Iterable[list[View]]
 ) -> Reference:
-    """Describe the training patients of an ensemble.
+    """Describe training patients, from the features and views of their items.
 
-    Args:
-        fold: patient -> fold.
-        owner: item -> patient, of the items of these patients.
-        features: of the level of the items.
-        views: of the same level, see `aplsmear.images.view_store.read_views`.
+    `fold` has the fold of each patient, `owner` the patient of each item.
     """
     typical, stain = (
         make_cloud(np.array(list(described.values())), np.array([fold[patient] for patient in described]))
@@ -179,13 +175,9 @@ def write_bundle(
 ) -> None:
     """Write a bundle: the same bytes from the same inputs. The manifest is written last.
 
-    Args:
-        folder: ``ensembles/<name>/model``.
-        model: content of model.json.
-        heads: task -> file of `aplsmear.heads.head.write_heads`, of the members and of `Model.weigh_by`.
-        backbones: the folder with ``<backbone>/<level>.onnx``.
-        reference: of `make_reference`.
-        pooled: the baseline on `Model.pooled_features`.
+    `heads` has a file of `aplsmear.heads.head.write_heads` for each member and for `Model.weigh_by`;
+    `backbones` is the folder with ``<backbone>/<level>.onnx``; `pooled` is the baseline on
+    `Model.pooled_features`.
     """
     read = {(model.reference_features, model.reference_level)}
     for member in [model.weigh_by, *model.members]:

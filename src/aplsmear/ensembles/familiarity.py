@@ -40,11 +40,7 @@ class Cloud:
     limit: float  # the length that becomes a distance of 1
 
     def distance(self, numbers: np.ndarray) -> float:
-        """How far away a patient is; above 1: farther out than 99 % of the training patients.
-
-        Args:
-            numbers: float (numbers,), such as from `Moments.describe`.
-        """
+        """How far away a patient with these numbers, float (numbers,), is; 1: the limit."""
         standard = (np.asarray(numbers, np.float64) - self.centre) / self.scale
         along = self.axes @ standard
         residual = standard - along @ self.axes
@@ -81,12 +77,7 @@ class Moments:
 
 
 def make_cloud(patients: np.ndarray, fold: np.ndarray) -> Cloud:
-    """The cloud of all training patients; its limit comes from held-out patients.
-
-    Args:
-        patients: float (patients, numbers).
-        fold: int64 (patients,).
-    """
+    """The cloud of all patients, float (patients, numbers); its limit comes from held-out patients."""
     distance = np.zeros(len(patients))
     for held_out in np.unique(fold):
         there = fold == held_out
@@ -105,9 +96,7 @@ def stain_of(view: View) -> np.ndarray:
 def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str, np.ndarray]:
     """`Moments.describe` of the plain views of each patient, by patient, sorted.
 
-    Args:
-        features: of some items.
-        owner: item -> patient; other items are left out.
+    `owner` has the patient of each item; other items are left out.
     """
     rows = pd.DataFrame({"patient": features.index["item"].map(owner), "view": features.index["view"]})
     plain = rows[(rows["view"] == 0) & rows["patient"].notna()]
@@ -121,12 +110,7 @@ def describe_features(features: Features, owner: Mapping[str, str]) -> dict[str,
 
 
 def describe_stain(batches: Iterable[list[View]], owner: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """The mean of `stain_of` over the plain views of each patient, by patient, sorted.
-
-    Args:
-        batches: of views.
-        owner: item -> patient; other items are left out.
-    """
+    """The mean of `stain_of` over plain views, as in `describe_features`."""
     moments: dict[str, Moments] = {}
     for batch in batches:
         for view in batch:
@@ -136,12 +120,7 @@ def describe_stain(batches: Iterable[list[View]], owner: Mapping[str, str]) -> d
 
 
 def how_stained(cloud: Cloud, numbers: np.ndarray) -> str:
-    """How a patient's stain differs from the centre of the cloud, in words, such as ``darker, bluer``.
-
-    Args:
-        cloud: of the stain of the training patients.
-        numbers: float (6,), of `stain_of`.
-    """
+    """How a stain (of `stain_of`) differs from the centre of a cloud, in words, such as ``darker, bluer``."""
     red, green, blue = ((np.asarray(numbers) - cloud.centre) / cloud.scale)[:3]
     words = []
     level = (red + green + blue) / 3

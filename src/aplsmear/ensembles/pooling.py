@@ -13,36 +13,29 @@ PLAIN = ("mean", "upper", "top", "share", "noisy_or")
 WEIGHTED = ("mean", "share")  # of these there is `weighted_...`, too
 SUMMARIES = (*PLAIN, *(f"weighted_{name}" for name in WEIGHTED), "blend")
 CLIP = 1e-4
+# Share of a score that `noisy_or` takes as independent evidence: with 1 it is always 1 for hundreds of cells.
+LEAK = 0.05
 ENDS = 4  # items with the highest and with the lowest scores of a patient that are named
 
 
-def summarise(
-    score: np.ndarray,
-    weight: np.ndarray | None = None,
-    positive_above: float = 0.5,
-    top: float = 5,
-    leak: float = 0.05,
-) -> dict[str, float]:
+def summarise(score: np.ndarray, weight: np.ndarray | None = None, top: float = 5) -> dict[str, float]:
     """Summaries of the scores of one patient's items, each a probability-like number in [0, 1].
 
     Args:
         score: float (items,), at least one.
         weight: float (items,), above 0 and up to 1: how much each item counts. None: 1 for each.
-        positive_above: `share` counts the items with a score above this.
         top: `top` is the mean of this many highest scores.
-        leak: share of a score that `noisy_or` takes as independent evidence. With hundreds of cells, the
-            plain noisy-or (a leak of 1) is always 1.
 
     Returns:
         ``mean``; ``logits``, the probability whose logit is the mean of the logits; ``upper``, the 0.9
-        quantile; ``top``, the mean of the highest; ``share`` above the threshold, with half a cell added to
-        either side; ``noisy_or``, the chance that at least one item is positive.
+        quantile; ``top``, the mean of the highest; ``share`` of those above 0.5, with half a cell added
+        to either side; ``noisy_or``, the chance that at least one item is positive.
     """
     weight = np.ones(len(score)) if weight is None else weight.astype(np.float64)
     order = np.lexsort((weight, score))
     ordered, weight = score.astype(np.float64)[order], weight[order]
     share = weight / weight.sum()
-    above = weight[ordered > positive_above].sum()
+    above = weight[ordered > 0.5].sum()
     taken = np.clip(top - (weight[::-1].cumsum()[::-1] - weight), 0, weight)
     place = share.cumsum() - share / 2  # a quantile passes through the centre of each item's share (Hazen)
     return {
@@ -51,7 +44,7 @@ def summarise(
         "upper": float(np.interp(0.9, place, ordered)),
         "top": float(ordered @ taken / taken.sum()),
         "share": float((above + 0.5) / (weight.sum() + 1)),
-        "noisy_or": float(1 - np.exp(weight @ np.log1p(-leak * ordered))),
+        "noisy_or": float(1 - np.exp(weight @ np.log1p(-LEAK * ordered))),
     }
 
 
@@ -59,7 +52,7 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
     """Summaries of every patient in every outer fold.
 
     Args:
-        scores: ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.search.scores_table`).
+        scores: ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.results.scores_table`).
         weights: a table like it, of the task whose scores are the weights of the items in each outer fold
             (an immature cell tells more about a leukaemia than a lymphocyte). None: all weights are 1.
 

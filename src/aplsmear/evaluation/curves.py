@@ -12,7 +12,7 @@ import pandas as pd
 from sklearn import metrics
 
 from aplsmear.evaluation.columns import check_call, check_columns
-from aplsmear.evaluation.intervals import roc_band
+from aplsmear.evaluation.intervals import roc_band_table
 
 MAX_ROWS = 500
 
@@ -40,15 +40,6 @@ def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = 
     threshold[0] = s.max() + 1
     keep = _thinned(fpr, tpr, max_rows)
     return pd.DataFrame({"fpr": fpr[keep], "tpr": tpr[keep], "threshold": threshold[keep]})
-
-
-def roc_band_table(
-    label: npt.ArrayLike, score: npt.ArrayLike, resamples: int, seed: int, points: int = 101
-) -> pd.DataFrame:
-    """`aplsmear.evaluation.intervals.roc_band` at evenly spaced points: ``fpr, low, high``."""
-    fpr = np.linspace(0, 1, points)
-    low, high = roc_band(label, score, fpr, resamples=resamples, seed=seed)
-    return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
 
 
 def precision_recall_table(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from aplsmear.evaluation.auroc import auroc, average_precision, delong_interval
 from aplsmear.evaluation.calibration import calibration_replicates, calibration_slope_intercept
@@ -63,23 +64,20 @@ def bootstrap_interval(
     return _percentiles(values[0] - sum(values[1:]), drawn)
 
 
-def roc_band(
-    label: npt.ArrayLike, score: npt.ArrayLike, fpr: npt.ArrayLike, *, resamples: int = 2000, seed: int
-) -> tuple[Array, Array]:
-    """Pointwise percentile band of the ROC curve over stratified bootstrap resamples.
+def roc_band_table(
+    label: npt.ArrayLike, score: npt.ArrayLike, resamples: int, seed: int, points: int = 101
+) -> pd.DataFrame:
+    """Pointwise percentile band of the ROC curve over stratified bootstrap resamples: ``fpr, low, high``.
 
     Args:
         label: 0 or 1, shape (n,).
         score: any finite numbers, shape (n,).
-        fpr: places on the axis 1 - specificity, shape (k,).
         resamples: how many.
         seed: of the draws.
-
-    Returns:
-        The lower and the upper end of the sensitivity, each of shape (k,).
+        points: evenly spaced places on the axis 1 - specificity.
     """
     y, s = check_columns(label, score)
-    z = np.asarray(fpr, dtype=np.float64)
+    fpr = np.linspace(0, 1, points)
     order = np.lexsort([s, y])
     y, s = y[order], s[order]
     drawn = []
@@ -87,10 +85,10 @@ def roc_band(
         for positive, negative in zip(*_curve(y, s, weight), strict=True):
             tpr, alarms = positive.cumsum() / positive.sum(), negative.cumsum() / negative.sum()
             # The highest sensitivity among the thresholds with as few false alarms.
-            place = np.searchsorted(alarms, z + 1e-12, side="right") - 1
+            place = np.searchsorted(alarms, fpr + 1e-12, side="right") - 1
             drawn.append(np.where(place >= 0, tpr[place], 0.0))
     low, high = np.quantile(drawn, _ENDS, axis=0)
-    return low, high
+    return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
 
 
 def summary(

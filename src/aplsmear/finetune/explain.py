@@ -37,13 +37,9 @@ OUTCOMES = {  # name -> label, called positive
 
 
 def examples(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The clearest held-out hits and errors: rows of `predictions`, with their ``outcome``.
+    """The clearest held-out hits and errors: up to `count` rows of each ``outcome``.
 
     The threshold of a fold is the balanced operating point of the other folds.
-
-    Args:
-        predictions: of `aplsmear.finetune.results.predict_held_out`.
-        count: of each outcome, at most.
     """
     threshold = {}
     for fold in predictions["fold"].unique():
@@ -67,14 +63,10 @@ def write_explanations(
     views: Path,
     folder: Path,
 ) -> None:
-    """Draw what the score of each chosen item depends on: ``<outcome>_<number>.png``.
+    """Draw what the score of each chosen item depends on, by the outer model of its fold.
 
-    Args:
-        models: of `aplsmear.finetune.finetuning.build_models`.
-        trained: of `aplsmear.finetune.finetuning.finetune`; the outer model of an item's fold explains it.
-        chosen: of `examples`.
-        views: file with the views of the level.
-        folder: is emptied first.
+    Writes ``<outcome>_<number>.png`` into a folder, which is emptied first. `views` is the file with the
+    views of the level.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
@@ -94,9 +86,7 @@ def write_explanations(
 def explain(trainer: Trainer, image: np.ndarray) -> tuple[Map, Map]:
     """Maps of `occlusion` (overlapping patches of a sixth of the side) and of `grad_cam`.
 
-    Args:
-        trainer: with the weights to explain.
-        image: uint8 (size, size, 3).
+    The image is uint8 (size, size, 3).
     """
     backbone, patch = trainer.network.backbone, max(image.shape[0] // 6, 2)
 
@@ -161,31 +151,8 @@ def grad_cam(maps: Any, judge: Any, image: np.ndarray) -> Map:
     return np.asarray(cv2.resize(cam, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
-def mass_on(found: Map, mask: np.ndarray) -> float:
-    """Share of a map's positive values that lies on a mask, divided by the share expected by chance.
-
-    Args:
-        found: (height, width).
-        mask: bool (height, width), not empty.
-
-    Returns:
-        Above 1: more than expected by chance. 1 for a map without positive values.
-    """
-    positive = np.maximum(found, 0)
-    total = float(positive.sum())
-    return float(positive[mask].sum()) / total / float(mask.mean()) if total else 1.0
-
-
 def draw(path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str) -> None:
-    """Write a picture of an image and its maps, each with its scale. The same input gives the same bytes.
-
-    Args:
-        path: of the PNG file.
-        image: uint8 (height, width, 3).
-        occluded: of `occlusion`.
-        cam: of `grad_cam`.
-        title: of the picture.
-    """
+    """Write a PNG of an image, uint8 (height, width, 3), and its maps; equal input gives equal bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -23,7 +23,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -70,23 +69,17 @@ class Trained:
         return None if self.run.judged is not None else next(iter(self.run.held_out), None)
 
 
-def build_models(
-    inputs: Inputs, starts: Sequence[Start], folder: Path, strategy: Any = None
-) -> dict[Recipe, Model]:
+def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[Recipe, Model]:
     """Build a network for the recipe of each start, and cache the views that it reads.
 
-    Args:
-        inputs: data and settings.
-        starts: of `aplsmear.finetune.inputs.read_starts`.
-        folder: keeps what was computed, for networks on the same features and after a kill.
-        strategy: see `Trainer`.
+    The folder keeps what was computed, for networks on the same features and after a kill.
 
     Raises:
         BackboneError: see `aplsmear.features.backbones.cut_network`.
         FinetuneError: see `cache_views`.
     """
     return {
-        recipe: _build_model(inputs, recipe, folder / recipe.features, strategy)
+        recipe: _build_model(inputs, recipe, folder / recipe.features)
         for recipe in dict.fromkeys(start.recipe for start in starts)
     }
 
@@ -96,11 +89,7 @@ def finetune(
 ) -> Iterator[Trained]:
     """Train all models: of each outer fold the inner ones and the outer one, and then the final one.
 
-    Args:
-        inputs: data and settings.
-        starts: of `aplsmear.finetune.inputs.read_starts`.
-        models: of `build_models`.
-        folder: keeps the state of each run; an interrupted call continues from it.
+    The folder keeps the state of each run; an interrupted call continues from it.
 
     Yields:
         The run that trains, at its start and after every epoch.
@@ -178,7 +167,7 @@ def finetune_key(inputs: Inputs, starts: Sequence[Start], threads: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build_model(inputs: Inputs, recipe: Recipe, folder: Path, strategy: Any) -> Model:
+def _build_model(inputs: Inputs, recipe: Recipe, folder: Path) -> Model:
     """See `build_models`."""
     settings, head, task_data = inputs.settings, inputs.settings.head, inputs.task_data
     features = task_data.features[recipe.features].values
@@ -197,7 +186,6 @@ def _build_model(inputs: Inputs, recipe: Recipe, folder: Path, strategy: Any) ->
         lambda: build_network(backbone, inputs.level, design, settings.blocks, inputs.seed),
         settings,
         inputs.brightness,
-        strategy,
     )
     batches = read_views(inputs.views, BATCH)
     views = cache_views(

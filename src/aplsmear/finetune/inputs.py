@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from pydantic import TypeAdapter
 
 from aplsmear.finetune.sampling import FinetuneError, TrainingSet
 from aplsmear.heads.head import Head, Recipe, read_heads
 from aplsmear.heads.task_data import TaskData, read_task_data
-from aplsmear.params import Backbone, Finetune, Level, Task, Tune
+from aplsmear.params import Backbone, Finetune, Level, Params, Tune
 from aplsmear.tables import read_table
 
 TUNED = "tuned"  # in place of the number of a trial
@@ -64,37 +65,37 @@ class Start:
     head: Head | None  # None: `tune` has not trained it
 
 
-def read_inputs(
-    task: Task,
-    settings: Finetune,
-    tune: Tune,
-    backbones: Mapping[str, Backbone],
-    brightness: float,
-    seed: int,
-) -> Inputs:
-    """Read the data of a task from the working folder. Arguments as in `Inputs`.
+def read_inputs(params: Params) -> Inputs:
+    """Read the data of the task that params.yaml names, from the working folder.
 
     Raises:
         FinetuneError: the items of the task are patients.
         TuneError: see `aplsmear.heads.task_data.make_task_data`.
     """
+    task, settings = params.tasks[params.task], params.finetune
     if task.level == "patient":
         raise FinetuneError(
             "finetuning needs one image for each item, and the items of this task are patients: set `task` "
             "in params.yaml to a task of cells or smears"
         )
-    data, column = read_task_data(task, backbones), settings.head.subclasses
-    subclass = read_table(Path(f"dataset/{task.level}s.csv"))[column].to_numpy() if column else None
-    views = Path(f"augmented/{task.level}/views.parquet")
-    return Inputs(data, settings, tune, backbones, task.level, views, brightness, seed, subclass)
+    column = settings.head.subclasses
+    return Inputs(
+        task_data=read_task_data(task, params.backbones),
+        settings=settings,
+        tune=params.tune_of(params.task),
+        backbones=params.backbones,
+        level=task.level,
+        views=Path(f"augmented/{task.level}/views.parquet"),
+        brightness=params.augment.brightness,
+        seed=params.seed,
+        subclass=read_table(Path(f"dataset/{task.level}s.csv"))[column].to_numpy() if column else None,
+    )
 
 
 def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
     """The start of each outer fold that `finetune.folds` asks for, and then that of the final model.
 
-    Args:
-        tuned: the folder that `tune` wrote for the task.
-        settings: of the finetuning.
+    `tuned` is the folder that `tune` wrote for the task.
 
     Raises:
         FinetuneError: see `choose_starts`.
@@ -115,7 +116,7 @@ def choose_starts(
 
     Args:
         best: content of ``best.yaml``.
-        trials: content of ``trials.csv``, as text.
+        trials: content of ``trials.csv``.
         heads: of each outer fold, and of the final model.
         picked: ``tuned``, or the number of a trial.
 
@@ -130,14 +131,11 @@ def choose_starts(
     if numbers[final] not in scored:
         known = ", ".join(map(str, scored))
         raise FinetuneError(f"finetune.trial: there is no trial {picked} with scores; there are: {known}")
+    recipe = TypeAdapter(Recipe)
     trained = [*heads[:final], heads[final] if numbers[final] == int(best["trial"]) else None]
     return [
-        Start(outer_fold, trial, _recipe(rows[trial]), int(rows[trial]["trained_epochs"]), head)
+        Start(
+            outer_fold, trial, recipe.validate_python(rows[trial]), int(rows[trial]["trained_epochs"]), head
+        )
         for outer_fold, (trial, head) in enumerate(zip(numbers, trained, strict=True))
     ]
-
-
-def _recipe(row: Mapping[Any, Any]) -> Recipe:
-    """The recipe in a row of trials.csv."""
-    types: dict[Any, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
-    return Recipe(**{field.name: types[field.type](row[field.name]) for field in fields(Recipe)})

@@ -114,10 +114,7 @@ def build_network(settings: Backbone, level: Level, design: HeadDesign, blocks: 
 def block_ends(network: Any) -> list[str]:
     """The names of the layers after which a network can be divided, from the input upwards.
 
-    The end of the last block is left out.
-
-    Args:
-        network: keras.Model, functional.
+    The end of the last block is left out. The network is a functional keras.Model.
     """
     from keras import layers
 
@@ -178,12 +175,7 @@ def set_head(network: Network, head: Head, mean: np.ndarray, scale: np.ndarray) 
 
 
 def join_heads(network: Network, head: Head) -> None:
-    """Replace the network's head by the mean, as logits, of a head and of all extra heads.
-
-    Args:
-        network: with extra heads, started by `set_head`.
-        head: that it was started with.
-    """
+    """Replace the head that `set_head` gave to a network by the mean, as logits, of it and extra heads."""
     mean, variance = network.heads.head.get_layer("standardise").get_weights()
     scale = np.sqrt(variance)
     # Without a crop all heads read the same features; with one the tuned head reads the first half of them,

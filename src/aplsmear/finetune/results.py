@@ -69,16 +69,7 @@ def conclude(
     frozen: pd.DataFrame,
     resamples: int,
 ) -> Results:
-    """Score held-out items and compare with the frozen model.
-
-    Args:
-        inputs: data and settings.
-        models: of `aplsmear.finetune.finetuning.build_models`.
-        trained: all runs of `aplsmear.finetune.finetuning.finetune`, after their last epoch.
-        task: name of the task.
-        frozen: ``predictions.csv`` of `tune`.
-        resamples: see `measure`.
-    """
+    """Score held-out items and compare with the frozen model (`frozen`: ``predictions.csv`` of `tune`)."""
     predictions = predict_held_out(inputs, models, trained)
     outer = [each.run.epochs for each in trained if each.outer_fold is not None]
     counts = {"epochs": trained[-1].run.epochs, "folds": len(outer), "folds_left_frozen": outer.count(0)}
@@ -110,11 +101,8 @@ def predict_held_out(
 def measure(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
     """AUROC with its interval, that of the frozen model on the same items, and the difference.
 
-    Args:
-        predictions: of `predict_held_out`.
-        frozen: ``predictions.csv`` of `tune`; may have more items.
-        resamples: of patients, for the intervals; the difference is taken within each resample.
-        seed: of the resamples.
+    Intervals are over resamples of patients; the difference is taken within each resample. `frozen` may have
+    more items.
 
     Raises:
         FinetuneError: `frozen` lacks an item.

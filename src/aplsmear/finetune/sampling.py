@@ -56,7 +56,7 @@ def epoch_items(
         FinetuneError: only one class is left to train on.
     """
     items = data.items
-    rng = np.random.Generator(np.random.Philox([0, *entropy(run, data.seed, epoch)]))
+    rng = rng_of(0, run, data.seed, epoch)
     inside = np.flatnonzero(~np.isin(items.fold, sorted(run.held_out)))
     if len(np.unique(items.label[inside])) < 2:
         raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
@@ -79,10 +79,7 @@ def epoch_items(
 def augment_online(images: np.ndarray, brightness: float, rng: np.random.Generator) -> np.ndarray:
     """Each image rotated by a multiple of 90 degrees, mirrored or not, and with another brightness.
 
-    Args:
-        images: uint8 (batch, size, size, 3).
-        brightness: largest relative change, either way.
-        rng: of the random choices.
+    Images are uint8 (batch, size, size, 3); `brightness` is its largest relative change, either way.
     """
     turns = rng.integers(0, 4, len(images))
     mirrored = rng.integers(0, 2, len(images))
@@ -95,6 +92,7 @@ def augment_online(images: np.ndarray, brightness: float, rng: np.random.Generat
     return out
 
 
-def entropy(run: Run, seed: int, epoch: int) -> list[int]:
-    """Numbers that seed the random choices of one epoch of a run."""
-    return [seed, epoch, *(fold + 1 for fold in sorted(run.held_out))]
+def rng_of(purpose: int, run: Run, seed: int, epoch: int) -> np.random.Generator:
+    """Random numbers of one epoch of a run: for its items (0) or its augmentation (1)."""
+    folds = (fold + 1 for fold in sorted(run.held_out))
+    return np.random.Generator(np.random.Philox([purpose, seed, epoch, *folds]))

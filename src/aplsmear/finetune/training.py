@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import numpy as np
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.files import write_arrays
 from aplsmear.finetune.cache import ViewCache, bare
-from aplsmear.finetune.devices import machine_strategy, precision_of
 from aplsmear.finetune.network import Network, join_heads, set_head
 from aplsmear.finetune.sampling import (
     EXTRA,
@@ -26,8 +26,8 @@ from aplsmear.finetune.sampling import (
     Run,
     TrainingSet,
     augment_online,
-    entropy,
     epoch_items,
+    rng_of,
 )
 from aplsmear.heads.head import Head
 from aplsmear.params import Finetune, Precision
@@ -63,16 +63,17 @@ class Trainer:
             network: builds it; it is called within the scope of the strategy.
             settings: of the training.
             brightness: largest relative change of the brightness in online augmentation.
-            strategy: tf.distribute.Strategy; None: that of `machine_strategy`.
+            strategy: tf.distribute.Strategy; None: all GPUs, each with a part of a batch, or the CPU.
         """
         import tensorflow as tf
         from keras import Model
         from keras.utils import clear_session
 
         self.settings, self.brightness = settings, brightness
-        self.strategy = strategy or machine_strategy()
+        if strategy is None and len(tf.config.list_logical_devices("GPU")) > 1:
+            strategy = tf.distribute.MirroredStrategy()
         clear_session()  # the names of layers must not depend on what was built before
-        with self.strategy.scope(), precision_of(settings.precision):
+        with (strategy or tf.distribute.get_strategy()).scope(), _precision(settings.precision):
             self.network = network()
             self.model, scorer = self.network.classifier, self.network.top
             if settings.online:
@@ -80,26 +81,21 @@ class Trainer:
                 given = self.network.backbone.trunk(image, training=False)
                 self.model, scorer = Model(image, self.model(given)), Model(image, scorer(given))
             self._compile()
-        self._fresh = [each.numpy() for each in self._state()]
-        self._fresh_extra = [each.numpy() for each in self._state_of_extra_heads()]
+        self._fresh = [each.numpy() for each in [*self._state(), *self._state_of_extra_heads()]]
         self._whole = tf.function(lambda images: self.network.whole(images, training=False))
         self._forward = tf.function(lambda given: scorer(given, training=False))
 
     def start(self, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
         """Return to the frozen model: the original backbone with this head. See `set_head`."""
-        _assign(self._state(), self._fresh)
-        _assign(self._state_of_extra_heads(), self._fresh_extra)
+        _assign([*self._state(), *self._state_of_extra_heads()], self._fresh)
         set_head(self.network, head, mean, scale)
         self._head = head
 
     def train(self, run: Run, data: TrainingSet, views: ViewCache, checkpoint: Path) -> Iterator[History]:
-        """Train after `start`, or continue from the last epoch in `checkpoint`. Both give the same bits.
+        """Train after `start`, or continue from the last epoch in the checkpoint. Both give the same bits.
 
-        Args:
-            run: what to train.
-            data: items; those outside the held-out folds of the run train.
-            views: of the items.
-            checkpoint: a file that gets, after each epoch, all that is needed to continue.
+        The items outside the held-out folds of the run train. The checkpoint is a file that gets, after each
+        epoch, all that is needed to continue.
 
         Yields:
             The history so far, at the start and after every epoch.
@@ -205,7 +201,7 @@ class Trainer:
 
         def batches() -> Iterator[Any]:
             # The generator is made here: with several devices, TensorFlow starts this more than once.
-            rng = np.random.Generator(np.random.Philox([1, *entropy(run, data.seed, epoch)]))
+            rng = rng_of(1, run, data.seed, epoch)
             for step in range(steps):
                 here = slice(step * batch, (step + 1) * batch)
                 given = views.read(view[here])
@@ -232,7 +228,7 @@ class Trainer:
         if not checkpoint.is_file():
             return None
         with np.load(checkpoint, allow_pickle=False) as kept:
-            _assign(self._state(), [kept[f"state.{number}"] for number in range(len(self._fresh))])
+            _assign(self._state(), [kept[f"state.{number}"] for number in range(len(self._state()))])
             return History(kept["loss"].tolist(), kept["auroc"].tolist(), float(kept["seconds"]))
 
     def _keep(self, checkpoint: Path, history: History) -> None:
@@ -253,6 +249,21 @@ def check_precision(precision: Precision) -> None:
         raise FinetuneError(
             "finetune.precision: half precision needs a GPU, and TensorFlow finds none: set it to auto or off"
         )
+
+
+@contextmanager
+def _precision(half: Precision) -> Iterator[None]:
+    """Layers that are created in the block compute in float16, with weights in float32, or in float32."""
+    import keras
+    import tensorflow as tf
+
+    before = keras.config.dtype_policy()
+    wanted = half == "on" or (half == "auto" and tf.config.list_logical_devices("GPU"))
+    keras.config.set_dtype_policy("mixed_float16" if wanted else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def _check_finite(name: str, values: Any) -> None:

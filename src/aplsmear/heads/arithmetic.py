@@ -53,13 +53,9 @@ class Network:
     def __init__(
         self, lanes: int, sizes: Sequence[tuple[int, int]], attention: bool, activation: str
     ) -> None:
-        """Networks of zeros.
+        """So many networks of zeros, with kernels of these rows and columns.
 
-        Args:
-            lanes: number of networks.
-            sizes: rows and columns of each kernel.
-            attention: whether rows are weighed by attention on the last hidden layer.
-            activation: of hidden layers.
+        With `attention`, rows are weighed by attention on the last hidden layer.
         """
         self.depth, self.activation = len(sizes) - 1, activation
         shapes = [shape for rows, columns in sizes for shape in ((rows, columns), (1, columns))]
@@ -174,10 +170,7 @@ class Network:
     def _attention_gradients(self, each: np.ndarray, tape: Tape, bags: Bags) -> np.ndarray:
         """Set the gradients of the attention; return that by the last hidden layer, through the attention.
 
-        Args:
-            each: float32 (1, rows), the gradient by the logit of the row's item.
-            tape: of `forward`.
-            bags: as given to `forward`.
+        `each` is the gradient by the logit of the row's item, float32 (1, rows).
         """
         shares = tape.shares
         by_share = each * tape.logits

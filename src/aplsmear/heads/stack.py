@@ -152,11 +152,6 @@ class Lane:
         self.random = np.random.Generator(np.random.Philox(own))
         self.dropout = np.random.PCG64(np.random.SeedSequence(own, spawn_key=(1,)))
 
-    def order(self, count: int) -> np.ndarray:
-        """The next items, int64 (count,): in random order, each as often as the others."""
-        rounds = -(-count // len(self.shown))
-        return np.concatenate([self.order_of.permutation(self.shown) for _ in range(rounds)])[:count]
-
     def draw(self, count: int, images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Draw the next items, some images of each, and a view of each image.
 
@@ -168,7 +163,9 @@ class Lane:
             int64 (count, images), rows of views; int64 (count,), how many of these an item has (the first
             fills the rest); int8 (count,), labels.
         """
-        items, order = self.items, self.order(count)
+        items, rounds = self.items, -(-count // len(self.shown))
+        # In random order, each item as often as the others.
+        order = np.concatenate([self.order_of.permutation(self.shown) for _ in range(rounds)])[:count]
         copies = items.copies[order]
         if items.size is None:
             image, kept = order[:, None], np.ones(count, np.int64)
@@ -220,11 +217,7 @@ class Table:
         return np.asarray(self._memory.take(self._place[rows], axis=0))
 
     def read_steps(self, steps: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-        """The features of the views of each step. From disk, several steps are read at once.
-
-        Args:
-            steps: rows of views, int64 of any shape.
-        """
+        """The features of the views (rows, int64) of each step; from disk for several steps at once."""
         size = 4 * self.values.shape[1] * steps[0].size
         count = 1 if self._memory is not None else max(self._block // size, 1)
         for start in range(0, len(steps), count):

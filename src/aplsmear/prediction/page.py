@@ -28,14 +28,8 @@ def write_page(
 ) -> None:
     """Write the page.
 
-    Args:
-        path: of the file.
-        bundle: whose models judged the patients.
-        combination: that gave the probabilities.
-        verdicts: of `aplsmear.prediction.predict.judge_patients`.
-        table: of `aplsmear.prediction.predict.verdict_table`, rows as in `verdicts`.
-        left_out: of the report of `aplsmear.data.dataset.read_data_set`.
-        remarks: for the head of the page, for example that probabilities were adapted.
+    `table` (of `aplsmear.prediction.predict.verdict_table`) has its rows as in `verdicts`. `left_out` is of
+    the report of `aplsmear.data.dataset.read_data_set`. The remarks stand in the head of the page.
     """
     members = [member.task for member in bundle.members]
     patients = [

@@ -78,24 +78,12 @@ class _Record:
 
 
 class Models:
-    """The models of one outer fold of a bundle.
-
-    Attributes:
-        bundle: that they are from.
-        outer_fold: that they are of.
-        combination: of that outer fold.
-        scorers: of each level, the tasks whose heads score its items.
-        baselines: the plain baselines that judge beside the ensemble.
-        requests: the forward passes that they need.
-    """
+    """The models of one outer fold of a bundle."""
 
     def __init__(self, bundle: Bundle, outer_fold: int, baselines: bool = False) -> None:
-        """Collect what the models of one outer fold need; networks are built later, where they run.
+        """Collect what the models need; networks are built later, where they run.
 
-        Args:
-            bundle: of `aplsmear.ensembles.bundle.read_bundle`.
-            outer_fold: of `Bundle.outer_fold_of`.
-            baselines: judge by the plain baselines of the bundle, too.
+        With `baselines`, the plain baselines of the bundle judge, too.
         """
         self.bundle, self.outer_fold = bundle, outer_fold
         self.baselines = bundle.baselines if baselines else Baselines({}, None)
@@ -103,6 +91,7 @@ class Models:
         scorers = {scorer.task: scorer for scorer in bundle.members}
         if any(self._is_weighted(scorer) for scorer in bundle.members):
             scorers[bundle.weigh_by.task] = bundle.weigh_by
+        # Of each level, the tasks whose heads score its items.
         self.scorers: dict[Level, list[Scorer]] = {
             level: [scorer for scorer in scorers.values() if scorer.member.images == level]
             for level in LEVELS
@@ -142,9 +131,8 @@ class Models:
     def add_scores(self, chunk: Sequence[tuple[_Record, Views]], features: Mapping[str, np.ndarray]) -> None:
         """Score some smears and their cells, and add the scores to the records of their patients.
 
-        Args:
-            chunk: record of the patient and needed views of each smear.
-            features: of all these views, of `aplsmear.features.forward.features_of_views`.
+        A chunk has the record of the patient and the needed views of each smear; `features` are of all these
+        views (`aplsmear.features.forward.features_of_views`).
         """
         for level in LEVELS:
             owners = [(record, view) for record, views in chunk for view in views[level]]
@@ -245,8 +233,8 @@ class Models:
         if without:
             yield f"no {model.reference_level}s: there are no scores of {', '.join(without)}"
         elif count < model.min_items:
-            usual = f"99 % of the training patients had at least {np.ceil(model.min_items):.0f}"
-            yield f"few {model.reference_level}s: {count}, {usual}"
+            common = f"99 % of the training patients had at least {np.ceil(model.min_items):.0f}"
+            yield f"few {model.reference_level}s: {count}, {common}"
         if verdict.stain > 1:
             how = how_stained(reference.stain, record.stain.mean())
             what = f"unfamiliar stain or camera ({how})" if how else "unfamiliar stain or camera"
@@ -256,12 +244,7 @@ class Models:
 
 
 def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
-    """Check that there are cells if members need cells.
-
-    Args:
-        bundle: of `aplsmear.ensembles.bundle.read_bundle`.
-        cells: of `aplsmear.data.dataset.read_data_set`.
-        folder: of the data set, for the message.
+    """Check that the data set of a folder has cells if members need cells.
 
     Raises:
         PredictError: members need cells and there are none.
@@ -285,13 +268,8 @@ def judge_patients(
 ) -> Iterator[Verdict]:
     """The verdict on every patient, sorted by name, each as soon as all smears of the patient are processed.
 
-    Args:
-        models: that judge.
-        root: the folder that the paths in the column `image` of `smears` start from.
-        smears: of `aplsmear.data.dataset.read_data_set`.
-        cells: likewise.
-        engine: makes the views and runs the networks; it changes no result.
-        files: as in `aplsmear.images.views.all_views`.
+    `smears` and `cells` are of `aplsmear.data.dataset.read_data_set`; the paths in the column `image` start
+    from the folder `root`; `files` as in `aplsmear.images.views.all_views`. The engine changes no result.
     """
     model = models.bundle.model
     smears = smears.sort_values("patient", kind="stable")
@@ -330,13 +308,8 @@ def keep_pictures(verdicts: Iterable[Verdict], count: int) -> list[Verdict]:
 def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.DataFrame:
     """The table that `predict` writes.
 
-    Args:
-        verdicts: of `judge_patients`.
-        combination: whose probabilities and operating points are used: that of the models, or an adapted one.
-
-    Returns:
-        ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
-        `verdicts`.
+    ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
+    `verdicts`. The combination is that of the models, or an adapted one.
     """
     probability = combination.probability(np.array([each.logits for each in verdicts]))
     table = pd.DataFrame({"patient": [each.patient for each in verdicts], "probability": probability})

@@ -4,8 +4,7 @@ The stain and the camera of another laboratory shift all logits to one side. Pro
 wrong, although the order of the patients is right. If the cohort has about the same mixture of diagnoses as
 the training patients, the expected share of positives tells how far the logits have shifted. This is
 recalibration in the large (Steyerberg et al., Stat Med 2004;23:2567) with an expected share of positives
-instead of labels. It is
-shrunk: a small cohort, or one with another share of positives, is shifted little.
+instead of labels. It is shrunk: a small cohort, or one with another share of positives, is shifted little.
 """
 
 from __future__ import annotations
@@ -23,20 +22,16 @@ SPREAD = 2.0  # standard deviation of the shifts of laboratories, in logits
 _FARTHEST = 50.0
 
 
-def adapted(combination: Combination, logits: np.ndarray, share: float | None = None) -> Combination:
+def adapted(combination: Combination, logits: np.ndarray) -> Combination:
     """A calibrated combination with its offset fitted to a new cohort; its operating points stay.
 
-    It assumes that the cohort's share of positives is near `share`, within the error of a share counted among
-    `TRUST` patients. If that is wrong, as in a screening of healthy people, do not adapt, or give the share.
-
-    Args:
-        combination: of `aplsmear.ensembles.combination`.
-        logits: float64 (patients, members), as for `Weights.logit`: all patients of the cohort.
-        share: expected share of positives, between 0 and 1. None: as among the training patients, which is
-            the balanced operating point.
+    It assumes that the cohort's share of positives is near that among the training patients (the balanced
+    operating point), within the error of a share counted among `TRUST` patients. If that is wrong, as in a
+    screening of healthy people, do not adapt. `logits` are float64 (patients, members), as for
+    `Weights.logit`: all patients of the cohort.
     """
     calibrated = combination.slope * combination.fitted.logit(logits) + combination.offset
-    expected = combination.thresholds["balanced"] if share is None else share
+    expected = combination.thresholds["balanced"]
     return replace(combination, offset=combination.offset + shift_of(calibrated, expected))
 
 

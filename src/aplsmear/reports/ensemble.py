@@ -1,4 +1,4 @@
-"""The report of an ensemble: a page that opens offline, with the same bytes for the same numbers."""
+"""The report of an ensemble and the card of its model: equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ class Findings(Results):
 
 
 def page(found: Findings) -> str:
-    """The report as HTML."""
+    """The report as HTML, which opens offline."""
     return pages.render("reports/templates/ensemble.html.j2", **content(found))
 
 
-def write_page(path: Path, found: Findings) -> None:
-    """Write `page`."""
-    pages.write(path, page(found))
+def model_card(found: Findings) -> str:
+    """What the model is for, how good it is and its limits, as Markdown without a patient's name."""
+    seed, thresholds = found.settings["seed"], found.verdicts.combinations[-1].thresholds
+    shown = content(found) | {"seed": seed, "thresholds": thresholds}
+    return pages.render("reports/templates/model_card.md.j2", **shown)
 
 
 def with_pictures(results: Results, views: Path) -> Findings:
-    """The results, with the pictures of the cells that `write_page` shows, from the file of their views."""
+    """The results, with the pictures of the cells that `page` shows, from the file of their views."""
     cells = {cell for ends in wanted_cells(results).values() for end in ends for cell in end}
     return Findings(**vars(results), pictures=plain_views(views, cells) if cells else {})
 

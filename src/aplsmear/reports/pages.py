@@ -25,11 +25,7 @@ _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": 
 
 
 def render(template: str, **content: Any) -> str:
-    """Fill in a template.
-
-    Args:
-        template: path below ``aplsmear``, such as ``reports/templates/ensemble.html.j2``.
-        content: what the template names, as plain numbers, texts, lists and dicts.
+    """Fill in a template: a path below ``aplsmear``, such as ``reports/templates/ensemble.html.j2``.
 
     Raises:
         jinja2.UndefinedError: the template names something that `content` lacks.
@@ -51,9 +47,7 @@ def diagnosis(name: str) -> str:
 def member_scores(members: Sequence[str], logits: np.ndarray) -> list[tuple[str, float | None]]:
     """The summary of each member for one patient as a probability; None: the member had no cell or smear.
 
-    Args:
-        members: names.
-        logits: float64 (members,), NaN where there is none.
+    Logits are float64 (members,), NaN where there is none.
     """
     return [
         (member, None if np.isnan(logit) else float(expit(logit)))
