@@ -110,8 +110,7 @@ def train(
         cache = cache_views(
             folder, [views()], np.ones(48, bool), trainer.network, features(), online=settings.online
         )
-        trainer.start(head(), *cache.standardisation(np.arange(48)))
-        for history in trainer.train(run, data, cache, folder / "run.npz"):
+        for history in trainer.train(run, head(), data, cache, folder / "run.npz"):
             if len(history.loss) == last:
                 break
     return history, trainer.weights()

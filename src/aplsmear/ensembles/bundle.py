@@ -211,7 +211,12 @@ def read_bundle(folder: Path) -> Bundle:
     listed = set(manifest.files)
     try:
         model = Model.model_validate_json((folder / MODEL).read_text(encoding="utf-8"))
-        scorers = {each.task: _scorer(folder, each, listed) for each in [*model.members, model.weigh_by]}
+        scorers = {}
+        for member in [*model.members, model.weigh_by]:
+            name = _heads(member.task)
+            if name not in listed:  # a listed file is in the folder
+                raise ValueError(f"{name} is not in its manifest")
+            scorers[member.task] = Scorer(member, read_heads(folder / name), read_average(folder / name))
         with np.load(folder / REFERENCE, allow_pickle=False) as arrays:
             reference = Reference(*(_cloud(arrays, each.name) for each in fields(Reference)))
             pooled = _pooled(arrays, model.pooled_features) if model.pooled_features else None
@@ -299,13 +304,6 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
         else:
             bundle.backbone(name, level, [layer])
     return problems or ["there are too few combinations"] * (outer_folds < 2)
-
-
-def _scorer(folder: Path, member: Member, listed: set[str]) -> Scorer:
-    name = _heads(member.task)
-    if name not in listed:  # a listed file is in the folder
-        raise ValueError(f"{name} is not in its manifest")
-    return Scorer(member, read_heads(folder / name), read_average(folder / name))
 
 
 def _cloud(arrays: Mapping[str, np.ndarray], kind: str) -> Cloud:

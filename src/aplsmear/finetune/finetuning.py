@@ -98,16 +98,12 @@ def finetune(
         FinetuneError: see `Trainer.train`; or heads cannot be trained.
     """
     *outer_folds, final = starts
-    plan = [(start, _inner_runs(inputs, start)) for start in outer_folds]
+    plan = [(start, inner_runs(inputs, start)) for start in outer_folds]
     heads = _start_heads(inputs, plan, final, folder / "heads.npz")
 
     def train(run: Run, head: Head) -> Generator[Trained, None, History]:
-        model = models[run.recipe]
-        items = inputs.training_set.items
-        seen = np.sort(items.row[~np.isin(items.fold, sorted(run.held_out))])
-        model.trainer.start(head, *model.views.standardisation(seen))
-        checkpoint = folder / f"{run.name}.npz"
-        for history in model.trainer.train(run, inputs.training_set, model.views, checkpoint):
+        model, checkpoint = models[run.recipe], folder / f"{run.name}.npz"
+        for history in model.trainer.train(run, head, inputs.training_set, model.views, checkpoint):
             yield Trained(run, history, model.trainer.weights() if run.judged is None else [])
         return history
 
@@ -125,13 +121,16 @@ def finetune(
     yield from train(last, final.head or heads[last.name])
 
 
-def inner_folds(inputs: Inputs, outer_fold: int) -> list[int]:
-    """The inner folds that choose the epochs of an outer fold: the next ones that have both classes."""
-    task_data = inputs.task_data
+def inner_runs(inputs: Inputs, start: Start) -> list[Run]:
+    """The runs that choose the epochs of an outer fold, each judged on a fold with both classes."""
+    task_data, outer_fold = inputs.task_data, start.outer_fold
     fold = task_data.table["fold"].to_numpy()
     others = [(outer_fold + step) % task_data.folds for step in range(1, task_data.folds)]
     usable = [j for j in others if {0, 1} <= set(task_data.label[fold == j].tolist())]
-    return usable[: inputs.settings.inner_folds]
+    return [
+        Run(f"inner_{outer_fold}_{j}", start.recipe, frozenset({outer_fold, j}), j, inputs.settings.epochs)
+        for j in usable[: inputs.settings.inner_folds]
+    ]
 
 
 def best_epoch(histories: Sequence[History]) -> int:
@@ -205,14 +204,6 @@ def _wanted_views(inputs: Inputs) -> np.ndarray:
         for row, count in zip(rows, counts, strict=True):
             wanted[row : row + count + 1] = True
     return wanted
-
-
-def _inner_runs(inputs: Inputs, start: Start) -> list[Run]:
-    outer_fold, epochs = start.outer_fold, inputs.settings.epochs
-    return [
-        Run(f"inner_{outer_fold}_{j}", start.recipe, frozenset({outer_fold, j}), j, epochs)
-        for j in inner_folds(inputs, outer_fold)
-    ]
 
 
 def _start_heads(

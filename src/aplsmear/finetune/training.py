@@ -85,14 +85,10 @@ class Trainer:
         self._whole = tf.function(lambda images: self.network.whole(images, training=False))
         self._forward = tf.function(lambda given: scorer(given, training=False))
 
-    def start(self, head: Head, mean: np.ndarray, scale: np.ndarray) -> None:
-        """Return to the frozen model: the original backbone with this head. See `set_head`."""
-        _assign([*self._state(), *self._state_of_extra_heads()], self._fresh)
-        set_head(self.network, head, mean, scale)
-        self._head = head
-
-    def train(self, run: Run, data: TrainingSet, views: ViewCache, checkpoint: Path) -> Iterator[History]:
-        """Train after `start`, or continue from the last epoch in the checkpoint. Both give the same bits.
+    def train(
+        self, run: Run, head: Head, data: TrainingSet, views: ViewCache, checkpoint: Path
+    ) -> Iterator[History]:
+        """Train the frozen model with this head, or continue from a checkpoint. Both give the same bits.
 
         The items outside the held-out folds of the run train. The checkpoint is a file that gets, after each
         epoch, all that is needed to continue.
@@ -103,13 +99,20 @@ class Trainer:
         Raises:
             FinetuneError: loss or scores are not finite, or only one class is left to train on.
         """
+        items = data.items
+        seen = np.sort(items.row[~np.isin(items.fold, sorted(run.held_out))])
+        _assign([*self._state(), *self._state_of_extra_heads()], self._fresh)
+        set_head(self.network, head, *views.standardisation(seen))
         history = self._resume(checkpoint) or History([], self._judge(run, data, views), 0.0)
         yield history
-        while not self._is_done(run, history):
+        while len(history.loss) < run.epochs:
+            if history.auroc and len(history.auroc) - 1 - history.best_epoch >= self.settings.patience > 0:
+                break
             started = time.perf_counter()
-            first = not history.loss and self.settings.head.epochs
-            train = self._train_extra_heads if first else self._train_epoch
-            loss = train(run, data, views, len(history.loss))
+            if not history.loss and self.settings.head.epochs:
+                loss = self._train_extra_heads(run, head, data, views)
+            else:
+                loss = self._train_epoch(run, data, views, len(history.loss))
             _check_finite("the loss", loss)
             history = History(
                 [*history.loss, loss],
@@ -168,12 +171,8 @@ class Trainer:
         here = np.flatnonzero(data.items.fold == run.judged)
         return [auroc(data.items.label[here], self.logits(data.items.row[here], views))]
 
-    def _is_done(self, run: Run, history: History) -> bool:
-        waited = len(history.auroc) - 1 - history.best_epoch if history.auroc else 0
-        return len(history.loss) >= run.epochs or waited >= self.settings.patience > 0
-
-    def _train_extra_heads(self, run: Run, data: TrainingSet, views: ViewCache, _: int) -> float:
-        """Train the extra heads on features and join them with the head; the mean loss of the last pass."""
+    def _train_extra_heads(self, run: Run, head: Head, data: TrainingSet, views: ViewCache) -> float:
+        """Train the extra heads on features and join them with a head; the mean loss of the last pass."""
         extra, settings, batch = self.network.heads.extras, self.settings.head, self.settings.batch
         for epoch in range(settings.epochs):
             view, target, weight = epoch_items(run, data, self.settings, EXTRA + epoch)
@@ -188,7 +187,7 @@ class Trainer:
                 shuffle=False,
                 verbose=0,
             )
-        join_heads(self.network, self._head)
+        join_heads(self.network, head)
         return float(fitted.history["loss"][0])
 
     def _train_epoch(self, run: Run, data: TrainingSet, views: ViewCache, epoch: int) -> float:

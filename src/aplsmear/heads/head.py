@@ -80,11 +80,6 @@ class TrainingItems:
     fold: np.ndarray  # int64 (items,)
     size: np.ndarray | None = None  # int64 (items,), of bags: number of images; those of an item are adjacent
 
-    @property
-    def image_fold(self) -> np.ndarray:
-        """The fold of each image, int64 (images,)."""
-        return self.fold if self.size is None else np.repeat(self.fold, self.size)
-
     def images(self, items: np.ndarray) -> np.ndarray:
         """The places of the images of some items, one item after another: int64."""
         if self.size is None:

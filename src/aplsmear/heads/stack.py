@@ -196,8 +196,8 @@ class Table:
             self._place = np.zeros(len(self.values), np.int64)
             self._place[used] = np.arange(len(used))
             self._memory = rows_of(self.values, used).astype(np.float32)
-        folds = range(int(items.fold.max()) + 1)
-        self._sums = [_sums(self.values, items.row[items.image_fold == fold]) for fold in folds]
+        places = (np.flatnonzero(items.fold == fold) for fold in range(int(items.fold.max()) + 1))
+        self._sums = [_sums(self.values, items.row[items.images(each)]) for each in places]
 
     def standardisation(self, held_out: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and 1 / deviation of each channel, over the plain views outside these folds.

@@ -278,10 +278,11 @@ def judge_patients(
     of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
     chunks, again = tee(_chunks(of_smears))
     forward = partial(features_of_views, requests=models.requests)
+    together = (
+        {level: [view for _, views in chunk for view in views[level]] for level in LEVELS} for chunk in again
+    )
     records: dict[str, _Record] = defaultdict(_Record)
-    for chunk, features in zip(
-        chunks, engine.map(forward, map(_together, again), processes=False), strict=True
-    ):
+    for chunk, features in zip(chunks, engine.map(forward, together, processes=False), strict=True):
         for patient, _ in chunk:
             records[patient].smears += 1
         models.add_scores([(records[patient], needed) for patient, needed in chunk], features)
@@ -318,11 +319,6 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.D
     for column in ("cells", "smears", "distance", "stain"):
         table[column] = [getattr(each, column) for each in verdicts]
     return table.assign(warning=["; ".join(each.warnings) for each in verdicts])
-
-
-def _together(chunk: Sequence[tuple[str, Views]]) -> Views:
-    """The views of all smears of a chunk."""
-    return {level: [view for _, views in chunk for view in views[level]] for level in LEVELS}
 
 
 def _chunks(smears: Iterable[tuple[str, Views]]) -> Iterator[list[tuple[str, Views]]]:
