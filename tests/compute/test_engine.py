@@ -1,4 +1,4 @@
-"""A real Dask cluster gives the results of this machine, or an error says why it cannot."""
+"""A real Dask cluster gives the results of this machine, or an error gives the reason why not."""
 
 import os
 import re
@@ -147,12 +147,12 @@ def test_workers_of_another_environment_are_named_before_the_work_and_refuse_if_
     addresses = workers(client)
     with pytest.raises(EngineError) as caught, engine_of(None):
         pass
-    said = str(caught.value).splitlines()[1:]
-    assert all(addresses["fit"] not in line for line in said)
-    assert [line for line in said if addresses["other"] in line and "imgaug 0.3.0, here 0.4.0" in line]
-    assert [line for line in said if addresses["other"] in line and "aplsmear's code" in line]
-    assert [line for line in said if addresses["loose"] in line and "--nthreads 1" in line]
-    assert [line for line in said if addresses["loose"] in line and "OPENBLAS_CORETYPE" in line]
+    lines = str(caught.value).splitlines()[1:]
+    assert all(addresses["fit"] not in line for line in lines)
+    assert [line for line in lines if addresses["other"] in line and "imgaug 0.3.0, here 0.4.0" in line]
+    assert [line for line in lines if addresses["other"] in line and "aplsmear's code" in line]
+    assert [line for line in lines if addresses["loose"] in line and "--nthreads 1" in line]
+    assert [line for line in lines if addresses["loose"] in line and "OPENBLAS_CORETYPE" in line]
 
     for name in ("other", "loose"):
         servers.kill(name)

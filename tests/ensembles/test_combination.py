@@ -57,11 +57,9 @@ def scores_of(patients: pd.DataFrame, seed: int, strength: float = 1.0, cells: i
 
 
 def cohort(n: int = 10, folds: int = 5, members: int = 3, strength: float = 1.0, seed: int = 0):
-    everybody = people(n, folds)
-    tables = {
-        f"m{k}": summarise_patients(scores_of(everybody, 100 * seed + k, strength)) for k in range(members)
-    }
-    return patients_of(everybody, "apl", "aml"), tables
+    whole = people(n, folds)
+    tables = {f"m{k}": summarise_patients(scores_of(whole, 100 * seed + k, strength)) for k in range(members)}
+    return patients_of(whole, "apl", "aml"), tables
 
 
 def combine(**knobs) -> Combine:
@@ -169,8 +167,8 @@ def test_permuted_diagnoses_give_an_auroc_of_a_half() -> None:
 def test_the_order_of_rows_changes_nothing() -> None:
     patients, members = cohort()
     mixed = {name: table.sample(frac=1, random_state=3) for name, table in members.items()}
-    everybody = people(10, 5).sample(frac=1, random_state=4)
-    again = patients_of(everybody, "apl", "aml")
+    whole = people(10, 5).sample(frac=1, random_state=4)
+    again = patients_of(whole, "apl", "aml")
     pd.testing.assert_frame_equal(patients, again)
     one, other = (judge(p, m, RIDGE, 20, 1) for p, m in ((patients, members), (again, mixed)))
     assert one.table.to_csv() == other.table.to_csv()
@@ -327,9 +325,9 @@ def test_a_fold_keeps_its_patients_when_diagnoses_are_permuted(monkeypatch) -> N
 
 
 def test_a_diagnosis_without_patients_is_named() -> None:
-    everybody = people(3, 3).query("diagnosis != 'apl'")
+    whole = people(3, 3).query("diagnosis != 'apl'")
     with pytest.raises(EnsembleError, match=r"of both, but there are 3 aml, 3 healthy\. Add patients .* apl"):
-        patients_of(everybody, "apl", "healthy")
+        patients_of(whole, "apl", "healthy")
 
 
 def test_a_member_that_scored_nobody_is_named() -> None:
@@ -346,10 +344,10 @@ def test_members_on_disk_are_those_of_params(tmp_path) -> None:
     with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
         read_members(tmp_path, {"blast": "cell", "faggot": "cell"}, {})
     halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("outer_fold")})
-    said = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})
-    assert list(said) == ["blast", "old"]
-    for name, weights in (("blast", halved), ("old", None)):  # a cell's weight says nothing of a smear
+    found = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})
+    assert list(found) == ["blast", "old"]
+    for name, weights in (("blast", halved), ("old", None)):  # weights of cells do not apply to smears
         whole = summarise_patients(scores, weights)
         write_table(tmp_path / "table.csv", whole)
         written = pd.read_csv(tmp_path / "table.csv", dtype={"patient": str}, keep_default_na=False)
-        pd.testing.assert_frame_equal(said[name], written)
+        pd.testing.assert_frame_equal(found[name], written)

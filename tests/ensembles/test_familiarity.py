@@ -1,4 +1,4 @@
-"""Distances tell patients who are like the training patients from others."""
+"""Patients who are like the training patients have small distances, others large ones."""
 
 import numpy as np
 import pandas as pd
@@ -82,8 +82,8 @@ def test_patients_are_described_by_their_plain_views_alone() -> None:
 def test_how_a_stain_differs_in_words(colour, words) -> None:
     random = np.random.default_rng(5)
     lamps = [np.array(PINK) + random.normal(0, 6, 3) for _ in range(40)]
-    usual = np.array([stain_of(picture(tuple(lamp), seed=n)) for n, lamp in enumerate(lamps)])
-    cloud = make_cloud(usual, np.arange(40) % 5)
+    common = np.array([stain_of(picture(tuple(lamp), seed=n)) for n, lamp in enumerate(lamps)])
+    cloud = make_cloud(common, np.arange(40) % 5)
     found = stain_of(picture(colour, seed=99))
     assert (cloud.distance(found) > 1) == bool(words)
     assert words in how_stained(cloud, found)

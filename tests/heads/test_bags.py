@@ -1,4 +1,4 @@
-"""Heads on bags: they find the one telling cell, and read no held-out cell in training."""
+"""Heads on bags: they find the one marking cell, and read no held-out cell in training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ CELLS = 30
 
 
 def made(patients: int = 60, views: int = 0, channels: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (patients x cells, views, channels), labels, and which cell of a positive patient tells.
+    """Features (patients x cells, views, channels), labels, and the cell that marks a positive patient.
 
     One cell in 30 of a positive patient stands far out in two channels; in a third, all cells stray widely.
     """
@@ -52,9 +52,9 @@ def made(patients: int = 60, views: int = 0, channels: int = 8) -> tuple[np.ndar
     label = (np.arange(patients) // FOLDS % 2).astype(np.int8)
     x = random.normal(size=(patients, CELLS, views + 1, channels))
     x[..., 2] *= 4
-    telling = random.integers(0, CELLS, patients)
-    x[label == 1, telling[label == 1], :, :2] += 5
-    return x.reshape(patients * CELLS, views + 1, channels), label, telling
+    marking = random.integers(0, CELLS, patients)
+    x[label == 1, marking[label == 1], :, :2] += 5
+    return x.reshape(patients * CELLS, views + 1, channels), label, marking
 
 
 def material(views: int = 0, seed: int = 3, memory: int = 64, bag: int = 12, **of: Any) -> Material:
@@ -113,10 +113,10 @@ def test_attend_is_the_network_by_hand() -> None:
         np.testing.assert_allclose(turned[1][::-1], found, rtol=1e-12)
 
 
-def test_one_telling_cell_in_thirty_is_learned_and_attended_to() -> None:
-    """Held-out patients are told apart, and their telling cell has most of the attention."""
+def test_one_marking_cell_in_thirty_is_learned_and_attended_to() -> None:
+    """Held-out patients are separated, and the cell that marks a positive one has most of the attention."""
     ground = material(bag=24)
-    _, label, telling = made()
+    _, label, marking = made()
     recipe = replace(PLAIN, width=16, dropout=0.3, epochs=60, learning_rate=0.01, weight_decay=1.0)
     heads = train_heads([Job(0, recipe, frozenset({fold})) for fold in range(FOLDS)], ground)
     cells = patients_of(ground)
@@ -125,7 +125,7 @@ def test_one_telling_cell_in_thirty_is_learned_and_attended_to() -> None:
         out = np.flatnonzero(ground.items.fold == fold)
         aurocs.append(auroc(label[out], probabilities(head, ground)[out]))
         whole = [p for p in out if label[p] and len(cells[p]) == CELLS]
-        first += [attend(head, cells[p])[1].argmax() == telling[p] for p in whole]
+        first += [attend(head, cells[p])[1].argmax() == marking[p] for p in whole]
     assert np.mean(aurocs) > 0.95
     assert np.mean(first) > 0.9
     mean = train_heads([Job(0, replace(recipe, depth=0, epochs=1), frozenset({0}))], ground)[0]

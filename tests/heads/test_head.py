@@ -28,7 +28,7 @@ from recipes import BASE, FOLDS, jobs_of, keep_no_features_in_memory, same
 
 
 def material(items: int = 160, views: int = 0, seed: int = 3, memory: int = 64, **of: Any) -> Material:
-    """Items of which three channels of eight tell the class, more or less."""
+    """Items; three of their eight channels differ, on average, between the classes."""
     random = np.random.Generator(np.random.Philox(7))
     label = (random.random(items) < 0.35).astype(np.int8)
     x = random.normal(size=(items, views + 1, 8)) * 3 + 5

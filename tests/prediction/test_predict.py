@@ -408,9 +408,9 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_the_rest_with_a_warning(t
     assert found.loc[none, "cells"] == 0
     assert "no cells: there are no scores of nuclei, granules, crowd" in found.loc[none, "warning"]
     assert 0 < found.loc[none, "probability"] < 1
-    everybody = predicted(final, trained.data)
-    others = everybody.index.drop([few, none])
-    pd.testing.assert_frame_equal(found.loc[others], everybody.loc[others], check_exact=True)
+    all_patients = predicted(final, trained.data)
+    others = all_patients.index.drop([few, none])
+    pd.testing.assert_frame_equal(found.loc[others], all_patients.loc[others], check_exact=True)
 
 
 # --- what is written ------------------------------------------------------------------------------

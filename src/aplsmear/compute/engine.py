@@ -160,7 +160,7 @@ class Cluster:
         """Wait for a result; print a line if there is no worker."""
         from distributed.scheduler import KilledWorker
 
-        told = False
+        printed = False
         try:
             while True:
                 try:
@@ -168,9 +168,9 @@ class Cluster:
                 except TimeoutError:
                     if future.done():  # the function itself has raised it
                         raise
-                if not told and not self._workers():
+                if not printed and not self._workers():
                     print("no worker is left: waiting for one to join", file=sys.stderr)
-                    told = True
+                    printed = True
         except KilledWorker as error:
             raise EngineError(
                 f"one partition has ended {error.allowed_failures + 1} workers, the last was "

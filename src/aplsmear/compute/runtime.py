@@ -46,7 +46,7 @@ def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
         tf.constant(0)  # starts the devices
     where = ", ".join(gpu.name for gpu in found) or "CPU"
     if gpus and not found and shutil.which("nvidia-smi"):
-        where += f", though there is an NVIDIA driver (`export {_LOG_LEVEL}=0`: then TensorFlow says why)"
+        where += f", though there is an NVIDIA driver (`export {_LOG_LEVEL}=0` shows why)"
     print(f"TensorFlow {tf.__version__} on {where}", file=sys.stderr)
     return tf
 

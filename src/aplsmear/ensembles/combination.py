@@ -15,7 +15,7 @@ The scheme, for the outer fold that holds out fold 0 of five (see `aplsmear.eval
     verdict     [fold 0] <- combination, calibration and thresholds are applied to it, once
 
 The hyper-parameters and the heads of the members come from the inner folds alone, too
-(`aplsmear.heads.search`). The last outer fold holds out nobody; it gives the final model, which `predict`
+(`aplsmear.heads.search`). The last outer fold holds out no patient; it gives the final model, which `predict`
 uses for new patients.
 
 Patients are few. So the candidates (drawn by Optuna before any score is known) begin with strong ridge

@@ -54,7 +54,7 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
     Args:
         scores: ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.results.scores_table`).
         weights: a table like it, of the task whose scores are the weights of the items in each outer fold
-            (an immature cell tells more about a leukaemia than a lymphocyte). None: all weights are 1.
+            (an immature cell is more informative than a lymphocyte). None: all weights are 1.
 
     Returns:
         ``patient, fold, outer_fold, items``, `SUMMARIES`, ``highest, lowest``: one row per patient and outer
@@ -102,7 +102,7 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
 
 def same_logits(score: float) -> dict[str, float]:
     """`SUMMARIES` of a patient who has one item, as logits: each is the score of the item."""
-    # In float64, whatever the score is stored in: `predict` must give the same digits.
+    # In float64, also for a score of float32: `predict` must give the same digits.
     return dict.fromkeys(SUMMARIES, float(logit(np.clip(float(score), CLIP, 1 - CLIP))))
 
 

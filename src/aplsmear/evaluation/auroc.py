@@ -67,7 +67,7 @@ def delong_test(label: npt.ArrayLike, score_a: npt.ArrayLike, score_b: npt.Array
     """Compare the AUROC of two scores of the same items (DeLong et al. 1988).
 
     The interval of the difference is Wald's, cut at -1 and 1. Where the variance of the difference is zero
-    but the difference is not (say, one score is perfect and the other constant), interval and p value come
+    but the difference is not (one score is perfect and the other constant), interval and p value come
     from the intervals of the two scores, taken as independent (Zou & Donner, Stat Med 2008;27:1693): they are
     finite and cautious. For two scores with the same order of items, the difference is 0 and p is 1.
 

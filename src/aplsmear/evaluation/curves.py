@@ -32,8 +32,8 @@ def curve_tables(
 def roc_curve_table(label: npt.ArrayLike, score: npt.ArrayLike, max_rows: int = MAX_ROWS) -> pd.DataFrame:
     """The ROC curve from (0, 0) to (1, 1): ``fpr, tpr, threshold`` (positive if score >= threshold).
 
-    In the first row, nobody is positive; its threshold is the highest score plus 1. A longer curve is reduced
-    to `max_rows`: both ends, its convex hull (where every sensible threshold lies), and evenly spaced rows.
+    The threshold of the first row, without positive items, is the highest score plus 1. A curve is reduced to
+    `max_rows`: both ends, its convex hull (where every sensible threshold lies), and evenly spaced rows.
     """
     y, s = check_columns(label, score)
     fpr, tpr, threshold = metrics.roc_curve(y, s, drop_intermediate=True)

@@ -200,7 +200,7 @@ class _DatabaseLocks:
 class _FileLocks:
     """POSIX locks on single bytes of a file beside the journal; WRITING is Optuna's own lock of the journal.
 
-    Optuna's usual lock blocks others for half a minute after a kill. It also cannot read a journal in which a
+    Optuna's own lock blocks others for half a minute after a kill. It also cannot read a journal in which a
     killed process wrote half a line and another process went on; here half a line is removed.
     """
 

@@ -34,11 +34,11 @@ def write_page(
     members = [member.task for member in bundle.members]
     patients = [
         {
-            **{str(column): value for column, value in row.items()},
+            **row,
             "pictures": each.pictures,
             "scores": pages.member_scores(members, each.logits),
         }
-        for each, row in zip(verdicts, table.to_dict("records"), strict=True)
+        for each, row in zip(verdicts, pages.records(table), strict=True)
     ]
     text = pages.render(
         "prediction/page.html.j2",

@@ -2,7 +2,7 @@
 
 The stain and the camera of another laboratory shift all logits to one side. Probabilities and calls are then
 wrong, although the order of the patients is right. If the cohort has about the same mixture of diagnoses as
-the training patients, the expected share of positives tells how far the logits have shifted. This is
+the training patients, the expected share of positives shows how far the logits have shifted. This is
 recalibration in the large (Steyerberg et al., Stat Med 2004;23:2567) with an expected share of positives
 instead of labels. It is shrunk: a small cohort, or one with another share of positives, is shifted little.
 """

@@ -17,7 +17,7 @@ from aplsmear.images.view_store import plain_views
 from aplsmear.params import flat
 from aplsmear.reports import pages
 
-_CARDS = 3  # patients of each kind that get a card
+_CARDS = 3  # patients that get a card, for each reason
 
 
 @dataclass(frozen=True)
@@ -137,15 +137,12 @@ def _importance(table: pd.DataFrame) -> dict[str, Any]:
     """The drops of the AUROC, the largest first, and their places between -widest (0) and widest (1)."""
     widest = max(0.05, float(table[["auroc_drop", "low", "high"]].abs().to_numpy().max()))
     ranked = table.sort_values(["auroc_drop", "member"], ascending=[False, True])
-    drops = [
-        {"member": row["member"], "drop": row["auroc_drop"]}
-        | {
-            end: (row[column] / widest + 1) / 2
-            for end, column in (("value", "auroc_drop"), ("low", "low"), ("high", "high"))
-        }
-        for row in pages.records(ranked)
-    ]
-    return {"widest": widest, "importance": drops}
+    places = (ranked.set_index("member") / widest + 1) / 2
+    places = places.rename(columns={"auroc_drop": "value"}).reset_index()
+    return {
+        "widest": widest,
+        "importance": pages.records(places.assign(drop=ranked["auroc_drop"].to_numpy())),
+    }
 
 
 def _members(found: Findings) -> Iterator[dict[str, Any]]:
