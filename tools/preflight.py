@@ -123,6 +123,18 @@ def check_disk(folder, free_bytes, need_gb):
         )
 
 
+def made_by_make(venv):
+    """Whether `make` may empty a folder: it has made it, and no other tool has made it anew since."""
+    if not venv.is_dir():
+        return False
+    if not any(venv.iterdir()):
+        return True
+    settings = venv / "pyvenv.cfg"  # uv and virtualenv write their names into it
+    text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+    others = re.search(r"^(uv|virtualenv) *=", text, re.MULTILINE) or (venv / "conda-meta").exists()
+    return not others and ((venv / MARK).exists() or any(venv.glob("whole-*")))
+
+
 def check_environment(venv, stamp):
     """Raise MissingError if `make` would delete an environment that it has not made."""
     if (venv / stamp).exists():
@@ -132,8 +144,7 @@ def check_environment(venv, stamp):
             ".venv is a link, and its target is not the complete environment of this clone: "
             "remove the link with `rm .venv`, then the same command again."
         )
-    ours = venv.is_dir() and ((venv / MARK).exists() or any(venv.glob("whole-*")) or not any(venv.iterdir()))
-    if venv.exists() and not ours:
+    if venv.exists() and not made_by_make(venv):
         raise MissingError(
             ".venv was made by another tool than `make`, which would have to delete it: move it away with "
             "`mv .venv .venv-of-another-tool`, then the same command again."

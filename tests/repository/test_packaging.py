@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -387,23 +388,58 @@ def test_an_environment_from_before_the_mark_is_made_anew(clone: Path, quick: li
     assert not (clone / ".venv" / "whole-of-another-lock").exists()
 
 
+def by_uv(venv: Path) -> None:
+    subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, venv], check=True)
+
+
+def by_uv_over_ours(venv: Path) -> None:
+    by_uv(venv)
+    (venv / "made-by-make").touch()  # `uv venv --allow-existing` keeps it
+
+
+def by_an_editor(venv: Path) -> None:
+    """As `python -m venv`."""
+    (venv / "bin").mkdir(parents=True)
+    (venv / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.12.3\n")
+
+
+def by_conda(venv: Path) -> None:
+    (venv / "conda-meta").mkdir(parents=True)
+    (venv / "made-by-make").touch()
+
+
+def by_hand(venv: Path) -> None:
+    venv.mkdir()
+    (venv / "notes").touch()
+
+
+@pytest.mark.parametrize("made", [by_uv, by_uv_over_ours, by_an_editor, by_conda, by_hand])
 @pytest.mark.parametrize("link", [False, True])
 def test_an_environment_that_another_tool_made_is_never_emptied(
-    clone: Path, quick: list[str], tmp_path: Path, link: bool
+    clone: Path, quick: list[str], tmp_path: Path, link: bool, made: Callable[[Path], None]
 ) -> None:
-    venv = clone / ".venv"
-    folder = tmp_path / "other" if link else venv
-    folder.mkdir()
-    (folder / "pyvenv.cfg").write_text("uv = 0.9.0\n")
+    folder = tmp_path / "other" if link else clone / ".venv"
+    made(folder)
     if link:
-        venv.symlink_to(folder)
+        (clone / ".venv").symlink_to(folder)
         (folder / "made-by-make").touch()  # by the `make` of another clone
+    before = sorted(folder.rglob("*"))
     done = run_make(*quick, folder=clone)
     assert done.returncode != 0
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert ("`rm .venv`" if link else "`mv .venv ") in line
-    assert (folder / "pyvenv.cfg").read_text() == "uv = 0.9.0\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_file_or_a_broken_link_of_this_name_is_left_alone(clone: Path, quick: list[str]) -> None:
+    (clone / ".venv").write_text("a person's")
+    assert run_make(*quick, folder=clone).returncode != 0
+    assert (clone / ".venv").read_text() == "a person's"
+    (clone / ".venv").unlink()
+    (clone / ".venv").symlink_to("/nowhere")
+    assert run_make(*quick, folder=clone).returncode != 0
+    assert (clone / ".venv").is_symlink()
 
 
 def test_a_link_to_the_complete_environment_of_this_clone_is_followed(
