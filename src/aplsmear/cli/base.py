@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,33 @@ app = typer.Typer(
 def params_if_any() -> Params | None:
     """The parameters of the working directory, if it has any."""
     return read_params(PARAMS) if PARAMS.exists() else None
+
+
+def file_to_write(path: Path | None) -> Path | None:
+    """The path of a file, checked before the work starts: its folder can be written to, or made.
+
+    Raises:
+        UserError: it cannot, or the path is a folder.
+    """
+    if path is None:
+        return None
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file.")
+    folder_to_write(path.parent)
+    return path
+
+
+def folder_to_write(path: Path) -> Path:
+    """The path of a folder, checked before the work starts: it can be written to, or made.
+
+    Raises:
+        UserError: it cannot.
+    """
+    place = path.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{path}: {place} is no folder. Choose another place.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: you may not write in {place}. Choose another place.")
+    return path

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aplsmear.cli.base import app, params_if_any
+from aplsmear.cli.base import app, file_to_write, folder_to_write, params_if_any
 from aplsmear.errors import UserError
 
 _MIN_BOX = 8  # px; where no params.yaml says otherwise
@@ -76,7 +76,9 @@ def _summary(report: Mapping[str, Any]) -> Table:
 
 @app.command("demo-data", rich_help_panel=_PANEL)
 def demo_data(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")
+    ],
     patients: Annotated[int, typer.Option(min=3, help="A third each: healthy, AML, APL.")] = 30,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other patients.")] = 1,
 ) -> None:
@@ -108,10 +110,13 @@ def cells(
 
     Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
     """
-    from aplsmear.data.schema import CELLS_FILE
+    from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE
     from aplsmear.sources import cell_finder
 
     table = out or folder / CELLS_FILE
+    file_to_write(table)
+    if not (folder / SMEARS_FILE).exists():
+        file_to_write(folder / SMEARS_FILE)
     expected = cell_finder.expected_size(size, micrometres_per_pixel)
     kept = cell_finder.kept_name(table, overwrite)
     smears, listed = cell_finder.read_smears(folder)

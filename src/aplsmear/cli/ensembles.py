@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aplsmear import cpu
-from aplsmear.cli.base import PARAMS, app, params_if_any
+from aplsmear.cli.base import PARAMS, app, file_to_write, folder_to_write, params_if_any
 from aplsmear.compute.runtime import device_note
 from aplsmear.errors import UserError
 
@@ -26,8 +26,13 @@ def predict(
         Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
-    out: Annotated[Path, typer.Option(metavar="CSV", help="Table with a row for each patient.")],
-    report: Annotated[Path | None, typer.Option(metavar="HTML", help="Page of the same results.")] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="CSV", callback=file_to_write, help="Table with a row for each patient.")
+    ],
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="HTML", callback=file_to_write, help="Page of the same results."),
+    ] = None,
     fold: Annotated[
         int | None,
         typer.Option(min=0, help="A check: use the models trained without this fold of the training run."),
@@ -89,7 +94,12 @@ def evaluate(
         Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
     ],
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv, with diagnoses.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for tables, numbers and the page.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", callback=folder_to_write, help="Folder for tables, numbers and the page."
+        ),
+    ],
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aplsmear.cli.base import PARAMS, app
+from aplsmear.cli.base import PARAMS, app, file_to_write
 from aplsmear.errors import UserError
 from aplsmear.params import read_params
 
@@ -145,7 +145,9 @@ def compare(
         list[str],
         typer.Argument(metavar="A B [C]...", help="Experiments, branches, tags, commits, or `workspace`."),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("compare.html"),
+    out: Annotated[Path, typer.Option(metavar="FILE", callback=file_to_write, help="The page.")] = Path(
+        "compare.html"
+    ),
 ) -> None:
     """Write one page about the differences of experiments: numbers, parameters, plots, pictures.
 
