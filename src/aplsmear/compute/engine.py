@@ -191,12 +191,10 @@ class Cluster:
 def engine_of(
     params: Params | None, inputs: Sequence[Path] = (), *, networks: bool = False
 ) -> Iterator[Engine]:
-    """The engine that DASK_SCHEDULER_ADDRESS, or else params.yaml, asks for.
+    """The engine that DASK_SCHEDULER_ADDRESS, or else params.yaml (None: there is none), asks for.
 
-    Args:
-        params: with `engine.address`; None: there is no params.yaml.
-        inputs: files and folders that the functions read, relative to the working directory.
-        networks: whether the functions run neural networks.
+    `inputs` are the files and folders that the functions read, relative to the working directory; `networks`:
+    they run neural networks.
 
     Raises:
         EngineError: no scheduler answers within seconds, or workers do not meet the conditions; the message

@@ -113,6 +113,13 @@ class Combination:
         """
         return np.asarray(expit(self.slope * (fitted or self.fitted).logit(logits) + self.offset))
 
+    def calls(self, probability: np.ndarray) -> dict[str, np.ndarray]:
+        """``verdict`` and ``sensitive``: the calls, int64, at the balanced and at the sensitive point."""
+        points = {"verdict": "balanced", "sensitive": "sensitive"}
+        return {
+            column: (probability >= self.thresholds[at]).astype(np.int64) for column, at in points.items()
+        }
+
 
 @dataclass(frozen=True)
 class Verdicts:
@@ -516,14 +523,8 @@ def _verdicts(
     probability = combination.probability(logits)
     drawn = [combination.probability(logits, weights) for weights in refitted]
     low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
-    found = {
-        "probability": probability,
-        "low": np.minimum(low, probability),
-        "high": np.maximum(high, probability),
-    }
-    for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
-        found[column] = (probability >= combination.thresholds[point]).astype(int)
-    return found
+    ends = {"low": np.minimum(low, probability), "high": np.maximum(high, probability)}
+    return {"probability": probability} | ends | combination.calls(probability)
 
 
 def _permuted_within(fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -165,7 +165,7 @@ class Network:
     def _product_gradients(self, layer: int, back: np.ndarray, tape: Tape) -> None:
         inputs, kernel, bias = tape.inputs[layer], *self._gradients[2 * layer : 2 * layer + 2]
         np.matmul(np.swapaxes(inputs, 1, 2), back, out=kernel)
-        np.matmul(_ones(back.shape[1]), back, out=bias)
+        np.matmul(np.ones((1, back.shape[1]), np.float32), back, out=bias)
 
     def _attention_gradients(self, each: np.ndarray, tape: Tape, bags: Bags) -> np.ndarray:
         """Set the gradients of the attention; return that by the last hidden layer, through the attention.
@@ -189,7 +189,7 @@ class Network:
         by_tanh *= outwards
         by_sigma *= outwards
         np.matmul(np.swapaxes(tape.inputs[-1], 1, 2), back, out=kernel)
-        np.matmul(_ones(back.shape[1]), back, out=bias)
+        np.matmul(np.ones((1, back.shape[1]), np.float32), back, out=bias)
         return np.asarray(back @ np.swapaxes(self.weights[-3], 1, 2))
 
     def step(self, rate: float, decay: float) -> None:
@@ -259,7 +259,3 @@ def _halves(gates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Views of the units for tanh and of those for the sigmoid."""
     units = gates.shape[-1] // 2
     return gates[..., :units], gates[..., units:]
-
-
-def _ones(count: int) -> np.ndarray:
-    return np.ones((1, count), np.float32)

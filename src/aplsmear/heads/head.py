@@ -213,11 +213,10 @@ def read_heads(path: Path) -> list[Head]:
         heads = []
         named = zip(file["features"].tolist(), file["activation"].tolist(), strict=True)
         for place, (features, activation) in enumerate(named):
-            depth = sum(name.startswith(f"{place}.kernel.") for name in file.files)
-            kernels = tuple(file[f"{place}.kernel.{layer}"] for layer in range(depth))
-            biases = tuple(file[f"{place}.bias.{layer}"] for layer in range(depth))
-            names = (f"{place}.attention.{number}" for number in range(3))
-            attention = tuple(file[name] for name in names if name in file.files)
+            kernels, biases, attention = (
+                tuple(file[name] for name in file.files if name.startswith(f"{place}.{part}."))
+                for part in ("kernel", "bias", "attention")
+            )
             heads.append(Head(features, kernels, biases, activation, attention))
     return heads
 

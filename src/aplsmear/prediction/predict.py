@@ -313,12 +313,11 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.D
     `verdicts`. The combination is that of the models, or an adapted one.
     """
     probability = combination.probability(np.array([each.logits for each in verdicts]))
-    table = pd.DataFrame({"patient": [each.patient for each in verdicts], "probability": probability})
-    for column, point in (("verdict", "balanced"), ("sensitive", "sensitive")):
-        table[column] = (probability >= combination.thresholds[point]).astype(np.int64)
+    columns = {"patient": [each.patient for each in verdicts], "probability": probability}
+    columns |= combination.calls(probability)
     for column in ("cells", "smears", "distance", "stain"):
-        table[column] = [getattr(each, column) for each in verdicts]
-    return table.assign(warning=["; ".join(each.warnings) for each in verdicts])
+        columns[column] = [getattr(each, column) for each in verdicts]
+    return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings) for each in verdicts]})
 
 
 def _chunks(smears: Iterable[tuple[str, Views]]) -> Iterator[list[tuple[str, Views]]]:
