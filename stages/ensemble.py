@@ -20,7 +20,7 @@ def main(name: str) -> None:
 
     out = Path(f"ensembles/{name}")
     write_results(out, results)
-    write_model(out / "model", results, params)
+    write_model(out / "model", results, params.backbones, params.augment, params.dataset.min_box, params.seed)
     pages.write(out / "report.html", page(findings))
     pages.write(out / "model_card.md", model_card(findings))
 

@@ -27,7 +27,8 @@ def main() -> None:
     task, settings, seed, threads = params.task, params.finetune, params.seed, params.compute.threads
     start_tensorflow(threads)
     check_precision(settings.precision)
-    inputs = read_inputs(params)
+    tune, brightness = params.tune_of(task), params.augment.brightness
+    inputs = read_inputs(params.tasks[task], settings, tune, params.backbones, brightness, seed)
     tuned, out = Path(f"tuned/{task}"), Path("finetuned")
     starts = read_starts(tuned, settings)
 

@@ -117,6 +117,6 @@ def test_finetuning_starts_anew_when_a_module_that_it_uses_changes(tmp_path: Pat
 
 def test_a_task_of_patients_is_refused_with_what_to_choose() -> None:
     params = read_params(ROOT / "params.yaml")
-    task = next(name for name, task in params.tasks.items() if task.level == "patient")
+    task = next(task for task in params.tasks.values() if task.level == "patient")
     with pytest.raises(FinetuneError, match="to a task of cells or smears"):
-        read_inputs(params.model_copy(update={"task": task}))
+        read_inputs(task, params.finetune, params.tune, params.backbones, 0.0, 1)

@@ -38,7 +38,7 @@ from aplsmear.features.store import Features, read_features
 from aplsmear.files import write_json
 from aplsmear.heads.head import read_heads
 from aplsmear.images.view_store import read_views
-from aplsmear.params import LEVELS, Backbone, Combine, Ensemble, Level, Params, Task, TaskLevel, named
+from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
 from aplsmear.runs.checksums import md5
 from aplsmear.tables import read_scores, read_table, write_table
 
@@ -155,7 +155,14 @@ def write_results(out: Path, results: Results) -> None:
     write_json(out / "intervals.json", results.measured | {"auroc_drop_without": drops})
 
 
-def write_model(out: Path, results: Results, params: Params) -> None:
+def write_model(
+    out: Path,
+    results: Results,
+    backbones: Mapping[str, Backbone],
+    augment: Augment,
+    min_box: int,
+    seed: int,
+) -> None:
     """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder."""
     inputs, pictured_by = results.inputs, results.pictured_by
     ensemble = inputs.ensemble
@@ -181,12 +188,10 @@ def write_model(out: Path, results: Results, params: Params) -> None:
         negative=ensemble.negative,
         members=mine,
         weigh_by=members[ensemble.weigh_by],
-        seed=params.seed,
-        min_box=params.dataset.min_box,
-        augment=params.augment,
-        backbones={
-            name: each.model_dump(exclude={"weights", "sha256"}) for name, each in params.backbones.items()
-        },
+        seed=seed,
+        min_box=min_box,
+        augment=augment,
+        backbones={name: each.model_dump(exclude={"weights", "sha256"}) for name, each in backbones.items()},
         combinations=[as_json(combination) for combination in results.verdicts.combinations],
         reference_level=level,
         reference_features=chosen,

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from aplsmear.finetune.sampling import FinetuneError, TrainingSet
 from aplsmear.heads.head import Head, Recipe, read_heads
 from aplsmear.heads.task_data import TaskData, read_task_data
-from aplsmear.params import Backbone, Finetune, Level, Params, Tune
+from aplsmear.params import Backbone, Finetune, Level, Task, Tune
 from aplsmear.tables import read_table
 
 TUNED = "tuned"  # in place of the number of a trial
@@ -65,31 +65,29 @@ class Start:
     head: Head | None  # None: `tune` has not trained it
 
 
-def read_inputs(params: Params) -> Inputs:
-    """Read the data of the task that params.yaml names, from the working folder.
+def read_inputs(
+    task: Task,
+    settings: Finetune,
+    tune: Tune,
+    backbones: Mapping[str, Backbone],
+    brightness: float,
+    seed: int,
+) -> Inputs:
+    """Read the data of a task from the working folder. Arguments as in `Inputs`.
 
     Raises:
         FinetuneError: the items of the task are patients.
         TuneError: see `aplsmear.heads.task_data.make_task_data`.
     """
-    task, settings = params.tasks[params.task], params.finetune
     if task.level == "patient":
         raise FinetuneError(
             "finetuning needs one image for each item, and the items of this task are patients: set `task` "
             "in params.yaml to a task of cells or smears"
         )
-    column = settings.head.subclasses
-    return Inputs(
-        task_data=read_task_data(task, params.backbones),
-        settings=settings,
-        tune=params.tune_of(params.task),
-        backbones=params.backbones,
-        level=task.level,
-        views=Path(f"augmented/{task.level}/views.parquet"),
-        brightness=params.augment.brightness,
-        seed=params.seed,
-        subclass=read_table(Path(f"dataset/{task.level}s.csv"))[column].to_numpy() if column else None,
-    )
+    data, column = read_task_data(task, backbones), settings.head.subclasses
+    subclass = read_table(Path(f"dataset/{task.level}s.csv"))[column].to_numpy() if column else None
+    views = Path(f"augmented/{task.level}/views.parquet")
+    return Inputs(data, settings, tune, backbones, task.level, views, brightness, seed, subclass)
 
 
 def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
