@@ -28,8 +28,8 @@ def main(name: str) -> None:
     for file in filter(Path.is_file, weight_files(backbone)):
         if not backbone.sha256:
             print(
-                f"Add `sha256: {sha256(file)}` below `weights` of {name} in params.yaml: then this stage runs "
-                "again if the file changes.",
+                f"Add `sha256: {sha256(file)}` below `weights` of {name} in params.yaml: then this stage "
+                "runs again if the file changes.",
                 file=sys.stderr,
             )
     with engine_of(params, list(views.values()), networks=True) as engine:
