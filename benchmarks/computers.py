@@ -9,6 +9,7 @@ ones. Each link of the chain gets a digest of all its files. The digests are pri
 benchmarks/results/computers.json. Exit code 1: some differ.
 
 The data set and the weights are the same on every machine, so digests of two machines can be compared, too.
+Use qemu 10 or later: version 7.2 emulates AVX2 with an error, so that `np.argsort` gives a wrong order.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from unittest.mock import MagicMock
 import joblib
 import numpy as np
 import yaml
-from processors import INSTALL, QEMU, can_emulate, lines_of
+from processors import INSTALL, QEMU, can_emulate, emulator, lines_of
 from record import ROOT, commit, machine
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +75,7 @@ def main() -> int:
             {
                 "computers": len(found),
                 "identical": len(same),
-                "machine": machine(),
+                "machine": machine() | ({"emulator": emulator()} if asked.processors else {}),
                 "commit": commit(),
                 "digests": found,
             },

@@ -17,6 +17,12 @@ def can_emulate() -> bool:
     return shutil.which(QEMU) is not None
 
 
+def emulator() -> str:
+    """Name and version of the emulator, such as ``qemu-x86_64 version 10.0.2``."""
+    printed = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    return printed.split(" (")[0].splitlines()[0]
+
+
 def lines_of(code: str, *words: str, processor: str = "", **environment: str) -> Iterator[str]:
     """The lines that a Python program prints, as they come.
 
@@ -31,11 +37,11 @@ def lines_of(code: str, *words: str, processor: str = "", **environment: str) ->
     Raises:
         RuntimeError: the program failed; the message has what it wrote to stderr.
     """
-    emulator = [QEMU, "-cpu", processor] if processor else []
+    emulated = [QEMU, "-cpu", processor] if processor else []
     python = str(
         Path(sys.executable).resolve()
     )  # not the link in .venv: an emulated Python finds its own folder
-    command = [*emulator, python, "-W", "ignore", "-c", code, *words]
+    command = [*emulated, python, "-W", "ignore", "-c", code, *words]
     whole = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment
     with (
         tempfile.TemporaryFile("w+") as errors,

@@ -398,7 +398,7 @@ def _in_order(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
     def rank(ids: pd.Series) -> pd.Series:
         return ids.map({one: number for number, one in enumerate(sorted_ids(ids.unique()))})
 
-    return table[list(columns)].sort_values(keys, key=rank, ignore_index=True)
+    return table[list(columns)].sort_values(keys, key=rank, ignore_index=True, kind="stable")
 
 
 def _report(

@@ -173,7 +173,7 @@ class Lane:
             size = items.size[order]
             lots = self.order_of.random((count, max(int(size.max()), images)))
             lots[np.arange(lots.shape[1]) >= size[:, None]] = 2  # sorts behind all images
-            chosen = np.argsort(lots, axis=1)[:, :images]
+            chosen = np.argsort(lots, axis=1, kind="stable")[:, :images]
             kept = np.minimum(size, images)
             chosen = np.where(np.arange(images) < kept[:, None], chosen, chosen[:, :1])
             image = (np.cumsum(items.size) - items.size)[order, None] + chosen
