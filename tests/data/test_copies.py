@@ -72,15 +72,13 @@ def test_many_copies_of_one_picture_are_one_group():
     assert len(set(groups(len(prints), same_pictures(prints)))) == 1
 
 
-def test_comparing_a_thousand_pictures_takes_seconds():
+def test_comparing_pictures_takes_milliseconds_for_each():
     rng = np.random.default_rng(0)
-    many = [
-        cv2.GaussianBlur(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8), (0, 0), 3) for _ in range(1000)
-    ]
-    prints = [fingerprint(rgb) for rgb in many]
+    noise = rng.integers(0, 255, (200, 64, 64, 3), dtype=np.uint8)
+    prints = [fingerprint(cv2.GaussianBlur(rgb, (0, 0), 3)) for rgb in noise]
     start = time.process_time()
     assert same_pictures(prints) == []
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 6
 
 
 # --- boxes ------------------------------------------------------------------------------------------

@@ -519,6 +519,9 @@ FIELDS = st.one_of(
         ]
     ),
     st.sampled_from(["", "{'aml', 'm3'}", "[0, 0, 30, 30]", "[-9, 1, 20, 99]", "[1, 1, 2, 2]"]),
+    st.sampled_from(
+        ["p1", "\u04201", "P01", "1.2E+05", "#N/A", '="1"', "[0.1, 0.2, .3, 1e9]", "[1E1, 2, 30.0, 40]"]
+    ),
 )
 
 
@@ -530,9 +533,11 @@ def tables(draw, columns: list[str]) -> bytes:
     header = draw(st.permutations(columns)) if draw(st.booleans()) else columns
     header = [*header, *draw(st.lists(st.sampled_from([*columns, "x", ""]), max_size=1))]
     rows = draw(st.lists(st.lists(FIELDS, min_size=len(header), max_size=len(header)), max_size=5))
-    table = io.StringIO()
-    csv.writer(table, delimiter=draw(st.sampled_from(",;\t"))).writerows([header, *rows])
-    return table.getvalue().encode("utf-8", "replace")
+    table, delimiter = io.StringIO(), draw(st.sampled_from(",;\t|"))
+    csv.writer(table, delimiter=delimiter).writerows([header, *rows])
+    first = draw(st.sampled_from(["", "", f"sep={delimiter}\r\n", "sep=\n", 'sep="\n']))
+    encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252", "utf-16-le"]))
+    return (first + table.getvalue()).encode(encoding, "replace")
 
 
 GOOD_SMEARS = st.just(SMEARS.encode())

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from functools import cache
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -148,7 +149,7 @@ def look_alikes(names: Iterable[str], declared: Callable[[str, str], bool]) -> l
     pairs: set[tuple[str, str]] = set()
     for group in groups.values():
         for place, name in enumerate(group):
-            first = next((other for other in group[:place] if not declared(other, name)), None)
+            first = next((other for other in islice(group, place) if not declared(other, name)), None)
             if first is not None:
                 pairs.add((first, name))
     return sorted(pairs)
