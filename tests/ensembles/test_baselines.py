@@ -42,7 +42,7 @@ def test_pooled_features_by_hand() -> None:
     np.testing.assert_array_equal(pooled["net/layer"], [[2, 1], [np.nan, np.nan]])
 
 
-def test_the_baseline_on_pooled_features_finds_a_signal_and_no_more() -> None:
+def test_the_baseline_on_pooled_features_finds_a_signal_without_a_leak() -> None:
     patients, _ = cohort(n=15, folds=3)
     random = np.random.default_rng(1)
     noise = random.normal(size=(len(patients), 40))

@@ -330,7 +330,7 @@ def test_a_diagnosis_without_patients_is_named() -> None:
         patients_of(whole, "apl", "healthy")
 
 
-def test_a_member_that_scored_nobody_is_named() -> None:
+def test_a_member_that_scored_no_patient_is_named() -> None:
     patients, members = cohort()
     members["m1"] = members["m1"].assign(patient="somebody else")
     with pytest.raises(EnsembleError, match=r"members m1 have scored none of the 20 patients"):

@@ -31,7 +31,7 @@ def test_inner_folds_choose_the_number_of_epochs_together() -> None:
 
 
 def test_a_trial_picked_by_hand_serves_the_final_model_only() -> None:
-    """Otherwise scores of held-out patients would depend on a choice that was made with them in view."""
+    """Otherwise scores of held-out patients would depend on a choice by a person who had seen them."""
     best = {"trial": "1", "chosen_without_fold": {0: "1", 1: "0"}}
     row = {field: str(getattr(RECIPE, field)) for field in RECIPE.__dataclass_fields__}
     trials = pd.DataFrame(

@@ -54,9 +54,7 @@ def test_no_held_out_item_trains() -> None:
 
 
 @pytest.mark.parametrize(("patient_weight", "share"), [(0.0, 2 / 3), (1.0, 1 / 2)])
-def test_patients_can_weigh_the_same_whatever_their_number_of_items(
-    patient_weight: float, share: float
-) -> None:
+def test_patients_can_have_equal_weights_for_any_number_of_items(patient_weight: float, share: float) -> None:
     patient = (np.arange(24) // 2 % 3 > 0).astype(np.int64)  # one patient has twice as many as the other
     data = replace(training_set(), patient=patient)
     settings = SETTINGS.model_copy(update={"patient_weight": patient_weight})

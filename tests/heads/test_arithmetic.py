@@ -106,7 +106,7 @@ def test_dropped_lanes_change_no_other_lane() -> None:
         assert one[kept].tobytes() == other.tobytes()
 
 
-def test_activations_and_losses_are_those_of_the_books() -> None:
+def test_activations_and_losses_are_those_of_the_literature() -> None:
     z = np.linspace(-6, 6, 101).astype(np.float32)
     gelu = z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))) / 2
     for activation, expected in (("relu", np.maximum(z, 0)), ("tanh", np.tanh(z)), ("gelu", gelu)):
@@ -141,7 +141,7 @@ def digest() -> str:
 ELSEWHERE = "import aplsmear, test_arithmetic; print(test_arithmetic.digest())"
 
 
-def test_the_same_bits_in_another_process_whatever_it_says_of_threads_and_kernels() -> None:
+def test_the_same_bits_in_another_process_with_other_settings_of_threads_and_kernels() -> None:
     loud = {"OMP_NUM_THREADS": "4", "OPENBLAS_NUM_THREADS": "2", "OPENBLAS_CORETYPE": "SkylakeX"}
     loud |= {"NPY_DISABLE_CPU_FEATURES": ""}
     assert output_of(ELSEWHERE, **loud) == digest()

@@ -133,7 +133,7 @@ def test_one_marking_cell_in_thirty_is_learned_and_attended_to() -> None:
     assert attend(mean, patients_of(ground)[0])[1] == pytest.approx(np.full(CELLS, 1 / CELLS))
 
 
-def test_a_head_has_the_same_bits_whatever_trains_beside_it() -> None:
+def test_a_head_has_the_same_bits_beside_any_other_heads() -> None:
     ground = material(views=1)
     jobs = jobs_of(*MIXED)
     together = train_heads(jobs, ground)

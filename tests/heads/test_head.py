@@ -116,7 +116,7 @@ MIXED = [
 ]
 
 
-def test_a_head_has_the_same_bits_whatever_trains_beside_it() -> None:
+def test_a_head_has_the_same_bits_beside_any_other_heads() -> None:
     """Other recipes, folds and epochs, fewer jobs or another order change nothing."""
     ground = material(views=2)
     jobs = jobs_of(*MIXED)
@@ -315,7 +315,7 @@ def test_each_job_starts_from_its_own_weights() -> None:
     assert len(starts) == len(jobs)
 
 
-def test_what_is_not_finite_fails_alone() -> None:
+def test_a_head_that_is_not_finite_fails_alone() -> None:
     ground = material()
     broken = ground.values["net/layer"].copy()
     broken[0, 0] = np.inf  # of fold 0
@@ -359,7 +359,7 @@ def test_class_weights_balance_and_average_to_one() -> None:
         assert np.isclose(positive / negative, (n0 / n1) ** balance)
 
 
-def test_schedules() -> None:
+def test_the_learning_rate_follows_its_schedule() -> None:
     recipes = {name: replace(BASE, schedule=name, epochs=10) for name in ("constant", "linear", "cosine")}
     paces = {name: [pace(recipe, epoch) for epoch in range(10)] for name, recipe in recipes.items()}
     assert paces["constant"] == [1.0] * 10

@@ -157,7 +157,7 @@ def test_features_of_other_items_are_refused() -> None:
         make_task_data(items, whole.label, folds, {"a": one, "b": replace(two, index=two.index[::-1])})
 
 
-def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
+def test_inner_aurocs_are_stored_by_outer_and_inner_fold(tmp_path: Path) -> None:
     """[w, j] is the AUROC on fold j of the scores that the judge gave for fold j of the pair {w, j}."""
     given: dict[tuple[int, frozenset[int], int], np.ndarray] = {}
 
@@ -184,7 +184,7 @@ def test_inner_aurocs_stand_where_they_belong(tmp_path: Path) -> None:
     assert [each.failure for each in trials] == ["", "", "", "made to fail"] + [""] * 5
 
 
-def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -> None:
+def test_a_study_continues_where_it_stopped_and_trains_nothing_twice(tmp_path: Path) -> None:
     whole = task_data()
     expected = outcome(list(run_study(whole, settings(), 5, open_study("s", tmp_path / "a"), quick_judge)))
     calls: list[int] = []
@@ -203,7 +203,7 @@ def test_a_study_goes_on_where_it_was_and_trains_nothing_twice(tmp_path: Path) -
     assert len(calls) == 10
 
 
-def test_all_trials_failing_is_an_error_that_says_why(tmp_path: Path) -> None:
+def test_all_trials_failing_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     def judge(jobs: Any, material: Material, patience: int) -> Any:
         return [
             replace(judged, epoch={}, score={}, failure="no luck")

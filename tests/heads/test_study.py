@@ -64,7 +64,9 @@ def ends(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_any_number_of_workers(processes: ForkServerContext, folder: Path, peaceful: str, count: int) -> None:
+def test_any_number_of_workers_gives_the_same_study(
+    processes: ForkServerContext, folder: Path, peaceful: str, count: int
+) -> None:
     workers = [start(processes, folder) for _ in range(count)]
     for worker in workers:
         worker.join(60)
@@ -73,7 +75,7 @@ def test_any_number_of_workers(processes: ForkServerContext, folder: Path, peace
     assert sorted(trained(folder)) == list(range(9))
 
 
-def test_twenty_kills(processes: ForkServerContext, folder: Path, peaceful: str) -> None:
+def test_twenty_kills_change_no_trial(processes: ForkServerContext, folder: Path, peaceful: str) -> None:
     """Killed at 20 moments spread over the whole of a run, each time started again."""
     random = np.random.Generator(np.random.Philox(3))
     kills = 0
@@ -118,7 +120,7 @@ def test_a_finished_trial_is_never_trained_again(
     assert trained(folder) == [0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_line_written_half_is_taken_back(folder: Path, peaceful: str) -> None:
+def test_half_a_line_of_a_killed_process_is_removed(folder: Path, peaceful: str) -> None:
     work(str(folder))
     journal = folder / "study.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
