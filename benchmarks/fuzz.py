@@ -35,7 +35,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
+import numpy as np
 import PIL
+import tifffile
 from PIL import Image, PngImagePlugin
 from record import ROOT, commit, machine
 from rich.console import Console
@@ -267,7 +270,33 @@ def seed_pictures() -> list[bytes]:
         ("RGB", "TIFF", {"compression": "tiff_adobe_deflate", "exif": turned}), ("CMYK", "TIFF", {}),
         ("1", "TIFF", {"compression": "group4"}),
     ]  # fmt: skip
-    return [_saved(_as_mode(noise, mode), kind, **options) for mode, kind, options in kinds]
+    return [_saved(_as_mode(noise, mode), kind, **options) for mode, kind, options in kinds] + _seed_tiffs(
+        noise
+    )
+
+
+def _seed_tiffs(noise: Image.Image) -> list[bytes]:
+    """TIFF that only microscopes and programs for them write, and a PNG of 16 bits in colour."""
+    rgb = np.asarray(noise)
+    planes, deep = np.ascontiguousarray(rgb.transpose(2, 0, 1)), rgb.astype(np.uint16) << 4
+    channels, colour = {"photometric": "minisblack", "metadata": {"axes": "CYX"}}, {"photometric": "rgb"}
+    kinds: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
+        ({}, planes, colour | {"planarconfig": "separate"}), ({"bigtiff": True}, deep, colour),
+        ({"imagej": True}, planes, {"metadata": {"axes": "CYX"}}), ({"ome": True}, planes, channels),
+        ({}, deep, colour | {"bitspersample": 12, "compression": "lzw"}),
+        ({}, rgb, colour | {"tile": (16, 16), "compression": "jpeg"}),
+        ({"byteorder": ">"}, rgb.astype(np.float32), colour | {"compression": "zlib", "predictor": 3}),
+        ({}, rgb[:, :, 0], {"photometric": "miniswhite", "compression": "packbits", "rowsperstrip": 4}),
+        ({}, rgb, colour | {"compression": "zstd", "predictor": 2, "tile": (32, 16)}),
+        ({}, rgb[:, :, 0], {"photometric": "palette", "colormap": np.full((3, 256), 999, np.uint16)}),
+    ]  # fmt: skip
+    found = [imagecodecs.png_encode(deep)]
+    for file, pixels, page in kinds:
+        buffer = io.BytesIO()
+        with tifffile.TiffWriter(buffer, **file) as writer:
+            writer.write(pixels, **page)
+        found.append(buffer.getvalue())
+    return found
 
 
 def _as_mode(picture: Image.Image, mode: str) -> Image.Image:
@@ -363,6 +392,14 @@ def bombs() -> dict[str, Callable[[Path], object]]:
         ),
         "TIFF, deflate, 150 million pixels": large("RGB", "TIFF", compression="tiff_adobe_deflate"),
         "TIFF, CMYK, 150 million pixels": large("CMYK", "TIFF", compression="tiff_lzw"),
+        "TIFF, float, 150 million pixels": large("F", "TIFF", compression="tiff_adobe_deflate"),
+        "TIFF, 150 million pixels in tiles of 16": picture(lambda: _tiled_tiff((12_240, 12_240), (16, 16))),
+        "TIFF, planes of 16 bits, 150 million pixels": picture(
+            lambda: _tiled_tiff((3, 12_240, 12_240), (80, 80))
+        ),
+        "TIFF, a million pictures in one file": picture(lambda: _many_pages(10**6)),
+        "TIFF, an OME stack of 10 thousand million planes": picture(_ome_stack),
+        "TIFF, a tile with a JPEG of 4 thousand million pixels": picture(_jpeg_in_tile),
         "TIFF, 1,000 pictures in one file": picture(
             lambda: _saved(tiny, "TIFF", save_all=True, append_images=[tiny] * 999)
         ),
@@ -376,6 +413,45 @@ def _saved_with_text(size: int) -> bytes:
     notes = PngImagePlugin.PngInfo()
     notes.add_text("Comment", "a" * size, zip=True)
     return _saved(Image.new("RGB", (8, 8)), "PNG", pnginfo=notes)
+
+
+def _tiled_tiff(shape: tuple[int, ...], tile: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    kind = {"photometric": "rgb", "planarconfig": "separate"} if len(shape) > 2 else {}
+    pixels = np.broadcast_to(np.uint16(4000), shape)
+    tifffile.imwrite(buffer, pixels, tile=tile, compression="zlib", metadata=None, **kind)
+    return buffer.getvalue()
+
+
+def _many_pages(count: int) -> bytes:
+    """A chain of directories, each of one tag only."""
+    page = struct.Struct("<HHHIII")
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8)
+        + b"".join(
+            page.pack(1, 256, 4, 1, 8, 8 + page.size * (number + 1) if number + 1 < count else 0)
+            for number in range(count)
+        )
+    )
+
+
+def _ome_stack() -> bytes:
+    along = '<Value><M><ModuloAlongZ Type="lifetime" Start="0" Step="1" End="1e10"/></M></Value>'
+    notes = f'<XMLAnnotation ID="A" Namespace="a/modulo">{along}</XMLAnnotation>'
+    text = f'<?xml version="1.0"?><OME><StructuredAnnotations>{notes}</StructuredAnnotations></OME>'
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.zeros((8, 8), np.uint8), description=text, metadata=None)
+    return buffer.getvalue()
+
+
+def _jpeg_in_tile() -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, np.zeros((16, 16), np.uint8), tile=(16, 16), compression="jpeg", metadata=None)
+    data = bytearray(buffer.getvalue())
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = b"\xfd\xe8\xfd\xe8"
+    return bytes(data)
 
 
 def _circular_tiff() -> bytes:
@@ -463,9 +539,13 @@ class Guide:
 
     def __init__(self, seeds: list[bytes]) -> None:
         own, pillow = Path(aplsmear.__file__).parent, Path(PIL.__file__).parent
-        parsers = [own / "data" / f"{name}.py" for name in ("csvfile", "labels", "schema", "dataset")]
-        parsers += [pillow / f"{name}ImagePlugin.py" for name in ("Png", "Jpeg", "Tiff")]
-        parsers.append(own / "images" / "reading.py")
+        parsers = [
+            own / "data" / f"{name}.py"
+            for name in ("csvfile", "labels", "schema", "dataset", "pictures", "quality")
+        ]
+        parsers += [pillow / f"{name}ImagePlugin.py" for name in ("Png", "Jpeg")]
+        parsers += [own / "images" / f"{name}.py" for name in ("reading", "pixels", "tiff")]
+        parsers.append(Path(tifffile.__file__).with_name("tifffile.py"))
         if not all(path.is_file() for path in parsers):  # else a moved module would be traced no more
             raise FileNotFoundError(f"not all of {parsers} exist: correct the list in {__file__}")
         self.watched = set(map(str, parsers))

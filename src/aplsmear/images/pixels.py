@@ -202,7 +202,7 @@ def managed(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, t
         profile: ICC profile of the file; None: it has none.
     """
     if profile is None:
-        return picture, ()
+        return picture, ("CMYK was converted to RGB without a colour profile",) if picture.mode == "CMYK" else ()
     from PIL import ImageCms
 
     try:

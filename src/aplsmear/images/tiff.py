@@ -271,7 +271,7 @@ def _bits(tif: Any, page: Any) -> int | None:
 def _in_rgb(values: npt.NDArray[Any], page: Any, bits: int | None) -> Picture:
     """Channels of a page as RGB."""
     photometric, channels = int(page.photometric), values.shape[2]
-    if photometric not in _KINDS:
+    if photometric not in _KINDS or (photometric == 5 and page.tags.valueof(332, 1) != 1):  # other inks
         name = getattr(page.photometric, "name", photometric)
         raise ImageError("", f"a TIFF with colours of the kind {name}", SAVE_AS_RGB)
     if photometric == 3:
