@@ -202,7 +202,8 @@ def managed(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, t
         profile: ICC profile of the file; None: it has none.
     """
     if profile is None:
-        return picture, ("CMYK was converted to RGB without a colour profile",) if picture.mode == "CMYK" else ()
+        plain = ("CMYK was converted to RGB without a colour profile",)
+        return picture, plain if picture.mode == "CMYK" else ()
     from PIL import ImageCms
 
     try:
