@@ -143,7 +143,7 @@ def test_leftovers_are_what_no_stage_of_these_parameters_makes(tmp_path: Path) -
     ]
     for folder in kept + old:
         folder.mkdir(parents=True)
-    members = [tmp_path / "members" / "apl_aml" / name for name in ("old.csv", "old.heads.npz")]
+    members = [tmp_path / "members" / "apl_aml" / name for name in ("old.heads.npz", "old.scores.parquet")]
     for member in members:
         member.parent.mkdir(parents=True, exist_ok=True)
         member.touch()
@@ -249,3 +249,32 @@ def test_the_command_refuses_a_data_set_whose_files_git_would_store(
     assert done.exit_code == 1
     assert "our_smears/wsi.csv" in done.output
     assert not (tmp_path / "params.yaml").exists()
+
+
+def test_files_that_no_stage_wrote_are_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "profiles").symlink_to(PROFILES)
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (
+        elsewhere,
+        tmp_path / "tuned" / "old",
+        tmp_path / "tuned" / "mine",
+        tmp_path / "features" / "cell",
+    ):
+        folder.mkdir(parents=True)
+    for file in (
+        "elsewhere/index.csv",
+        "tuned/old/heads.npz",
+        "tuned/mine/heads.npz",
+        "tuned/mine/notes.txt",
+    ):
+        (tmp_path / file).touch()
+    (tmp_path / "features" / "cell" / "linked").symlink_to(elsewhere)
+    done = CliRunner().invoke(app, ["profile", "demo"])
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "tuned" / "old").exists()
+    assert "no stage wrote tuned/mine/notes.txt" in done.output
+    assert "no stage wrote features/cell/linked" in done.output
+    assert sorted(path.name for path in (tmp_path / "tuned" / "mine").iterdir()) == ["heads.npz", "notes.txt"]
+    assert (elsewhere / "index.csv").exists()
+    assert (tmp_path / "features" / "cell" / "linked").is_symlink()

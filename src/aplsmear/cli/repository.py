@@ -86,16 +86,25 @@ def tidy(
 
 
 def _remove_leftovers() -> int:
-    """Remove outputs that params.yaml no longer names, and return how many files and folders they were."""
+    """Remove outputs that params.yaml no longer names, and return how many files and folders they were.
+
+    What holds other files than those that stages write is named, and stays.
+    """
     import shutil
 
-    from aplsmear.workspace.profiles import leftovers
+    from aplsmear.workspace.profiles import leftovers, others_files
 
-    found = leftovers(Path(), read_params(PARAMS))
-    for path in found:
+    removed = 0
+    for path in leftovers(Path(), read_params(PARAMS)):
+        if others := others_files(path):
+            typer.echo(
+                f"{path} is no longer in params.yaml, but no stage wrote {others[0]}: move it, or remove it"
+            )
+            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         typer.echo(f"removed {path} (no longer in params.yaml; DVC keeps it in its cache)")
-    return len(found)
+        removed += 1
+    return removed
 
 
 @app.command(rich_help_panel=_PANEL)

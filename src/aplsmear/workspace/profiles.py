@@ -26,6 +26,11 @@ BASE = "demo"  # the profile that is a whole params.yaml
 # profile does not name.
 REPLACED = {"augment.extra_views", "backbones", "tune.pick", "tasks", "overrides"}
 
+# Names of the files in features, backbones, tuned and members.
+_NAMES = re.compile(
+    r"(\.gitignore|best\.yaml|metrics\.json|(index|predictions|roc|trials)\.csv|.*\.(npy|npz|onnx|parquet))(\.part)?"
+)
+
 
 class ProfileError(UserError, ValueError):
     """A profile or a setting that does not exist or cannot be used."""
@@ -190,6 +195,14 @@ def leftovers(root: Path, params: Params) -> list[Path]:
         if path not in owned and path.name != ".gitignore"
     ]
     return sorted(found)
+
+
+def others_files(path: Path) -> list[Path]:
+    """The files in an output, or the output itself, whose names no stage gives, and links to folders."""
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sorted(
+        each for each in inside if (each.is_symlink() if each.is_dir() else not _NAMES.fullmatch(each.name))
+    )
 
 
 def _laid_over(base: str, own: dict[str, Any]) -> str:
