@@ -283,7 +283,7 @@ def _seed_tiffs(noise: Image.Image) -> list[bytes]:
     kinds: list[tuple[dict[str, Any], Any, dict[str, Any]]] = [
         ({}, planes, colour | {"planarconfig": "separate"}), ({"bigtiff": True}, deep, colour),
         ({"imagej": True}, planes, {"metadata": {"axes": "CYX"}}), ({"ome": True}, planes, channels),
-        ({}, deep, colour | {"bitspersample": 12, "compression": "lzw"}),
+        ({}, deep, colour | {"bitspersample": 12}), ({}, deep, colour | {"compression": "lzw"}),
         ({}, rgb, colour | {"tile": (16, 16), "compression": "jpeg"}),
         ({"byteorder": ">"}, rgb.astype(np.float32), colour | {"compression": "zlib", "predictor": 3}),
         ({}, rgb[:, :, 0], {"photometric": "miniswhite", "compression": "packbits", "rowsperstrip": 4}),
