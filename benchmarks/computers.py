@@ -29,7 +29,7 @@ from unittest.mock import MagicMock
 import joblib
 import numpy as np
 import yaml
-from processors import INSTALL, QEMU, can_emulate, emulator, lines_of
+from processors import INSTALL, QEMU, SORTS, UPDATE, can_emulate, emulator, lines_of
 from record import ROOT, commit, machine
 from rich.console import Console
 from rich.table import Table
@@ -63,8 +63,9 @@ def main() -> int:
         help=f"emulated ones, of `{QEMU} -cpu help` (default: {', '.join(PROCESSORS)})",
     )
     asked = parser.parse_args()
-    if asked.processors and not can_emulate():
-        sys.exit(f"{INSTALL}; `--processors` without a name: this processor only")
+    if asked.processors and not can_emulate(SORTS):
+        reason = UPDATE if can_emulate() else INSTALL
+        sys.exit(f"{reason}; `python benchmarks/computers.py --processors` runs this processor only")
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch) / "inputs", backbones_of_profiles())
         found = digests_of(Path(scratch), cases(asked.processors))

@@ -12,9 +12,13 @@ QEMU = "qemu-x86_64"
 INSTALL = f"{QEMU} is not installed; it emulates other processors (Debian, Ubuntu: apt-get install qemu-user)"
 
 
-def can_emulate() -> bool:
-    """Whether qemu-user is installed."""
-    return shutil.which(QEMU) is not None
+SORTS = 10  # oldest version of qemu that was tried and sorts; 7.2 gives a wrong order of NumPy's argsort
+UPDATE = f"{QEMU} {SORTS} or later is needed: 7.2 emulates AVX2 with an error (Debian 12: bookworm-backports)"
+
+
+def can_emulate(version: int = 0) -> bool:
+    """Whether qemu-user is installed, in this major version or a later one."""
+    return shutil.which(QEMU) is not None and int(emulator().split()[2].split(".")[0]) >= version
 
 
 def emulator() -> str:

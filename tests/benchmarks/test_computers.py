@@ -4,13 +4,13 @@ from io import StringIO
 
 import pytest
 from computers import backbones_of_profiles, cases, digests_of, identical, prepare, table
-from processors import INSTALL, can_emulate
+from processors import SORTS, UPDATE, can_emulate
 from rich.console import Console
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pytest.mark.pipeline
-@pytest.mark.skipif(not can_emulate(), reason=INSTALL)
+@pytest.mark.skipif(not can_emulate(SORTS), reason=UPDATE)
 def test_the_chain_gives_the_same_bytes_on_an_emulated_processor(tmp_path):
     """The short form of `make computers`: a backbone that differs with AVX-512 if its graph allows it."""
     backbone = backbones_of_profiles()["kaggle_densenet121"] | {"layer": ["pool3_relu"]}
