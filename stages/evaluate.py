@@ -19,8 +19,9 @@ def main(name: str) -> None:
     cohort = named(params.external, name, "external")
     bundle, root = read_bundle(Path(f"ensembles/{cohort.ensemble}/model")), Path(cohort.root)
     names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
-    with engine_of(params, [root, bundle.folder], networks=True) as engine:
-        found = evaluate(bundle, root, params.combine.resamples, params.seed, engine, names)
+    training = Path(params.dataset.root)
+    with engine_of(params, [root, training, bundle.folder], networks=True) as engine:
+        found = evaluate(bundle, root, params.combine.resamples, params.seed, engine, names, training)
     write_evaluation(Path(f"evaluated/{name}"), found)
 
 

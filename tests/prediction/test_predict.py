@@ -318,6 +318,24 @@ def test_the_numbers_of_a_cohort_are_those_of_its_table(evaluated) -> None:
     assert "Decision curve" in page
 
 
+def test_a_cohort_with_a_picture_of_training_is_refused(trained, data, tmp_path) -> None:
+    """The picture has another name, and is a PNG."""
+    draw_data_set(tmp_path / "other", 9, 50, size=(240, 320), cells_per_smear=6)
+    with Image.open(data / "wsi" / "smear_0003.jpg") as picture:
+        picture.save(tmp_path / "other" / "wsi" / "new.png")
+    rewrite(
+        tmp_path / "other" / "wsi.csv",
+        lambda rows: [row | {"imgName": "new.png" if row["id"] == "5" else row["imgName"]} for row in rows],
+    )
+    asked = ["--ensemble", str(trained.ensemble), "--data", str(tmp_path / "other"), "--out"]
+    asked += [str(tmp_path / "out"), "--trained-on", str(data)]
+    done = CliRunner().invoke(app, ["evaluate", *asked])
+    assert done.exit_code == 1
+    assert "new.png" in done.output
+    assert "smear_0003.jpg" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cohort_without_a_diagnosis_or_a_folder_in_use_is_refused(trained, data, evaluated) -> None:
     asked = ["evaluate", "--ensemble", str(trained.ensemble), "--data", str(data), "--out"]
     done = CliRunner().invoke(app, [*asked, str(evaluated)])

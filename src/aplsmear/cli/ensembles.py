@@ -100,6 +100,9 @@ def evaluate(
             metavar="DIR", callback=folder_to_write, help="Folder for tables, numbers and the page."
         ),
     ],
+    trained_on: Annotated[
+        Path | None, typer.Option(metavar="DIR2", help="The training data set: no picture may be in both.")
+    ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
 ) -> None:
@@ -123,7 +126,7 @@ def evaluate(
     _refuse_to_replace([out / "metrics.json"], overwrite)
     bundle = read_bundle(ensemble)
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
-        found = evaluated(bundle, data, resamples, bundle.model.seed, engine)
+        found = evaluated(bundle, data, resamples, bundle.model.seed, engine, trained_on=trained_on)
     write_evaluation(out, found)
     _print_remarks(found.left_out, found.remarks)
     auroc, counts = found.measured["auroc"], found.table["diagnosis"].value_counts().sort_index()

@@ -19,7 +19,7 @@ from scipy import stats
 
 import aplsmear
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.data.dataset import read_data_set
+from aplsmear.data.dataset import DataSet, DataSetError, pictures_in_both, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.ensembles.baselines import compare
 from aplsmear.ensembles.bundle import Bundle
@@ -36,6 +36,10 @@ from aplsmear.tables import write_table
 
 _FEWEST = 2  # patients of each diagnosis, below which there are no intervals
 _FEWEST_RANKED = 4  # patients below which a rank correlation has no interval
+_NOT_COMPARED = (
+    "It was not checked whether the training data set has pictures of this cohort: "
+    "`aplsmear evaluate --trained-on DIR` compares all pictures of both."
+)
 _ADAPTED = {"probability": "adapted", "verdict": "adapted_verdict", "sensitive": "adapted_sensitive"}
 
 
@@ -73,6 +77,7 @@ def evaluate(
     seed: int,
     engine: Engine = HERE,
     pseudonyms: Pseudonyms | None = None,
+    trained_on: Path | None = None,
 ) -> Evaluation:
     """Judge the patients of a data set that have one of the two diagnoses of an ensemble.
 
@@ -83,16 +88,15 @@ def evaluate(
         seed: of the bootstrap.
         engine: makes the views and runs the networks; it changes no result.
         pseudonyms: replace the names of patients, smears and cells.
+        trained_on: the folder of the training data set. None: it is not compared, and a remark says so.
 
     Raises:
-        DataSetError: the data set has problems.
+        DataSetError: the data set has problems, or pictures that are in the training data set, too.
         CohortError: there are too few patients of a diagnosis.
         PredictError: members need cells and there are none.
     """
     model = bundle.model
-    found = read_data_set(
-        root, {}, min_box=model.min_box, skip_bad_images=False, engine=engine, pseudonyms=pseudonyms
-    )
+    found = _read(root, model.min_box, engine, pseudonyms, trained_on)
     smears = found.smears[found.smears["diagnosis"].isin([model.positive, model.negative])]
     others = sorted(set(found.smears["patient"]) - set(smears["patient"]))
     _check_diagnoses(smears, bundle, root)
@@ -117,7 +121,7 @@ def evaluate(
         curves=curves | {"decision": decision_table(label, probability)},
         left_out=found.report["left_out"]
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
-        remarks=[_shift(models.combination, shifted)],
+        remarks=[_shift(models.combination, shifted), *([] if trained_on else [_NOT_COMPARED])],
     )
 
 
@@ -231,6 +235,19 @@ def page(found: Evaluation) -> str:
         version=aplsmear.__version__,
         **pages.curve_content(table, found.curves),
     )
+
+
+def _read(
+    root: Path, min_box: int, engine: Engine, pseudonyms: Pseudonyms | None, trained_on: Path | None
+) -> DataSet:
+    """The data set of the cohort, which has no picture of the training data set."""
+    options: dict[str, Any] = {"min_box": min_box, "engine": engine}
+    found = read_data_set(root, {}, skip_bad_images=False, pseudonyms=pseudonyms, **options)
+    if trained_on:
+        training = read_data_set(trained_on, {}, skip_bad_images=True, labelled=False, **options)
+        if problems := pictures_in_both(found, training):
+            raise DataSetError(problems)
+    return found
 
 
 def _check_diagnoses(smears: pd.DataFrame, bundle: Bundle, root: Path) -> None:
