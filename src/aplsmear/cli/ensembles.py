@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     from aplsmear.prediction.predict import Verdict
 
 _PANEL = "Ensembles"
+_ENSEMBLE = Annotated[
+    Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+]
+_OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
 @app.command(rich_help_panel=_PANEL)
 def predict(
-    ensemble: Annotated[
-        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
-    ],
+    ensemble: _ENSEMBLE,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
     out: Annotated[
         Path, typer.Option(metavar="CSV", callback=file_to_write, help="Table with a row for each patient.")
     ],
     report: Annotated[
-        Path | None,
-        typer.Option(metavar="HTML", callback=file_to_write, help="Page of the same results."),
+        Path | None, typer.Option(metavar="HTML", callback=file_to_write, help="Page of the same results.")
     ] = None,
     fold: Annotated[
         int | None,
@@ -40,7 +41,7 @@ def predict(
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Shift all probabilities to the share of positives in training.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace CSV and HTML.")] = False,
+    overwrite: _OVERWRITE = False,
 ) -> None:
     """Classify new patients with a trained ensemble. For research only.
 
@@ -62,8 +63,7 @@ def predict(
     from aplsmear.tables import write_table
 
     _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
-    for line in filter(None, (cpu.note(), device_note())):
-        typer.echo(line, err=True)
+    _print_notes()
     bundle = read_bundle(ensemble)
     models = Models(bundle, bundle.outer_fold_of(fold))
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
@@ -77,8 +77,7 @@ def predict(
     if fold is not None:
         remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
     if adapt:
-        combination, remark = _adapted(combination, verdicts)
-        remarks.append(remark)
+        combination = _adapted(combination, verdicts, remarks)
     table = verdict_table(verdicts, combination)
     if report:
         write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
@@ -90,9 +89,7 @@ def predict(
 
 @app.command(rich_help_panel=_PANEL)
 def evaluate(
-    ensemble: Annotated[
-        Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
-    ],
+    ensemble: _ENSEMBLE,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv, with diagnoses.")],
     out: Annotated[
         Path,
@@ -104,7 +101,7 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR2", help="The training data set: no picture may be in both.")
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files in the folder.")] = False,
+    overwrite: _OVERWRITE = False,
 ) -> None:
     """Judge a trained ensemble on a labelled cohort of another laboratory.
 
@@ -124,6 +121,7 @@ def evaluate(
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
     _refuse_to_replace([out / "metrics.json"], overwrite)
+    _print_notes()
     bundle = read_bundle(ensemble)
     with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
         found = evaluated(bundle, data, resamples, bundle.model.seed, engine, trained_on=trained_on)
@@ -135,6 +133,12 @@ def evaluate(
         f"{len(found.table)} patients ({patients}): AUROC {auroc['value']:.3f}, 95 % interval "
         f"{auroc['low']:.3f} to {auroc['high']:.3f}. Open {out / 'report.html'} in a browser."
     )
+
+
+def _print_notes() -> None:
+    """Say on stderr what makes the last digits of results differ on this machine."""
+    for line in filter(None, (cpu.note(), device_note())):
+        typer.echo(line, err=True)
 
 
 def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
@@ -158,18 +162,19 @@ def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
         raise UserError("\n".join(problems))
 
 
-def _adapted(combination: Combination, verdicts: Sequence[Verdict]) -> tuple[Combination, str]:
-    """The combination adapted to these patients, and the remark about it."""
+def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: list[str]) -> Combination:
+    """The combination adapted to these patients; a remark about it is added."""
     import numpy as np
 
     from aplsmear.prediction.recalibration import adapted
 
     new = adapted(combination, np.array([each.logits for each in verdicts]))
     shift, share = new.offset - combination.offset, new.thresholds["balanced"]
-    return new, (
+    remarks.append(
         f"Adapted to these {len(verdicts)} patients: their logits are shifted by {shift:+.2f}, assuming that "
         f"about {share:.0%} of them are positive, as in training."
     )
+    return new
 
 
 @app.command("null-check", rich_help_panel=_PANEL)
