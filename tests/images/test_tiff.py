@@ -342,3 +342,10 @@ def test_jpeg_and_png_need_none_of_the_modules_for_tiff(tmp_path):
     )
     done = run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_labels_of_slices_are_not_told_because_they_may_be_names_of_patients():
+    described = {"axes": "CYX", "Labels": ["Jones 1.tif", "Jones 2.tif", "Jones 3.tif"]}
+    with pytest.raises(ImageError, match="three channels that are not red, green and blue") as caught:
+        decode(tiff((PLANES, {"metadata": described}), imagej=True))
+    assert "Jones" not in str(caught.value)

@@ -230,8 +230,10 @@ def _channel_order(tif: Any, series: Any) -> tuple[list[int], bool]:
         if sorted(found) == ["b", "g", "r"]:
             return [found.index(each) for each in "rgb"], True
     if any(not _UNNAMED.fullmatch(name.strip()) for name in names) or any(colours):
-        shown = ", ".join(filter(None, names or colours))[:80]
-        raise ImageError("", f"three channels that are not red, green and blue ({shown})", SAVE_AS_RGB)
+        shown = (
+            f" ({', '.join(names)})"[:80] if series.kind == "ome" else ""
+        )  # ImageJ puts names of files there
+        raise ImageError("", f"three channels that are not red, green and blue{shown}", SAVE_AS_RGB)
     return [0, 1, 2], False
 
 
