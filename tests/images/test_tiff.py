@@ -154,16 +154,16 @@ REFUSED = {
     "two fields of which one is smaller": (tiff(SAME, (OTHER[::2, ::2], SAME[1])), "2 different pictures"),
     "two fields, the first one smaller": (tiff((OTHER[:20], SAME[1]), SAME), "2 different pictures"),
     "three grey pages without a word": (tiff(*[(plane, {}) for plane in PLANES]), "3 planes"),
-    "a stack of ImageJ": (tiff((PLANES, {"metadata": {"axes": "ZYX"}}), imagej=True), "3 along Z"),
+    "a stack of ImageJ": (tiff((PLANES, {"metadata": {"axes": "ZYX"}}), imagej=True), "3 heights of focus"),
     "a stack of ImageJ in one page": (
-        tiff((PLANES, {"metadata": {"axes": "TYX"}, "contiguous": True}), imagej=True), "3 along T"),
+        tiff((PLANES, {"metadata": {"axes": "TYX"}, "contiguous": True}), imagej=True), "3 times"),
     "a stack of OME": (
-        tiff((PLANES, {"metadata": {"axes": "TYX"}, "photometric": "minisblack"}), ome=True), "3 along T"),
+        tiff((PLANES, {"metadata": {"axes": "TYX"}, "photometric": "minisblack"}), ome=True), "3 times"),
     "two images of OME": (tiff((RGB, {"metadata": {"axes": "YXS"}, "photometric": "rgb"}),
                                (OTHER, {"metadata": {"axes": "YXS"}, "photometric": "rgb"}), ome=True), "2 "),
     "four channels of OME": (
         tiff((PLANES[[0, 1, 2, 0]], {"metadata": {"axes": "CYX"}, "photometric": "minisblack"}), ome=True),
-        "4 along C"),
+        "4 channels"),
     "channels of fluorescence": (
         tiff((PLANES, {"metadata": {"axes": "CYX", "Channel": {"Name": ["DAPI", "FITC", "Cy5"]}},
                        "photometric": "minisblack"}), ome=True), "DAPI, FITC, Cy5"),

@@ -30,6 +30,7 @@ _SIMILAR = 0.9  # correlation of a picture and its smaller copy; two fields of o
 _SMALL = 32  # px; both are compared at this size
 _CHANNEL = re.compile(r"(?i)\b(red|green|blue|r|g|b)\b")
 _PURE = {(255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue", (255, 255, 255): ""}
+_AXES = {"C": "channels", "Z": "heights of focus", "T": "times"}
 _UNNAMED = re.compile(r"(?i)(channel|ch|c)?[\s:_]*\d*")
 
 _LOG = logging.getLogger("tifffile")
@@ -127,7 +128,7 @@ def _main(tif: Any, max_pixels: int) -> tuple[Any, tuple[str, ...]]:
     lengths = dict(zip(main.axes, main.shape, strict=True))
     planes = {axis: length for axis, length in lengths.items() if axis not in "YXS" and length > 1}
     if planes and (planes.keys() != {"C"} or planes["C"] != 3 or lengths.get("S", 1) != 1):
-        counts = ", ".join(f"{length} along {axis}" for axis, length in planes.items())
+        counts = ", ".join(f"{length} {_AXES.get(axis, 'pages')}" for axis, length in planes.items())
         raise _several(math.prod(planes.values()), f"planes of the same size ({counts})")
     own = {page.offset for page in pages}
     others = [page for page in others if page.offset not in own and not (page.is_reduced or page.is_mask)]
