@@ -76,6 +76,7 @@ def problems(folder: Path) -> list[Problem]:
 
 READINGS = {
     "[x0, y0, x1, y1] in px": lambda c: (c.x0, c.y0, c.x1, c.y1),
+    "[y1, x1, y0, x0] in px": lambda c: (c.y1, c.x1, c.y0, c.x0),
     "[y0, y1, x0, x1] in px": lambda c: (c.y0, c.y1, c.x0, c.x1),
     "[x0, y0, width, height] in px": lambda c: (c.x0, c.y0, c.x1 - c.x0, c.y1 - c.y0),
     "[y0, x0, height, width] in px": lambda c: (c.y0, c.x0, c.y1 - c.y0, c.x1 - c.x0),

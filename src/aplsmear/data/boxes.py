@@ -25,6 +25,8 @@ _LARGEST = 1e9
 ORDERS = {  # what the numbers mean -> place of y0, x0 and of y1, x1, or of the height and width
     "y0, x0, y1, x1": ((0, 1), (2, 3)),
     "x0, y0, x1, y1": ((1, 0), (3, 2)),
+    "y1, x1, y0, x0": ((2, 3), (0, 1)),
+    "x1, y1, x0, y0": ((3, 2), (1, 0)),
     "y0, y1, x0, x1": ((0, 2), (1, 3)),
     "x0, x1, y0, y1": ((2, 0), (3, 1)),
     "y0, x0, height, width": ((0, 1), (2, 3)),
@@ -56,7 +58,7 @@ class Darkness:
     """How much darker boxes are inside than around, in each of `READINGS`: sums over the boxes that fit.
 
     Attributes:
-        sums: number, sum and sum of squares, shape (32, 3).
+        sums: number, sum and sum of squares, shape (40, 3).
     """
 
     sums: Numbers

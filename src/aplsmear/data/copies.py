@@ -25,7 +25,7 @@ from aplsmear.images.reading import Rgb
 Grey = npt.NDArray[np.uint8]
 
 _SIDE = 64  # px, of the small version of a picture
-_INNER = 2  # px, cut from each edge for a second hash: finds pictures that were cut
+_INNER = 3  # px, cut from each edge for a second hash: finds pictures that were cut
 _NEAREST = 5  # pictures that are compared in detail with each picture
 _FARTHEST = (
     16  # of 64 bits; cut by 5 % on two sides: 18 at most; unrelated fields: 16 or fewer in 1 of 1,000 pairs

@@ -95,7 +95,7 @@ _BOX = pa.Check(
     _each(boxes.is_whole),
     name="box",
     error="[y0, x0, y1, x1], four whole numbers in px",
-    description="correct the box, or leave it empty: then the cell is left out",
+    description="correct the box (round fractions), or leave it empty: then the cell is left out",
 )
 _UNIQUE_FIX = "give each row an id of its own, or delete the repeated row"
 
