@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
+from aplsmear.data.dataset import read_data_set
+
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
@@ -54,3 +56,13 @@ def test_a_cell_lies_where_the_box_of_a_mirrored_field_says(copy, scale, tmp_pat
     assert image[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2, 1].max() < 70
     image[y0 - 3 : y1 + 3, x0 - 3 : x1 + 3] = 220
     assert image[..., 1].min() > 170
+
+
+@pytest.mark.parametrize("patients", [3, 5])
+def test_a_set_with_mirrored_fields_has_no_problems(patients, scale, tmp_path):
+    """Three patients are drawn: of five, two have mirrored fields, which are declared as distinct."""
+    form = scale.Form(200, 300, 30)
+    scale.make_set(tmp_path / "base", tmp_path / "whole", patients, 3, form)
+    scale.first_patients(tmp_path / "whole", tmp_path / "first", patients)
+    found = read_data_set(tmp_path / "first", {}, min_box=8, skip_bad_images=False)
+    assert found.smears["patient"].nunique() == patients
