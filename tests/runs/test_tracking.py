@@ -201,3 +201,29 @@ tracker.close({}, {"auroc": 0.5})
     assert len(list((place / "mlartifacts").rglob("picture.png"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
     assert [path.name for path in beside.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "MLFLOW_TRACKING_URI=http://[bad",
+        "MLFLOW_LOGGING_LEVEL=nonsense",
+        "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=many",
+    ],
+)
+def test_a_setting_that_mlflow_cannot_use_is_one_warning(tmp_path: Path, setting: str) -> None:
+    code = """
+from pathlib import Path
+from aplsmear.runs.tracking import Tracker
+tracker = Tracker(Path(), "tune blast", "abc", {}, {})
+tracker.close({}, {"auroc": 0.5})
+"""
+    name, value = setting.split("=")
+    environment = {key: other for key, other in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {name: value}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "this run continues without it" in line

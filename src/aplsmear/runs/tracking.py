@@ -121,12 +121,17 @@ class Tracker:
     def _attempt(self, action: Callable[[], None]) -> None:
         if not self._is_reachable:
             return
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
+        failures: tuple[type[Exception], ...] = (
+            OSError,
+            ValueError,
+        )  # of a bad MLFLOW_* variable: ValueError
         try:
+            from mlflow.exceptions import MlflowException
+            from sqlalchemy.exc import SQLAlchemyError
+
+            failures += (MlflowException, SQLAlchemyError)
             action()
-        except (MlflowException, SQLAlchemyError, OSError) as error:
+        except failures as error:
             self._is_reachable = False
             reason = without_secrets(brief(error))
             log.warning(
