@@ -75,6 +75,7 @@ def test_every_family_of_networks_gives_the_features_of_keras(application, keras
     images = pictures(2, size)
     expected = cut(preprocess(images.astype(np.float32)), training=False)
     graph = as_graph(cut, preprocess, size).SerializeToString()
+    read_graph(graph)  # raises no error
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for name, found in zip(names, session.run(names, {PIXELS: images}), strict=True):
         rows = np.asarray(expected[name]).mean(axis=(1, 2))
