@@ -20,6 +20,7 @@ from aplsmear.images.reading import (
     encode_jpeg,
     image_bytes,
     image_size,
+    is_picture_name,
     read_image,
     read_picture,
 )
@@ -351,3 +352,19 @@ def test_a_name_that_no_file_can_have_is_an_image_error():
     for name in ("a" * 5000, "a\0b"):
         with pytest.raises(ImageError):
             read_image(Path(name))
+
+
+def test_files_that_systems_put_beside_pictures_are_no_pictures():
+    for name in ("a.png", "b.JPG", "c.Tiff", "d e.jpeg", "f.1.tif"):
+        assert is_picture_name(name)
+    for name in (
+        "._a.jpg",
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "ehthumbs.db",
+        ".a.png",
+        "a.png.xml",
+        "png",
+    ):
+        assert not is_picture_name(name)

@@ -216,6 +216,8 @@ def test_an_existing_table_is_never_lost(tmp_path: Path) -> None:
 
 def test_without_wsi_csv_a_table_with_empty_labels_is_written(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "set", {"b": smear_of(1).image, "a": smear_of(2).image}, table=False)
+    for name in ("._a.png", ".DS_Store", "Thumbs.db", "desktop.ini"):  # systems put them beside pictures
+        (root / "wsi" / name).write_bytes(b"\0\5\x16\7")
     code, output = run(root, "--size", TYPICAL, "--out", tmp_path / "boxes.csv")
     assert code == 0
     assert "fill in the labels" in output
