@@ -13,6 +13,9 @@ WORKERS ?= 2
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
+# DVC needs a home and a name; the user of a container may have none.
+export HOME ?= /tmp
+export LOGNAME := $(firstword $(LOGNAME) $(USER) $(shell { id -un || id -u; } 2>/dev/null) user)
 
 # Targets that need the environment first run tools/preflight.py, by the first Python that can run it. If the environment
 # cannot be made, preflight prints the reason in one line, and `--question` makes `make` fail without another message.

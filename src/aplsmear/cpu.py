@@ -7,6 +7,7 @@ Linear algebra uses one thread, for the same reason; processes and TensorFlow's 
 cores.
 """
 
+import getpass
 import os
 import platform
 import re
@@ -98,8 +99,13 @@ def pin() -> None:
     for name in [name for name in os.environ if name.startswith(_OTHERS)]:
         del os.environ[name]
     os.environ.update(PINNED)
+    # The user of a container may have no home and no name, and MLflow and DVC need both.
     if not Path(os.path.expanduser("~")).is_absolute():  # noqa: PTH111 (Path.home() raises an error)
-        os.environ["HOME"] = tempfile.gettempdir()  # a user without a home: MLflow and DVC need one
+        os.environ["HOME"] = tempfile.gettempdir()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())
 
 
 def note() -> str:

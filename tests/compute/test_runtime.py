@@ -146,8 +146,8 @@ def test_settings_of_other_projects_for_keras_and_its_libraries_change_nothing(
     assert "Correct or delete the file keras.json" in refused.value.stderr
 
 
-def test_a_user_without_a_home_can_import_what_needs_one(tmp_path: Path) -> None:
-    """Such as the number of a user in a container, who has no entry in passwd."""
+def test_a_user_without_a_home_and_a_name_can_use_what_needs_them(tmp_path: Path) -> None:
+    """Such as the user of a container, who has a number and no entry in passwd."""
     code = """
 import pwd
 def no_entry(_):
@@ -155,8 +155,8 @@ def no_entry(_):
 pwd.getpwuid = no_entry
 import aplsmear
 import mlflow
-from dvc.config import Config
-Config()
+from dvc.repo import Repo
+Repo.init(no_scm=True).close()
 """
     unset = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CONFIG_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
