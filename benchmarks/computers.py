@@ -268,17 +268,11 @@ def identical(found: Mapping[str, Digests]) -> list[str]:
 
 
 def table(found: Mapping[str, Digests]) -> Table:
-    """The first digits of all digests: a row for each computer, a column for each link."""
-    first = next(iter(found.values()))
-    shown = Table("computer", *first)
-    for name, digests in found.items():
-        shown.add_row(
-            name,
-            *(
-                value[:6] if value == first[link] else f"[bold red]{value[:6]}[/]"
-                for link, value in digests.items()
-            ),
-        )
+    """The first digits of all digests: a row for each link, a column for each computer; red: other digits."""
+    shown, first = Table("link", *found), next(iter(found.values()))
+    for link in first:
+        values = [digests[link][:6] for digests in found.values()]
+        shown.add_row(link, *(each if each == values[0] else f"[bold red]{each}[/]" for each in values))
     return shown
 
 
