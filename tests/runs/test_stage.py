@@ -24,6 +24,7 @@ WORDS = {
     "tune": ["blast"],
     "ensemble": ["apl_aml"],
     "member": ["apl_aml", "blast"],
+    "evaluate": ["dresden"],
 }
 
 
