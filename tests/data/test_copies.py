@@ -62,6 +62,21 @@ def test_pictures_without_details_are_not_compared_in_detail():
     assert same_pictures([], empty) == same_pictures(empty, []) == []
 
 
+def test_pictures_with_the_same_background_and_other_cells_are_no_copies():
+    """Fields of one slide, under the same uneven light: their perceptual hashes are nearly the same."""
+    rng = np.random.default_rng(1)
+    light = cv2.GaussianBlur(rng.normal(0, 900, (256, 256)), (0, 0), 30)
+    fields = []
+    for _ in range(2):
+        cells = cv2.GaussianBlur(rng.normal(0, 60, (256, 256)), (0, 0), 4)
+        fields.append(
+            np.repeat(np.clip(190 + 4 * light + cells, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        )
+    one, other = map(fingerprint, fields)
+    assert np.bitwise_count(one.hashes[0, 0] ^ other.hashes[0, 0]) < 14
+    assert same_pictures([one, other]) == []
+
+
 def test_a_fingerprint_takes_little_memory():
     kept = fingerprint(ONE)
     assert kept.small.nbytes + kept.hashes.nbytes < 5_000
