@@ -99,7 +99,7 @@ def test_weights_with_code_or_with_a_size_of_terabytes_are_refused_or_harmless(u
         file.create_dataset(
             names[0], (10**6, 10**6), "f4", chunks=(1000, 1000)
         )  # 4 TB, in a file of a kilobyte
-    with pytest.raises(BackboneError, match="it holds 1,000,000,0"):
+    with pytest.raises(BackboneError, match="it has 1,000,000,0"):
         cut_network(network(good), "cell", 1)
     pickled = untouched / "pickled.weights.h5"
     pickled.write_bytes(pickle.dumps(Trap()))

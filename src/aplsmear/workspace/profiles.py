@@ -111,6 +111,9 @@ def _value(key: str, text: str) -> Any:
     kind: Any = Params
     for part in key.split("."):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if part not in kind.model_fields:  # `read_params` refuses this key
+                kind = Any
+                break
             kind = kind.model_fields[part]
             kind = Annotated[kind.annotation, *kind.metadata] if kind.metadata else kind.annotation
         else:
