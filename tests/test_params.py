@@ -79,6 +79,14 @@ def test_the_parameters_of_the_repository_are_valid():
          "tune.space.features: `backbones` has no layer 'any'"),
         ("tune.space.features", ["mobilenet/conv_pw_4_relu"], "(did you mean 'mobilenet/conv_pw_3_relu'?)"),
         ("tune.space.dropout.high", -1.0, "tune.space.dropout: low (0.0) is above high (-1.0)"),
+        ("backbones.mobilenet.application", "MobilNet",
+         "backbones.mobilenet: keras.applications has no network 'MobilNet' (did you mean 'MobileNet'"),
+        ("backbones.mobilenet.layer", ["conv_pw_3_rel"],
+         "MobileNet has no layer 'conv_pw_3_rel' (did you mean 'conv_pw_3_relu'?)"),
+        ("backbones.mobilenet.layer", ["conv_pw_3_relu+nope"],
+         "MobileNet has no layer 'nope'; there are: input_layer, conv1, conv1_bn,"),
+        ("backbones.mobilenet.options", {"alfa": 0.5}, "MobileNet has no option 'alfa' (did you mean"),
+        ("backbones.mobilenet.input_size.cell", 31, "MobileNet needs an input_size of 32 px or more"),
         ("tune.pick", {"blasts": 1}, "tune.pick: there is no task 'blasts' (did you mean 'blast'?)"),
         ("tune.pick", {"blast": 99}, "overrides: blast has no trial 99 to pick: it has 12, counted from 0"),
         ("overrides.blast", {"pick": {"faggot": 0}}, "overrides: blast.pick names another task: faggot"),
@@ -111,6 +119,17 @@ def test_no_name_can_be_more_than_one_word_of_a_shell_or_leave_its_folder(tmp_pa
     path = tmp_path / "params.yaml"
     YAML(typ="safe").dump(params, path)
     assert any(line.startswith(f"{table}.") and "a name" in line for line in problems(path))
+
+
+def test_switches_of_a_network_change_which_layers_it_has(tmp_path):
+    v3 = BACKBONE | {"application": "MobileNetV3Small", "layer": ["expanded_conv_1_expand"]}
+    other = BACKBONE | {"application": "MobileNetV3Small", "layer": ["rescaling"]}
+    assert read_params(changed(tmp_path, ("backbones", {"a": v3 | {"options": {"minimalistic": True}}})))
+    assert read_params(changed(tmp_path, ("backbones", {"a": other})))
+    found = problems(
+        changed(tmp_path, ("backbones", {"a": other | {"options": {"include_preprocessing": False}}}))
+    )
+    assert "no layer 'rescaling'" in found[0]
 
 
 def test_old_names_are_answered_with_the_new_ones_all_at_once(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from aplsmear.errors import UserError
+from aplsmear.layers import applications, layers_of, options_of, smallest_side
 from aplsmear.secrets import holds_password, without_secrets
 from aplsmear.words import nearest, no_such
 
@@ -202,6 +203,21 @@ class Backbone(Strict):
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _is_in_keras(self, info: ValidationInfo) -> Backbone:
+        """Compare with the table of keras.applications; Keras is not imported."""
+        if info.context:
+            name = self.application
+            _among("keras.applications has no network", [name], applications())
+            _among(f"{name} has no option", self.options, options_of(name))
+            parts = [part for layer in self.layer for part in layer.split(JOINT)]
+            _among(f"{name} has no layer", parts, layers_of(name, self.options))
+            least = smallest_side(name)
+            for level in LEVELS:
+                if self.input_size[level] < least:
+                    raise ValueError(f"{name} needs an input_size of {least} px or more")
+        return self
 
 
 class Range(Strict):
@@ -435,7 +451,7 @@ def read_params(path: Path) -> Params:
     Raises:
         ParamsError: the message lists every problem: a file that is missing or not valid YAML, a key given
             twice, old or unknown keys (with the nearest known key), wrong types, values out of range, names
-            of tasks, features or columns that do not exist.
+            of tasks, layers or columns that do not exist.
     """
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ ORDER = [
     "runs",
     "evaluation",
     "params",
+    "layers",
     "secrets",
     "words",
     "tables",

@@ -87,6 +87,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params |= {"seed": "one", "sed": 1, "task": "auer_rods"}
     params["augment"]["hue"] = 999
+    params["backbones"]["mobilenet"]["layer"] = ["conv_pw_3_rel"]
     params["ensembles"]["apl_aml"]["members"] += ["blasts"]
     params["tune"]["pick"] = {"blasts": 1}
     here = tmp_path / "here"
@@ -102,6 +103,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     assert head == "params.yaml does not fit:"
     starts = ["seed: Input", "sed: unknown key (did you mean 'seed'?)", "augment.hue: Input"]
     starts += ["task: there is no task 'auer_rods'", "ensembles.apl_aml.members: there is no task 'blasts'"]
+    starts += ["backbones.mobilenet: MobileNet has no layer 'conv_pw_3_rel'"]
     starts += ["tune.pick: there is no task 'blasts'"]
     assert all(any(line.strip().startswith(start) for line in lines) for start in starts), ended.stderr
     assert [path.name for path in here.iterdir()] == ["params.yaml"]

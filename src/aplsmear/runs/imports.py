@@ -19,6 +19,7 @@ WITHOUT_EFFECT = {
     "compute.runtime",
     "data.problems",
     "errors",
+    "layers",
     "params",
     "progress",
     "runs.checksums",
