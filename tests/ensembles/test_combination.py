@@ -28,7 +28,7 @@ from aplsmear.params import Combine, CombineSpace
 from aplsmear.tables import write_table
 
 RIDGE = [Candidate(0, "logistic", "mean", 0.1, 0), Candidate(1, "logistic", "top", 1.0, 0)]
-NETWORK = [Candidate(0, "network", "mean", 1.0, 3)]
+NETWORK = [Candidate(0, "network", "mean", 1.0, 2)]
 AVERAGE = [Candidate(0, "average", "mean", 0.0, 0)]
 
 

@@ -123,7 +123,7 @@ def test_the_page_can_show_a_network_and_a_member_without_scores() -> None:
     incomplete = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, logits=logits))
     text = " ".join(read(page(incomplete)).texts)
     assert "no cell or smear" in text
-    assert "3 hidden units" in text
+    assert "2 hidden units" in text
 
 
 def test_a_card_shows_the_cells_that_count_most_for_and_against_the_diagnosis(html) -> None:

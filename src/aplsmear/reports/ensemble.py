@@ -146,8 +146,12 @@ def _importance(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _members(found: Findings) -> Iterator[dict[str, Any]]:
-    """Each member with its patients, the median of their items, and its weight in the last model."""
-    weights = found.verdicts.combinations[-1].fitted.weights
+    """Each member with its patients, the median of their items, and its weight in the last model.
+
+    A network has weights of hidden units, and none of members.
+    """
+    fitted = found.verdicts.combinations[-1].fitted
+    weights = [None] * len(found.inputs.members) if fitted.hidden.shape[1] else fitted.weights.tolist()
     patients = found.verdicts.table["patient"]
     for place, (name, table) in enumerate(found.inputs.members.items()):
         counts = table[(table["outer_fold"] == 0) & table["patient"].isin(patients)]["items"]
