@@ -317,6 +317,6 @@ def test_a_convolution_whose_bits_depend_on_the_processor_is_refused(shape, open
 
 
 def test_an_unknown_application_is_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(BackboneError, match="no 'MobilNet'"):
+    with pytest.raises(BackboneError, match=r"no network 'MobilNet' \(did you mean 'MobileNet'\?\)"):
         write_graph(tmp_path / "graph", mobilenet(application="MobilNet"), "cell", 1)
     assert not (tmp_path / "graph").exists()
