@@ -166,14 +166,11 @@ def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: lis
     """The combination adapted to these patients; a remark about it is added."""
     import numpy as np
 
-    from aplsmear.prediction.recalibration import adapted
+    from aplsmear.prediction.recalibration import adapted, in_words
 
     new = adapted(combination, np.array([each.logits for each in verdicts]))
-    shift, share = new.offset - combination.offset, new.thresholds["balanced"]
-    remarks.append(
-        f"Adapted to these {len(verdicts)} patients: their logits are shifted by {shift:+.2f}, assuming that "
-        f"about {share:.0%} of them are positive, as in training."
-    )
+    shifted = in_words(combination, new, "them")
+    remarks.append(f"Adapted to these {len(verdicts)} patients: their logits are {shifted}")
     return new
 
 

@@ -23,14 +23,14 @@ from aplsmear.data.dataset import DataSet, DataSetError, pictures_in_both, read_
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.ensembles.baselines import compare
 from aplsmear.ensembles.bundle import Bundle
-from aplsmear.ensembles.combination import Combination, measure
+from aplsmear.ensembles.combination import measure
 from aplsmear.errors import UserError
 from aplsmear.evaluation.columns import Z
 from aplsmear.evaluation.curves import confusion_table, curve_tables, decision_table
 from aplsmear.evaluation.intervals import headline
 from aplsmear.files import write_json
 from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures, verdict_table
-from aplsmear.prediction.recalibration import adapted
+from aplsmear.prediction.recalibration import adapted, in_words
 from aplsmear.reports import pages
 from aplsmear.tables import write_table
 
@@ -121,7 +121,11 @@ def evaluate(
         curves=curves | {"decision": decision_table(label, probability)},
         left_out=found.report["left_out"]
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
-        remarks=[_shift(models.combination, shifted), *([] if trained_on else [_NOT_COMPARED])],
+        remarks=[
+            f"Adapted: all logits are {in_words(models.combination, shifted, 'the patients')} "
+            "No diagnosis was used for this.",
+            *([] if trained_on else [_NOT_COMPARED]),
+        ],
     )
 
 
@@ -261,14 +265,6 @@ def _check_diagnoses(smears: pd.DataFrame, bundle: Bundle, root: Path) -> None:
             f"each diagnosis, but there are {has}. Add patients to wsi.csv, or use `aplsmear predict`, which "
             "needs no diagnoses."
         )
-
-
-def _shift(before: Combination, after: Combination) -> str:
-    return (
-        f"Adapted: all logits are shifted by {after.offset - before.offset:+.2f}, assuming that about "
-        f"{before.thresholds['balanced']:.0%} of the patients are positive, as in training. No diagnosis was "
-        "used for this."
-    )
 
 
 def _rank_correlation(distance: np.ndarray, error: np.ndarray) -> dict[str, float] | None:

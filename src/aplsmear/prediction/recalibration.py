@@ -35,6 +35,12 @@ def adapted(combination: Combination, logits: np.ndarray) -> Combination:
     return replace(combination, offset=combination.offset + shift_of(calibrated, expected))
 
 
+def in_words(before: Combination, after: Combination, whom: str) -> str:
+    """How `adapted` has changed a combination, for a sentence about the logits of `whom`."""
+    shift, share = after.offset - before.offset, before.thresholds["balanced"]
+    return f"shifted by {shift:+.2f}, assuming that about {share:.0%} of {whom} are positive, as in training."
+
+
 def shift_of(logit: np.ndarray, share: float) -> float:
     """What to add to the calibrated logits of a cohort, given its expected share of positives.
 

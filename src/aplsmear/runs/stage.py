@@ -51,8 +51,8 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
         arguments: None: those of this process.
     """
     hide_in_tracebacks()
-    if cpu.note():
-        print(cpu.note(), file=sys.stderr)
+    if note := cpu.note():
+        print(note, file=sys.stderr)
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         inspect.signature(main).bind(*words)
