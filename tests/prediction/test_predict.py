@@ -257,6 +257,7 @@ def evaluated(trained, tmp_path_factory) -> Path:
             row | {"site": "Dresden" if place < 14 else "Leipzig"} for place, row in enumerate(rows)
         ],
     )
+    (data / "wsi" / "smear_0001.jpg").rename(data / "wsi" / "smear_0001.JPG")
     out = data.parent / "evaluated"
     asked = [
         "--ensemble",
@@ -272,6 +273,9 @@ def evaluated(trained, tmp_path_factory) -> Path:
     assert done.exit_code == 0, done.output
     assert "12 patients (6 aml, 6 apl): AUROC" in done.output
     assert "left out: 6 patients with another diagnosis" in done.output
+    remark = "but for the case of the ending, or the Unicode form: rows 2"
+    assert remark in done.output
+    assert remark in (out / "report.html").read_text(encoding="utf-8")
     return out
 
 

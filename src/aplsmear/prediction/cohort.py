@@ -122,6 +122,7 @@ def evaluate(
         left_out=found.report["left_out"]
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
         remarks=[
+            *found.report["remarks"],
             f"Adapted: all logits are {in_words(models.combination, shifted, 'the patients')} "
             "No diagnosis was used for this.",
             *([] if trained_on else [_NOT_COMPARED]),
