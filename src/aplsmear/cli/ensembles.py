@@ -135,6 +135,52 @@ def evaluate(
     )
 
 
+@app.command(rich_help_panel=_PANEL)
+def cross(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR [DIR2]...", help="Labelled data sets, each of one cohort.")
+    ],
+    ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", callback=folder_to_write, help="For the page and the tables.")
+    ] = Path("crossed"),
+) -> None:
+    """Train on each cohort, judge all others: report.html and cross.csv, each number with its interval.
+
+    Of one data set with three or more sites (column `site` of wsi.csv), each site is judged by an ensemble
+    trained on the other sites.
+
+    Each training is the pipeline with the parameters of params.yaml, as an experiment of DVC named
+    cross-NAME-COHORT: `dvc exp show` and `aplsmear compare` show it, and `dvc exp run`'s limits hold. The
+    stages' results stay in DVC's cache. After an interruption, the same command goes on from there. Two
+    cohorts that share a picture are refused, and all shared pictures are named.
+
+    Time: each cohort takes as long as `dvc repro ensemble_NAME`; with the profile deepapl, 15 minutes of CPU
+    time for 82 patients. Judging adds seconds for each pair of cohorts.
+
+    Example: `aplsmear cross /data/dresden /data/leipzig --ensemble apl_aml`
+    """
+    from aplsmear.params import named, read_params
+    from aplsmear.workspace import cross as crossed
+    from aplsmear.workspace.dvc_api import check_repository, fetch, run_experiment
+
+    params = read_params(PARAMS)
+    named(params.ensembles, ensemble, "ensembles")
+    check_repository(Path())
+    cohorts = crossed.cohorts_of(folders)
+    trainings = crossed.plan(cohorts, crossed.read_cohorts(cohorts, params), ensemble, params)
+    found: list[crossed.Judged] = []
+    for place, training in enumerate(trainings, 1):
+        typer.echo(
+            f"{place} of {len(trainings)}: the ensemble {ensemble} is trained on {training.trained_on}"
+        )
+        run_experiment(Path(), training.name, training.settings, training.targets)
+        fetch(Path(), training.name, training.files(out))
+        found += training.judged(out, params)
+    crossed.write_cross(out, found, params, ensemble)
+    typer.echo(f"{out / 'report.html'} is written: open it in a browser")
+
+
 def _print_notes() -> None:
     """Say on stderr what makes the last digits of results differ on this machine."""
     for line in filter(None, (cpu.note(), device_note())):

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from aplsmear.errors import UserError
 from aplsmear.params import flat
+from aplsmear.runs.mend import leftovers, running_dvc
 from aplsmear.workspace import remote as share
 from aplsmear.workspace.compare_page import Compared
 from aplsmear.workspace.experiments import Experiment
@@ -170,6 +171,68 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
             raise UserError(f"`dvc plots diff {' '.join(revisions)}` failed:\n{done.stderr}")
         plots, pictures = _drawn(json.loads(done.stdout)["data"], folder)
     return Compared(revisions, metrics, params, plots, pictures)
+
+
+def check_repository(folder: Path) -> None:
+    """Check that a folder lies in a repository that no killed `dvc exp run` has left in disorder.
+
+    Raises:
+        UserError: it does not; the message says what to type.
+    """
+    with _repository(folder):
+        if (left := list(leftovers(folder))) and not list(running_dvc(folder)):
+            raise UserError(
+                f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
+                "Type `aplsmear mend`, then the same command again."
+            )
+
+
+def run_experiment(folder: Path, name: str, settings: Mapping[str, str], targets: Sequence[str]) -> None:
+    """Run stages as an experiment in a temporary copy of a repository (`dvc exp run --temp`).
+
+    Stages whose results are in DVC's cache are not run again. An older experiment of this name is replaced.
+
+    Args:
+        folder: the top of the repository.
+        name: of the experiment.
+        settings: dotted key of params.yaml -> value, as text; a key that is not there is added.
+        targets: stages.
+
+    Raises:
+        UserError: a stage has failed, or was ended.
+    """
+    dvc = [sys.executable, "-m", "dvc", "exp"]
+    with _repository(folder) as repo:
+        if name in {each for found in repo.experiments.ls().values() for each, _ in found}:
+            repo.experiments.remove(name)
+    quoted = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in settings.items()}
+    changes = [word for key, value in quoted.items() for word in ("--set-param", f"++{key}='{value}'")]
+    done = subprocess.run(
+        [*dvc, "run", "--temp", "--name", name, *changes, *targets], cwd=folder, check=False
+    )
+    if done.returncode:
+        raise UserError(
+            f"The experiment {name} has failed: see above. The same command again goes on after the last "
+            "stage that has finished."
+        )
+
+
+def fetch(folder: Path, revision: str, paths: Mapping[str, Path]) -> None:
+    """Copy files of a revision out of DVC's cache.
+
+    Args:
+        folder: the top of the repository.
+        revision: an experiment, branch, tag or commit.
+        paths: path in the repository -> where the copy goes.
+    """
+    from dvc.api import DVCFileSystem
+    from dvc.scm import resolve_rev
+
+    with _repository(folder) as repo:
+        files = DVCFileSystem(str(folder), rev=resolve_rev(repo.scm, revision))
+    for path, copy in paths.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        files.get_file(path, str(copy))
 
 
 def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
