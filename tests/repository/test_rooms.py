@@ -17,6 +17,7 @@ ORDER = [
     "finetune",
     "ensembles",
     "heads",
+    "exchange",
     "sources",
     "features",
     "data",

@@ -44,12 +44,12 @@ def check(
         other = read_data_set(against, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=False)
         if problems := pictures_in_both(data_set, other):
             raise DataSetError(problems)
-    Console().print(_summary(data_set.report))
+    Console().print(summary(data_set.report))
     if found is None:
         typer.echo("There is no params.yaml here, so it was not checked whether its tasks find their labels.")
 
 
-def _summary(report: Mapping[str, Any]) -> Table:
+def summary(report: Mapping[str, Any]) -> Table:
     """What a data set holds and what was left out."""
     table = Table(title="A valid data set", title_justify="left", show_header=False, box=None)
     table.add_row("smears", f"{report['smears']:,} of {report['patients']:,} patients")

@@ -37,9 +37,9 @@ _AGAIN = "export the table again, as CSV UTF-8"
 
 
 def read_csv(
-    path: Path, wanted: Mapping[str, bool], problems: list[Problem], remarks: list[str]
+    path: Path, wanted: Mapping[str, bool] | None, problems: list[Problem], remarks: list[str]
 ) -> pd.DataFrame | None:
-    """Some columns of a CSV file as text, without spaces at the ends and without a ``'`` before a formula.
+    """Columns of a CSV file as text, without spaces at the ends and without a ``'`` before a formula.
 
     Accepted: comma, semicolon, tab or ``|``, also named in a first line ``sep=;``; any line ends; UTF-8 with
     and without a byte-order mark, UTF-16 with one, Windows-1252 (with a remark); ``="0012"``; empty rows;
@@ -47,7 +47,7 @@ def read_csv(
 
     Args:
         path: the file.
-        wanted: the columns to read, and whether each is required.
+        wanted: the columns to read, and whether each is required; None: all columns.
         problems: new problems are appended.
         remarks: new remarks are appended.
 
@@ -67,7 +67,9 @@ def read_csv(
             if not any(field.strip() for field in record):
                 continue
             if places is None:
-                width, places = len(record), _places(file, number, record, wanted, problems)
+                titles = {title.strip(): False for title in record if title.strip()}
+                columns = titles if wanted is None else wanted
+                width, places = len(record), _places(file, number, record, columns, problems)
                 if places is None:
                     return None
             elif len(record) < width or any(field.strip() for field in record[width:]):

@@ -1,0 +1,145 @@
+"""Commands that read and write the annotations of other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from aplsmear.cli.base import app, folder_to_write
+from aplsmear.cli.data_sets import summary
+from aplsmear.errors import UserError
+
+_PANEL = "Data sets"
+_MIN_BOX = 8  # px
+Kind = Literal["voc", "coco", "labelme", "geojson", "label-studio", "yolo", "kitti", "csv"]
+
+
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    """What a column of a CSV file holds -> its title, from the options --column."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [what for what, sign, title in pairs if not (what and sign and title)]:
+        raise UserError(f"--column {wrong[0]!r} must be WHAT=TITLE, such as picture=filename.")
+    return {what: title for what, _, title in pairs}
+
+
+_ClassFrom = Annotated[
+    Literal["folder", "above", "name", "none"] | None,
+    typer.Option(help="Of single cells: where the class is in a path. Default: where classes are known."),
+]
+_Column = Annotated[
+    list[str] | None,
+    typer.Option(metavar="WHAT=TITLE", help="What a column of a CSV file holds; may be repeated."),
+]
+_Pattern = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Its group, in the path of a picture, is the patient.")
+]
+_Facts = Annotated[
+    Path | None, typer.Option(help="CSV file of pictures or patients: patient, diagnosis, site.")
+]
+_Classes = Annotated[
+    Path | None, typer.Option(metavar="CSV", help="Your names of classes: columns class, cellType.")
+]
+
+
+@app.command("import", rich_help_panel=_PANEL)
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file of annotations, or a folder.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
+    kind: Annotated[Kind | None, typer.Option("--format", help="If SOURCE holds several kinds.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if it is another one.")] = None,
+    patient: _Pattern = None,
+    table: _Facts = None,
+    column: _Column = None,
+    diagnosis: Annotated[str | None, typer.Option(help="Of all: healthy, aml, apl or {'aml', 'm2'}.")] = None,
+    classes: _Classes = None,
+    keep_unknown: Annotated[
+        bool, typer.Option(help="An unknown class becomes a cell type as it is.")
+    ] = False,
+    class_from: _ClassFrom = None,
+    size: Annotated[
+        float | None, typer.Option(metavar="PX", min=1, help="Side of boxes around points.")
+    ] = None,
+    cohort: Annotated[str | None, typer.Option(help="Of the layout of DeepAPL.")] = None,
+    unsigned: Annotated[bool, typer.Option(help="Of DeepAPL: take unsigned slides, too.")] = False,
+    copy: Annotated[bool, typer.Option(help="Copy the pictures. Default: relative links.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print what is found and would be written.")] = False,
+) -> None:
+    """Make a data set from the pictures and annotations of another program or laboratory.
+
+    Read are boxes (Pascal VOC, COCO, YOLO, KITTI, CSV, Label Studio, QuPath GeoJSON, LabelMe), folders of
+    single-cell pictures, and the published layout of DeepAPL. docs/import.md has a walk.
+
+    Example: `aplsmear import /data/annotations.csv --to /data/ours --patient '([^/_]+)_[^/]*$'`
+    """
+    from aplsmear.exchange import importing, sources
+    from aplsmear.exchange.classes import known_classes
+
+    columns = _pairs(column or ())
+    of_source, of_table = ({}, columns) if table else (columns, {})
+    known = known_classes(classes)
+    found, root = sources.read_source(
+        source, known, kind=kind, images=images, columns=of_source, size=size,
+        class_from=class_from, cohort=cohort, unsigned=unsigned,
+    )  # fmt: skip
+    facts = importing.Facts(patient, table, of_table, diagnosis)
+    plan = importing.planned(found, root, known, facts, keep_unknown=keep_unknown)
+    _show(plan, to, copy)
+    if unknown := [label for label, (meaning, _) in plan.classes.items() if meaning is None]:
+        raise UserError(
+            f"Unknown classes: {', '.join(map(repr, unknown))}. Write a table with the columns class and "
+            "cellType, and name it with --classes. Or keep the names as types of cells with --keep-unknown."
+        )
+    if not dry_run:
+        importing.write(plan, to, copy=copy)
+        _check(plan, to)
+
+
+def _show(plan: Any, to: Path, copy: bool) -> None:
+    """Print what was found, and what is written."""
+    typer.echo(f"Found: {plan.what}")
+    rows = Table(box=None, pad_edge=False)
+    for title in ("class", "cellType", "specialCharacteristics", "objectType", "cells"):
+        rows.add_column(title, justify="right" if title == "cells" else "left")
+    for label, (meaning, count) in plan.classes.items():
+        rows.add_row(label or "(none)", *(meaning or ("unknown", "", "")), f"{count:,}")
+    Console().print(rows)
+    for why, names in plan.left_out.items():
+        typer.echo(f"Left out: {len(names):,} {why}: {_few(names)}")
+    patients = _patients(plan)
+    typer.echo(
+        f"Patients: {len(patients):,}"
+        if patients
+        else "Patients: not known, so each picture counts as a patient. Cells of one patient can then be in "
+        "training and test at once, and results look too good. Name them with --patient or --table."
+    )
+    for name, rows_of in (("wsi.csv", plan.smears), ("labeled_cells.csv", plan.cells)):
+        if len(rows_of):
+            typer.echo(f"{to / name}: {len(rows_of):,} rows")
+    typer.echo(f"{to / plan.folder}: {len(plan.pictures):,} {'copies' if copy else 'links'}")
+
+
+def _patients(plan: Any) -> set[str]:
+    tables = [table for table in (plan.smears, plan.cells) if "patient" in table]
+    return {name for table in tables for name in table["patient"]} - {""}
+
+
+def _few(names: Sequence[str]) -> str:
+    from aplsmear.exchange.found import named
+
+    return named(names)
+
+
+def _check(plan: Any, folder: Path) -> None:
+    """Read what was written, as `aplsmear check` does, and print what it holds."""
+    from aplsmear.data.dataset import read_data_set
+
+    titles = (("label", plan.smears), ("diagnosis", plan.cells))
+    labelled = any(title in table and (table[title] != "").any() for title, table in titles)
+    typer.echo(f"{folder} is written. The same as `aplsmear check {folder}`:")
+    data_set = read_data_set(folder, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=labelled)
+    Console().print(summary(data_set.report))

@@ -1,0 +1,156 @@
+"""Annotations of other programs become a data set with the same boxes and classes."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import annotated
+from aplsmear.cli import app
+
+EXPECTED = [
+    (Path(name).stem, f"[{y0}, {x0}, {y1}, {x1}]", f"{{'{label}'}}")
+    for name, x0, y0, x1, y1, label in annotated.CELLS
+]
+
+
+def run(*words: object, code: int = 0) -> str:
+    done = CliRunner().invoke(app, ["import", *map(str, words)])
+    assert done.exit_code == code, done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return " ".join(done.output.split())
+
+
+def table(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def cells(folder: Path) -> list[tuple[str, ...]]:
+    found = table(folder / "labeled_cells.csv")
+    smear = found["wsi"].map(lambda name: Path(name).name)
+    return sorted(zip(smear, found["bbox"], found["cellType"], strict=True))
+
+
+@pytest.mark.parametrize("kind", annotated.ALL, ids=lambda kind: kind.__name__)
+def test_boxes_of_each_program_are_found_out_and_read(kind, tmp_path):
+    said = run(kind(tmp_path / "source"), "--to", tmp_path / "to")
+    assert cells(tmp_path / "to") == sorted(EXPECTED)
+    assert "Promyelocyte" in said
+    assert "2 of 2 patients" in said
+
+
+def test_columns_of_any_title_are_named(tmp_path):
+    path = annotated.csv_shares(tmp_path / "source")
+    assert "no known columns of boxes; it has bild, mx" in run(path, "--to", tmp_path / "to", code=1)
+    named = [word for what, title in annotated.TITLES.items() for word in ("--column", f"{what}={title}")]
+    run(path, "--to", tmp_path / "to", "--format", "csv", *named)
+    assert cells(tmp_path / "to") == sorted(EXPECTED)
+    assert "no column 'nose'" in run(
+        path, "--to", tmp_path / "x", "--format", "csv", "--column", "x0=nose", code=1
+    )
+
+
+def test_pictures_are_relative_links_or_copies_and_nothing_is_overwritten(tmp_path):
+    path = annotated.csv(tmp_path / "source")
+    run(path, "--to", tmp_path / "dry", "--dry-run")
+    assert not (tmp_path / "dry").exists()
+    run(path, "--to", tmp_path / "links")
+    link = tmp_path / "links" / "wsi" / "a.png"
+    assert not link.readlink().is_absolute()
+    run(path, "--to", tmp_path / "copies", "--copy")
+    assert (tmp_path / "copies" / "wsi" / "a.png").read_bytes() == link.read_bytes()
+    before = {each: each.stat().st_mtime_ns for each in (tmp_path / "links").rglob("*")}
+    assert "nothing is overwritten" in run(path, "--to", tmp_path / "links", code=1)
+    assert before == {each: each.stat().st_mtime_ns for each in (tmp_path / "links").rglob("*")}
+
+
+def test_an_unknown_class_is_listed_and_stops_the_import_until_it_is_mapped(tmp_path):
+    path = annotated.csv(tmp_path / "source")
+    path.write_text(path.read_text().replace("Lymphocyte", "Lympho_x"))
+    assert "Unknown classes: 'Lympho_x'" in run(path, "--to", tmp_path / "to", code=1)
+    assert not (tmp_path / "to").exists()
+    own = tmp_path / "own.csv"
+    own.write_text("class,cellType\nLympho_x,Lymphoblast\n")
+    run(path, "--to", tmp_path / "mapped", "--classes", own)
+    run(path, "--to", tmp_path / "kept", "--keep-unknown")
+    assert {kind for *_, kind in cells(tmp_path / "mapped")} == {"{'Lymphoblast'}", "{'Promyelocyte'}"}
+    assert {kind for *_, kind in cells(tmp_path / "kept")} == {"{'Lympho_x'}", "{'Promyelocyte'}"}
+
+
+def test_patients_and_diagnoses_are_of_a_pattern_or_a_table(tmp_path):
+    path = annotated.csv(tmp_path / "source")
+    patients = tmp_path / "patients.csv"
+    patients.write_text("Name,Diagnosis\na,APL\nb,healthy\n")
+    run(
+        path,
+        "--to",
+        tmp_path / "to",
+        "--patient",
+        r"(\w)\.png",
+        "--table",
+        patients,
+        "--column",
+        "patient=Name",
+    )
+    smears = table(tmp_path / "to" / "wsi.csv")
+    assert smears[["label", "patient"]].to_numpy().tolist() == [["{'aml', 'm3'}", "a"], ["{'healthy'}", "b"]]
+    for words, said in (
+        (["--patient", r"(a)\.png"], "finds no patient in 1 paths: images/b.png"),
+        (["--patient", "a"], "needs a group"),
+        (["--patient", "("], "is no regular expression"),
+        (["--diagnosis", "ill"], "Unknown diagnoses: ill"),
+        (["--table", patients], "no column of pictures or patients"),
+    ):
+        assert said in run(path, "--to", tmp_path / "x", *words, code=1)
+
+
+def test_points_get_a_box_of_the_given_size_and_are_listed_without_one(tmp_path):
+    folder = annotated.geojson(tmp_path / "source")
+    path = folder / "b.png.geojson"
+    content = json.loads(path.read_text())
+    content["features"][0]["geometry"] = {"type": "MultiPoint", "coordinates": [[50, 40], [120, 60]]}
+    path.write_text(json.dumps(content))
+    assert "Left out: 2 points" in run(folder, "--to", tmp_path / "without")
+    run(folder, "--to", tmp_path / "to", "--size", 20)
+    assert [box for smear, box, _ in cells(tmp_path / "to") if smear == "b"] == [
+        "[30, 40, 50, 60]",
+        "[50, 110, 70, 130]",
+    ]
+
+
+def test_a_turned_box_of_label_studio_becomes_the_upright_box_around_it(tmp_path):
+    """20 x 10 px, turned by 90 degrees about its upper left corner (100, 50): it lies left of it."""
+    path = annotated.label_studio(tmp_path / "source")
+    tasks = json.loads(path.read_text())
+    value = {"x": 50, "y": 50, "width": 10, "height": 10, "rotation": 90, "rectanglelabels": ["Blast"]}
+    tasks[1]["annotations"][0]["result"][0]["value"] = value
+    path.write_text(json.dumps(tasks))
+    run(path, "--to", tmp_path / "to")
+    assert cells(tmp_path / "to")[-1] == ("b", "[50, 90, 70, 100]", "{'Blast'}")
+
+
+def test_a_folder_with_two_kinds_asks_which_one(tmp_path):
+    folder = annotated.kitti(tmp_path / "source")
+    annotated.csv(folder)
+    for name in ("a.png", "b.png"):
+        (folder / "image_2" / name).unlink()
+    said = run(folder, "--to", tmp_path / "to", code=1)
+    assert "several kinds of annotations: csv (boxes.csv); kitti (a.txt, b.txt)" in said
+    run(folder, "--to", tmp_path / "to", "--format", "kitti")
+    assert cells(tmp_path / "to") == sorted(EXPECTED)
+
+
+def test_annotations_without_their_picture_are_named(tmp_path):
+    path = annotated.coco(tmp_path / "source")
+    (tmp_path / "source" / "train2017" / "b.png").rename(tmp_path / "b.png")
+    assert "no picture below" in run(path, "--to", tmp_path / "to", code=1)
+
+
+def test_an_entity_bomb_is_refused(tmp_path):
+    folder = annotated.voc(tmp_path / "source")
+    levels = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10}">' for n in range(1, 10))
+    bomb = f'<!DOCTYPE a [<!ENTITY l0 "x">{levels}]><annotation><filename>&l9;</filename></annotation>'
+    (folder / "Annotations" / "a.xml").write_text(bomb)
+    assert "not valid XML" in run(folder, "--to", tmp_path / "to", code=1)
