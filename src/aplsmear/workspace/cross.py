@@ -63,7 +63,7 @@ class Training:
 
     name: str
     trained_on: str
-    settings: Mapping[str, str]
+    settings: Mapping[str, str | int]
     targets: Sequence[str]
     results: Mapping[str, str]
     by_site: bool = False
@@ -152,7 +152,7 @@ def plan(
     own = f"ensembles/{ensemble}"
     trainings = []
     for name, root in cohorts.items():
-        settings = {"dataset.root": str(root), "dataset.source": "folder"}
+        settings: dict[str, str | int] = {"dataset.root": str(root), "dataset.source": "folder"}
         results = {name: own}
         if len(cohorts) == 1:
             sites = sorted(set(read[name].smears["site"]) - {""})
@@ -161,7 +161,7 @@ def plan(
                     f"{root} has {len(sites)} sites: leaving one out needs {FEWEST} (column `site` of "
                     "wsi.csv). Or give two or more folders: aplsmear cross DIR DIR2"
                 )
-            settings |= {"split.by": "site", "split.folds": str(len(sites))}
+            settings |= {"split.by": "site", "split.folds": len(sites)}
         others = [other for other in cohorts if other != name]
         for other in others:
             settings |= {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -187,7 +188,9 @@ def check_repository(folder: Path) -> None:
             )
 
 
-def run_experiment(folder: Path, name: str, settings: Mapping[str, str], targets: Sequence[str]) -> None:
+def run_experiment(
+    folder: Path, name: str, settings: Mapping[str, str | int], targets: Sequence[str]
+) -> None:
     """Run stages as an experiment in a temporary copy of a repository (`dvc exp run --temp`).
 
     Stages whose results are in DVC's cache are not run again. An older experiment of this name is replaced.
@@ -195,26 +198,31 @@ def run_experiment(folder: Path, name: str, settings: Mapping[str, str], targets
     Args:
         folder: the top of the repository.
         name: of the experiment.
-        settings: dotted key of params.yaml -> value, as text; a key that is not there is added.
+        settings: dotted key of params.yaml -> value; a key that is not there is added.
         targets: stages.
 
     Raises:
         UserError: a stage has failed, or was ended.
     """
-    dvc = [sys.executable, "-m", "dvc", "exp"]
     with _repository(folder) as repo:
         if name in {each for found in repo.experiments.ls().values() for each, _ in found}:
             repo.experiments.remove(name)
-    quoted = {key: value.replace("\\", "\\\\").replace("'", "\\'") for key, value in settings.items()}
-    changes = [word for key, value in quoted.items() for word in ("--set-param", f"++{key}='{value}'")]
-    done = subprocess.run(
-        [*dvc, "run", "--temp", "--name", name, *changes, *targets], cwd=folder, check=False
-    )
+    changes = [f"--set-param=++{key}={_as_hydra(value)}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "dvc", "exp", "run", "--temp", "--name", name, *changes, *targets]
+    done = subprocess.run(command, cwd=folder, check=False)
     if done.returncode:
         raise UserError(
             f"The experiment {name} has failed: see above. The same command again goes on after the last "
             "stage that has finished."
         )
+
+
+def _as_hydra(value: str | int) -> str:
+    """A value in Hydra's grammar: text in quotes; a backslash escapes only where a quote follows."""
+    if isinstance(value, int):
+        return str(value)
+    doubled = re.sub(r"(\\+)(?='|$)", r"\1\1", value)
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
 def fetch(folder: Path, revision: str, paths: Mapping[str, Path]) -> None:
