@@ -1,4 +1,4 @@
-"""Cut the cells out of their smears and make plain and augmented views of cells and smears."""
+"""Cut the cells out of their pictures; make the views of cells and smears that tasks ask for."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from aplsmear.compute.engine import engine_of
 from aplsmear.data.pseudonyms import Pseudonyms, read_key
 from aplsmear.images.view_store import ViewWriter
-from aplsmear.images.views import all_views, unused_labels
+from aplsmear.images.views import parts_of, unused_labels, views_of_parts
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
 from aplsmear.runs.stage import home, run
@@ -22,12 +22,14 @@ def main() -> None:
     for label in unused_labels(params.augment.extra_views, [smears, cells]):
         print(f"augment.extra_views: no item has the label {label!r}", file=sys.stderr)
     names = Pseudonyms(read_key(os.environ, home())) if params.dataset.pseudonymise else None
-    files = names.files(root, smears["image"]) if names else None
+    levels = list(read_table(Path("dataset/levels.csv"))["level"])
+    files = names.files(root, smears, cells) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     with engine_of(params, [root]) as engine, ViewWriter(out) as writer:
-        views = all_views(root, smears, cells, params.augment, params.seed, engine, files)
-        for of_smear in progress(views, "smears", len(smears)):
-            writer.write(of_smear)
+        parts = list(parts_of(root, smears, cells, params.augment, files))
+        views = views_of_parts(parts, params.augment, params.seed, engine, levels)
+        for of_part in progress(views, "parts", len(parts)):
+            writer.write(of_part)
 
 
 if __name__ == "__main__":

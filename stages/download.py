@@ -6,6 +6,7 @@ from pathlib import Path
 from aplsmear.compute.engine import engine_of
 from aplsmear.data.dataset import DataSetError, print_problems, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms, read_key
+from aplsmear.data.tasks import levels_of
 from aplsmear.files import write_json
 from aplsmear.params import read_params
 from aplsmear.runs.stage import home, run
@@ -33,6 +34,7 @@ def main() -> int:
         return 1
     write_table(OUT / "smears.csv", found.smears)
     write_table(OUT / "cells.csv", found.cells)
+    write_table(OUT / "levels.csv", levels_of(params.tasks))
     write_json(OUT / "report.json", found.report)
     for remark in found.report["remarks"]:
         print(remark)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from aplsmear.data.tasks import patient_rows
 from aplsmear.evaluation.splits import make_folds
 from aplsmear.params import read_params
 from aplsmear.runs.stage import run
@@ -10,8 +11,8 @@ from aplsmear.tables import read_table, write_table
 
 def main() -> None:
     params = read_params(Path("params.yaml"))
-    smears = read_table(Path("dataset/smears.csv"))
-    folds = make_folds(smears, params.split.folds, params.seed, params.split.by)
+    patients = patient_rows(*(read_table(Path(f"dataset/{level}s.csv")) for level in ("smear", "cell")))
+    folds = make_folds(patients, params.split.folds, params.seed, params.split.by)
     write_table(Path("splits/folds.csv"), folds)
 
 

@@ -112,6 +112,7 @@ CELLS = pd.DataFrame(
     {
         "cell": ["1", "2", "3"],
         "smear": ["1", "1", "3"],
+        "patient": ["P1", "P1", "P3"],
         "special_characteristics": ["Auer rods|Faggot cell", "None", ""],
         "diagnosis": ["apl", "apl", "healthy"],
         "y0": [30, 0, 10],
@@ -121,7 +122,12 @@ CELLS = pd.DataFrame(
     }
 )
 SMEARS = pd.DataFrame(
-    {"smear": ["1", "2", "3"], "image": ["a.png", "b.png", "c.png"], "diagnosis": ["apl", "aml", "healthy"]}
+    {
+        "smear": ["1", "2", "3"],
+        "patient": ["P1", "P2", "P3"],
+        "image": ["a.png", "b.png", "c.png"],
+        "diagnosis": ["apl", "aml", "healthy"],
+    }
 )
 
 

@@ -70,7 +70,7 @@ def predict(
         found = read_data_set(
             data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
         )
-        check_input(bundle, found.cells, data)
+        check_input(bundle, found.smears, found.cells, data)
         each = judge_patients(models, data, found.smears, found.cells, engine)
         verdicts = keep_pictures(each, CARDS if report else 0)
     combination, remarks = models.combination, list(found.report["remarks"])

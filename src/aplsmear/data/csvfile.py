@@ -37,7 +37,7 @@ _AGAIN = "export the table again, as CSV UTF-8"
 
 
 def read_csv(
-    path: Path, wanted: Mapping[str, bool] | None, problems: list[Problem], remarks: list[str]
+    path: Path, wanted: Mapping[str, bool | str] | None, problems: list[Problem], remarks: list[str]
 ) -> pd.DataFrame | None:
     """Columns of a CSV file as text, without spaces at the ends and without a ``'`` before a formula.
 
@@ -47,7 +47,8 @@ def read_csv(
 
     Args:
         path: the file.
-        wanted: the columns to read, and whether each is required; None: all columns.
+        wanted: the columns to read, and whether each is required (a name: unless this column is there);
+            None: all columns.
         problems: new problems are appended.
         remarks: new remarks are appended.
 
@@ -136,12 +137,14 @@ def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None
 
 
 def _places(
-    file: str, row: int, header: list[str], wanted: Mapping[str, bool], problems: list[Problem]
+    file: str, row: int, header: list[str], wanted: Mapping[str, bool | str], problems: list[Problem]
 ) -> dict[str, int] | None:
     """Position of each wanted column; None if a required one is missing or one is there twice."""
     titles = [title.strip() for title in header]
     doubled = [title for title, count in Counter(titles).items() if count > 1 and title in wanted]
-    missing = [title for title, required in wanted.items() if required and title not in titles]
+    missing = [
+        title for title, required in wanted.items() if required and not {title, required} & set(titles)
+    ]
     for title in doubled:
         expected, fix = "each column once in the header", "rename or delete one of the two columns"
         problems.append(Problem(file, row, title, expected=expected, fix=fix))

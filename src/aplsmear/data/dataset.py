@@ -12,22 +12,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pandera.pandas as pa
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data import boxes, labels, schema
-from aplsmear.data.copies import Fingerprint, same_pictures
+from aplsmear.data.copies import same_pictures
 from aplsmear.data.csvfile import read_csv
-from aplsmear.data.names import image_path, name_problems, read_distinct
+from aplsmear.data.names import declaration, image_path, look_alikes, name_problems, read_distinct
 from aplsmear.data.notes import Notes, listed, sorted_ids
-from aplsmear.data.pictures import BOX_COLUMNS, on_disk, with_boxes, with_images, without_copies
+from aplsmear.data.pictures import (
+    BOX_COLUMNS,
+    as_cells,
+    boxes_of,
+    on_disk,
+    with_boxes,
+    with_images,
+    without_copies,
+)
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, LABELS_OF_CELLS, SMEARS_FILE
-from aplsmear.data.tasks import ANY, task_items, task_labels
+from aplsmear.data.schema import CELLS_FILE, LABELS_OF_CELLS, SINGLE_CELL, SMEAR, SMEARS_FILE, Shown
+from aplsmear.data.tasks import ANY, patient_rows, task_items, task_labels
 from aplsmear.params import Task
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import misspelt
@@ -46,13 +54,15 @@ __all__ = [
 SMEAR_COLUMNS = ("smear", "image", "patient", "site", "diagnosis", "fab", "labels", "width", "height")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
 CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX_COLUMNS)
+SINGLE_COLUMNS = ("image", "site")  # of cells, only if some have pictures of their own
 
 _Hide = Callable[[str, str], str]  # kind of name, name -> pseudonym
 _KINDS = {  # file -> column -> kind of the names in it
     SMEARS_FILE: {"id": "smear", "imgName": "image", "patient": "patient"},
-    CELLS_FILE: {"id": "cell", "wsi": "smear"},
+    CELLS_FILE: {"id": "cell", "wsi": "smear", "imgName": "image", "patient": "patient"},
 }
 _PATH = "correct the path of the folder"
+_LEAK = ". A patient can then be in training and test at once, and results look too good"
 _UNLABELLED = labels.SmearLabels((), (), "", ())
 _SOURCE = {column: (CELLS_FILE, title) for title, (column, _) in LABELS_OF_CELLS.items()}
 _SOURCE |= {"diagnosis": (SMEARS_FILE, "label"), "fab": (SMEARS_FILE, "label")}
@@ -64,15 +74,18 @@ class DataSet:
 
     Attributes:
         smears: one row for each smear, columns `SMEAR_COLUMNS`; width and height in px.
-        cells: one row for each cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear.
+        cells: one row for each cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear. If
+            some cells have pictures of their own, also `SINGLE_COLUMNS`: these cells stand last, sorted by
+            patient, the smear is '', and the box is the whole picture.
         report: counts, what was left out and why, remarks; ready for JSON.
-        fingerprints: of the picture of each smear, in the order of `smears`; empty if they were not decoded.
+        pictures: ``image``, ``file`` (the table that names it) and ``fingerprint`` of each picture; empty if
+            they were not decoded.
     """
 
     smears: pd.DataFrame
     cells: pd.DataFrame
     report: dict[str, Any]
-    fingerprints: list[Fingerprint]
+    pictures: pd.DataFrame
 
 
 def read_data_set(
@@ -106,47 +119,65 @@ def read_data_set(
     """
     notes = Notes()
     hide = pseudonyms.of if pseudonyms else _unhidden
-    raw_smears, raw_cells = _raw_tables(root, labelled, hide, notes)
-    smears = _smears(raw_smears, labelled, hide, notes)
-    cells = _cells(raw_cells, raw_smears, labelled, notes)
+    raw = _raw_tables(root, labelled, hide, notes)
+    smears = _pictured(raw.smears, SMEAR, labelled, hide, notes)
+    cells = _cells(raw.cells, raw.smears, labelled, notes)
+    singles = _pictured(raw.singles, SINGLE_CELL, labelled, hide, notes)
+    _check_across(raw, smears, singles, hide, notes)
     if labelled:
-        _check_spelling(cells, tasks, notes)
+        _check_spelling(_joined(cells, singles), tasks, notes)
         if not notes.problems:  # else a class can seem empty because its rows have problems
-            _check_tasks(smears, _with_patients(cells, smears), tasks, notes)
-    smears = with_images(smears, cells, root, engine, check_images, skip_bad_images, labelled, notes)
-    smears = without_copies(smears, _has_patients(raw_smears), notes)
+            _check_tasks(smears, _joined(_with_patients(cells, smears), singles), tasks, notes)
+    see = partial(with_images, root, engine, check_images, skip_bad_images, labelled, notes)
+    smears = without_copies(see(smears, SMEAR, boxes_of(cells)), SMEAR, _has_patients(raw.smears), notes)
     cells = with_boxes(cells, smears, min_box, notes)
-    if labelled:
-        undiagnosed = smears["diagnosis"] == ""
-        notes.left_out["smears_without_diagnosis"] = listed(smears["smear"][undiagnosed])
-        smears = smears[~undiagnosed]
-    known = cells["smear"].isin(set(smears["smear"]))
-    notes.left_out["cells_of_left_out_smears"] = listed(cells["cell"][~known])
-    cells = _with_patients(cells[known], smears)
+    if len(raw.singles):
+        seen = without_copies(see(singles, SINGLE_CELL, {}), SINGLE_CELL, _has_patients(raw.singles), notes)
+        singles = as_cells(seen, min_box, notes)
+    smears, every = _usable(smears, cells, singles, labelled, notes)
     if labelled and not notes.problems:  # again: a class can be empty after smears and cells are left out
-        _check_tasks(smears, cells, tasks, notes)
-    if smears.empty and not notes.problems:
-        notes.problems.append(Problem(SMEARS_FILE, expected="at least one usable smear", fix="add smears"))
+        _check_tasks(smears, every, tasks, notes)
+    if smears.empty and every.empty and not notes.problems:
+        lacking = SMEAR if raw.singles.empty else SINGLE_CELL
+        expected, fix = f"at least one usable {lacking.item}", f"add {lacking.item}s"
+        notes.problems.append(Problem(lacking.file, expected=expected, fix=fix))
     if notes.problems:
         raise DataSetError(notes.problems)
-    report = _report(smears, cells, tasks, notes)
-    ordered = _in_order(smears, SMEAR_COLUMNS)
-    prints = [one for one in smears.set_index("smear")["fingerprint"][ordered["smear"]] if one is not None]
-    return DataSet(ordered, _in_order(cells, CELL_COLUMNS), report, prints)
+    return _data_set(smears, every, tasks, notes)
+
+
+def _data_set(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes) -> DataSet:
+    """The tables in order, with the report."""
+    in_smears, singles = cells[cells["smear"] != ""], cells[cells["smear"] == ""]
+    columns = [*CELL_COLUMNS, *(SINGLE_COLUMNS if len(singles) else ())]
+    ordered = _in_order(smears, "smear")
+    pictured = [
+        ordered.assign(table=SMEARS_FILE),
+        _in_order(singles, "patient", "cell").assign(table=CELLS_FILE),
+    ]
+    pictures = _joined(*pictured) if len(singles) else pictured[0]
+    every = _joined(_in_order(in_smears, "smear", "cell"), pictured[1])[columns]
+    return DataSet(
+        ordered[list(SMEAR_COLUMNS)],
+        every.fillna(dict.fromkeys(SINGLE_COLUMNS, "")).reset_index(drop=True),
+        _report(smears, cells, tasks, notes),
+        pictures[["image", "table", "fingerprint"]].dropna().reset_index(drop=True),
+    )
 
 
 def pictures_in_both(data_set: DataSet, other: DataSet) -> list[Problem]:
-    """A problem for each smear whose picture is in another data set, too, for instance in the training set.
+    """A problem for each picture that is in another data set, too, for instance in the training set.
 
     Both must have been read with `check_images`. Names of patients are not compared: two hospitals can use
     the same numbers.
     """
-    found = {}
-    for mine, theirs in same_pictures(data_set.fingerprints, other.fingerprints):
-        smear, copy = data_set.smears.iloc[mine], other.smears.iloc[theirs]
+    found: dict[int, Problem] = {}
+    prints = [list(each.pictures["fingerprint"]) for each in (data_set, other)]
+    for mine, theirs in same_pictures(*prints):
+        picture, copy = data_set.pictures.iloc[mine], other.pictures.iloc[theirs]
         expected = f"a picture that is not in the other data set; there, {copy['image']} shows the same"
         fix = "take it, and all of its patient, out of one of the two data sets"
-        found[mine] = Problem(SMEARS_FILE, None, "imgName", smear["image"], expected=expected, fix=fix)
+        found[mine] = Problem(picture["table"], None, "imgName", picture["image"], expected=expected, fix=fix)
     return list(found.values())
 
 
@@ -158,14 +189,13 @@ def names_of(root: Path) -> list[tuple[str, str]]:
     """
     notes = Notes()
     found: set[tuple[str, str]] = set()
-    for declared in (schema.SMEARS, schema.CELLS):
-        name = str(declared.name)
-        table = _read(root, declared, False, _unhidden, notes) if (root / name).exists() else None
+    for shown in (SMEAR, SINGLE_CELL):
+        table = _read(root, shown, False, _unhidden, notes) if (root / shown.file).exists() else None
         if table is None:
             continue
-        for column, kind in _KINDS[name].items():
-            names = table[column].map(image_path) if column == "imgName" else table.get(column, ())
-            found |= {(kind, each) for each in names if each}
+        for column, kind in _KINDS[shown.file].items():
+            names = table[column][table[column] != ""] if column in table else ()
+            found |= {(kind, image_path(each, shown.folder) if kind == "image" else each) for each in names}
     if not found:
         notes.problems.append(Problem(SMEARS_FILE, expected="a table of smears", fix=_PATH))
         raise DataSetError(notes.problems)
@@ -175,63 +205,89 @@ def names_of(root: Path) -> list[tuple[str, str]]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _raw_tables(
-    root: Path, labelled: bool, hide: _Hide, notes: Notes
-) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    """The tables of smears and of cells, as text; no table of cells where there is no such file.
+class _Raw(NamedTuple):
+    """The tables as text; the index is the number of the row."""
+
+    smears: pd.DataFrame
+    cells: pd.DataFrame  # in smears
+    singles: pd.DataFrame  # cells with pictures of their own
+
+
+def _raw_tables(root: Path, labelled: bool, hide: _Hide, notes: Notes) -> _Raw:
+    """The rows of the tables. Without a table of cells, or of smears if all cells have pictures: no rows.
 
     Raises:
-        DataSetError: there is no folder, or its table of smears cannot be read.
+        DataSetError: there is no folder, or a table that is needed cannot be read.
     """
-    smears = cells = None
-    if root.is_dir():
-        notes.distinct = read_distinct(root, hide, notes.problems)
-        smears = _read(root, schema.SMEARS, labelled, hide, notes)
-        if (root / CELLS_FILE).exists():
-            cells = _read(root, schema.CELLS, labelled, hide, notes)
-        else:
-            notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
+    if not root.is_dir():
+        raise DataSetError([Problem(str(root), expected=f"a folder with {SMEARS_FILE}", fix=_PATH)])
+    notes.distinct = read_distinct(root, hide, notes.problems)
+    smears: pd.DataFrame | None = None
+    if (root / SMEARS_FILE).exists():
+        smears = _read(root, SMEAR, labelled, hide, notes)
+    cells = pd.DataFrame(columns=["id", "wsi", "bbox", "imgName"], dtype=object)
+    if (root / CELLS_FILE).exists():
+        read = _read(root, SINGLE_CELL, labelled, hide, notes)
+        cells = cells if read is None else read.assign(imgName=read.get("imgName", ""))
     else:
-        notes.problems.append(Problem(str(root), expected=f"a folder with {SMEARS_FILE}", fix=_PATH))
+        notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
+    single = cells["imgName"] != ""
+    if not (root / SMEARS_FILE).exists():
+        only_singles = len(cells) > 0 and single.all()
+        empty = pd.DataFrame(columns=["id", "imgName", "label"], dtype=object)
+        smears = empty if only_singles else _read(root, SMEAR, labelled, hide, notes)
     if smears is None:
         raise DataSetError(notes.problems)
-    return smears, cells
+    return _Raw(smears, cells[~single], cells[single])
 
 
-def _read(
-    root: Path, declared: pa.DataFrameSchema, labelled: bool, hide: _Hide, notes: Notes
-) -> pd.DataFrame | None:
+def _read(root: Path, shown: Shown, labelled: bool, hide: _Hide, notes: Notes) -> pd.DataFrame | None:
     """The known columns of a CSV file; fields that break a rule are noted and stay in the table.
 
     Names get their pseudonyms, except those of pictures, which are still needed.
     """
-    file = str(declared.name)
-    kinds = _KINDS[file]
-    wanted = declared if labelled else schema.without_labels(declared)
-    required = {name: column.required for name, column in wanted.columns.items()}
-    table = read_csv(root / file, required, notes.problems, notes.remarks)
+    file, kinds = shown.file, _KINDS[shown.file]
+    both = (schema.CELLS, schema.SINGLE_CELLS) if shown is SINGLE_CELL else (schema.SMEARS,)
+    declared, *others = both if labelled else map(schema.without_labels, both)
+    wanted: dict[str, bool | str] = {name: each.required for name, each in declared.columns.items()}
+    for single in others:
+        wanted |= dict.fromkeys(schema.PLACE, "imgName") | dict.fromkeys(
+            single.columns.keys() - wanted, False
+        )
+    table = read_csv(root / file, wanted, notes.problems, notes.remarks)
     if table is None:
         return None
+    if others and "imgName" not in table:
+        table = table.drop(columns=schema.OF_SINGLES, errors="ignore")
     for column in schema.IDS.intersection(table.columns):
-        names, kept, shown = (
+        names, kept, shows = (
             _mapped(table[column], labels.tidy),
             set(),
             hide if column in kinds else _unhidden,
         )
         if column in ("patient", "site"):
-            notes.problems += name_problems(file, column, names, shown, notes.distinct)
-            kept = {name for name in names.unique() if notes.distinct.has(column, shown(column, name))}
+            notes.problems += name_problems(file, column, names, shows, notes.distinct)
+            kept = {name for name in names.unique() if notes.distinct.has(column, shows(column, name))}
         table[column] = names.where(names.isin(kept), _mapped(names, _id))
-    for problem in schema.problems_of(table, wanted):
+    for problem in _broken_rules(table, declared, *others):
         kind = kinds.get(problem.column)
         value = hide(kind, problem.value) if kind else problem.value
         notes.problems.append(replace(problem, value=value))
     if "imgName" in table:
-        table["imgName"] = on_disk(root, table["imgName"], notes)
+        table["imgName"] = on_disk(root, table["imgName"], shown, notes)
     for column, kind in kinds.items():
         if column in table and column != "imgName":
             table[column] = _mapped(table[column], partial(hide, kind))
     return table
+
+
+def _broken_rules(
+    table: pd.DataFrame, declared: pa.DataFrameSchema, single: pa.DataFrameSchema | None = None
+) -> list[Problem]:
+    """The fields that break a rule. A row with a picture follows the rules of `single`."""
+    if single is None or "imgName" not in table:
+        return schema.problems_of(table, declared)
+    return schema.problems_of_cells(table, declared, single)
 
 
 def _unhidden(kind: str, name: str) -> str:  # noqa: ARG001 (the arguments of `Pseudonyms.of`)
@@ -248,34 +304,39 @@ def _id(text: str) -> str:
     return re.sub(r"(?a)^(\d+)[.,]0+$", r"\1", labels.tidy(text))
 
 
-def _smears(raw: pd.DataFrame, labelled: bool, hide: _Hide, notes: Notes) -> pd.DataFrame:
-    """`SMEAR_COLUMNS` without the sizes, and `file`, the path of the image below the folder of the data set.
+def _pictured(raw: pd.DataFrame, shown: Shown, labelled: bool, hide: _Hide, notes: Notes) -> pd.DataFrame:
+    """Smears, or single cells: `SMEAR_COLUMNS`, or those of cells; without sizes and boxes.
 
-    Rows without a usable id or image name are dropped; their problems are noted already.
+    `file` is the path of the image below the folder of the data set. Rows without a usable id or image name
+    are dropped; their problems are noted already.
     """
-    cleaned = list(_mapped(raw["label"], _smear_labels)) if labelled else [_UNLABELLED] * len(raw)
-    dropped = Counter(label for one in cleaned for label in one.dropped)
-    notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
-    files = raw["imgName"].map(image_path)
-    smears = pd.DataFrame(
+    given = labelled and shown.diagnosis in raw
+    cleaned = list(_mapped(raw[shown.diagnosis], _smear_labels)) if given else [_UNLABELLED] * len(raw)
+    files = raw["imgName"].map(partial(image_path, folder=shown.folder))
+    items = pd.DataFrame(
         {
-            "smear": raw["id"],
+            shown.item: raw["id"],
             "image": _mapped(files, partial(hide, "image")),
             "file": files,
             "site": raw.get("site", ""),
             "diagnosis": [one.diagnosis for one in cleaned],
             "fab": [SEPARATOR.join(one.fab) for one in cleaned],
-            "labels": [SEPARATOR.join(one.labels) for one in cleaned],
         },
         index=raw.index,
         dtype=object,
     )
-    smears["patient"] = _patients(raw, smears["diagnosis"], notes)
-    smears = smears[(raw["imgName"] != "") & ~raw["imgName"].map(schema.leaves_folder).astype(bool)]
-    repeated = smears["image"][smears["image"].duplicated(keep=False)].str.removeprefix(f"{IMAGE_FOLDER}/")
+    if shown is SMEAR:
+        dropped = Counter(label for one in cleaned for label in one.dropped)
+        notes.changed["labels_dropped"] = dict(sorted(dropped.items()))
+        items["labels"] = [SEPARATOR.join(one.labels) for one in cleaned]
+    else:
+        items = items.assign(smear="", **_labels_of_cells(raw, labelled))
+    items["patient"] = _patients(raw, items["diagnosis"], shown, notes) if len(raw) else raw["id"]
+    items = items[(raw["imgName"] != "") & ~raw["imgName"].map(schema.leaves_folder).astype(bool)]
+    repeated = items["image"][items["image"].duplicated(keep=False)].str.removeprefix(f"{shown.folder}/")
     expected, fix = "a picture that no other row names", "correct the name, or delete one of the rows"
-    notes.add(SMEARS_FILE, "imgName", repeated, expected, fix)
-    return smears[(smears["smear"] != "") & ~raw["id"].duplicated()[smears.index]]
+    notes.add(shown.file, "imgName", repeated, expected, fix)
+    return items[(items[shown.item] != "") & ~raw["id"].duplicated()[items.index]]
 
 
 def _smear_labels(text: str) -> labels.SmearLabels:
@@ -290,38 +351,88 @@ def _has_patients(raw: pd.DataFrame) -> bool:
     return "patient" in raw and bool((raw["patient"] != "").any())
 
 
-def _patients(raw: pd.DataFrame, diagnosis: pd.Series, notes: Notes) -> pd.Series:
+def _patients(raw: pd.DataFrame, diagnosis: pd.Series, shown: Shown, notes: Notes) -> pd.Series:
+    alone = f"each {shown.item} counts as a patient"
     if not _has_patients(raw):
-        notes.remarks.append("no patient column: each smear counts as a patient")
+        notes.remarks.append(f"no patient column: {alone}{'' if shown is SMEAR else _LEAK}")
         return raw["id"]
     given = raw["patient"]
-    fix = "enter it, or delete the column: then each smear counts as a patient"
-    notes.add(SMEARS_FILE, "patient", given[given == ""], "the patient of every smear, or of none", fix)
+    fix = f"enter it, or delete the column: then {alone}"
+    notes.add(
+        shown.file, "patient", given[given == ""], f"the patient of every {shown.item}, or of none", fix
+    )
     known = (diagnosis != "") & (given != "")
     for _, found in diagnosis[known].groupby(given[known]):
         first = found.sort_index().drop_duplicates()
         if len(first) > 1:
             where = ", ".join(f"{one} in row {row}" for row, one in first.items())
             expected = f"one diagnosis for each patient, not {where}"
-            notes.add(
-                SMEARS_FILE, "patient", given[found.index], expected, "correct the label or the patient"
-            )
+            fix = f"correct the {shown.diagnosis} or the patient"
+            notes.add(shown.file, "patient", given[found.index], expected, fix)
     return given
 
 
-def _cells(raw: pd.DataFrame | None, raw_smears: pd.DataFrame, labelled: bool, notes: Notes) -> pd.DataFrame:
+def _check_across(raw: _Raw, smears: pd.DataFrame, singles: pd.DataFrame, hide: _Hide, notes: Notes) -> None:
+    """Note patients whose smears and single cells contradict each other, or have names that look alike."""
+    if smears.empty or singles.empty:
+        return
+    if not (_has_patients(raw.smears) and _has_patients(raw.singles)):
+        expected, fix = f"the patient in {SMEARS_FILE} and in {CELLS_FILE}", "add the column to both tables"
+        notes.problems.append(Problem(CELLS_FILE, None, "patient", expected=expected, fix=fix))
+        return
+    there = smears.drop_duplicates("patient").set_index("patient")["diagnosis"]
+    other = singles["patient"].map(there).fillna("")
+    wrong = (other != "") & (singles["diagnosis"] != "") & (other != singles["diagnosis"])
+    expected, fix = f"the diagnosis of this patient in {SMEARS_FILE}", "correct the diagnosis or the patient"
+    notes.add(CELLS_FILE, "patient", singles["patient"][wrong], expected, fix)
+    if hide is _unhidden:
+        ours = set(singles["patient"])
+        for pair in look_alikes([*ours, *there.index], partial(notes.distinct.declares, "patient")):
+            if len(ours.intersection(pair)) == 1:
+                expected = (
+                    f"one name for one patient; {SMEARS_FILE} and {CELLS_FILE} have {' and '.join(pair)}"
+                )
+                fix = f"write both in the same way, or, {declaration('patient', *pair)}"
+                notes.problems.append(Problem(CELLS_FILE, None, "patient", expected=expected, fix=fix))
+
+
+def _usable(
+    smears: pd.DataFrame, cells: pd.DataFrame, singles: pd.DataFrame, labelled: bool, notes: Notes
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The smears, and cells of both kinds, that have a diagnosis, if the data set must have them.
+
+    If no item has one, single cells stay: their types are known.
+    """
+    kept = [(items["diagnosis"] != "") | (not labelled) for items in (smears, singles)]
+    if labelled:
+        notes.left_out["smears_without_diagnosis"] = listed(smears["smear"][~kept[0]])
+    if len(singles) and labelled and (kept[0].any() or kept[1].any()):
+        notes.left_out["cells_without_diagnosis"] = listed(singles["cell"][~kept[1]])
+        singles = singles[kept[1]]
+    smears = smears[kept[0]]
+    known = cells["smear"].isin(set(smears["smear"]))
+    notes.left_out["cells_of_left_out_smears"] = listed(cells["cell"][~known])
+    return smears, _joined(_with_patients(cells[known], smears), singles)
+
+
+def _cells(raw: pd.DataFrame, raw_smears: pd.DataFrame, labelled: bool, notes: Notes) -> pd.DataFrame:
     """cell, smear, bbox (text) and labels; rows without a usable id, smear or box are dropped and noted."""
-    if raw is None:
-        raw = pd.DataFrame(columns=["id", "wsi", "bbox"], dtype=object)
     known = raw["wsi"].isin(set(raw_smears["id"]))
     expected, fix = f"the id of a smear in {SMEARS_FILE}", "correct it, add the smear, or delete the row"
     notes.add(CELLS_FILE, "wsi", raw["wsi"][~known & (raw["wsi"] != "")], expected, fix)
     cells = pd.DataFrame({"cell": raw["id"], "smear": raw["wsi"], "bbox": raw["bbox"]}, dtype=object)
-    for column, (name, _) in LABELS_OF_CELLS.items():
-        cells[name] = _mapped(raw[column], _cell_labels) if labelled and column in raw else ""
+    cells = cells.assign(**_labels_of_cells(raw, labelled))
     numbers = _mapped(raw["bbox"], lambda text: boxes.numbers_of(text) if text else ())
     cells["numbers"], readable = numbers, numbers.notna()
     return cells[known & readable & (raw["id"] != "") & ~raw["id"].duplicated()]
+
+
+def _labels_of_cells(raw: pd.DataFrame, labelled: bool) -> dict[str, Any]:
+    """The label columns of cells, joined; '' where there are none."""
+    return {
+        name: _mapped(raw[column], _cell_labels) if labelled and column in raw else ""
+        for column, (name, _) in LABELS_OF_CELLS.items()
+    }
 
 
 def _cell_labels(text: str) -> str:
@@ -391,20 +502,25 @@ def _label_counts(column: pd.Series) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def _in_order(table: pd.DataFrame, columns: tuple[str, ...]) -> pd.DataFrame:
-    """These columns, rows sorted by smear, then by cell."""
-    keys = [column for column in ("smear", "cell") if column in columns]
+def _joined(cells: pd.DataFrame, singles: pd.DataFrame) -> pd.DataFrame:
+    """The rows of both tables."""
+    return pd.concat([cells, singles]) if len(cells) and len(singles) else singles if len(singles) else cells
+
+
+def _in_order(table: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """Rows sorted by names in these columns."""
 
     def rank(ids: pd.Series) -> pd.Series:
         return ids.map({one: number for number, one in enumerate(sorted_ids(ids.unique()))})
 
-    return table[list(columns)].sort_values(keys, key=rank, ignore_index=True, kind="stable")
+    return table.sort_values(list(keys), key=rank, ignore_index=True, kind="stable")
 
 
 def _report(
     smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes
 ) -> dict[str, Any]:
-    tables = {"smears": smears, "patients": smears.drop_duplicates("patient"), "cells": cells}
+    patients = patient_rows(smears, cells).drop_duplicates("patient")
+    tables = {"smears": smears, "patients": patients, "cells": cells}
     found = {
         name: task_labels(task_items(cells if task.images == "cell" else smears, task.level), task)
         for name, task in tasks.items()
@@ -414,7 +530,7 @@ def _report(
         "cells_with_type": int((cells["cell_type"] != "").sum()),
         "by_diagnosis": {
             diagnosis: {name: int((table["diagnosis"] == diagnosis).sum()) for name, table in tables.items()}
-            for diagnosis in filter(None, smears["diagnosis"].unique())
+            for diagnosis in filter(None, patients["diagnosis"].unique())
         },
         "labels": {column: _label_counts(cells[column]) for column in CELL_LABELS},
         "fab": _label_counts(smears["fab"]),

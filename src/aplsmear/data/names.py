@@ -23,7 +23,7 @@ from confusable_homoglyphs.confusables import is_confusable
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.labels import tidy
 from aplsmear.data.problems import Problem
-from aplsmear.data.schema import IMAGE_FOLDER
+from aplsmear.data.schema import CELL_FOLDER, IMAGE_FOLDER
 
 DISTINCT_FILE = "distinct.csv"
 KINDS = ("patient", "site", "image")
@@ -80,14 +80,17 @@ def read_distinct(root: Path, hide: Callable[[str, str], str], problems: list[Pr
             problems.append(Problem(DISTINCT_FILE, row, "what", what, expected=expected, fix=fix))
             continue
         both = frozenset(tidy(text) for text in (name, other) if text)
-        full = frozenset(image_path(each) for each in both) if what == "image" else both
-        pairs |= {(what, both), (what, full), (what, frozenset(hide(what, each) for each in full))}
+        pairs.add((what, both))
+        for folder in (IMAGE_FOLDER, CELL_FOLDER) if what == "image" else ():
+            full = frozenset(image_path(each, folder) for each in both)
+            pairs |= {(what, full), (what, frozenset(hide(what, each) for each in full))}
+        pairs.add((what, frozenset(hide(what, each) for each in both)))
     return Distinct(frozenset(pairs))
 
 
-def image_path(name: str) -> str:
-    """The path of a picture below the folder of its data set."""
-    return str(PurePosixPath(IMAGE_FOLDER, name.replace("\\", "/")))
+def image_path(name: str, folder: str = IMAGE_FOLDER) -> str:
+    """The path of a picture, named as in its table, below the folder of its data set."""
+    return str(PurePosixPath(folder, name.replace("\\", "/")))
 
 
 def declaration(kind: str, name: str, other: str = "") -> str:

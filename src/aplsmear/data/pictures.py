@@ -1,11 +1,11 @@
-"""The pictures of smears, and the boxes of cells in them: read once, compared and checked."""
+"""Pictures of smears and of single cells, and the boxes of cells: read once, compared and checked."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -21,7 +21,7 @@ from aplsmear.data.names import declaration, image_path
 from aplsmear.data.notes import Notes, listed, sorted_ids
 from aplsmear.data.problems import Problem
 from aplsmear.data.quality import Quality, doubts, measured
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
+from aplsmear.data.schema import CELLS_FILE, SINGLE_CELL, Shown, leaves_folder
 from aplsmear.images import reading as images
 from aplsmear.progress import progress
 
@@ -30,7 +30,7 @@ _NAMED = 5  # most rows named in one message
 _FEW_IMAGES = 8  # checked faster in this process than by new ones
 
 
-def on_disk(root: Path, names: pd.Series, notes: Notes) -> pd.Series:
+def on_disk(root: Path, names: pd.Series, shown: Shown, notes: Notes) -> pd.Series:
     """The names of pictures on the disk, which may have another Unicode form or case of the ending.
 
     A remark names the rows. Names without a file, or with two files that fit, stay as they are.
@@ -38,25 +38,26 @@ def on_disk(root: Path, names: pd.Series, notes: Notes) -> pd.Series:
     Args:
         root: folder of the data set.
         names: column `imgName`, with the row numbers as its index.
+        shown: what the pictures show.
         notes: get the remark.
     """
     folders: dict[Path, dict[str, list[str]]] = {}
-    found = {name: _file_name(root, name, folders) for name in names.unique()}
+    found = {name: _file_name(root, name, shown.folder, folders) for name in names.unique()}
     other = names.map(found)
     rows = names.index[names != other].astype(str).tolist()
     if rows:
         more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
         notes.remarks.append(
-            f"pictures whose files have the names of {SMEARS_FILE} but for the case of the ending, or the "
+            f"pictures whose files have the names of {shown.file} but for the case of the ending, or the "
             f"Unicode form: rows {', '.join(rows[:_NAMED])}{more}"
         )
     return other
 
 
-def _file_name(root: Path, name: str, folders: dict[Path, dict[str, list[str]]]) -> str:
+def _file_name(root: Path, name: str, inside: str, folders: dict[Path, dict[str, list[str]]]) -> str:
     """The name of the one file that fits; `folders` keeps the names of folders that were listed."""
     try:
-        path = root / image_path(name)
+        path = root / image_path(name, inside)
         if not name or leaves_folder(name) or path.exists():
             return name
         folder = path.parent
@@ -98,47 +99,67 @@ def _look(part: tuple[Path, boxes.Numbers], whole: bool) -> _Look:
         if not whole:
             return _Look(*images.image_size(path), hashlib.sha256(data).hexdigest())
         rgb, said, levels = images.read_picture(data)
-        found, dark = fingerprint(rgb), boxes.darkness(rgb, numbers)
+        found, dark = fingerprint(rgb), boxes.darkness(rgb, numbers) if len(numbers) else None
         return _Look(rgb.shape[0], rgb.shape[1], found.pixels, found, dark, measured(rgb), said, levels)
     except images.ImageError as error:
         return _Look(wrong=error.what, fix=error.fix)
 
 
+def boxes_of(cells: pd.DataFrame) -> dict[str, boxes.Numbers]:
+    """The boxes in each smear, as numbers: float64, shape (n, 4)."""
+    found = cells[cells["numbers"].astype(bool)].groupby("smear")["numbers"]
+    return {str(smear): np.array(given.tolist(), dtype=np.float64) for smear, given in found}
+
+
 def with_images(
-    smears: pd.DataFrame,
-    cells: pd.DataFrame,
     root: Path,
     engine: Engine,
     whole: bool,
     skip_bad: bool,
     labelled: bool,
     notes: Notes,
+    items: pd.DataFrame,
+    shown: Shown,
+    numbers: Mapping[str, boxes.Numbers],
 ) -> pd.DataFrame:
-    """Add width, height and content; a smear with a bad image is a problem, or left out and listed."""
-    found = cells[cells["numbers"].astype(bool)].groupby("smear")["numbers"]
-    numbers = {smear: np.array(given.tolist(), dtype=np.float64) for smear, given in found}
+    """Add width, height and content; an item with a bad image is a problem, or left out and listed.
+
+    Args:
+        root: folder of the data set.
+        engine: decodes the images.
+        whole: decode them completely. False: read only their size.
+        skip_bad: leave out items with a bad image.
+        labelled: whether the data set is for training, which decides what a message advises.
+        notes: get problems, remarks and what was left out.
+        items: smears or single cells.
+        shown: which of both.
+        numbers: boxes in each smear, of `boxes_of`.
+    """
     none = np.empty((0, 4))
-    smear_files = zip(smears["smear"].tolist(), smears["file"].tolist(), strict=True)
-    parts = [(root / file, numbers.get(smear, none)) for smear, file in smear_files]
+    names = items[shown.item].tolist()
+    parts = [
+        (root / file, numbers.get(name, none))
+        for name, file in zip(names, items["file"].tolist(), strict=True)
+    ]
     engine = engine if whole and len(parts) >= _FEW_IMAGES else Here(1)
     looks = list(progress(engine.map(partial(_look, whole=whole), parts), "images", len(parts)))
     looks = _of_same_levels(looks)
-    notes.remarks += _remarks(zip(smears["image"].tolist(), looks, strict=True))
+    notes.remarks += _remarks(zip(items["image"].tolist(), looks, strict=True))
     otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
     bad = {}
-    for row, smear, image, look in zip(smears.index, smears["smear"], smears["image"], looks, strict=True):
+    for row, name, image, look in zip(items.index, names, items["image"], looks, strict=True):
         if look.wrong and skip_bad:
-            bad[smear] = f"{image}: {look.wrong}"
+            bad[name] = f"{image}: {look.wrong}"
         elif look.wrong:
             expected, fix = f"a whole picture: {look.wrong}", f"{look.fix}, or {otherwise}"
-            notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
-    notes.left_out["smears_with_bad_image"] = {"count": len(bad), "images": bad}
-    seen = smears.assign(
+            notes.problems.append(Problem(shown.file, row, "imgName", image, expected=expected, fix=fix))
+    notes.left_out[f"{shown.item}s_with_bad_image"] = {"count": len(bad), "images": bad}
+    seen = items.assign(
         height=[look.height for look in looks],
         width=[look.width for look in looks],
         content=[look.content for look in looks],
-        fingerprint=pd.Series([look.fingerprint for look in looks], index=smears.index, dtype=object),
-        darkness=pd.Series([look.darkness for look in looks], index=smears.index, dtype=object),
+        fingerprint=pd.Series([look.fingerprint for look in looks], index=items.index, dtype=object),
+        darkness=pd.Series([look.darkness for look in looks], index=items.index, dtype=object),
     )
     return seen[seen["content"] != ""]
 
@@ -176,33 +197,56 @@ def _remarks(looks: Iterable[tuple[str, _Look]]) -> list[str]:
     ]
 
 
-def without_copies(smears: pd.DataFrame, has_patients: bool, notes: Notes) -> pd.DataFrame:
-    """Count smears with the same picture as one patient, or note them if they contradict each other."""
-    smears = smears.sort_values("content")
-    images = smears["image"].tolist()
-    alike = same_pictures([one for one in smears["fingerprint"] if one is not None])
-    for places in smears.reset_index().groupby("content").groups.values():
+def without_copies(items: pd.DataFrame, shown: Shown, has_patients: bool, notes: Notes) -> pd.DataFrame:
+    """Count items with the same picture as one patient, or note them if they contradict each other.
+
+    Two smears contradict each other in patient or diagnosis; two cells in one of these, or in their type.
+    """
+    items = items.sort_values("content")
+    images = items["image"].tolist()
+    alike = same_pictures([one for one in items["fingerprint"] if one is not None])
+    for places in items.reset_index().groupby("content").groups.values():
         alike += [*pairwise(places), *((places[0], place) for place in places[2:])]
     alike = [pair for pair in alike if not notes.distinct.declares("image", *(images[one] for one in pair))]
-    for _, found in smears.groupby(groups(len(smears), alike)):
+    columns = ["patient" if has_patients else "diagnosis", *(["cell_type"] if shown is SINGLE_CELL else [])]
+    same = []
+    for _, found in items.groupby(groups(len(items), alike)):
         if len(found) == 1:
             continue
         group = found.sort_index()
-        ids = sorted_ids(group["smear"])
+        ids = sorted_ids(group[shown.item])
         if not has_patients:
-            smears.loc[group.index, "patient"] = ids[0]
-        if len(set(group["patient"] if has_patients else group["diagnosis"]) - {""}) > 1:
+            items.loc[group.index, "patient"] = ids[0]
+        if any(len(set(group[column]) - {""}) > 1 for column in columns):
             for row, image in zip(group.index.tolist(), group["image"].tolist(), strict=True):
                 others = group["image"].drop(row).iloc[:_NAMED]
                 named = ", ".join(map(str, others.index))
                 expected = f"a picture of its own; row {named} has the same with another patient or label"
                 fix = "delete the wrong row, or give both rows the same patient and label, or, "
-                names = (one.removeprefix(f"{IMAGE_FOLDER}/") for one in (image, others.iloc[0]))
+                names = (one.removeprefix(f"{shown.folder}/") for one in (image, others.iloc[0]))
                 fix += declaration("image", *names)
-                notes.problems.append(Problem(SMEARS_FILE, row, "imgName", image, expected=expected, fix=fix))
+                notes.problems.append(Problem(shown.file, row, "imgName", image, expected=expected, fix=fix))
         else:
-            notes.remarks.append(f"the same picture, counted as one patient: smears {', '.join(ids)}")
-    return smears.sort_index()
+            same.append(ids)
+    if shown is SINGLE_CELL and same:
+        count = sum(map(len, same))
+        notes.remarks.append(
+            f"{count} cells have one of {len(same)} pictures: each picture is of one patient and counts more "
+            f"than once, such as that of {' and '.join(same[0][:_NAMED])}"
+        )
+    else:
+        notes.remarks += [
+            f"the same picture, counted as one patient: smears {', '.join(ids)}" for ids in same
+        ]
+    return items.sort_index()
+
+
+def as_cells(singles: pd.DataFrame, min_box: int, notes: Notes) -> pd.DataFrame:
+    """Single cells with the whole picture as their box; those of a small picture are left out and listed."""
+    boxed = singles.assign(smear="", y0=0, x0=0, y1=singles["height"], x1=singles["width"])
+    small = (boxed[["height", "width"]] < min_box).any(axis=1)
+    notes.left_out["cells_with_picture_under_min_box"] = listed(boxed["cell"][small])
+    return boxed[~small]
 
 
 def with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: Notes) -> pd.DataFrame:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+import pandas as pd
 
 from aplsmear.errors import UserError
 
@@ -45,12 +47,12 @@ class Pseudonyms:
         digest = hmac.new(self._key, f"{kind}\0{name}".encode(), "sha256").hexdigest()
         return f"{kind[0]}{digest[:_DIGITS]}" if name else ""
 
-    def files(self, root: Path, wanted: Collection[str]) -> dict[str, str]:
+    def files(self, root: Path, *tables: pd.DataFrame) -> dict[str, str]:
         """The file of each pseudonym of a picture.
 
         Args:
             root: folder of the data set.
-            wanted: pseudonyms from ``dataset/smears.csv``.
+            tables: of smears and cells, with pseudonyms in the column ``image`` (if there is one).
 
         Returns:
             Pseudonym -> path below `root`.
@@ -62,10 +64,11 @@ class Pseudonyms:
         for place, _, names in os.walk(root, followlinks=True):
             paths = ((Path(place) / name).relative_to(root).as_posix() for name in names)
             found |= {self.of("image", path): path for path in paths}
+        wanted = [name for table in tables for name in table.get("image", ()) if name]
         lost = [name for name in wanted if name not in found]
         if lost:
             raise PseudonymError(
-                f"{len(lost)} of {len(wanted)} pictures of dataset/smears.csv are not found by their "
+                f"{len(lost)} of {len(wanted)} pictures of the data set are not found by their "
                 f"pseudonyms. They were renamed, or the key ({KEY_VARIABLE} or {KEY_FILE}) is not the one "
                 "that the stage `download` used. Use that key again, or run `dvc repro --force download`"
             )

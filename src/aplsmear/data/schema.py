@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import pandas as pd
 import pandera.pandas as pa
@@ -16,8 +17,22 @@ from pandera.errors import SchemaError, SchemaErrors
 
 from aplsmear.data import boxes, labels
 from aplsmear.data.problems import Problem
+from aplsmear.params import Level
 
-SMEARS_FILE, CELLS_FILE, IMAGE_FOLDER = "wsi.csv", "labeled_cells.csv", "wsi"
+SMEARS_FILE, CELLS_FILE, IMAGE_FOLDER, CELL_FOLDER = "wsi.csv", "labeled_cells.csv", "wsi", "cells"
+
+
+class Shown(NamedTuple):
+    """What a picture shows: a smear, or a single cell; and where the data set names it."""
+
+    item: Level
+    file: str  # the table
+    folder: str  # of the pictures
+    diagnosis: str  # the column with the diagnosis
+
+
+SMEAR = Shown("smear", SMEARS_FILE, IMAGE_FOLDER, "label")
+SINGLE_CELL = Shown("cell", CELLS_FILE, CELL_FOLDER, "diagnosis")
 
 LABELS_OF_CELLS = {  # column of the CSV -> column of dataset/cells.csv, known labels
     "cellType": ("cell_type", labels.CELL_TYPES),
@@ -25,7 +40,7 @@ LABELS_OF_CELLS = {  # column of the CSV -> column of dataset/cells.csv, known l
     "objectType": ("object_type", labels.OBJECT_TYPES),
     "segmentationQuality": ("quality", labels.QUALITIES),
 }
-LABEL_COLUMNS = ("label", *LABELS_OF_CELLS)
+LABEL_COLUMNS = (SMEAR.diagnosis, SINGLE_CELL.diagnosis, *LABELS_OF_CELLS)
 MEASURES = (  # of a cell, in px of its smear (meanIntensity: 0 to 1); Kaggle's columns, not read here
     "convexArea", "eccentricity", "equivalentDiameter", "perimeter", "meanIntensity", "eulerNumber", "extent",
 )  # fmt: skip
@@ -73,12 +88,15 @@ _SHOWABLE = pa.Check(
     error="a file name without control characters",
     description="rename the file: its name contains an invisible control character",
 )
-_INSIDE = pa.Check(
-    _each(lambda name: not leaves_folder(name)),
-    name="inside",
-    error=f"a file name inside the folder {IMAGE_FOLDER}",
-    description=f"move the picture into the folder {IMAGE_FOLDER} and enter only its name",
-)
+_INSIDE = {
+    folder: pa.Check(
+        _each(lambda name: not leaves_folder(name)),
+        name="inside",
+        error=f"a file name inside the folder {folder}",
+        description=f"move the picture into the folder {folder} and enter only its name",
+    )
+    for folder in (IMAGE_FOLDER, CELL_FOLDER)
+}
 _SMEAR_LABELS = pa.Check(
     _each(lambda text: not _expected_labels(text, clean=True)),
     name="smear labels",
@@ -118,7 +136,7 @@ SMEARS = pa.DataFrameSchema(
         "imgName": _column(
             f"file of the smear in the folder `{IMAGE_FOLDER}`: PNG, JPEG or TIFF",
             "17.png",
-            _FILLED, _INSIDE, _SHOWABLE,
+            _FILLED, _INSIDE[IMAGE_FOLDER], _SHOWABLE,
             required=True,
         ),
         "label": _column(
@@ -140,6 +158,17 @@ SMEARS = pa.DataFrameSchema(
     description="one row for each smear",
 )  # fmt: skip
 
+_LABELS = {
+    "cellType": _column("type of the cell, if known", "{'Promyelocyte'}", _CELL_LABELS),
+    "specialCharacteristics": _column(
+        "special features of the cell. `None` is a label: examined, nothing special found. Empty: not "
+        "examined",
+        "{'Auer rods', 'Faggot cell'}",
+        _CELL_LABELS,
+    ),
+    "objectType": _column("kind of object", "{'Cell'}", _CELL_LABELS),
+    "segmentationQuality": _column("quality of the box", "{'Good'}", _CELL_LABELS),
+}
 CELLS = pa.DataFrameSchema(
     {
         "id": _column("name or number of the cell", "4711", _FILLED, _PRINTABLE, required=True, unique=True),
@@ -151,19 +180,45 @@ CELLS = pa.DataFrameSchema(
             _BOX,
             required=True,
         ),
-        "cellType": _column("type of the cell, if known", "{'Promyelocyte'}", _CELL_LABELS),
-        "specialCharacteristics": _column(
-            "special features of the cell. `None` is a label: examined, nothing special found. Empty: not "
-            "examined",
-            "{'Auer rods', 'Faggot cell'}",
-            _CELL_LABELS,
-        ),
-        "objectType": _column("kind of object", "{'Cell'}", _CELL_LABELS),
-        "segmentationQuality": _column("quality of the box", "{'Good'}", _CELL_LABELS),
+        **_LABELS,
     },
     name=CELLS_FILE,
     description="one row for each cell. Without this file, only whole smears are used",
 )  # fmt: skip
+
+SINGLE_CELLS = pa.DataFrameSchema(
+    {
+        "id": CELLS.columns["id"],
+        "imgName": _column(
+            f"file of the cell's picture in the folder `{CELL_FOLDER}`: PNG, JPEG or TIFF; subfolders are "
+            "allowed",
+            "PMO/PMO_0001.tiff",
+            _INSIDE[CELL_FOLDER], _SHOWABLE,
+            required=True,
+        ),
+        "patient": _column(
+            f"the same for all cells and smears of one patient, also in {SMEARS_FILE}. Without this column "
+            "each picture counts as a patient: the cells of a patient can then be in training and test at "
+            "once, and results look too good",
+            "P012",
+            _PRINTABLE,
+        ),
+        "diagnosis": _column(
+            f"of the patient, written as `label` in {SMEARS_FILE}. A cell without one is left out and "
+            "counted, unless no cell and no smear has one: then only tasks on labels of cells can run",
+            "{'aml', 'm3'}",
+            _SMEAR_LABELS,
+        ),
+        "site": SMEARS.columns["site"],
+        **_LABELS,
+    },
+    name=CELLS_FILE,
+    description="a cell with a picture of its own",
+)  # fmt: skip
+
+
+PLACE = ("wsi", "bbox")  # of a cell in a smear
+OF_SINGLES = [name for name in SINGLE_CELLS.columns if name not in CELLS.columns]
 
 
 def without_labels(schema: pa.DataFrameSchema) -> pa.DataFrameSchema:
@@ -186,6 +241,45 @@ def problems_of(table: pd.DataFrame, schema: pa.DataFrameSchema) -> list[Problem
         found = [each for error in errors.schema_errors for each in _problems_of(error, str(schema.name))]
         return sorted(found, key=lambda each: (each.row or 0, table.columns.get_loc(each.column)))
     return []
+
+
+def problems_of_cells(
+    table: pd.DataFrame, in_smears: pa.DataFrameSchema, single: pa.DataFrameSchema
+) -> list[Problem]:
+    """As `problems_of`, for a table in which some cells have pictures of their own (column `imgName`).
+
+    Args:
+        table: `PLACE` is added if it is not there.
+        in_smears: `CELLS`, or without labels.
+        single: `SINGLE_CELLS`, or without labels.
+    """
+    for column in PLACE:
+        if column not in table:
+            table[column] = ""
+    pictured, placed = table["imgName"] != "", (table[list(PLACE)] != "").any(axis=1)
+    found = problems_of(table[pictured], single) + problems_of(table[~pictured & placed], in_smears)
+    expected, fix = "a picture (imgName), or a smear and a box (wsi, bbox)", "enter it, or delete the row"
+    found += _each_row(table["imgName"][~pictured & ~placed], expected, fix)
+    of_singles = [column for column in OF_SINGLES if column in table and column != "imgName"]
+    for columns, rows, what in (
+        (PLACE, pictured, "a picture of its own"),
+        (of_singles, ~pictured, "a smear"),
+    ):
+        for column in columns:
+            values = table[column][rows]
+            expected = f"an empty field, because this cell has {what}"
+            found += _each_row(values[values != ""], expected, "empty the field")
+    twice = table["id"][table["id"].duplicated() & (table["id"] != "")]
+    twice = twice[~twice.index.isin([one.row for one in found if one.column == "id"])]
+    found += _each_row(twice, "an id that no other row has", _UNIQUE_FIX)
+    return sorted(found, key=lambda each: (each.row or 0, table.columns.get_loc(each.column)))
+
+
+def _each_row(values: pd.Series, expected: str, fix: str) -> list[Problem]:
+    return [
+        Problem(CELLS_FILE, row, str(values.name), value, expected=expected, fix=fix)
+        for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def _problems_of(error: SchemaError, file: str) -> Iterator[Problem]:

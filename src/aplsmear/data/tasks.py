@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
-from aplsmear.params import Condition, Task, TaskLevel
+from aplsmear.params import LEVELS, Condition, Task, TaskLevel
 from aplsmear.tables import SEPARATOR
 
 ANY = "*"
@@ -25,6 +27,19 @@ def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
         return images.assign(item=images[level])
     patients = images[["patient", "diagnosis"]].drop_duplicates("patient")
     return patients.assign(item=patients["patient"]).sort_values("patient", ignore_index=True)
+
+
+def levels_of(tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """``level``: the levels of the images that tasks ask for. Of others no views are made."""
+    used = {task.images for task in tasks.values()}
+    return pd.DataFrame({"level": [level for level in LEVELS if level in used]})
+
+
+def patient_rows(smears: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """``patient, site, diagnosis`` of each smear, and of each cell that has no smear."""
+    columns = ["patient", "site", "diagnosis"]
+    alone = cells[cells["smear"] == ""]
+    return pd.concat([smears[columns], alone[columns]]) if len(alone) else smears[columns]
 
 
 def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -23,13 +24,14 @@ from aplsmear.images.augmentation import Pyramid, draw_change, recoloured, view_
 from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize
 from aplsmear.images.stains import StainError, normalised
 from aplsmear.images.view_store import View
-from aplsmear.params import Augment, Level
+from aplsmear.params import LEVELS, Augment, Level
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import misspelt
 
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
 BOX = ("y0", "x0", "y1", "x1")
 
+_TOGETHER = 64  # single cells of one part: one group of rows in the view store
 _SIMILAR = 0.85  # of 1; "Auer rod" is similar to "Auer rods" (0.94), "aml" is not similar to "apl" (0.67)
 
 
@@ -93,7 +95,7 @@ def view_seed(seed: int, item: str, view: int) -> int:
 
 
 def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
-    """Normalise the colours of a smear before its views are cut from it.
+    """Normalise the colours of a picture before views are cut from it.
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
@@ -110,8 +112,8 @@ def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
         return normalised(image, settings.normalise)
     except StainError as error:
         raise ViewError(
-            f"{name}: its colours cannot be normalised ({error}): remove the smear from wsi.csv, or set "
-            "augment.normalise in params.yaml to none"
+            f"{name}: its colours cannot be normalised ({error}): remove the row of this picture from "
+            "the data set, or set augment.normalise in params.yaml to none"
         ) from None
 
 
@@ -191,14 +193,64 @@ def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]
     return unused
 
 
-class _Smear(NamedTuple):
-    """One partition of the work: a smear and its cells."""
+class Item(NamedTuple):
+    """A smear or a cell of which views are made."""
 
-    path: Path
-    shown: str  # name of its image in messages
     name: str
+    patient: str
+    image: str  # name of its picture in messages; '': the picture of the smear
+    path: Path  # of its picture
+    box: tuple[int, int, int, int]  # y0, x0, y1, x1 in px, end exclusive; of a smear: all 0
     views: int  # number of augmented views
-    cells: pd.DataFrame  # cell, the box, and the number of augmented `views`
+
+
+class Part(NamedTuple):
+    """What is processed together: a smear with its cells, or cells with pictures of their own (no smear)."""
+
+    smear: Item | None
+    cells: list[Item]
+
+
+def parts_of(
+    root: Path,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    settings: Augment,
+    files: Mapping[str, str] | None = None,
+    *,
+    by_patient: bool = False,
+) -> Iterator[Part]:
+    """Divide a data set into parts: each smear with its cells, then the cells that have no smear.
+
+    Arguments as of `all_views`. With `by_patient` everything is sorted by patient, so that all parts of a
+    patient follow one another.
+    """
+    smears = smears.assign(views=settings.views * view_multipliers(smears, settings.extra_views))
+    cells = cells.assign(views=settings.views * view_multipliers(cells, settings.extra_views))
+    rows = cells.groupby("smear", sort=False).indices
+    items = partial(_items, root=root, files=files)
+    alone = [*items(smears, "smear"), *items(cells.iloc[rows.get("", [])], "cell")]
+    is_smear = [True] * len(smears) + [False] * (len(alone) - len(smears))
+    order = list(range(len(alone)))
+    if by_patient:
+        order.sort(key=lambda place: alone[place].patient)
+    for smear, places in groupby(order, key=lambda place: is_smear[place]):
+        for place in places:
+            if smear:
+                mine = cells.iloc[rows.get(alone[place].name, [])]
+                yield Part(alone[place], list(items(mine, "cell")))
+            else:
+                yield Part(None, [alone[each] for each in (place, *islice(places, _TOGETHER - 1))])
+
+
+def _items(table: pd.DataFrame, level: Level, root: Path, files: Mapping[str, str] | None) -> Iterator[Item]:
+    """The rows of a table as items."""
+    images = table["image"] if "image" in table else [""] * len(table)
+    boxes = table[list(BOX)].to_numpy().tolist() if level == "cell" else [(0, 0, 0, 0)] * len(table)
+    columns = (table[level], table["patient"], images, boxes, table["views"])
+    for name, patient, image, box, views in zip(*columns, strict=True):
+        path = root / (files[image] if files and image else image)
+        yield Item(name, patient, image, path, tuple(box), views)
 
 
 def all_views(
@@ -209,8 +261,11 @@ def all_views(
     seed: int,
     engine: Engine = HERE,
     files: Mapping[str, str] | None = None,
+    levels: Collection[Level] = LEVELS,
 ) -> Iterator[dict[Level, list[View]]]:
-    """Make the views of every smear and its cells, in the order of `smears`; each image is decoded once.
+    """Make the views of every smear and its cells, in the order of `smears`; then those of single cells.
+
+    Each image is decoded once.
 
     Args:
         root: folder of the images.
@@ -218,49 +273,43 @@ def all_views(
         cells: ``dataset/cells.csv``.
         settings: of the views.
         seed: of the augmented views.
-        engine: runs the smears in parallel; the results are the same with each engine.
+        engine: processes the parts in parallel; the results are the same with each engine.
         files: the path below `root` of each value of the column `image`; None: the value is the path.
+        levels: of which views are made.
 
     Yields:
-        For each smear, the views of the smear and those of its cells in the order of `cells`.
+        For each of `parts_of`, the views of the smear and those of the cells in the order of `cells`.
     """
-    counts = settings.views * view_multipliers(smears, settings.extra_views)
-    cells = cells[["smear", "cell", *BOX]].assign(
-        views=settings.views * view_multipliers(cells, settings.extra_views)
-    )
-    rows = cells.groupby("smear", sort=False).indices
-    parts = (
-        _Smear(
-            root / (files[each.image] if files else each.image),
-            each.image,
-            each.smear,
-            each.views,
-            cells.iloc[rows.get(each.smear, [])],
-        )
-        for each in _rows(smears[["smear", "image"]].assign(views=counts))
-    )
-    yield from engine.map(partial(_views_of_smear, settings=settings, seed=seed), parts)
+    yield from views_of_parts(parts_of(root, smears, cells, settings, files), settings, seed, engine, levels)
 
 
-def _views_of_smear(smear: _Smear, settings: Augment, seed: int) -> dict[Level, list[View]]:
-    """Views of one smear; messages name its image `shown`."""
+def views_of_parts(
+    parts: Iterable[Part], settings: Augment, seed: int, engine: Engine, levels: Collection[Level] = LEVELS
+) -> Iterator[dict[Level, list[View]]]:
+    """The views of each part; arguments as of `all_views`."""
+    making = partial(_views_of_part, settings=settings, seed=seed, levels=levels)
+    yield from engine.map(making, parts)
+
+
+def _views_of_part(
+    part: Part, settings: Augment, seed: int, levels: Collection[Level]
+) -> dict[Level, list[View]]:
     cv2.setNumThreads(1)
+    found: dict[Level, list[View]] = {"smear": [], "cell": []}
+    cells = part.cells if "cell" in levels else []
+    whole = part.smear if part.smear and ("smear" in levels or cells) else None
+    pyramid = _pyramid(whole, settings) if whole else None
+    if pyramid and part.smear and "smear" in levels:
+        found["smear"] += smear_views(pyramid, part.smear.name, part.smear.views, settings, seed)
+    for cell in cells:
+        shown = pyramid or _pyramid(cell, settings)
+        found["cell"] += cell_views(shown, cell.box, cell.name, cell.views, settings, seed)
+    return found
+
+
+def _pyramid(item: Item, settings: Augment) -> Pyramid:
+    """The picture of an item in normalised colours; messages name it as the data set does."""
     try:
-        pyramid = Pyramid(prepared(read_image(smear.path), settings, smear.shown))
+        return Pyramid(prepared(read_image(item.path), settings, item.image))
     except ImageError as error:
-        raise ImageError(smear.shown, error.what, error.fix) from None
-    return {
-        "smear": list(smear_views(pyramid, smear.name, smear.views, settings, seed)),
-        "cell": [
-            view
-            for row in _rows(smear.cells)
-            for view in cell_views(
-                pyramid, (row.y0, row.x0, row.y1, row.x1), row.cell, row.views, settings, seed
-            )
-        ],
-    }
-
-
-def _rows(table: pd.DataFrame) -> Iterator[Any]:
-    """Rows as named tuples; Any, because type checkers cannot see their fields."""
-    return iter(table.itertuples(index=False))
+        raise ImageError(item.image, error.what, error.fix) from None

@@ -21,6 +21,7 @@ import aplsmear
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.dataset import DataSet, DataSetError, pictures_in_both, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms
+from aplsmear.data.tasks import patient_rows
 from aplsmear.ensembles.baselines import compare
 from aplsmear.ensembles.bundle import Bundle
 from aplsmear.ensembles.combination import measure
@@ -97,17 +98,18 @@ def evaluate(
     """
     model = bundle.model
     found = _read(root, model.min_box, engine, pseudonyms, trained_on)
-    smears = found.smears[found.smears["diagnosis"].isin([model.positive, model.negative])]
-    others = sorted(set(found.smears["patient"]) - set(smears["patient"]))
-    _check_diagnoses(smears, bundle, root)
-    cells = found.cells[found.cells["smear"].isin(set(smears["smear"]))]
-    check_input(bundle, cells, root)
+    asked = [model.positive, model.negative]
+    smears, cells = (each[each["diagnosis"].isin(asked)] for each in (found.smears, found.cells))
+    patients = patient_rows(smears, cells)
+    others = sorted(set(patient_rows(found.smears, found.cells)["patient"]) - set(patients["patient"]))
+    _check_diagnoses(patients, bundle, root)
+    check_input(bundle, smears, cells, root)
     models = Models(bundle, bundle.outer_fold_of(None), baselines=True)
-    files = pseudonyms.files(root, smears["image"]) if pseudonyms else None
+    files = pseudonyms.files(root, smears, cells) if pseudonyms else None
     verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine, files), 0)
     shifted = adapted(models.combination, np.array([each.logits for each in verdicts]))
     as_trained, after = (verdict_table(verdicts, each) for each in (models.combination, shifted))
-    table = labelled_table(as_trained, after, smears, model.positive)
+    table = labelled_table(as_trained, after, patients, model.positive)
     baselines = {
         name: np.array([each.baselines[name] for each in verdicts]) for name in verdicts[0].baselines
     }
@@ -131,21 +133,21 @@ def evaluate(
 
 
 def labelled_table(
-    verdicts: pd.DataFrame, shifted: pd.DataFrame, smears: pd.DataFrame, positive: str
+    verdicts: pd.DataFrame, shifted: pd.DataFrame, patients: pd.DataFrame, positive: str
 ) -> pd.DataFrame:
     """The verdicts beside the diagnoses.
 
     Args:
         verdicts: of `aplsmear.prediction.predict.verdict_table`, by the combination of the training run.
         shifted: the same by the adapted combination.
-        smears: ``patient, site, diagnosis`` of each smear.
+        patients: of `aplsmear.data.tasks.patient_rows`.
         positive: diagnosis with label 1.
 
     Returns:
         ``patient, site, diagnosis, label``, the columns of `verdicts`, and ``adapted, adapted_verdict,
         adapted_sensitive``: probability and calls of `shifted`.
     """
-    known = smears.drop_duplicates("patient").set_index("patient").loc[verdicts["patient"]]
+    known = patients.drop_duplicates("patient").set_index("patient").loc[verdicts["patient"]]
     diagnosis = known["diagnosis"].to_numpy()
     front = {"patient": verdicts["patient"], "site": known["site"].to_numpy(), "diagnosis": diagnosis}
     front["label"] = (diagnosis == positive).astype(np.int64)
@@ -255,16 +257,16 @@ def _read(
     return found
 
 
-def _check_diagnoses(smears: pd.DataFrame, bundle: Bundle, root: Path) -> None:
+def _check_diagnoses(patients: pd.DataFrame, bundle: Bundle, root: Path) -> None:
     """Refuse a cohort in which a diagnosis has too few patients."""
-    counts = smears.drop_duplicates("patient")["diagnosis"].value_counts()
+    counts = patients.drop_duplicates("patient")["diagnosis"].value_counts()
     wanted = (bundle.model.positive, bundle.model.negative)
     if any(counts.get(diagnosis, 0) < _FEWEST for diagnosis in wanted):
         has = " and ".join(f"{counts.get(diagnosis, 0)} with {diagnosis}" for diagnosis in wanted)
         raise CohortError(
             f"{root}: an evaluation of the ensemble {bundle.model.name} needs at least {_FEWEST} patients of "
-            f"each diagnosis, but there are {has}. Add patients to wsi.csv, or use `aplsmear predict`, which "
-            "needs no diagnoses."
+            f"each diagnosis, but there are {has}. Add patients, or use `aplsmear predict`, which needs no "
+            "diagnoses."
         )
 
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import tee
+from itertools import groupby, tee
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from aplsmear.features.forward import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import mean_over_views, score
 from aplsmear.images.view_store import View
-from aplsmear.images.views import all_views
+from aplsmear.images.views import Part, parts_of, views_of_parts
 from aplsmear.params import LEVELS, Level
 from aplsmear.progress import progress
 from aplsmear.tables import as_written
@@ -40,6 +40,7 @@ from aplsmear.tables import as_written
 CHUNK = 512  # views that go through the networks together: one partition
 
 Views = Mapping[Level, Sequence[View]]
+_Piece = tuple[str, int, Views]  # patient, number of smears, views of these smears and of cells
 
 
 class PredictError(UserError, ValueError):
@@ -228,11 +229,13 @@ class Models:
     def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[str]:
         model, reference = self.bundle.model, self.bundle.reference
         pairs = zip(self.bundle.members, verdict.logits, strict=True)
-        without = [scorer.task for scorer, logit in pairs if np.isnan(logit)]
+        without = [scorer for scorer, logit in pairs if np.isnan(logit)]
         count = len(record.items[model.reference_level])
-        if without:
-            yield f"no {model.reference_level}s: there are no scores of {', '.join(without)}"
-        elif count < model.min_items:
+        for level in LEVELS:
+            named = [scorer.task for scorer in without if scorer.member.images == level]
+            if named:
+                yield f"no {level}s: there are no scores of {', '.join(named)}"
+        if not without and count < model.min_items:
             common = f"99 % of the training patients had at least {np.ceil(model.min_items):.0f}"
             yield f"few {model.reference_level}s: {count}, {common}"
         if verdict.stain > 1:
@@ -243,13 +246,21 @@ class Models:
             yield f"unlike the training patients: {verdict.distance:.1f} times the limit"
 
 
-def check_input(bundle: Bundle, cells: pd.DataFrame, folder: Path) -> None:
-    """Check that the data set of a folder has cells if members need cells.
+def check_input(bundle: Bundle, smears: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> None:
+    """Check that the data set of a folder has cells and smears if members need them.
 
     Raises:
-        PredictError: members need cells and there are none.
+        PredictError: members need cells or smears, and there are none.
     """
-    of_cells = [scorer.task for scorer in bundle.members if scorer.member.images == "cell"]
+    of_smears, of_cells = (
+        [scorer.task for scorer in bundle.members if scorer.member.images == level]
+        for level in ("smear", "cell")
+    )
+    if of_smears and smears.empty:
+        raise PredictError(
+            f"{folder} has pictures of single cells and no smears, but the members {', '.join(of_smears)} "
+            "need smears: train an ensemble without them (`aplsmear profile crops`), or give the smears"
+        )
     if of_cells and cells.empty:
         what = "no cell has a usable box in" if (folder / CELLS_FILE).exists() else "there is no"
         raise PredictError(
@@ -272,20 +283,26 @@ def judge_patients(
     from the folder `root`; `files` as in `aplsmear.images.views.all_views`. The engine changes no result.
     """
     model = models.bundle.model
-    smears = smears.sort_values("patient", kind="stable")
     settings = model.augment.model_copy(update={"views": models.views, "extra_views": {}})
-    views = map(models.needed, all_views(root, smears, cells, settings, model.seed, engine, files))
-    of_smears = zip(smears["patient"], progress(views, "smears", len(smears)), strict=True)
-    chunks, again = tee(_chunks(of_smears))
+    parts = list(parts_of(root, smears, cells, settings, files, by_patient=True))
+    levels = {request.level for request in models.requests}
+    views = progress(views_of_parts(parts, settings, model.seed, engine, levels), "parts", len(parts))
+    of_patients = (
+        piece
+        for part, made in zip(parts, views, strict=True)
+        for piece in _by_patient(part, models.needed(made))
+    )
+    chunks, again = tee(_chunks(of_patients))
     forward = partial(features_of_views, requests=models.requests)
     together = (
-        {level: [view for _, views in chunk for view in views[level]] for level in LEVELS} for chunk in again
+        {level: [view for _, _, views in chunk for view in views[level]] for level in LEVELS}
+        for chunk in again
     )
     records: dict[str, _Record] = defaultdict(_Record)
     for chunk, features in zip(chunks, engine.map(forward, together, processes=False), strict=True):
-        for patient, _ in chunk:
-            records[patient].smears += 1
-        models.add_scores([(records[patient], needed) for patient, needed in chunk], features)
+        for patient, count, _ in chunk:
+            records[patient].smears += count
+        models.add_scores([(records[patient], needed) for patient, _, needed in chunk], features)
         last = chunk[-1][0]  # the next chunk may have more smears of this patient
         for patient in [each for each in records if each != last]:
             yield models.verdict(patient, records.pop(patient))
@@ -320,13 +337,23 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.D
     return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings) for each in verdicts]})
 
 
-def _chunks(smears: Iterable[tuple[str, Views]]) -> Iterator[list[tuple[str, Views]]]:
-    """Consecutive smears, collected until they have `CHUNK` views."""
-    chunk: list[tuple[str, Views]] = []
+def _by_patient(part: Part, views: Views) -> Iterator[_Piece]:
+    """The views of a part, divided by patient."""
+    if part.smear:
+        yield part.smear.patient, 1, views
+        return
+    for patient, cells in groupby(part.cells, key=lambda cell: cell.patient):
+        names = {cell.name for cell in cells}
+        yield patient, 0, {"smear": [], "cell": [view for view in views["cell"] if view.item in names]}
+
+
+def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Consecutive pieces, collected until they have `CHUNK` views."""
+    chunk: list[_Piece] = []
     count = 0
-    for patient, views in smears:
-        chunk.append((patient, views))
-        count += sum(map(len, views.values()))
+    for piece in pieces:
+        chunk.append(piece)
+        count += sum(map(len, piece[2].values()))
         if count >= CHUNK:
             yield chunk
             chunk, count = [], 0
