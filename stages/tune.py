@@ -46,8 +46,7 @@ def main(name: str, role: str = "") -> None:
     tags = origin("tune", name) | {"optuna_study": key, "optuna_dashboard": dashboard}
     tracker = Tracker(home(), f"tune {name}", key, tags, {"seed": seed, "trials": settings.trials})
     trials = list(logged(finished, tracker, task_data.folds))
-    picked, resamples = settings.pick.get(name), params.combine.resamples
-    results = conclude(task_data, study, trials, settings, seed, resamples, picked)
+    results = conclude(task_data, study, trials, settings, seed, params.combine.resamples, settings.pick)
     results.write(Path(f"tuned/{name}"))
     chosen = {"chosen": str(results.best["trial"]), "why": results.best["why"]}
     tracker.close(chosen, {"auroc": results.metrics["auroc"]["value"]})

@@ -17,22 +17,22 @@ from aplsmear.heads.search import Trial, run_study
 from aplsmear.heads.stack import Judged, Material
 from aplsmear.heads.study import open_study
 from aplsmear.heads.task_data import TaskData, make_task_data
-from aplsmear.params import Tune, read_params
+from aplsmear.params import TaskTune, read_params
 
 ROOT = Path(__file__).parents[1]
 FOLDS = 4
-SETTINGS = read_params(ROOT / "params.yaml").tune
+SETTINGS = read_params(ROOT / "params.yaml").tune_of("blast")
 
 
-def settings(space: Mapping[str, Any] | None = None, **changed: Any) -> Tune:
+def settings(space: Mapping[str, Any] | None = None, **changed: Any) -> TaskTune:
     """Those of params.yaml, small."""
-    small = {"trials": 9, "pick": {}} | changed
+    small = {"trials": 9} | changed
     merged = (
         SETTINGS.space.model_dump()
         | {"views": [0], "depth": [0, 1], "batch": [16], "epochs": [4]}
         | dict(space or {})
     )
-    return Tune.model_validate(SETTINGS.model_dump() | small | {"space": merged})
+    return TaskTune.model_validate(SETTINGS.model_dump() | small | {"space": merged})
 
 
 def task_data(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from aplsmear.params import RENAMED, Params, ParamsError, flat, named, read_params
+from aplsmear.params import RENAMED, Params, ParamsError, TaskTune, flat, named, read_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -87,9 +87,9 @@ def test_the_parameters_of_the_repository_are_valid():
          "MobileNet has no layer 'nope'; there are: input_layer, conv1, conv1_bn,"),
         ("backbones.mobilenet.options", {"alfa": 0.5}, "MobileNet has no option 'alfa' (did you mean"),
         ("backbones.mobilenet.input_size.cell", 31, "MobileNet needs an input_size of 32 px or more"),
-        ("tune.pick", {"blasts": 1}, "tune.pick: there is no task 'blasts' (did you mean 'blast'?)"),
-        ("tune.pick", {"blast": 99}, "overrides: blast has no trial 99 to pick: it has 12, counted from 0"),
-        ("overrides.blast", {"pick": {"faggot": 0}}, "overrides: blast.pick names another task: faggot"),
+        ("tune.pick", {}, "tune.pick: is now called overrides.TASK.pick"),
+        ("overrides.blast", {"pick": 99}, "overrides: blast has no trial 99 to pick: it has 12"),
+        ("overrides.blast", {"pick": {"blast": 0}}, "overrides.blast.pick: Input should be a valid integer"),
         ("tasks.blast.positive", {}, "tasks.blast.positive: is empty"),
         ("tasks.blast.positive", {"celltype": ["a"]},
          "a cell has no column 'celltype' (did you mean 'cell_type'?)"),
@@ -147,6 +147,7 @@ def test_old_names_are_answered_with_the_new_ones_all_at_once(tmp_path, monkeypa
 
 def test_the_new_name_of_every_renamed_parameter_exists():
     known = {name for name, _ in flat(YAML(typ="safe").load(ROOT / "params.yaml"), tables=True)}
+    known |= {f"overrides.TASK.{key}" for key in TaskTune.model_fields}
     assert {now for now in RENAMED.values() if " " not in now} <= known
     assert known.isdisjoint(RENAMED)
 
@@ -269,3 +270,11 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
         ParamsError, match=r"`backbones` of params\.yaml has no 'mobilnet' \(did you mean 'mobilenet'"
     ):
         named({"mobilenet": 1}, "mobilnet", "backbones")
+
+
+def test_a_command_refuses_only_over_the_parameters_that_it_uses(tmp_path):
+    path = changed(tmp_path, ("engine.address", "10.0.0.1"), ("tune.trials", 0), ("combine.freedom", 1))
+    assert read_params(path, "seed", "tasks").tasks["blast"].level == "cell"
+    with pytest.raises(ParamsError) as error:
+        read_params(path, "engine", "seed")
+    assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == ["engine.address"]

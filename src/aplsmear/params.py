@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -54,6 +55,7 @@ RENAMED: dict[str, str] = {
     "finetune.head.middle": "finetune.head.centre_crop",
     "backbones.*.precision": "was removed: features are float32 everywhere. Delete this line.",
     "combine.space.freedom": "combine.space.C",
+    "tune.pick": "overrides.TASK.pick",
     "tune.generation": "was removed: a trial trains alone, as fast. Delete this line.",
     "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
     "augment.more": "augment.extra_views",
@@ -266,7 +268,6 @@ class Tune(Strict):
     patience: int = Field(ge=0)
     memory: int = Field(ge=16)
     storage: str
-    pick: dict[TaskName, Annotated[int, Field(ge=0)]]
     space: Space
 
     @field_validator("storage")
@@ -280,6 +281,12 @@ class Tune(Strict):
                 "variable APLSMEAR_STUDY_STORAGE, or the password in ~/.pgpass"
             )
         return value
+
+
+class TaskTune(Tune):
+    """The search of one task. `pick`: the trial of the final model, if the user chooses it by hand."""
+
+    pick: int | None = Field(None, ge=0)
 
 
 class FinetuneHead(Strict):
@@ -400,7 +407,7 @@ class Params(Strict):
     backbones: dict[Name, Backbone] = Field(min_length=1)
     tune: Tune
     finetune: Finetune
-    overrides: dict[TaskName, Tune]  # params.yaml has only what differs from `tune` in the row of a task
+    overrides: dict[TaskName, TaskTune]  # params.yaml has only what differs from `tune` in the row of a task
     tasks: dict[Name, Task] = Field(min_length=1)
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
     external: dict[Name, External]
@@ -417,16 +424,15 @@ class Params(Strict):
 
     @field_validator("overrides")
     @classmethod
-    def _has_rows_and_trials(cls, rows: dict[str, Tune], info: ValidationInfo) -> dict[str, Tune]:
+    def _has_rows_and_trials(cls, rows: dict[str, TaskTune], info: ValidationInfo) -> dict[str, TaskTune]:
         for task in info.context["tasks"] if info.context else ():
             if task not in rows:
                 raise ValueError(f"{task!r} has no row; write `{task}: {{}}` if nothing differs")
         for task, row in rows.items():
-            if "tune" in info.data and (others := row.pick.keys() - {task, *info.data["tune"].pick}):
-                raise ValueError(f"{task}.pick names another task: {', '.join(others)}")
-            if row.pick.get(task, 0) >= row.trials:
-                number = row.pick[task]
-                raise ValueError(f"{task} has no trial {number} to pick: it has {row.trials}, counted from 0")
+            if row.pick is not None and row.pick >= row.trials:
+                raise ValueError(
+                    f"{task} has no trial {row.pick} to pick: it has {row.trials}, counted from 0"
+                )
         return rows
 
     @field_validator("external")
@@ -437,16 +443,18 @@ class Params(Strict):
             _among("there is no ensemble", asked, info.data["ensembles"])
         return rows
 
-    def tune_of(self, task: str) -> Tune:
+    def tune_of(self, task: str) -> TaskTune:
         """The search settings of one task: `tune`, changed by the task's row of `overrides`."""
         return self.overrides[task]
 
 
-def read_params(path: Path) -> Params:
+def read_params(path: Path, *used: str) -> Params:
     """Read and check params.yaml, in YAML 1.2, as DVC reads it.
 
     Args:
         path: of the file.
+        used: the top-level keys that the caller needs, such as ``engine``. Only these are checked, and only
+            these are in the result. None: all keys.
 
     Raises:
         ParamsError: the message lists every problem: a file that is missing or not valid YAML, a key given
@@ -470,10 +478,16 @@ def read_params(path: Path) -> Params:
         "layers": [f"{name}/{layer}" for name, row in backbones.items() for layer in _layers(row)],
     }
     try:
-        return Params.model_validate(raw, context=known)
+        if not used:
+            return Params.model_validate(raw, context=known)
+        fields = {name: Params.model_fields[name] for name in used}
+        declared: dict[str, Any] = {name: (field.annotation, field) for name, field in fields.items()}
+        part = create_model("Part", __base__=Strict, **declared)
+        asked = {name: raw[name] for name in used if name in raw}
+        return Params.model_construct(**dict(part.model_validate(asked, context=known)))
     except ValidationError as error:
         lines = _lines(error)
-    old = renamed(raw)
+    old = {name: answer for name, answer in renamed(raw).items() if not used or name.split(".")[0] in used}
     missing = {f"{answer.removeprefix(_NOW)}: is missing" for answer in old.values()}
     lines = [line for line in lines if line not in missing and line.split(": ")[0] not in old]
     lines += [f"{name}: {answer}" for name, answer in old.items()]
@@ -507,7 +521,8 @@ def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
     for name, _ in flat(raw, tables=True):
         row = re.sub(r"(^overrides\.[^.]+\.)?.*", r"\1", name, count=1, flags=re.DOTALL)
         listed = re.sub(r"^backbones\.[^.]+", "backbones.*", name)
-        now = RENAMED.get(f"tune.{name.removeprefix(row)}" if row else listed)
+        key = name.removeprefix(row)
+        now = None if row and key in TaskTune.model_fields else RENAMED.get(f"tune.{key}" if row else listed)
         if now and " " not in now:
             now = _NOW + (row + now.removeprefix("tune.") if row else now)
         if now:

@@ -18,6 +18,7 @@ from aplsmear.ensembles.combination import (
     judge,
     measure,
     null_check,
+    null_verdict,
     patients_of,
     read_members,
 )
@@ -155,10 +156,27 @@ def test_scores_that_could_be_memorised_do_not_raise_the_auroc_on_random_labels(
 
 def test_permuted_diagnoses_give_an_auroc_of_a_half() -> None:
     patients, members = cohort(n=12, strength=2.0)
-    table = null_check(patients, members, RIDGE, 6, 1)
-    assert table.columns.tolist() == ["repeat", "auroc", "auroc_within_folds"]
-    assert table["auroc_within_folds"].mean() == pytest.approx(0.5, abs=0.1)
+    within_folds = [within for _, within in null_check(patients, members, RIDGE, 6, 1)]
+    assert np.mean(within_folds) == pytest.approx(0.5, abs=0.1)
     assert measure(judge(patients, members, RIDGE, 0, 1).table, 100, 1)["auroc"]["value"] > 0.85
+
+
+def test_few_permutations_give_no_verdict_and_the_number_that_it_takes() -> None:
+    """Five permutations of 40 patients: 0.42 is chance, not a leak."""
+    few = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43])
+    assert (few.mean, few.leaks) == (pytest.approx(0.42), False)
+    assert few.low < 0.35
+    assert few.high > 0.49
+    assert 45 < few.needed < 60
+    many = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43] * 12)
+    assert many.leaks
+    assert many.needed <= 60
+
+
+def test_many_permutations_around_a_half_show_no_leak() -> None:
+    found = null_verdict([0.4, 0.6, 0.45, 0.56] * 25)
+    assert not found.leaks
+    assert found.needed <= 100
 
 
 # --- order ------------------------------------------------------------------------------------------
@@ -316,7 +334,7 @@ def test_a_fold_keeps_its_patients_when_diagnoses_are_permuted(monkeypatch) -> N
         return judge(permuted, *rest)
 
     monkeypatch.setattr("aplsmear.ensembles.combination.judge", spy)
-    null_check(patients, members, AVERAGE, 3, 1)
+    list(null_check(patients, members, AVERAGE, 3, 1))
     assert [each.groupby("fold")["label"].sum().tolist() for each in seen] == [[2, 2, 2]] * 3
     assert any(each["label"].tolist() != patients["label"].tolist() for each in seen)
 

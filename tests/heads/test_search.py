@@ -218,7 +218,7 @@ def test_a_study_is_named_after_all_that_it_depends_on() -> None:
     whole, used = task_data(), settings()
     key = study_key(whole, used, 1)
     assert key == study_key(task_data(), settings(), 1)
-    assert key == study_key(whole, settings(pick={"a": 1}, storage="postgresql+psycopg://host/db"), 1)
+    assert key == study_key(whole, settings(pick=1, storage="postgresql+psycopg://host/db"), 1)
     others = [
         study_key(task_data(seed=2), used, 1),
         study_key(replace(whole, label=1 - whole.label), used, 1),

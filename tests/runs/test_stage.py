@@ -89,7 +89,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     params["augment"]["hue"] = 999
     params["backbones"]["mobilenet"]["layer"] = ["conv_pw_3_rel"]
     params["ensembles"]["apl_aml"]["members"] += ["blasts"]
-    params["tune"]["pick"] = {"blasts": 1}
+    params["overrides"]["blast"] = {"pick": 99}
     here = tmp_path / "here"
     here.mkdir()
     YAML(typ="safe").dump(params, here / "params.yaml")
@@ -104,7 +104,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     starts = ["seed: Input", "sed: unknown key (did you mean 'seed'?)", "augment.hue: Input"]
     starts += ["task: there is no task 'auer_rods'", "ensembles.apl_aml.members: there is no task 'blasts'"]
     starts += ["backbones.mobilenet: MobileNet has no layer 'conv_pw_3_rel'"]
-    starts += ["tune.pick: there is no task 'blasts'"]
+    starts += ["overrides: blast has no trial 99 to pick"]
     assert all(any(line.strip().startswith(start) for line in lines) for start in starts), ended.stderr
     assert [path.name for path in here.iterdir()] == ["params.yaml"]
 

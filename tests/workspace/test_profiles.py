@@ -203,11 +203,11 @@ def test_numbers_lists_and_tables_on_the_command_line_are_read_as_such() -> None
         "finetune.online": "true",
         "tune.space.epochs": "[2, 5]",
         "tune.space.features": "[any]",
-        "tune.pick": "{blast: 1}",
+        "overrides.blast": "{pick: 1}",
         "backbones.mobilenet.layer": "[conv_pw_3_relu]",
     }
     found = dict(flat(yaml.safe_load(with_settings(DEMO, given)), tables=True))
-    assert [found[key] for key in given] == [3, 9.5, True, [2, 5], ["any"], {"blast": 1}, ["conv_pw_3_relu"]]
+    assert [found[key] for key in given] == [3, 9.5, True, [2, 5], ["any"], {"pick": 1}, ["conv_pw_3_relu"]]
 
 
 @pytest.mark.parametrize("text", ["10 #2", "'x", "[1", "10\n---\n11", "!!python/name:os.system"])

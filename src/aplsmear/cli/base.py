@@ -43,9 +43,9 @@ app = typer.Typer(
 )
 
 
-def params_if_any() -> Params | None:
-    """The parameters of the working directory, if it has any."""
-    return read_params(PARAMS) if PARAMS.exists() else None
+def params_if_any(*used: str) -> Params | None:
+    """The parameters of the working directory under these top-level keys, if it has a params.yaml."""
+    return read_params(PARAMS, *used) if PARAMS.exists() else None
 
 
 def file_to_write(path: Path | None) -> Path | None:

@@ -33,7 +33,7 @@ def check(
     """
     from aplsmear.data.dataset import DataSetError, pictures_in_both, read_data_set
 
-    found = params_if_any()
+    found = params_if_any("dataset", "tasks")
     data_set = read_data_set(
         folder,
         found.tasks if found else {},

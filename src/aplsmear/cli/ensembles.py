@@ -66,7 +66,7 @@ def predict(
     _print_notes()
     bundle = read_bundle(ensemble)
     models = Models(bundle, bundle.outer_fold_of(fold))
-    with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
+    with engine_of(params_if_any("engine"), [data, bundle.folder], networks=True) as engine:
         found = read_data_set(
             data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
         )
@@ -123,7 +123,7 @@ def evaluate(
     _refuse_to_replace([out / "metrics.json"], overwrite)
     _print_notes()
     bundle = read_bundle(ensemble)
-    with engine_of(params_if_any(), [data, bundle.folder], networks=True) as engine:
+    with engine_of(params_if_any("engine"), [data, bundle.folder], networks=True) as engine:
         found = evaluated(bundle, data, resamples, bundle.model.seed, engine, trained_on=trained_on)
     write_evaluation(out, found)
     _print_remarks(found.left_out, found.remarks)
@@ -223,22 +223,26 @@ def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: lis
 @app.command("null-check", rich_help_panel=_PANEL)
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
-    repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 30,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 50,
 ) -> None:
     """Test for leaks: train the ensemble on permuted diagnoses; the AUROC must be 0.5. It changes no file.
 
     It needs `members/NAME`. It permutes the diagnoses of the patients within each fold, and repeats the
     choice of the combination, its weights, the calibration and the held-out probabilities. It does not repeat
-    the scores of the members. Exit code 1 if the mean AUROC differs from 0.5 by more than 0.03 and by more
-    than three standard errors.
+    the scores of the members.
+
+    A leak: the mean AUROC differs from 0.5 by more than 0.03, and by more than chance explains (3 times in
+    1000). With too few permutations there is no verdict, and the command says how many it takes. Exit code 1
+    for a leak and without a verdict.
 
     Example: `aplsmear null-check --ensemble apl_healthy`
     """
     from aplsmear.ensembles import combination as ensembles
     from aplsmear.params import named, read_params
+    from aplsmear.progress import progress
     from aplsmear.tables import read_scores, read_table
 
-    params = read_params(PARAMS)
+    params = read_params(PARAMS, "seed", "tasks", "ensembles", "combine")
     asked = named(params.ensembles, ensemble, "ensembles")
     folds = _made(Path("splits/folds.csv"))
     level = {task: each.level for task, each in params.tasks.items()}
@@ -250,14 +254,22 @@ def null_check(
     )
     patients = ensembles.patients_of(read_table(folds), asked.positive, asked.negative)
     candidates = ensembles.draw_candidates(params.combine, params.seed)
-    found = ensembles.null_check(patients, members, candidates, repeats, params.seed)
-    failed = False
-    for column, what in (("auroc", "all pairs of patients"), ("auroc_within_folds", "pairs within a fold")):
-        mean, error = found[column].mean(), found[column].std() / repeats**0.5
-        failed |= abs(mean - 0.5) > max(0.03, 3 * error)
-        typer.echo(f"AUROC on permuted diagnoses, {what}: {mean:.3f} (standard error {error:.3f})")
-    if failed:
-        raise UserError("This should be 0.5: held-out patients leak into the training of their own models.")
+    running = ensembles.null_check(patients, members, candidates, repeats, params.seed)
+    permuted = list(progress(running, "permutations", repeats))
+    typer.echo("Mean AUROC on permuted diagnoses, with its 95 % interval:")
+    found = []
+    for place, what in enumerate(("all pairs of patients", "pairs within a fold")):
+        found.append(ensembles.null_verdict([values[place] for values in permuted]))
+        typer.echo(f"  {what}: {found[-1].mean:.3f} ({found[-1].low:.3f} to {found[-1].high:.3f})")
+    if any(each.leaks for each in found):
+        raise UserError("A leak: held-out patients have a part in the training of their own models.")
+    needed = max(each.needed for each in found)
+    if needed > repeats:
+        raise UserError(
+            f"No verdict: {repeats} permutations are too few to tell a leak from chance. "
+            f"It takes about {needed}: add `--repeats {needed}`."
+        )
+    typer.echo("No leak: this is 0.5, as it should be.")
 
 
 def _made(path: Path) -> Path:

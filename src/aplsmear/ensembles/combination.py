@@ -25,6 +25,7 @@ standard error is chosen (Breiman et al., Classification and Regression Trees, 1
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
@@ -50,6 +52,7 @@ MODELS = ("average", "logistic", "network")  # the simplest first
 _CALIBRATION_C = 10.0
 _MIN_SCALE = 1e-6  # of a member that gives every patient the same score
 _SCORES = ".scores.parquet"
+_NULL_MARGIN = 0.03  # the AUROC of `null_check` may differ from 0.5 by so much
 
 
 class EnsembleError(UserError, ValueError):
@@ -337,28 +340,57 @@ def null_check(
     candidates: Sequence[Candidate],
     repeats: int,
     seed: int,
-) -> pd.DataFrame:
-    """`judge` on permuted diagnoses: an AUROC other than 0.5 shows a leak.
+) -> Iterator[tuple[float, float]]:
+    """`judge` on permuted diagnoses: an AUROC other than 0.5 shows a leak (`null_verdict`).
 
     Diagnoses are permuted among the patients of a fold, so that the folds stay stratified. The scores of the
     members stay the same; the choice of the combination, its weights and its calibration are made again.
 
-    Returns:
-        ``repeat, auroc, auroc_within_folds`` of the held-out probabilities. The second counts only pairs of
-        patients who were judged by the same combination: without a leak, its expectation is exactly 0.5. The
-        first may be a little lower: two similar patients with different folds and labels push each other's
-        probability in the wrong direction.
+    Yields:
+        For each permutation, the AUROC of the held-out probabilities over all pairs of patients, and over the
+        pairs of patients who were judged by the same combination. Without a leak, the expectation of the
+        second is exactly 0.5. The first may be a little lower: two similar patients with different folds and
+        labels push each other's probability in the wrong direction.
     """
     fold = patients["fold"].to_numpy()
-    rows = []
     for repeat in range(repeats):
         rng = np.random.Generator(np.random.Philox([seed, repeat]))
         permuted = patients.assign(label=patients["label"].to_numpy()[_permuted_within(fold, rng)])
         table = judge(permuted, members, candidates, 0, seed).table
         label, probability = table["label"], table["probability"]
-        within = auroc_within_folds(label, probability, fold)
-        rows.append({"repeat": repeat, "auroc": auroc(label, probability), "auroc_within_folds": within})
-    return pd.DataFrame(rows)
+        yield auroc(label, probability), auroc_within_folds(label, probability, fold)
+
+
+@dataclass(frozen=True)
+class NullVerdict:
+    """What permutations show."""
+
+    mean: float  # AUROC
+    low: float  # ends of the 95 % interval of the mean, by Student's t
+    high: float
+    leaks: bool
+    needed: int  # the number of permutations that it takes to tell a leak from chance
+
+
+def null_verdict(values: Sequence[float]) -> NullVerdict:
+    """Decide by the AUROC of each permutation whether there is a leak.
+
+    A leak: the mean lies further from 0.5 than `_NULL_MARGIN`, and further than chance takes it in 997 of
+    1000 checks. Chance has to stay within the margin for a verdict that there is no leak.
+    """
+    count, mean, deviation = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
+
+    def reach(level: float, repeats: int) -> float:
+        return float(student.ppf(level, repeats - 1) * deviation / np.sqrt(repeats))
+
+    half = reach(0.975, count)
+    return NullVerdict(
+        mean,
+        mean - half,
+        mean + half,
+        leaks=abs(mean - 0.5) > max(_NULL_MARGIN, reach(0.9985, count)),
+        needed=next(repeats for repeats in itertools.count(2) if reach(0.9985, repeats) <= _NULL_MARGIN),
+    )
 
 
 def as_json(combination: Combination) -> dict[str, Any]:

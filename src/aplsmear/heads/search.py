@@ -246,8 +246,8 @@ def choose(trials: Sequence[Trial], outer_fold: int) -> Choice:
 def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -> list[Choice]:
     """The choice of each outer fold, and then that of the final model.
 
-    The user can pick the trial of the final model (`tune.pick`). The outer folds still choose by their inner
-    folds: the user has seen all patients, so the held-out scores would be biased.
+    The user can pick the trial of the final model (`overrides.TASK.pick`). The outer folds still choose by
+    their inner folds: the user has seen all patients, so the held-out scores would be biased.
 
     Raises:
         TuneError: `picked` is no trial, or one that failed.
@@ -257,12 +257,10 @@ def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -
         sound = {trial.number: trial for trial in trials if not trial.failure}
         if picked not in sound:
             raise TuneError(
-                f"tune.pick: there is no trial {picked} with scores; there are: {', '.join(map(str, sound))}"
+                f"pick: there is no trial {picked} with scores; there are: {', '.join(map(str, sound))}"
             )
         own = choices[-1].trial.number
-        choices[-1] = Choice(
-            sound[picked], f"picked by the user (tune.pick); the study would have chosen trial {own}"
-        )
+        choices[-1] = Choice(sound[picked], f"picked by the user; the study would have chosen trial {own}")
     return choices
 
 

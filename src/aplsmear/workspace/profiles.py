@@ -24,7 +24,7 @@ MADE = {"data", "kaggle"}  # data sets that the pipeline makes in the repository
 BASE = "demo"  # the profile that is a whole params.yaml
 # Tables that hold exactly the rows that a profile names. Other tables keep those rows of the demo that the
 # profile does not name.
-REPLACED = {"augment.extra_views", "backbones", "tune.pick", "tasks", "overrides"}
+REPLACED = {"augment.extra_views", "backbones", "tasks", "overrides"}
 
 # Names of the files in features, backbones, tuned and members.
 _NAMES = re.compile(
