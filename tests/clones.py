@@ -74,5 +74,5 @@ def clone(folder: Path) -> Path:
 
 
 def stages_run(output: str) -> list[str]:
-    """The names of the stages that `dvc repro` or `dvc exp run` ran."""
-    return re.findall(r"Running stage '([^']+)'", output)
+    """The names of the stages that `dvc repro` or `dvc exp run` ran, without the check of params.yaml."""
+    return [name for name in re.findall(r"Running stage '([^']+)'", output) if name != "prepare"]

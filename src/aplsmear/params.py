@@ -539,6 +539,19 @@ def flat(nested: Any, above: str = "", *, tables: bool = False) -> Iterator[tupl
         yield from flat(value, f"{above}.{key}" if above else str(key), tables=tables)
 
 
+def changes(base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that are not as in `base`: dotted name -> value; None: the parameter is gone."""
+    before, after = dict(flat(base)), dict(flat(params))
+    names = sorted(before.keys() | after.keys())
+    return {name: after.get(name) for name in names if after.get(name) != before.get(name)}
+
+
+def changes_since(committed: str, path: Path) -> dict[str, Any]:
+    """What params.yaml changes, compared with the text of the committed file."""
+    yaml = YAML(typ="safe", pure=True)
+    return changes(yaml.load(committed), yaml.load(path.read_text(encoding="utf-8")))
+
+
 def _merge(base: Mapping[str, Any], over: Any) -> Any:
     """`base` with the keys of `over` in place of its own, table by table; `over` if it is no table."""
     if not isinstance(over, dict):

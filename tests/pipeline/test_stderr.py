@@ -32,6 +32,8 @@ OURS = "|".join(
         r"study \S+",
         r"blast: AUROC .*",
         r"\d+ of \d+ folds .*",
+        r"Changed in params\.yaml since .*",
+        r"The next experiment has these .*",
         r"The last digits of results differ .*",
     )
 )

@@ -61,7 +61,12 @@ class _Reads(ast.NodeVisitor):
             self.generic_visit(node)
 
 
-@pytest.mark.parametrize("name", STAGES)
+def test_the_stage_prepare_checks_all_of_params_yaml_before_the_first_other_stage() -> None:
+    assert STAGES["prepare"]["params"] == [{"params.yaml": None}]
+    assert set(STAGES["prepare"]["outs"]) & set(STAGES["download"]["deps"]) == {"prepared/params.txt"}
+
+
+@pytest.mark.parametrize("name", set(STAGES) - {"prepare"})
 def test_a_stage_declares_every_parameter_that_it_reads_and_no_other(name: str) -> None:
     stage = STAGES[name]
     reads = _Reads()
@@ -86,7 +91,8 @@ def test_nothing_of_a_cohort_that_is_judged_flows_back_into_training() -> None:
 
 
 def test_every_parameter_belongs_to_a_stage_except_task_and_engine() -> None:
-    declared = {str(param).split(".")[0] for stage in STAGES.values() for param in stage.get("params", [])}
+    stages = [stage for name, stage in STAGES.items() if name != "prepare"]
+    declared = {param.split(".")[0] for stage in stages for param in stage.get("params", [])}
     matrices = {
         re.search(r"\$\{(\w+)", str(over)).group(1)
         for stage in STAGES.values()

@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from flips import flip
 
 ROOT = Path(__file__).parents[2]
 STAGES = sorted(path.name for path in (ROOT / "stages").glob("*.py"))
+COMMITTER = ["-c", "user.name=x", "-c", "user.email=x@y"]
 WORDS = {
     "bottleneck": ["mobilenet"],
     "tune": ["blast"],
@@ -116,6 +118,28 @@ def test_an_unknown_name_of_a_task_or_ensemble_is_a_message(stage, tmp_path):
     ended = python(str(ROOT / "stages" / f"{stage}.py"), *words, cwd=tmp_path)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert "did you mean" in ended.stderr
+
+
+def test_a_stage_can_be_run_by_hand(tmp_path):
+    """Its folder comes first then; pandas must not take stages/bottleneck.py for a library."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    command = [sys.executable, str(ROOT / "stages" / "tune.py"), "auer_rodd"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stderr.startswith("`tasks` of params.yaml has no 'auer_rodd' (did you mean 'auer_rod'?)")
+
+
+def test_the_stage_prepare_says_what_an_experiment_has_changed(tmp_path):
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    for words in (["init", "-q"], ["add", "."], [*COMMITTER, "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    assert python(str(ROOT / "stages" / "prepare.py"), cwd=tmp_path).stdout == ""
+    text = (tmp_path / "params.yaml").read_text(encoding="utf-8")
+    text = text.replace("seed: 1 ", "seed: 7 ").replace("folds: 5 ", "folds: 4 ")
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    first, second = python(str(ROOT / "stages" / "prepare.py"), cwd=tmp_path).stdout.splitlines()
+    assert first == "Changed in params.yaml since the last commit: seed=7, split.folds=4."
+    assert "`git restore params.yaml` takes them back" in second
+    assert (tmp_path / "prepared" / "params.txt").read_text(encoding="utf-8") == "params.yaml is valid\n"
 
 
 def test_an_unknown_backbone_ends_with_the_nearest_name(tmp_path):

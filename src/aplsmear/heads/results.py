@@ -22,6 +22,8 @@ from aplsmear.heads.task_data import TaskData
 from aplsmear.params import Tune
 from aplsmear.tables import write_table
 
+_ENOUGH_TRIALS = 50  # for the importance of parameters
+
 
 @dataclass(frozen=True)
 class Results:
@@ -118,8 +120,8 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
 def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
     """The share of each parameter in the variance of the AUROC, by functional ANOVA (Hutter et al. 2014).
 
-    The largest comes first; parameters with one value are left out. Empty with fewer than four trials that
-    did not fail.
+    The largest comes first; parameters with one value are left out. Empty with fewer than `_ENOUGH_TRIALS`
+    that did not fail: shares from a few trials are chance.
     """
     import optuna
 
@@ -127,7 +129,7 @@ def importances(trials: Sequence[Any], seed: int) -> dict[str, float]:
     moved = sorted(
         name for name in (sound[0].params if sound else {}) if len({t.params[name] for t in sound}) > 1
     )
-    if len(sound) < 4 or not moved or len({trial.value for trial in sound}) == 1:
+    if len(sound) < _ENOUGH_TRIALS or not moved or len({trial.value for trial in sound}) == 1:
         return {}
     study = optuna.create_study(direction="maximize")
     study.add_trials(sound)
@@ -170,10 +172,7 @@ def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, A
 def explain_choice(
     trials: Sequence[Trial], choices: Sequence[Choice], shares: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The trial of the final model, why it was chosen, and how all others compare.
-
-    Without `shares` each parameter is listed without one, since `dvc plots` cannot draw an empty list.
-    """
+    """The trial of the final model, why it was chosen, how all others compare, and `shares` if there are."""
     last = len(choices) - 1
     final = choices[-1].trial
     ranked = sorted(
@@ -188,10 +187,8 @@ def explain_choice(
         "chosen_without_fold": {fold: choice.trial.number for fold, choice in enumerate(choices[:-1])},
         "standing": {trial.number: round(trial.auroc(last), 6) for trial in ranked},
     }
-    listed: Mapping[str, float | None] = shares or dict.fromkeys(explained["recipe"])
-    explained["importance"] = [
-        {"parameter": name, "importance": None if share is None else round(share, 6)}
-        for name, share in listed.items()
-    ]
+    if shares:
+        explained["importance"] = {name: round(share, 6) for name, share in shares.items()}
+        explained["importance_from_trials"] = len(ranked)
     failed = {trial.number: trial.failure for trial in trials if trial.failure}
     return explained | ({"failed": failed} if failed else {})

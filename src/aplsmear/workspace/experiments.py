@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
+from aplsmear.params import changes
+
 # Numbers with an interval: their key in metrics.json, title and format.
 _SHOWN = {"auroc": ("{}\nAUROC", ".3f"), "difference": ("gain over\nfrozen", "+.3f")}
 
@@ -58,16 +60,10 @@ def table(experiments: Sequence[Experiment]) -> Table:
         base = experiment.params if experiment.is_commit else base
         name = experiment.name if experiment.is_commit else f"  {experiment.name}"
         state = f" ({experiment.state})" if experiment.state else ""
-        changed = ", ".join(f"{key}={value}" for key, value in _changed(base, experiment.params).items())
+        changed = ", ".join(f"{key}={value}" for key, value in changes(base, experiment.params).items())
         style = "bold" if experiment.is_commit else ""
         drawn.add_row(name + state, changed, *(row.get(title, "-") for title in shown), style=style)
     return drawn
-
-
-def _changed(base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that are not as in the commit; None: the parameter is gone."""
-    names = sorted({*params, *base}) if params else []
-    return {name: params.get(name) for name in names if params.get(name) != base.get(name)}
 
 
 def _cells(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
