@@ -101,7 +101,7 @@ def test_patients_and_diagnoses_are_of_a_pattern_or_a_table(tmp_path):
         (["--patient", "a"], "needs a group"),
         (["--patient", "("], "is no regular expression"),
         (["--diagnosis", "ill"], "Unknown diagnoses: ill"),
-        (["--table", patients], "no column of pictures or patients"),
+        (["--table", patients], "needs a column of pictures or patients"),
     ):
         assert said in run(path, "--to", tmp_path / "x", *words, code=1)
 

@@ -86,7 +86,7 @@ def import_(
         source, known, kind=kind, images=images, columns=of_source, size=size,
         class_from=class_from, cohort=cohort, unsigned=unsigned,
     )  # fmt: skip
-    facts = importing.Facts(patient, table, of_table, diagnosis)
+    facts = importing.FactSources(patient, table, of_table, diagnosis)
     plan = importing.planned(found, root, known, facts, keep_unknown=keep_unknown)
     _show(plan, to, copy)
     if unknown := [label for label, (meaning, _) in plan.classes.items() if meaning is None]:
@@ -143,3 +143,35 @@ def _check(plan: Any, folder: Path) -> None:
     typer.echo(f"{folder} is written. The same as `aplsmear check {folder}`:")
     data_set = read_data_set(folder, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=labelled)
     Console().print(summary(data_set.report))
+
+
+@app.command(rich_help_panel=_PANEL)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data set.")],
+    kind: Annotated[
+        Literal["geojson", "coco", "label-studio", "yolo"],
+        typer.Option("--format", help="The program's form."),
+    ],
+    to: Annotated[
+        Path, typer.Option(metavar="PATH", help="A new file (coco, label-studio) or folder (geojson, yolo).")
+    ],
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Scores of cells, such as tuned/TASK/predictions.csv."),
+    ] = None,
+    score: Annotated[str, typer.Option(metavar="COLUMN", help="Column of --predictions.")] = "probability",
+) -> None:
+    """Write the boxes and types of a data set, and scores, for QuPath, CVAT, Label Studio or YOLO.
+
+    `aplsmear import PATH --images DIR/wsi --table DIR/wsi.csv --to DIR2` gives the same tables again.
+
+    Example: `aplsmear export data --format geojson --to /tmp/qupath`
+    """
+    from aplsmear.exchange import export as exporting
+
+    folder_to_write(to.parent)
+    scores = exporting.scores_of(predictions, score) if predictions else None
+    shots = exporting.export(folder, kind, to, scores)
+    cells = [cell for shot in shots for cell in shot.cells]
+    scored = f", {sum(cell.score is not None for cell in cells):,} with a score" if predictions else ""
+    typer.echo(f"{to}: {len(cells):,} cells in {len(shots):,} pictures{scored}")

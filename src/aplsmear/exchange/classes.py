@@ -25,11 +25,11 @@ _COLUMNS = ("class", "cellType", "specialCharacteristics", "objectType")
 
 
 class Meaning(NamedTuple):
-    """The labels of a class in this layout, several of one kind joined by ``|``; '' for none."""
+    """The labels of a class in the columns of labeled_cells.csv, several joined by ``|``; '' for none."""
 
-    cell_type: str
-    characteristics: str = ""
-    object_type: str = "Cell"
+    cellType: str
+    specialCharacteristics: str = ""
+    objectType: str = "Cell"
 
 
 def plain(name: str) -> str:

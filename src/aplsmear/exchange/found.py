@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +19,8 @@ from aplsmear.images.reading import ImageError, image_size, is_picture_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
+CELL_LABELS = ("cellType", "specialCharacteristics", "objectType", "segmentationQuality")
+ATTRIBUTES = ("id", *CELL_LABELS)  # of a cell, written by an export beside box and class
 _LARGEST = 10**9  # bytes of a file of annotations
 _NAMED = 5  # names in one message
 _FOLDERS = {"images", "labels", "annotations", "imgs", "label", "image"}  # tell nothing about a picture
@@ -36,8 +38,8 @@ class Cell(NamedTuple):
         picture: path below the folder of the pictures, with ``/``.
         label: the class as the annotation has it; '' if it has none.
         box: y0, x0, y1, x1 in px, end exclusive; None if the whole picture is the cell.
-        name: id of the cell, if the annotation has one.
-        characteristics: special features, joined by ``|``.
+        attributes: columns of labeled_cells.csv that an export of this program wrote beside box and class:
+            the id and labels, joined by ``|``.
         patient: as the annotation has it.
         diagnosis: as the annotation has it.
     """
@@ -45,8 +47,7 @@ class Cell(NamedTuple):
     picture: str
     label: str
     box: tuple[float, float, float, float] | None = None
-    name: str = ""
-    characteristics: str = ""
+    attributes: Mapping[str, str] = {}
     patient: str = ""
     diagnosis: str = ""
 

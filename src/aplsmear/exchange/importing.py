@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,7 +18,7 @@ from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
-from aplsmear.exchange.found import Cell, ExchangeError, Found, named
+from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, named
 from aplsmear.exchange.readers import columns_of, read_all
 from aplsmear.images.reading import ImageError, image_bytes, read_picture
 from aplsmear.progress import progress
@@ -27,6 +27,7 @@ from aplsmear.tables import write_table
 CELL_FOLDER = "cells"
 _LARGEST = 10**9  # px; no picture is as large
 _FACTS = ("patient", "diagnosis", "site")
+_OPTIONAL = (*_FACTS, *CELL_LABELS)  # columns
 
 
 @dataclass
@@ -54,8 +55,18 @@ class Plan:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
+    """What is known of a picture: patient, diagnosis (a set literal), site, id of the smear; '' if not."""
+
+    patient: str = ""
+    diagnosis: str = ""
+    site: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class FactSources:
     """Where patient, diagnosis and site of a picture are from.
 
     Attributes:
@@ -75,7 +86,7 @@ def planned(
     found: Found,
     root: Path,
     known: Mapping[str, Meaning],
-    facts: Facts,
+    facts: FactSources,
     *,
     keep_unknown: bool,
     engine: Engine = HERE,
@@ -100,7 +111,9 @@ def planned(
     single = bool(cells) and all(cell.box is None for cell in cells)
     of = _facts(found, facts)
     if single:
-        cells = _usable(cells, {cell.picture: of[cell.picture][0] for cell in cells}, root, left_out, engine)
+        cells = _usable(
+            cells, {cell.picture: of[cell.picture].patient for cell in cells}, root, left_out, engine
+        )
     if not (cells if single else found.pictures):
         raise ExchangeError(f"{found.what}: nothing is left to import.")
     if far := [cell.picture for cell in cells if cell.box and max(map(abs, cell.box)) >= _LARGEST]:
@@ -111,8 +124,9 @@ def planned(
         classes = {label: (meaning or Meaning(label), count) for label, (meaning, count) in classes.items()}
     used = sorted({cell.picture for cell in cells} if single else set(found.pictures))
     names = _names(used)
+    of = _with_ids(of, names)
     smears = _smears(used, names, of) if not single else pd.DataFrame()
-    table = _cells(cells, classes, names, of if single else None)
+    table = _cells(cells, classes, names, of, single)
     pictures = {name: picture for picture, name in names.items()}
     folder = CELL_FOLDER if single else IMAGE_FOLDER
     kept = {why: listed for why, listed in left_out.items() if listed}
@@ -122,26 +136,27 @@ def planned(
 # --- patients and diagnoses -----------------------------------------------------------------------
 
 
-def _facts(found: Found, facts: Facts) -> dict[str, tuple[str, str, str]]:
-    """Picture -> patient, diagnosis as a set literal, site."""
-    of: dict[str, list[str]] = {picture: ["", "", ""] for picture in found.pictures}
+def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
+    """What is known of each picture."""
+    of = {picture: Facts() for picture in found.pictures}
     for cell in found.cells:
-        of[cell.picture][0] = cell.patient or of[cell.picture][0]
-        of[cell.picture][1] = cell.diagnosis or of[cell.picture][1]
-    if facts.pattern is not None:
-        for picture, patient in _matched(facts.pattern, of).items():
-            of[picture][0] = patient
-    if facts.table is not None:
-        _from_table(of, facts.table, facts.columns)
-    if facts.diagnosis:
-        for values in of.values():
-            values[1] = facts.diagnosis
-    literals = {text: diagnosis_literal(text) for text in {values[1] for values in of.values()}}
+        fact = of[cell.picture]
+        fact.patient, fact.diagnosis = cell.patient or fact.patient, cell.diagnosis or fact.diagnosis
+    if sources.pattern is not None:
+        for picture, patient in _matched(sources.pattern, of).items():
+            of[picture].patient = patient
+    if sources.table is not None:
+        _from_table(of, sources.table, sources.columns)
+    for fact in of.values():
+        fact.diagnosis = sources.diagnosis or fact.diagnosis
+    literals = {text: diagnosis_literal(text) for text in {fact.diagnosis for fact in of.values()}}
     if unknown := sorted(text for text, one in literals.items() if one is None):
         raise ExchangeError(
             f"Unknown diagnoses: {named(unknown)}. Write healthy, aml or apl, or as in {{'aml', 'm2'}}."
         )
-    return {picture: (values[0], literals[values[1]] or "", values[2]) for picture, values in of.items()}
+    for fact in of.values():
+        fact.diagnosis = literals[fact.diagnosis] or ""
+    return of
 
 
 def _matched(pattern: str, pictures: Iterable[str]) -> dict[str, str]:
@@ -160,38 +175,51 @@ def _matched(pattern: str, pictures: Iterable[str]) -> dict[str, str]:
     return {picture: match[1] for picture, match in found.items() if match}
 
 
-def _from_table(of: dict[str, list[str]], path: Path, given: Mapping[str, str]) -> None:
-    """Fill in what a table says of each picture, or of each patient if it names no pictures."""
+def _from_table(of: dict[str, Facts], path: Path, given: Mapping[str, str]) -> None:
+    """Fill in what a table has of each picture, or of each patient if it names no pictures."""
     table = read_all(path)
     columns = columns_of(list(table.columns), given, path)
-    titles = [columns[what] for what in _FACTS if what in columns]
-    if "diagnosis" not in columns and "label" in columns and IMAGE_FOLDER in path.name:
-        columns["diagnosis"] = columns["label"]  # the table of smears of this layout
-    by_picture = "picture" in columns
-    if not by_picture and "patient" not in columns:
+    if path.name == SMEARS_FILE:  # of this layout
+        columns |= {"name": "id", "diagnosis": "label"}
+    key = "picture" if "picture" in columns else "patient"
+    facts = [what for what in (*_FACTS, "name") if columns.get(what) in table.columns and what != key]
+    if key not in columns or not facts:
         raise ExchangeError(
-            f"{path} has no column of pictures or patients; it has {', '.join(table.columns)}. Name it: "
-            "--column picture=TITLE or --column patient=TITLE."
+            f"{path} needs a column of pictures or patients, and one of diagnoses, patients or sites; it has "
+            f"{', '.join(table.columns)}. Name them: --column patient=TITLE --column diagnosis=TITLE."
         )
-    if not titles and "diagnosis" not in columns:
-        raise ExchangeError(
-            f"{path} has no column of patients or diagnoses. Name one: --column diagnosis=TITLE."
-        )
-    rows = {row[columns["picture" if by_picture else "patient"]]: row for row in table.to_dict("records")}
-    missing = []
-    for picture, values in of.items():
-        keys = (
-            [picture, PurePosixPath(picture).name, PurePosixPath(picture).stem] if by_picture else [values[0]]
-        )
-        row = next((rows[key] for key in keys if key in rows), None)
-        if row is None:
-            missing.append(picture if by_picture else values[0] or picture)
+    rows = {row[columns[key]]: row for row in table.to_dict("records")}
+    missing, pictures = [], defaultdict(list)
+    for picture, fact in of.items():
+        keys = _ends(picture) if key == "picture" else [fact.patient]
+        found = next((one for one in keys if one in rows), None)
+        if found is None:
+            missing.append(fact.patient if key == "patient" and fact.patient else picture)
             continue
-        for place, what in enumerate(_FACTS):
-            values[place] = (row[columns[what]] if what in columns else "") or values[place]
+        pictures[found].append(picture)
+        for what in facts:
+            setattr(fact, what, rows[found][columns[what]] or getattr(fact, what))
+    twice = [some for some in pictures.values() if len(some) > 1]
+    if twice and key == "picture":
+        raise ExchangeError(f"{path} has one row for {named(twice[0])}. Write their folders, too.")
     if missing:
-        what = "pictures" if by_picture else "patients (--patient says where their names are)"
-        raise ExchangeError(f"{path} has no row for some {what}: {named(missing)}.")
+        how = "" if key == "picture" else " (--patient says where their names are)"
+        raise ExchangeError(f"{path} has no row for some {key}s{how}: {named(missing)}.")
+
+
+def _ends(picture: str) -> list[str]:
+    """The ways in which a table can name a picture: with all its folders, with fewer, without its ending."""
+    parts = PurePosixPath(picture).parts
+    return ["/".join(parts[start:]) for start in range(len(parts))] + [PurePosixPath(picture).stem]
+
+
+def _with_ids(of: Mapping[str, Facts], names: Mapping[str, str]) -> dict[str, Facts]:
+    """The same with an id for each smear: of the table, else the name without its ending."""
+    given = [of[picture].name for picture in names]
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in names.values()]
+    options = (given if all(given) else [], stems, list(names.values()))
+    ids = next(one for one in options if one and len(set(one)) == len(one))
+    return {picture: replace(of[picture], name=name) for picture, name in zip(names, ids, strict=True)}
 
 
 # --- pictures of single cells ---------------------------------------------------------------------
@@ -238,48 +266,37 @@ def _names(pictures: list[str]) -> dict[str, str]:
 
 
 def _filled(table: pd.DataFrame) -> pd.DataFrame:
-    """A table without the columns of patients, diagnoses and sites that are empty."""
-    return table.drop(columns=[one for one in _FACTS if one in table and not (table[one] != "").any()])
+    """A table without the columns that may be absent and are empty."""
+    return table.drop(columns=[one for one in _OPTIONAL if one in table and not (table[one] != "").any()])
 
 
-def _smears(
-    pictures: list[str], names: Mapping[str, str], of: Mapping[str, tuple[str, str, str]]
-) -> pd.DataFrame:
-    patient, label, site = zip(*(of[picture] for picture in pictures), strict=True)
-    image = [names[picture] for picture in pictures]
-    ids = [str(PurePosixPath(name).with_suffix("")) for name in image]
-    ids = ids if len(set(ids)) == len(ids) else image
-    facts = {"patient": patient, "site": site}
-    return _filled(pd.DataFrame({"id": ids, "imgName": image, "label": label} | facts, dtype=object))
+def _smears(pictures: list[str], names: Mapping[str, str], of: Mapping[str, Facts]) -> pd.DataFrame:
+    facts = [of[picture] for picture in pictures]
+    columns = {"id": [one.name for one in facts], "imgName": [names[picture] for picture in pictures]}
+    columns["label"] = [one.diagnosis for one in facts]
+    columns |= {"patient": [one.patient for one in facts], "site": [one.site for one in facts]}
+    return _filled(pd.DataFrame(columns, dtype=object))
 
 
 def _cells(
     cells: list[Cell],
     classes: Mapping[str, tuple[Meaning | None, int]],
     names: Mapping[str, str],
-    of: Mapping[str, tuple[str, str, str]] | None,
+    of: Mapping[str, Facts],
+    single: bool,
 ) -> pd.DataFrame:
-    """The table of cells; `of` is given for pictures of single cells."""
-    given = [cell.name for cell in cells]
+    given = [cell.attributes.get("id", "") for cell in cells]
     ids = given if all(given) and len(set(given)) == len(given) else [str(n + 1) for n in range(len(cells))]
-    meanings = [classes[cell.label][0] or Meaning("") for cell in cells]
-    image = [names[cell.picture] for cell in cells]
+    facts = [of[cell.picture] for cell in cells]
     columns: dict[str, list[str]] = {"id": ids}
-    if of is None:
-        stems = [str(PurePosixPath(name).with_suffix("")) for name in names.values()]
-        plain = len(set(stems)) == len(stems)
-        columns["wsi"] = [str(PurePosixPath(name).with_suffix("")) if plain else name for name in image]
-        columns["bbox"] = [str(np.rint(cell.box or (0, 0, 0, 0)).astype(int).tolist()) for cell in cells]
+    if single:
+        columns["imgName"] = [names[cell.picture] for cell in cells]
+        columns |= {what: [getattr(one, what) for one in facts] for what in _FACTS}
     else:
-        columns["imgName"] = image
-        facts = [of[cell.picture] for cell in cells]
-        columns |= {what: [one[place] for one in facts] for place, what in enumerate(_FACTS)}
-    columns["cellType"] = [literal(meaning.cell_type) for meaning in meanings]
-    columns["specialCharacteristics"] = [
-        literal(cell.characteristics or meaning.characteristics)
-        for cell, meaning in zip(cells, meanings, strict=True)
-    ]
-    columns["objectType"] = [literal(meaning.object_type) for meaning in meanings]
+        columns["wsi"] = [one.name for one in facts]
+        columns["bbox"] = [str(np.rint(cell.box or (0, 0, 0, 0)).astype(int).tolist()) for cell in cells]
+    labels = [(classes[cell.label][0] or Meaning(""))._asdict() | dict(cell.attributes) for cell in cells]
+    columns |= {column: [literal(one.get(column, "")) for one in labels] for column in CELL_LABELS}
     return _filled(pd.DataFrame(columns, dtype=object))
 
 

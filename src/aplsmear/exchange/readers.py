@@ -25,6 +25,7 @@ from aplsmear.data.csvfile import read_csv
 from aplsmear.data.problems import DataSetError, Problem
 from aplsmear.errors import brief
 from aplsmear.exchange.found import (
+    ATTRIBUTES,
     Cell,
     ExchangeError,
     Found,
@@ -170,14 +171,13 @@ def coco(request: Request) -> Found:
             elif picture:
                 x, y, width, height = one.bbox
                 box = y, x, y + height, x + width
-                found.cells.append(Cell(picture, names[one.category_id], box, **_extra(one.attributes)))
+                found.cells.append(Cell(picture, names[one.category_id], box, _attributes(one.attributes)))
     return found
 
 
-def _extra(attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Of a cell, what `aplsmear.exchange.export` writes beside box and class."""
-    names = {"name": "cell", "characteristics": "specialCharacteristics"}
-    return {name: str(attributes[title]) for name, title in names.items() if attributes.get(title)}
+def _attributes(given: Mapping[str, Any]) -> dict[str, str]:
+    """Those that `aplsmear.exchange.export` writes."""
+    return {name: str(given[name]) for name in ATTRIBUTES if name in given}
 
 
 # --- LabelMe --------------------------------------------------------------------------------------
@@ -265,12 +265,12 @@ def geojson(request: Request) -> Found:
         for feature in validated(_Features, listed, path).features:
             classification = feature.properties.classification
             label = classification.name if classification else ""
-            extra = _extra(feature.properties.metadata)
+            attributes = _attributes(feature.properties.metadata)
             for box in _geometry_boxes(feature.geometry, request.size, path):
                 if box is None:
                     found.left_out[_WITHOUT_SIZE].append(path.name)
                 else:
-                    found.cells.append(Cell(picture, label, box, **extra))
+                    found.cells.append(Cell(picture, label, box, attributes))
     return found
 
 
@@ -388,7 +388,7 @@ def _add_result(found: Found, result: _Result, picture: str, request: Request, p
         return
     y0, x0, y1, x1 = (each / 100 for each in box)
     label = str(labels[0]) if isinstance(labels, list) and labels else ""
-    found.cells.append(Cell(picture, label, (y0, x0, y1, x1), **_extra(result.meta)))
+    found.cells.append(Cell(picture, label, (y0, x0, y1, x1), _attributes(result.meta)))
 
 
 # --- YOLO and KITTI -------------------------------------------------------------------------------
