@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+import pandas as pd
 import pytest
 from test_combination import NETWORK, RIDGE, cohort
 
@@ -34,10 +35,14 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         levels={},
         patients=patients,
         members=members,
-        items={},
+        items={
+            "smear": pd.DataFrame({"patient": patients["patient"], "site": "Dresden"}),
+            "cell": pd.DataFrame({"patient": [*patients["patient"], "of another ensemble"]}),
+        },
         features={},
         heads={},
         md5={"splits/folds.csv": "0123abcd"},
+        left_out={"cells_without_box": {"count": 4}, "smears_with_bad_image": {"count": 0}},
     )
     return Findings(
         inputs=inputs,
@@ -63,6 +68,7 @@ def test_the_page_has_every_section_number_and_patient(html) -> None:
     found = findings()
     for heading in (
         "Cohort and folds",
+        "The study in short",
         "Numbers",
         "Curves and calls",
         "Every patient",

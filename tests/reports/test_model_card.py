@@ -1,7 +1,9 @@
 """The model card: the numbers and the limits of an ensemble, without a patient's name."""
 
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 from test_ensemble_report import findings
 
 from aplsmear import __version__
@@ -15,7 +17,14 @@ def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
     headings = [line for line in card.splitlines() if line.startswith("#")]
     assert headings == [
         "# apl_aml: APL or other AML?",
-        *("## Use", "## Cohort", "## How it was validated", "## Numbers", "## Operating points"),
+        *(
+            "## Use",
+            "## Cohort",
+            "## The study in short",
+            "## How it was validated",
+            "## Numbers",
+            "## Operating points",
+        ),
         *("## What it is made of", "## Limits", "## Versions"),
     ]
     area = found.measured["auroc"]
@@ -33,6 +42,22 @@ def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
     assert "Not a medical device" in card
     assert f"aplsmear {__version__}" in card
     assert "| splits/folds.csv | `0123abcd` |" in card
+
+
+def test_the_card_says_what_was_left_out_and_how_many_patients_a_study_needs() -> None:
+    found = findings()
+    logits = found.verdicts.logits.copy()
+    logits[:2, 0] = np.nan
+    card = model_card(replace(found, verdicts=replace(found.verdicts, logits=logits)))
+    rows = dict(line.strip("| ").split(" | ", 1) for line in card.splitlines() if line.count("|") == 4)
+    n = len(found.verdicts.table)
+    assert f"{n} patients, {n} smears, {n} cells, 1 site." in rows["data"]  # no cell of another patient
+    assert "Left out of the whole data set: 4 cells without box." in rows["missing data"]
+    assert "2 patients without a score of some member" in rows["missing data"]
+    caught = found.measured["sensitivity"]
+    assert (
+        f"the interval of the sensitivity is {caught['high'] - caught['low']:.2f} wide" in rows["sample size"]
+    )
 
 
 def test_no_patient_is_named_and_equal_findings_give_equal_bytes(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Inputs:
     features: Mapping[Level, Mapping[str, Features]]  # of all cells and all smears, by ``backbone/layer``
     heads: Mapping[str, Path]  # of each member and of `Ensemble.weigh_by`
     md5: Mapping[str, str]  # of the tables, by file, as dvc.lock has it
+    left_out: Mapping[str, Any]  # of the whole data set: what -> ``count``
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def read_inputs(
         heads={ensemble.weigh_by: weighting / "heads.npz"}
         | {task: folder / f"{task}.heads.npz" for task in ensemble.members},
         md5={path.as_posix(): md5(path) for path in hashed},
+        left_out=json.loads(Path("dataset/report.json").read_text(encoding="utf-8"))["left_out"],
     )
 
 

@@ -59,6 +59,7 @@ class Evaluation:
         comparison: of `aplsmear.ensembles.baselines.compare`.
         curves: of `aplsmear.evaluation.curves`, by name: roc, band, precision_recall, calibration, decision.
         left_out: what was left out of the data set, and how much of it.
+        study: of `aplsmear.reports.pages.study_content`.
         remarks: for the head of the page.
     """
 
@@ -68,6 +69,7 @@ class Evaluation:
     comparison: pd.DataFrame
     curves: Mapping[str, pd.DataFrame]
     left_out: Mapping[str, Any]
+    study: Mapping[str, Any]
     remarks: Sequence[str] = ()
 
 
@@ -107,7 +109,8 @@ def evaluate(
     models = Models(bundle, bundle.outer_fold_of(None), baselines=True)
     files = pseudonyms.files(root, smears, cells) if pseudonyms else None
     verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine, files), 0)
-    shifted = adapted(models.combination, np.array([each.logits for each in verdicts]))
+    logits = np.array([each.logits for each in verdicts])
+    shifted = adapted(models.combination, logits)
     as_trained, after = (verdict_table(verdicts, each) for each in (models.combination, shifted))
     table = labelled_table(as_trained, after, patients, model.positive)
     baselines = {
@@ -121,6 +124,7 @@ def evaluate(
         measured=measure_cohort(table, resamples, seed),
         comparison=compare(table, probability.to_numpy(), baselines),
         curves=curves | {"decision": decision_table(label, probability)},
+        study=pages.study_content(table["patient"], smears, cells, found.report["left_out"], logits),
         left_out=found.report["left_out"]
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
         remarks=[
@@ -240,7 +244,8 @@ def page(found: Evaluation) -> str:
         remarks=found.remarks,
         inputs=model.inputs,
         version=aplsmear.__version__,
-        **pages.curve_content(table, found.curves),
+        **pages.curve_content(table, found.curves, found.measured),
+        study=found.study,
     )
 
 

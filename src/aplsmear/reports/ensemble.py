@@ -67,6 +67,7 @@ def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
 def content(found: Findings) -> dict[str, Any]:
     """What the templates of the report and of the model card show, as plain data."""
     table, measured, last = found.verdicts.table, found.measured, found.verdicts.combinations[-1]
+    items = found.inputs.items
     positive, negative = map(
         pages.diagnosis, (found.inputs.ensemble.positive, found.inputs.ensemble.negative)
     )
@@ -85,8 +86,10 @@ def content(found: Findings) -> dict[str, Any]:
             )
         ],
         "measured": measured,
-        "at": {"balanced": measured, "sensitive": measured["at_sensitive"]},
-        **pages.curve_content(table, found.curves),
+        "study": pages.study_content(
+            table["patient"], items["smear"], items["cell"], found.inputs.left_out, found.verdicts.logits
+        ),
+        **pages.curve_content(table, found.curves, measured),
         "patients": pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
         **_cards(found),
         "pictured_by": found.pictured_by,

@@ -55,18 +55,23 @@ def member_scores(members: Sequence[str], logits: np.ndarray) -> list[tuple[str,
     ]
 
 
-def curve_content(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+def curve_content(
+    table: pd.DataFrame, curves: Mapping[str, pd.DataFrame], measured: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `curves.html.j2` draws: points of the charts, and numbers of patients (is, called).
 
     Args:
         table: ``label, verdict, sensitive`` of each patient.
         curves: of `aplsmear.evaluation.curves.curve_tables`.
+        measured: of `aplsmear.ensembles.combination.measure`. Of the result, ``at`` has the rates
+            at both operating points.
     """
     band, calibration = curves["band"], []
     for group in records(curves["calibration"]):
         share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
         calibration.append({**group, "low": share.low, "high": share.high})
     return {
+        "at": {"balanced": measured, "sensitive": measured["at_sensitive"]},
         "prevalence": float(table["label"].mean()),
         "roc": points(curves["roc"], "fpr", "tpr"),
         "band": points(band, "fpr", "low") + points(band[::-1], "fpr", "high"),
@@ -79,6 +84,34 @@ def curve_content(table: pd.DataFrame, curves: Mapping[str, pd.DataFrame]) -> di
             ]
             for point, column in (("balanced", "verdict"), ("sensitive", "sensitive"))
         },
+    }
+
+
+def study_content(
+    patients: pd.Series,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    left_out: Mapping[str, Any],
+    logits: np.ndarray,
+) -> dict[str, Any]:
+    """What study.j2 needs about the patients of a page.
+
+    Args:
+        patients: their names.
+        smears: ``patient, site`` of each smear, also of other patients.
+        cells: ``patient`` of each cell.
+        left_out: what was left out of the data set: what -> ``count`` (`aplsmear.data.dataset`).
+        logits: summaries of the members, float64 (patients, members), NaN where there is none.
+    """
+    smears, cells = (each[each["patient"].isin(set(patients))] for each in (smears, cells))
+    counts = {what.replace("_", " "): int(left["count"]) for what, left in left_out.items()}
+    return {
+        "patients": len(patients),
+        "smears": len(smears),
+        "cells": len(cells),
+        "sites": len(set(smears["site"]) - {""}),
+        "left_out": [f"{count:,} {what}" for what, count in counts.items() if count],
+        "incomplete": int(np.isnan(logits).any(axis=1).sum()),
     }
 
 
