@@ -394,6 +394,12 @@ class Combine(Strict):
     shares: list[TaskName] = []
 
 
+class OneAnswer(Strict):
+    """How several ensembles give one answer."""
+
+    sure: float = Field(ge=0, lt=1)
+
+
 class Params(Strict):
     """All of params.yaml."""
 
@@ -412,6 +418,7 @@ class Params(Strict):
     ensembles: dict[Name, Ensemble] = Field(min_length=1)
     external: dict[Name, External]
     combine: Combine
+    answer: OneAnswer
 
     @model_validator(mode="before")
     @classmethod

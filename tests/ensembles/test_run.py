@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_combination import cohort, combine
+from test_combination import cohort, combine, people
 
 from aplsmear.ensembles.run import Inputs, Results, judge_and_compare, write_results
 from aplsmear.params import Ensemble
@@ -20,6 +20,7 @@ def results_of(levels: dict[str, str]) -> Results:
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m1"),
         levels=levels,
+        everyone=people(10, 5),
         patients=patients,
         members=members,
         items={"cell": nothing, "smear": nothing},

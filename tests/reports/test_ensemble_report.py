@@ -33,6 +33,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
         levels={},
+        everyone=patients,
         patients=patients,
         members=members,
         items={
@@ -47,6 +48,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     return Findings(
         inputs=inputs,
         verdicts=verdicts,
+        logits=patients,
         measured=measure(verdicts.table, 100, 1),
         comparison=compare(patients, probability.to_numpy(), baselines),
         baselines=Baselines({}, None),

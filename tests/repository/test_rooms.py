@@ -13,6 +13,7 @@ ORDER = [
     "cli",
     "prediction",
     "workspace",
+    "answer",
     "reports",
     "finetune",
     "ensembles",

@@ -109,12 +109,16 @@ class Combination:
     offset: float
     thresholds: dict[str, float]  # operating points on the calibrated probability
 
-    def probability(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
-        """Calibrated probability of the positive diagnosis, float64 (patients,).
+    def logit(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
+        """Calibrated logit of the positive diagnosis, float64 (patients,).
 
         `logits` are as for `Weights.logit`; `fitted` are other weights with the same calibration.
         """
-        return np.asarray(expit(self.slope * (fitted or self.fitted).logit(logits) + self.offset))
+        return np.asarray(self.slope * (fitted or self.fitted).logit(logits) + self.offset)
+
+    def probability(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
+        """Calibrated probability of the positive diagnosis, float64 (patients,); arguments as for `logit`."""
+        return np.asarray(expit(self.logit(logits, fitted)))
 
     def calls(self, probability: np.ndarray) -> dict[str, np.ndarray]:
         """``verdict`` and ``sensitive``: the calls, int64, at the balanced and at the sensitive point."""
@@ -176,7 +180,8 @@ def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFra
         raise EnsembleError(
             f"an ensemble of {positive} against {negative} needs patients of both, but there are {has}. "
             f"Add patients with the diagnosis {' and '.join(absent)}, or set `positive` and `negative` of "
-            "the ensemble in params.yaml."
+            "the ensemble in params.yaml. Ensembles of the other diagnoses can be made alone (`dvc repro "
+            "ensemble_NAME`), but there is no one answer of several ensembles."
         )
     mine = folds[folds["diagnosis"].isin([positive, negative])].sort_values("patient", ignore_index=True)
     return mine.assign(label=(mine["diagnosis"] == positive).astype(np.int64))
@@ -279,6 +284,41 @@ def judge(
             columns = _verdicts(combination, mine[outside], refitted)
             table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
     return Verdicts(table, used, combinations, chosen)
+
+
+def logits_of_all(
+    verdicts: Verdicts, everyone: pd.DataFrame, members: Mapping[str, pd.DataFrame], seed: int
+) -> pd.DataFrame:
+    """The calibrated logit of every patient of the data set in every outer fold, without a leak.
+
+    In outer fold w, the patients of fold w get the logit of the combination of that outer fold, as in
+    `Verdicts.table`. The patients of another fold get that of the same candidate, fitted without fold w and
+    without their own fold, with the calibration of outer fold w. Patients with another diagnosis than the two
+    of the ensemble take no part in any fit, and are scored in the same way.
+
+    Args:
+        verdicts: of `judge`.
+        everyone: ``patient, diagnosis, fold`` of all patients of the data set.
+        members: as for `judge`, with rows of all patients.
+        seed: as for `judge`.
+
+    Returns:
+        ``patient, diagnosis, fold, outer_0 ... outer_K``, sorted by patient.
+    """
+    table = everyone.sort_values("patient", ignore_index=True)
+    label = table["patient"].map(verdicts.table.set_index("patient")["label"]).to_numpy(np.float64)
+    fold = table["fold"].to_numpy()
+    for outer_fold, combination in enumerate(verdicts.combinations):
+        candidate = verdicts.chosen[outer_fold]
+        mine, found = _logits(table, members, outer_fold, candidate.summary), np.zeros(len(table))
+        for held_out in np.unique(fold):
+            there, fitted = fold == held_out, combination.fitted
+            if held_out != outer_fold:
+                rows = ~there & (fold != outer_fold) & ~np.isnan(label)
+                fitted = _fit(candidate, mine[rows], label[rows].astype(np.int64), seed)
+            found[there] = combination.logit(mine[there], fitted)
+        table[f"outer_{outer_fold}"] = found
+    return table
 
 
 def high_is_positive(verdicts: Verdicts, member: str) -> bool:

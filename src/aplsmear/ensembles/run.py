@@ -28,6 +28,7 @@ from aplsmear.ensembles.combination import (
     high_is_positive,
     importance,
     judge,
+    logits_of_all,
     measure,
     patients_of,
     read_members,
@@ -53,6 +54,7 @@ class Inputs:
     name: str
     ensemble: Ensemble  # its row of params.yaml
     levels: Mapping[str, TaskLevel]  # of each member and of `Ensemble.weigh_by`
+    everyone: pd.DataFrame  # ``patient, diagnosis, fold`` of all patients of the data set
     patients: pd.DataFrame  # of `aplsmear.ensembles.combination.patients_of`
     members: Mapping[str, pd.DataFrame]  # of `aplsmear.ensembles.combination.read_members`
     items: Mapping[Level, pd.DataFrame]  # all cells and all smears, with ``item`` and ``patient``
@@ -68,6 +70,7 @@ class Results:
 
     inputs: Inputs
     verdicts: Verdicts
+    logits: pd.DataFrame  # of `aplsmear.ensembles.combination.logits_of_all`
     measured: dict[str, Any]  # of `aplsmear.ensembles.combination.measure`
     comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
     baselines: Baselines  # for new patients
@@ -95,12 +98,14 @@ def read_inputs(
     folds, tables = Path("splits/folds.csv"), {level: Path(f"dataset/{level}s.csv") for level in LEVELS}
     levels = {task: tasks[task].level for task in [ensemble.weigh_by, *ensemble.members]}
     weights = {levels[ensemble.weigh_by]: read_scores(weighting / "scores.parquet")}
+    everyone = read_table(folds)
     hashed = [folds, tables["cell"], *(folder / f"{task}.scores.parquet" for task in ensemble.members)]
     return Inputs(
         name=name,
         ensemble=ensemble,
         levels=levels,
-        patients=patients_of(read_table(folds), ensemble.positive, ensemble.negative),
+        everyone=everyone,
+        patients=patients_of(everyone, ensemble.positive, ensemble.negative),
         members=read_members(folder, {task: levels[task] for task in ensemble.members}, weights),
         items={level: read_table(path).rename(columns={level: "item"}) for level, path in tables.items()},
         features={level: read_features(Path(f"features/{level}"), backbones) for level in LEVELS},
@@ -127,6 +132,7 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     return Results(
         inputs=inputs,
         verdicts=verdicts,
+        logits=logits_of_all(verdicts, inputs.everyone, members, seed),
         measured=measure(verdicts.table, combine.resamples, seed),
         comparison=compare(patients, probability.to_numpy(), held_out),
         baselines=Baselines(
@@ -148,6 +154,7 @@ def write_results(out: Path, results: Results) -> None:
     """Write the tables, the curves and the measures into the folder ``ensembles/<name>``."""
     table, ensemble = results.verdicts.table, results.inputs.ensemble
     write_table(out / "predictions.csv", table)
+    write_table(out / "logits.csv", results.logits)
     write_table(out / "comparison.csv", results.comparison)
     drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
     write_json(out / "curves.json", drawn)

@@ -1,0 +1,1 @@
+"""One answer from several ensembles: healthy, other AML or APL."""
