@@ -173,6 +173,8 @@ def test_row_order_and_workers_change_nothing(tmp_path):
     "change",
     [
         lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: b"\xef\xbb\xbf" * 2 + text.encode(),
+        lambda text: text.replace("wsi", "\u200bwsi\u00a0", 1).encode(),
         lambda text: text.replace("\n", "\r\n").encode(),
         lambda text: text.encode("utf-16"),
         lambda text: ("\n" + text + "\n\n,,\n").encode(),
@@ -186,6 +188,8 @@ def test_row_order_and_workers_change_nothing(tmp_path):
     ],
     ids=[
         "BOM",
+        "two BOMs",
+        "invisible letters in the header",
         "CRLF",
         "UTF-16",
         "empty rows",
@@ -426,6 +430,68 @@ def test_rows_have_the_numbers_that_a_spreadsheet_shows(tmp_path):
 
 def test_a_misspelt_column_is_named_with_what_to_do(tmp_path):
     assert "'imgname'" in problems(folder(tmp_path, SMEARS.replace("imgName", "imgname")))[0].fix
+
+
+@pytest.mark.parametrize(
+    "title", ["Patient", "PATIENT", "patients", "patient_id", "PatientID", "Patient-Nr.", "patient name"]
+)
+def test_a_column_of_nearly_the_right_name_is_a_problem(tmp_path, title):
+    """Else each smear would count as a patient, and one patient could be on both sides of a split."""
+    (found,) = problems(folder(tmp_path, SMEARS.replace("patient", title, 1)))
+    assert (found.file, found.row, found.column) == ("wsi.csv", 1, title)
+    assert "the name patient" in found.expected
+
+
+def test_without_a_patient_column_the_columns_that_are_not_read_are_named(tmp_path):
+    (remark,) = read(folder(tmp_path, SMEARS.replace("patient", "case", 1))).report["remarks"]
+    assert remark.endswith("Columns that are not read: 'case'")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("labeled_cells.csv", "Labeled_Cells.CSV"), ("labeled_cells.csv", "labelled_cells (1).csv"),
+        ("labeled_cells.csv", "labeled_cells.csv.txt"), ("distinct.csv", "Distinct.csv"),
+        ("distinct.csv", "distinct - Copy.csv"),
+    ],
+)  # fmt: skip
+def test_a_table_of_nearly_the_right_name_is_a_problem(tmp_path, name, other):
+    (folder(tmp_path) / "distinct.csv").write_text("what,name,other\npatient,P1,\n")
+    (tmp_path / name).rename(tmp_path / other)
+    (found,) = problems(tmp_path, {})
+    assert (found.file, found.expected) == (other, f"the name {name}")
+
+
+def test_a_table_of_another_time_is_none(tmp_path):
+    (folder(tmp_path) / "labeled_cells.csv").rename(tmp_path / "labeled_cells_old.csv")
+    assert read(tmp_path, {}).report["remarks"] == ["no labeled_cells.csv: only smears take part"]
+
+
+def test_a_table_of_smears_of_another_name_is_named(tmp_path):
+    (folder(tmp_path) / "wsi.csv").rename(tmp_path / "WSI (2).csv")
+    assert (problems(tmp_path)[0].file, problems(tmp_path)[0].expected) == ("WSI (2).csv", "the name wsi.csv")
+
+
+@pytest.mark.parametrize("name", ["wsi.csv", "labeled_cells.csv", "distinct.csv"])
+def test_a_link_to_a_table_that_is_not_there_is_a_problem(tmp_path, name):
+    (folder(tmp_path) / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("nothing.csv")
+    (found,) = problems(tmp_path, {})
+    assert (found.file, "No such file" in found.expected) == (name, True)
+
+
+@pytest.mark.parametrize("name", ["wsi.csv", "wsi/a.png"])
+def test_a_file_without_a_size_is_never_read(tmp_path, name, monkeypatch):
+    """Files of /proc have none, and reading them may never end."""
+    (folder(tmp_path) / name).write_bytes(b"")
+    opened = []
+    plain = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda path, *how, **more: opened.append(path.name) or plain(path, *how, **more)
+    )
+    found = problems(tmp_path, {})[0]
+    assert "empty" in found.expected
+    assert Path(name).name not in opened
 
 
 def test_a_missing_folder_is_a_problem(tmp_path):

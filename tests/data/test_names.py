@@ -44,7 +44,8 @@ PAIRS = [
     ("P_12", "P 12"), ("P12", "\u042012"), ("p12", "\u044012"), ("P12", "\uff30\uff11\uff12"),
     ("P012", "PO12"), ("P1", "Pl"), ("7", "7.0"), ("7", "7,00"), ("120000", "1.2E+05"), ("1200", "1,200"),
     ("Müller", "Muller"), ("Müller", "MÃ¼ller"), ("straße", "STRASSE"), ("\u0397ans", "Hans"),
-    ("12", "\u0661\u0662"),
+    ("12", "\u0661\u0662"), ("Müller", "Mueller"), ("Øst", "Ost"), ("Łódź", "Lodz"), ("P012", "[P012]"),
+    ("P12", "P\u202212"), ("Bern", "Bem"),
 ]  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def test_sites_are_compared_as_patients_are(tmp_path):
     [
         ("1.2E+05", "rounded"), ("1,23457E+11", "rounded"), ("1234567890123450", "rounded"),
         ("3-Dec", "made a date"), ("Mrz 03", "made a date"), ("#N/A", "an error"),
-        ("M\ufffdller", "lost a letter"),
+        ("M\ufffdller", "lost a letter"), ("#####", "too narrow"), ("nan", "an empty field"),
+        ("unknown", "many patients become one"), ("2024-12-03 00:00:00", "made a date"),
     ],
 )  # fmt: skip
 def test_a_name_that_a_spreadsheet_has_changed_is_a_problem(tmp_path, name, told):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import errno
 import io
+import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ _SEPARATOR_LINE = re.compile(
 )  # Excel uses and hides it
 _AS_TEXT = re.compile(r'="([^"]*)"')  # ="0012" in a spreadsheet: text, although it looks like a number
 _LARGEST = 10**9  # bytes; a million cells take 150 MB
+_SAME_FILE = 0.93  # of 1; likeness of labeledcells and labelledcells: 0.96, and labeledcellsold: 0.89
 _AGAIN = "export the table again, as CSV UTF-8"
 
 
@@ -53,7 +56,8 @@ def read_csv(
         remarks: new remarks are appended.
 
     Returns:
-        The wanted columns that are there; the index is the row number that a spreadsheet shows. None if the
+        The wanted columns that are there; the index is the row number that a spreadsheet shows. The titles of
+        the other columns are in its attribute `attrs`, as ``unread``. None if the
         file cannot be read or lacks a required column. Rows with too few or too many fields are reported and
         left out.
     """
@@ -61,6 +65,7 @@ def read_csv(
     if text is None:
         return None
     places: dict[str, int] | None = None
+    header: list[str] = []
     width = number = 0
     rows: dict[int, list[str]] = {}
     try:
@@ -68,8 +73,8 @@ def read_csv(
             if not any(field.strip() for field in record):
                 continue
             if places is None:
-                titles = {title.strip(): False for title in record if title.strip()}
-                columns = titles if wanted is None else wanted
+                header = list(filter(None, map(_title, record)))
+                columns = dict.fromkeys(header, False) if wanted is None else wanted
                 width, places = len(record), _places(file, number, record, columns, problems)
                 if places is None:
                     return None
@@ -89,7 +94,25 @@ def read_csv(
         problems.append(Problem(file, expected=expected, fix=f"{_AGAIN}, or remove the file"))
         return None
     index = pd.Index(list(rows), dtype=np.int64)
-    return pd.DataFrame(list(rows.values()), columns=list(places), index=index, dtype=object)
+    table = pd.DataFrame(list(rows.values()), columns=list(places), index=index, dtype=object)
+    table.attrs["unread"] = [title for title in header if title not in places]
+    return table
+
+
+def is_there(path: Path, problems: list[Problem]) -> bool:
+    """Whether a table that may be absent is there; a file with nearly its name is a problem."""
+    found = os.path.lexists(path)  # a link whose file is missing is there, and cannot be read
+    if not found and (other := _meant(path)):
+        expected, fix = f"the name {path.name}", "rename it, or move it out of the folder"
+        problems.append(Problem(other, expected=expected, fix=fix))
+    return found
+
+
+def _meant(path: Path) -> str:
+    """The file beside it that was probably meant to have this name: Wsi.csv, wsi (1).csv; '' if none."""
+    names = sorted(each.name for each in path.parent.iterdir() if each.is_file())
+    cores = {re.sub(r"copy|kopie|[\W\d_]", "", name.casefold().split(".")[0]): name for name in names}
+    return cores.get(misspelt(re.sub(r"[\W_]", "", path.stem), cores, _SAME_FILE) or "", "")
 
 
 def _reader(text: str) -> Iterator[list[str]]:
@@ -112,7 +135,7 @@ def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None
             raise OSError(errno.EINVAL, "not a file")
         if path.stat().st_size > _LARGEST:
             raise OSError(errno.EFBIG, f"more than {_LARGEST // 10**6:,} MB")
-        data = path.read_bytes()
+        data = path.read_bytes() if path.stat().st_size else b""  # reading a file of /proc may never end
     except OSError as error:
         expected = f"a file that can be read ({error.strerror or type(error).__name__})"
         fix = "put the file there, or correct its permissions (`ls -l` shows them)"
@@ -130,6 +153,7 @@ def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None
         remarks.append(
             f"{path.name} is not UTF-8: read as Windows-1252. If letters such as ä and é are wrong, {_AGAIN}"
         )
+    text = text.lstrip("\ufeff")  # programs that write a second byte-order mark
     if "\0" in text:
         problems.append(Problem(path.name, expected="text; the file contains zero bytes", fix=_AGAIN))
         return None
@@ -139,11 +163,18 @@ def _text(path: Path, problems: list[Problem], remarks: list[str]) -> str | None
 def _places(
     file: str, row: int, header: list[str], wanted: Mapping[str, bool | str], problems: list[Problem]
 ) -> dict[str, int] | None:
-    """Position of each wanted column; None if a required one is missing or one is there twice."""
-    titles = [title.strip() for title in header]
+    """Position of each wanted column; None if one is missing, has another name, or is there twice."""
+    titles = list(map(_title, header))
     doubled = [title for title, count in Counter(titles).items() if count > 1 and title in wanted]
     missing = [
         title for title, required in wanted.items() if required and not {title, required} & set(titles)
+    ]
+    other_names = [
+        (title, meant)
+        for meant in wanted
+        if meant not in (*titles, *missing)
+        for title in titles
+        if title not in wanted and _core(title) == _core(meant)
     ]
     for title in doubled:
         expected, fix = "each column once in the header", "rename or delete one of the two columns"
@@ -152,6 +183,20 @@ def _places(
         meant = misspelt(title, [one for one in titles if one and one not in wanted])
         fix = f"rename the column {meant!r}" if meant else "add the column (see docs/data-format.md)"
         problems.append(Problem(file, row, title, expected=f"a column {title} in the header", fix=fix))
-    if doubled or missing:
+    for title, meant in other_names:
+        expected, fix = f"the name {meant} for this column", "rename it; if it is another thing, delete it"
+        problems.append(Problem(file, row, title, expected=expected, fix=fix))
+    if doubled or missing or other_names:
         return None
     return {title: titles.index(title) for title in wanted if title in titles}
+
+
+def _title(field: str) -> str:
+    """A field of the header as it is seen, without blanks at its ends and invisible characters."""
+    return " ".join("".join(one for one in field if unicodedata.category(one) != "Cf").split())
+
+
+def _core(title: str) -> str:
+    """The title of a column without capitals, signs and words such as ID: Patient-ID, patients -> patient."""
+    text = "".join(filter(str.isalnum, unicodedata.normalize("NFKC", title).casefold()))
+    return re.sub(r"(?<=.)(id|s|no|nr|num|number|name|code)+$", "", text)

@@ -20,7 +20,7 @@ import pandera.pandas as pa
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data import boxes, labels, schema
 from aplsmear.data.copies import same_pictures
-from aplsmear.data.csvfile import read_csv
+from aplsmear.data.csvfile import is_there, read_csv
 from aplsmear.data.names import declaration, image_path, look_alikes, name_problems, read_distinct
 from aplsmear.data.notes import Notes, listed, sorted_ids
 from aplsmear.data.pictures import (
@@ -223,16 +223,17 @@ def _raw_tables(root: Path, labelled: bool, hide: _Hide, notes: Notes) -> _Raw:
         raise DataSetError([Problem(str(root), expected=f"a folder with {SMEARS_FILE}", fix=_PATH)])
     notes.distinct = read_distinct(root, hide, notes.problems)
     smears: pd.DataFrame | None = None
-    if (root / SMEARS_FILE).exists():
+    there = is_there(root / SMEARS_FILE, notes.problems)
+    if there:
         smears = _read(root, SMEAR, labelled, hide, notes)
     cells = pd.DataFrame(columns=["id", "wsi", "bbox", "imgName"], dtype=object)
-    if (root / CELLS_FILE).exists():
+    if is_there(root / CELLS_FILE, notes.problems):
         read = _read(root, SINGLE_CELL, labelled, hide, notes)
         cells = cells if read is None else read.assign(imgName=read.get("imgName", ""))
     else:
         notes.remarks.append(f"no {CELLS_FILE}: only smears take part")
     single = cells["imgName"] != ""
-    if not (root / SMEARS_FILE).exists():
+    if not there:
         only_singles = len(cells) > 0 and single.all()
         empty = pd.DataFrame(columns=["id", "imgName", "label"], dtype=object)
         smears = empty if only_singles else _read(root, SMEAR, labelled, hide, notes)
@@ -354,7 +355,9 @@ def _has_patients(raw: pd.DataFrame) -> bool:
 def _patients(raw: pd.DataFrame, diagnosis: pd.Series, shown: Shown, notes: Notes) -> pd.Series:
     alone = f"each {shown.item} counts as a patient"
     if not _has_patients(raw):
-        notes.remarks.append(f"no patient column: {alone}{'' if shown is SMEAR else _LEAK}")
+        others = ", ".join(map(repr, raw.attrs.get("unread", ())))
+        unread = f". Columns that are not read: {others}" if others else ""
+        notes.remarks.append(f"no patient column: {alone}{'' if shown is SMEAR else _LEAK}{unread}")
         return raw["id"]
     given = raw["patient"]
     fix = f"enter it, or delete the column: then {alone}"

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 from confusable_homoglyphs.confusables import is_confusable
 
-from aplsmear.data.csvfile import read_csv
+from aplsmear.data.csvfile import is_there, read_csv
 from aplsmear.data.labels import tidy
 from aplsmear.data.problems import Problem
 from aplsmear.data.schema import CELL_FOLDER, IMAGE_FOLDER
@@ -29,18 +29,22 @@ DISTINCT_FILE = "distinct.csv"
 KINDS = ("patient", "site", "image")
 
 _SAME_ON_SCREEN = str.maketrans("OoIl|", "00111")  # as in Unicode's table of confusable characters (UTS 39)
-_PARTS = re.compile(r"(?a)(\d+)|([^\d\s_.,:;/\\'\"()#&-]+)")
+_PARTS = re.compile(r"(?a)(\d+)|([^\d\s_.,:;/\\'\"()\[\]{}#&~-]+)")
 _NUMBER = re.compile(r"(?a)[+-]?\d+(?:[.,]\d+)?(?:E[+-]?\d{1,3})?", re.IGNORECASE)
 _GROUPED = re.compile(r"(?a)\d{1,3}([.,' ]\d{3})+")  # 1,200 or 1.200 for 1200
 _EXACT = Context(prec=50)
 _LONGEST_NUMBER = 40  # characters
 _DIGITS = 15  # that a spreadsheet keeps of a number; zeros replace the others
+_SPELT_OUT = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "å": "aa", "æ": "ae", "ø": "oe", "œ": "oe"})
 _MONTH = "jan|feb|m[aä]?rz?|apr|ma[iy]|jun|jul|aug|sep|o[ck]t|nov|de[cz]"
-_CHANGED = {  # form of a name -> what a spreadsheet has done
+_CHANGED = {  # form of a name -> what a program, often a spreadsheet, has done
     r"(?a)\d(?:[.,]\d+)?E[+-]\d{2,3}": "rounded this number, and perhaps others to the same one",
     r"(?a)\d{15}0+(?:\.0+)?": "rounded this number, and perhaps others to the same one",
     r"(?a)#(?:N/A|REF!|VALUE!|NAME\?|DIV/0!|NUM!|NULL!|NV|WERT!|BEZUG!)": "put an error in its place",
     r".*\ufffd.*": "lost a letter",
+    r"#{2,}": "shown signs, because its column was too narrow",
+    r"nan|none|null|n/a|<na>|unknown|\?+": "put a word in an empty field, so that many patients become one",
+    r"(?a)\d{4}-\d\d-\d\d 00:00:00": "made a date of the name",
     rf"(?a)\d{{1,2}}[-. /]+(?:{_MONTH})\.?|(?:{_MONTH})\.?[-. /]+\d{{2}}": "made a date of the name",
 }
 
@@ -68,7 +72,7 @@ def read_distinct(root: Path, hide: Callable[[str, str], str], problems: list[Pr
         hide: kind of a name, and the name -> its pseudonym. The rows may have names or pseudonyms.
         problems: new problems are appended.
     """
-    if not (root / DISTINCT_FILE).exists():
+    if not is_there(root / DISTINCT_FILE, problems):
         return Distinct()
     table = read_csv(root / DISTINCT_FILE, {"what": True, "name": True, "other": True}, problems, [])
     pairs = set()
@@ -118,7 +122,7 @@ def name_problems(
         shown = hide(kind, name)
         if distinct.declares(kind, shown):
             continue
-        expected = f"the name of a {kind} as it was: a spreadsheet has {_change(name)}"
+        expected = f"the name of a {kind} as it was: a program has {_change(name)}"
         fix = f"format the column as text and enter the names again, or, {declaration(kind, shown)}"
         found.append(Problem(file, rows[name], kind, shown, expected=expected, fix=fix))
     for first, second in look_alikes(
@@ -171,7 +175,7 @@ def changed_names(names: Iterable[str]) -> list[str]:
 
 
 def _change(name: str) -> str:
-    """What a spreadsheet may have done to a name; '' if nothing."""
+    """What a program, often a spreadsheet, may have done to a name; '' if nothing."""
     done = (what for form, what in _CHANGED.items() if re.fullmatch(form, name, re.IGNORECASE))
     return next(done, "")
 
@@ -184,8 +188,12 @@ def _keys(name: str) -> set[str]:
     typed = [
         number.lstrip("0") or "0" if number else part for number, part in _PARTS.findall(text.casefold())
     ]
-    shown = [number or part for number, part in _PARTS.findall(text.translate(_SAME_ON_SCREEN).casefold())]
+    seen = text.translate(_SAME_ON_SCREEN).casefold().replace("rn", "m")
+    shown = [number or part for number, part in _PARTS.findall(seen)]
     keys = {f"typed {_joined(typed) or text}", f"shown {_joined(shown) or text}"}
+    spelt = name.casefold().translate(_SPELT_OUT)
+    if spelt != name.casefold():
+        keys |= _keys(spelt)
     if _GROUPED.fullmatch(text):
         keys.add(f"number {_EXACT.normalize(Decimal(re.sub(r'[^0-9]', '', text[:_LONGEST_NUMBER])))}")
     if len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text):
@@ -208,8 +216,12 @@ def _plain(letter: str) -> str:
         return ""
     if category == "Nd":
         return str(unicodedata.decimal(letter))
-    if category == "Pd":
+    if category.startswith("P"):
         return "-"
+    if stroke := re.fullmatch(
+        "LATIN (CAPITAL|SMALL) LETTER ([A-Z]) WITH STROKE", unicodedata.name(letter, "")
+    ):
+        return stroke[2] if stroke[1] == "CAPITAL" else stroke[2].lower()
     like = {one["c"] for found in is_confusable(letter) or () for one in found["homoglyphs"]}
     like |= {one["c"].lower() for found in is_confusable(letter.upper()) or () for one in found["homoglyphs"]}
     return min(like | {letter}, key=lambda each: (not each.isascii(), each))

@@ -169,9 +169,10 @@ def _open_file(path: Path) -> IO[bytes]:
             raise ImageError(path, "no such file", "put the picture there or remove its row")
         if not path.is_file():
             raise ImageError(path, "not a file", "put a picture there or remove its row")
-        if path.stat().st_size > MAX_BYTES:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
             raise ImageError(path, "a file of more than 2 GiB", "save only its picture, as PNG")
-        return path.open("rb")
+        return path.open("rb") if size else io.BytesIO()  # reading a file of /proc may never end
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
