@@ -97,7 +97,7 @@ def test_patients_and_diagnoses_are_of_a_pattern_or_a_table(tmp_path):
     smears = table(tmp_path / "to" / "wsi.csv")
     assert smears[["label", "patient"]].to_numpy().tolist() == [["{'aml', 'm3'}", "a"], ["{'healthy'}", "b"]]
     for words, said in (
-        (["--patient", r"(a)\.png"], "finds no patient in 1 paths: images/b.png"),
+        (["--patient", r"(a)\.png"], "finds nothing in 1 paths: images/b.png"),
         (["--patient", "a"], "needs a group"),
         (["--patient", "("], "is no regular expression"),
         (["--diagnosis", "ill"], "Unknown diagnoses: ill"),
@@ -154,3 +154,76 @@ def test_an_entity_bomb_is_refused(tmp_path):
     bomb = f'<!DOCTYPE a [<!ENTITY l0 "x">{levels}]><annotation><filename>&l9;</filename></annotation>'
     (folder / "Annotations" / "a.xml").write_text(bomb)
     assert "not valid XML" in run(folder, "--to", tmp_path / "to", code=1)
+
+
+def crops(folder: Path, names: list[str]) -> Path:
+    """Pictures of single cells, each another one."""
+    for seed, name in enumerate(names):
+        annotated.picture(folder / name, seed, (40, 40))
+    return folder
+
+
+def types(folder: Path) -> dict[str, tuple[str, ...]]:
+    found = table(folder / "labeled_cells.csv").set_index("imgName")
+    return {name: tuple(row) for name, row in found.drop(columns="id").iterrows()}
+
+
+@pytest.mark.parametrize(
+    ("names", "where"),
+    [
+        (["Promyelocytes/x1.png", "Band neutrophils/x2.png"], "from the folder"),
+        (["PMO/0001-1000/x1.png", "NGB/0001-1000/x2.png"], "from the folder above"),
+        (["PMO/PMO_1.png", "NGB/0001-1000/NGB_1.png"], "from the name of the file"),
+    ],
+)
+def test_the_class_of_single_cells_is_where_most_classes_are_known(names, where, tmp_path):
+    folder = crops(tmp_path / "source", names)
+    assert where in run(folder, "--to", tmp_path / "to", "--diagnosis", "healthy")
+    found = types(tmp_path / "to")
+    assert [found[name][1] for name in names] == ["{'Promyelocyte'}", "{'Band neutrophil'}"]
+    assert (tmp_path / "to" / "cells" / names[0]).is_symlink()
+
+
+def test_copies_damaged_pictures_and_cells_of_two_types_or_patients_are_left_out_and_listed(tmp_path):
+    names = ["P1/PMO/1.png", "P1/PMO/2.png", "P1/NGS/3.png", "P1/MYO/4.png", "P2/MYO/5.png", "P2/MYO/6.png"]
+    folder = crops(tmp_path / "source", names)
+    for original, copy in (("P1/PMO/1.png", "P1/PMO/copy.png"), ("P1/NGS/3.png", "P1/MYO/3.png")):
+        (folder / copy).write_bytes((folder / original).read_bytes())
+    (folder / "P2/MYO/4.png").write_bytes((folder / "P1/MYO/4.png").read_bytes())
+    (folder / "P2/MYO/6.png").write_bytes((folder / "P2/MYO/6.png").read_bytes()[:100])
+    said = run(folder, "--to", tmp_path / "to", "--patient", "(P.)", "--diagnosis", "aml")
+    assert "Left out: 1 pictures that cannot be read: P2/MYO/6.png" in said
+    assert "Left out: 1 copies of another picture: P1/PMO/copy.png" in said
+    assert "Left out: 2 equal pictures under two classes: P1/MYO/3.png, P1/NGS/3.png" in said
+    assert "Left out: 2 equal pictures of two patients: P1/MYO/4.png, P2/MYO/4.png" in said
+    assert sorted(types(tmp_path / "to")) == ["P1/PMO/1.png", "P1/PMO/2.png", "P2/MYO/5.png"]
+
+
+def test_the_published_layout_of_deepapl_is_read_whole(tmp_path):
+    names = [
+        "Patient_00/Signed slides/Promyelocyte/PMY_1.png",
+        "Patient_00/Signed slides/Blast, no lineage spec/BL_2.png",
+        "Patient_00/Unsigned slides/3.png",
+        "Patient_01/10026417885/Signed slides/Smudge cells/SMU_4.png",
+        "Patient_02/Signed slides/Promyelocyte/PMY_5.png",
+        "Patient_09/Signed slides/Promyelocyte/PMY_6.png",
+    ]
+    folder = crops(tmp_path / "source" / "Data" / "All", names).parents[1]
+    rows = ["Patient_ID,Diagnosis,Cohort", "Patient_00,APL,Discovery", "Patient_01,AML,Discovery"]
+    rows += ["Patient_02,AML,Validation", "Patient_03,AML,Discovery"]
+    (folder / "Data" / "master.csv").write_text("\n".join(rows))
+    said = run(folder, "--to", tmp_path / "to", "--cohort", "Discovery")
+    found = types(tmp_path / "to")
+    apl = ("Patient_00", "{'aml', 'm3'}")
+    assert found[names[0]] == (*apl, "{'Promyelocyte'}", "{'Cell'}")
+    assert found[names[1]] == (*apl, "{'Myeloblast'}", "{'Cell'}")
+    assert found[names[3]] == ("Patient_01", "{'aml'}", "", "{'Smudge'}")
+    assert len(found) == 3
+    for left in (
+        "1 pictures of unsigned slides", "1 pictures of another cohort",
+        "1 pictures of patients outside master.csv", "1 patients of master.csv without pictures: Patient_03",
+    ):  # fmt: skip
+        assert f"Left out: {left}" in said
+    run(folder, "--to", tmp_path / "more", "--unsigned")
+    assert len(types(tmp_path / "more")) == 5
+    assert "has no cohort 'None'" in run(folder, "--to", tmp_path / "x", "--cohort", "None", code=1)

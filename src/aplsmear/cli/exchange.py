@@ -38,6 +38,10 @@ _Column = Annotated[
 _Pattern = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Its group, in the path of a picture, is the patient.")
 ]
+_Diagnosis = Annotated[
+    str | None,
+    typer.Option(help="Of all: healthy, aml, apl, {'aml', 'm2'}; or REGEX: its group in a path."),
+]
 _Facts = Annotated[
     Path | None, typer.Option(help="CSV file of pictures or patients: patient, diagnosis, site.")
 ]
@@ -55,7 +59,7 @@ def import_(
     patient: _Pattern = None,
     table: _Facts = None,
     column: _Column = None,
-    diagnosis: Annotated[str | None, typer.Option(help="Of all: healthy, aml, apl or {'aml', 'm2'}.")] = None,
+    diagnosis: _Diagnosis = None,
     classes: _Classes = None,
     keep_unknown: Annotated[
         bool, typer.Option(help="An unknown class becomes a cell type as it is.")

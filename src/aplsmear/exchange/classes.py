@@ -19,7 +19,7 @@ from aplsmear.tables import SEPARATOR
 DIAGNOSES = {  # as other data sets write a diagnosis -> the labels of this layout
     "healthy": "{'healthy'}", "control": "{'healthy'}", "normal": "{'healthy'}", "aml": "{'aml'}",
     "apl": "{'aml', 'm3'}", "pmlrara": "{'aml', 'm3'}", "npm1": "{'aml'}", "cbfbmyh11": "{'aml'}",
-    "runx1runx1t1": "{'aml'}",
+    "runx1runx1t1": "{'aml'}", "scd": "{'healthy'}",
 }  # fmt: skip
 _COLUMNS = ("class", "cellType", "specialCharacteristics", "objectType")
 

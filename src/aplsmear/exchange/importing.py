@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
 from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, named
@@ -24,7 +24,6 @@ from aplsmear.images.reading import ImageError, image_bytes, read_picture
 from aplsmear.progress import progress
 from aplsmear.tables import write_table
 
-CELL_FOLDER = "cells"
 _LARGEST = 10**9  # px; no picture is as large
 _FACTS = ("patient", "diagnosis", "site")
 _OPTIONAL = (*_FACTS, *CELL_LABELS)  # columns
@@ -73,7 +72,7 @@ class FactSources:
         pattern: a regular expression; its group in the path of a picture is the patient.
         table: CSV file with a row for each picture or each patient.
         columns: what a column of `table` holds -> its title.
-        diagnosis: of all pictures.
+        diagnosis: of all pictures, or a regular expression whose group in the path is the diagnosis.
     """
 
     pattern: str | None = None
@@ -143,12 +142,15 @@ def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
         fact = of[cell.picture]
         fact.patient, fact.diagnosis = cell.patient or fact.patient, cell.diagnosis or fact.diagnosis
     if sources.pattern is not None:
-        for picture, patient in _matched(sources.pattern, of).items():
+        for picture, patient in _matched("--patient", sources.pattern, of).items():
             of[picture].patient = patient
     if sources.table is not None:
         _from_table(of, sources.table, sources.columns)
-    for fact in of.values():
-        fact.diagnosis = sources.diagnosis or fact.diagnosis
+    if sources.diagnosis:
+        pattern = "(" in sources.diagnosis
+        found_in = _matched("--diagnosis", sources.diagnosis, of) if pattern else {}
+        for picture, fact in of.items():
+            fact.diagnosis = found_in.get(picture, sources.diagnosis)
     literals = {text: diagnosis_literal(text) for text in {fact.diagnosis for fact in of.values()}}
     if unknown := sorted(text for text, one in literals.items() if one is None):
         raise ExchangeError(
@@ -159,19 +161,17 @@ def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
     return of
 
 
-def _matched(pattern: str, pictures: Iterable[str]) -> dict[str, str]:
+def _matched(option: str, pattern: str, pictures: Iterable[str]) -> dict[str, str]:
     """Picture -> the first group of a pattern in its path."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ExchangeError(f"--patient {pattern!r} is no regular expression: {brief(error)}.") from error
+        raise ExchangeError(f"{option} {pattern!r} is no regular expression: {brief(error)}.") from error
     if not compiled.groups:
-        raise ExchangeError(f"--patient {pattern!r} needs a group in brackets, such as '([^/]+)/[^/]+$'.")
+        raise ExchangeError(f"{option} {pattern!r} needs a group in brackets, such as '([^/]+)/[^/]+$'.")
     found = {picture: compiled.search(picture) for picture in pictures}
     if wrong := [picture for picture, match in found.items() if match is None or not match[1]]:
-        raise ExchangeError(
-            f"--patient {pattern!r} finds no patient in {len(wrong):,} paths: {named(wrong)}."
-        )
+        raise ExchangeError(f"{option} {pattern!r} finds nothing in {len(wrong):,} paths: {named(wrong)}.")
     return {picture: match[1] for picture, match in found.items() if match}
 
 
@@ -244,16 +244,16 @@ def _usable(
     for cell, content in zip(cells, contents, strict=True):
         groups[content].append(cell)
     left_out["pictures that cannot be read"] += [cell.picture for cell in groups.pop("", [])]
-    kept = set()
+    kept = []
     for equal in groups.values():
         if len({patients[cell.picture] for cell in equal}) > 1:
             left_out["equal pictures of two patients"] += [cell.picture for cell in equal]
         elif len({cell.label for cell in equal}) > 1:
             left_out["equal pictures under two classes"] += [cell.picture for cell in equal]
         else:
-            kept.add(equal[0])
+            kept.append(equal[0])
             left_out["copies of another picture"] += [cell.picture for cell in equal[1:]]
-    return [cell for cell in cells if cell in kept]
+    return kept
 
 
 # --- tables ---------------------------------------------------------------------------------------
