@@ -73,6 +73,24 @@ def test_the_auroc_comes_first_with_its_interval_and_its_difference(html: str) -
     assert "seed" not in text
 
 
+def test_better_is_green_whichever_way_the_number_goes() -> None:
+    """A lower Brier score and a slope nearer to 1 are better; a number of patients is neither."""
+    numbers = {"brier": [0.2, 0.1], "auroc.value": [0.8, 0.7], "calibration_slope": [1.4, 0.9], "n": [3, 4]}
+    html = page(compared(revisions=["a", "b"], metrics={"m/metrics.json": numbers}, params={}, plots={}))
+    shown = dict(re.findall(r'<th scope="row">m ?(\w*)</th>.*?<small( class="\w+")?>[+-]', html))
+    assert shown == {
+        "": ' class="worse"', "brier": ' class="better"', "calibration_slope": ' class="better"', "n": ""
+    }  # fmt: skip
+
+
+def test_numbers_of_different_tasks_are_not_subtracted() -> None:
+    numbers = {"task": ["blast", "faggot", "blast"], "auroc.value": [0.7, 0.9, 0.75]}
+    html = page(compared(metrics={"finetuned/metrics.json": numbers}, params={}, plots={}))
+    assert "+0.2" not in html
+    assert "+0.05" in html
+    assert "<small>faggot</small>" in html
+
+
 def test_the_page_loads_nothing_and_escapes_all_text(html: str) -> None:
     reader = read(html)
     names = {name for name, _ in reader.tags}
@@ -196,7 +214,8 @@ def test_a_workspace_without_a_difference_has_a_page_too(workspace: Path, tmp_pa
 def test_the_error_of_an_unknown_name_lists_the_experiments(workspace: Path) -> None:
     done = compare(workspace, "main", "bettr", "nought")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "no experiment, branch, tag or commit is called bettr or nought" in done.stderr
+    asked = "is called bettr (did you mean 'better'?) or nought."
+    assert f"no experiment, branch, tag or commit {asked}" in done.stderr
     assert "better, worse" in done.stderr
     assert not (workspace / "compare.html").exists()
 
@@ -206,6 +225,22 @@ def test_the_error_of_missing_results_names_the_revision(workspace: Path, tmp_pa
     done = compare(tmp_path / "other", "main", "HEAD")
     assert done.returncode == 1
     assert "the results of main are not here" in done.stderr
+
+
+def test_results_that_no_commit_has_are_on_the_page(workspace: Path, tmp_path: Path) -> None:
+    """The first run was not committed; the user compares its commit with an experiment."""
+    run(tmp_path, "cp", "-r", str(workspace), "other")
+    other = tmp_path / "other"
+    run(other, "git", "checkout", "--quiet", "--force", "main")
+    run(other, "git", "rm", "--quiet", "dvc.lock")
+    commit(other)
+    run(other, "dvc", "exp", "run", "--quiet", "--name", "best", "-S", "n=9")
+    run(other, "git", "restore", "params.yaml")
+    run(other, "dvc", "repro", "--quiet")
+    done = compare(other, "main", "best")
+    assert done.returncode == 0, done.stderr
+    assert "`git commit --all" in done.stdout
+    assert "<h1>main / best / workspace</h1>" in (other / "compare.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.pipeline

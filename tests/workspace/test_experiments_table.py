@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from aplsmear.workspace.experiments import Experiment, table
+from aplsmear.workspace.experiments import WORKSPACE, Experiment, advice, table
 
 PARAMS = {"seed": 1, "task": "blast", "tune.space.width": [16, 32], "dataset.root": "data"}
 
@@ -105,3 +105,16 @@ def test_it_fits_eighty_columns_with_long_names() -> None:
     for n in range(3):
         assert f"-{n}" in shown.replace("\n", "")
         assert f"{0.5 + n / 10:.3f}" in shown
+
+
+def test_the_workspace_is_a_row_with_advice_if_no_commit_has_its_results() -> None:
+    """After the first run nobody has committed, and the commit has no number to compare with."""
+    commit = Experiment("main", True, params=PARAMS)
+    here = Experiment(WORKSPACE, False, params=PARAMS | {"seed": 7}, metrics=MAIN.metrics)
+    (line,) = [line for line in drawn([commit, here, FAGGOT]).splitlines() if WORKSPACE in line]
+    assert "seed=7" in line
+    first, second = advice([commit, here, FAGGOT])
+    assert "`git commit --all" in first
+    assert "`git restore params.yaml`" in second
+    assert list(advice([MAIN, FAGGOT])) == []
+    assert [line[:13] for line in advice([MAIN])] == ["No experiment"]

@@ -140,12 +140,12 @@ def experiments(
     from rich.console import Console
 
     from aplsmear.workspace.dvc_api import experiments as known
-    from aplsmear.workspace.experiments import table
+    from aplsmear.workspace.experiments import advice, table
 
     found = known(Path(), commits)
     Console().print(table(found))
-    if len(found) <= commits:
-        typer.echo("\nNo experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one.")
+    for line in advice(found):
+        typer.echo(line)
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -167,7 +167,13 @@ def compare(
 
     if len(revisions) < 2:
         raise UserError("A comparison needs two names or more, such as: aplsmear compare main workspace")
-    write_page(out, compared(Path(), revisions))
+    found = compared(Path(), revisions)
+    write_page(out, found)
+    if len(found.revisions) > len(revisions):
+        typer.echo(
+            "The workspace has results that its commit lacks, so it is on the page, too. "
+            "`git commit --all --message 'Results'` keeps them."
+        )
     typer.echo(f"{out} is written: open it in a browser")
 
 

@@ -18,6 +18,10 @@ from aplsmear.reports import pages
 
 _AUROC, *_ENDS = _ABOVE = ("auroc.value", "auroc.low", "auroc.high")
 _DIGITS = 4
+# What is better, by the name of a number: more, less, or nearer to the value. Other numbers are not judged.
+_MORE = {"auroc", "average_precision", "balanced_accuracy", "difference", "sensitivity", "specificity"}
+_LESS = {"brier"}
+_NEARER = {"calibration_slope": 1.0, "calibration_intercept": 0.0}
 _WIDE = 520.0  # px; a wider plot has a row of its own
 _DARK = """<style>@media screen and (prefers-color-scheme: dark) {
 .role-axis-label text, .role-axis-title text, .role-legend-label text, .role-legend-title text,
@@ -53,13 +57,14 @@ def page(compared: Compared) -> str:
     headline, others, same = [], [], 0
     for file, numbers in sorted(compared.metrics.items()):
         folder = str(Path(file).parent)
+        tasks = numbers.get("task", [None] * len(compared.revisions))
         if _AUROC in numbers:
-            headline.append((folder, _beside_first(numbers[_AUROC], _intervals(numbers))))
+            headline.append((folder, _beside_first(_AUROC, numbers[_AUROC], tasks, _intervals(numbers))))
         for name, values in sorted(numbers.items()):
             if name in _ABOVE:
                 continue
             if any(_difference(values[0], value) for value in values[1:]):
-                others.append((f"{folder} {name}", _beside_first(values)))
+                others.append((f"{folder} {name}", _beside_first(name, values, tasks)))
             else:
                 same += 1
     return pages.render(
@@ -125,13 +130,35 @@ def _intervals(numbers: Mapping[str, Sequence[Any]]) -> list[tuple[float, float]
 
 
 def _beside_first(
-    values: Sequence[Any], intervals: Sequence[tuple[float, float] | None] | None = None
+    name: str,
+    values: Sequence[Any],
+    tasks: Sequence[str | None],
+    intervals: Sequence[tuple[float, float] | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Each value with its interval and its difference from the first value; no difference: 0."""
+    """Each value with its interval and its difference from the first value; no difference: 0.
+
+    Values of different tasks are not subtracted: the difference is NaN.
+    """
     return [
-        {"value": value, "interval": interval, "difference": _difference(values[0], value)}
-        for value, interval in zip(values, intervals or [None] * len(values), strict=True)
+        {
+            "value": value,
+            "task": task if len(set(tasks)) > 1 and name != "task" else None,
+            "interval": interval,
+            "difference": _difference(values[0], value) if task == tasks[0] else float("nan"),
+            "better": _is_better(name, values[0], value) if task == tasks[0] else None,
+        }
+        for value, task, interval in zip(values, tasks, intervals or [None] * len(values), strict=True)
     ]
+
+
+def _is_better(name: str, first: Any, other: Any) -> bool | None:
+    """Whether a number is better than the first; None: neither is, or it is no such number."""
+    measure = name.removesuffix(".value").rpartition(".")[2]
+    if not all(isinstance(value, (int, float)) for value in (first, other)) or first == other:
+        return None
+    if measure in _NEARER:
+        return bool(abs(other - _NEARER[measure]) < abs(first - _NEARER[measure]))
+    return bool((other > first) == (measure in _MORE)) if measure in _MORE | _LESS else None
 
 
 def _difference(first: Any, other: Any) -> float:

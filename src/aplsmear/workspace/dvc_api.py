@@ -17,9 +17,10 @@ from urllib.parse import urlsplit
 from aplsmear.errors import UserError
 from aplsmear.params import flat
 from aplsmear.runs.mend import leftovers, running_dvc
+from aplsmear.words import nearest
 from aplsmear.workspace import remote as share
 from aplsmear.workspace.compare_page import Compared
-from aplsmear.workspace.experiments import Experiment
+from aplsmear.workspace.experiments import WORKSPACE, Experiment
 
 # Parts of the names of DVC's settings whose values must not be in a file that git shares.
 _SECRETS = (
@@ -78,7 +79,7 @@ def _check_remote(repo: Any, asked: str | None) -> list[str]:
     known: dict[str, dict[str, Any]] = repo.config["remote"]
     name = (asked or repo.config["core"].get("remote", "")).lower()
     if name not in known:
-        wanted = f"There is no remote {name}" if name else "There is no default remote"
+        wanted = f"There is no remote {name}{nearest(name, known)}" if name else "There is no default remote"
         listed = ", ".join(sorted(known)) or "none"
         raise UserError(f"{wanted}; known: {listed}. A new one: `dvc remote add --default lab URL`.")
     url = urlsplit(str(known[name]["url"]))
@@ -145,6 +146,8 @@ def _counted(repo: Any, place: share.Place) -> str:
 def compare(folder: Path, revisions: Sequence[str]) -> Compared:
     """Read what DVC has of experiments, branches, tags or commits, for a page.
 
+    The workspace comes last, if it has numbers that the present commit, one of the revisions, lacks.
+
     Args:
         folder: the top of a repository; DVC's cache must hold the results of all revisions.
         revisions: two or more names; ``workspace`` is the present state of the folder.
@@ -152,19 +155,42 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
     Raises:
         UserError: a name is unknown, or the results of a revision are not in the cache.
     """
+    from dvc.scm import resolve_rev
+
     with _repository(folder) as repo:
         _check_revisions(repo, revisions)
         # With the workspace hidden, DVC leaves it out if it has the numbers of its branch.
+        read = list(dict.fromkeys([*revisions, WORKSPACE]))
         metrics, params = (
-            _by_name(shown.show(revs=list(revisions), hide_workspace=False), revisions)
+            _by_name(shown.show(revs=read, hide_workspace=False), read)
             for shown in (repo.metrics, repo.params)
         )
+        head = repo.scm.get_rev()
+        is_head = [name != WORKSPACE and resolve_rev(repo.scm, name) == head for name in read]
+    columns = [
+        [values[place] for numbers in metrics.values() for values in numbers.values()]
+        for place in range(len(read))
+    ]
+    uncommitted = WORKSPACE not in revisions and any(
+        value is None and here is not None
+        for present, column in zip(is_head, columns, strict=True)
+        if present and columns[-1] not in columns[:-1]
+        for value, here in zip(column, columns[-1], strict=True)
+    )
     for place, revision in enumerate(revisions):
-        if all(values[place] is None for numbers in metrics.values() for values in numbers.values()):
+        if not any(value is not None for value in columns[place]) and not (uncommitted and is_head[place]):
             raise UserError(
                 f"the results of {revision} are not here: `dvc exp pull REMOTE {revision}` brings those of "
                 "an experiment, `dvc fetch --all-commits` those of commits."
             )
+    revisions = read if uncommitted else list(revisions)
+    metrics, params = (
+        {
+            file: {name: values[: len(revisions)] for name, values in found.items()}
+            for file, found in kind.items()
+        }
+        for kind in (metrics, params)
+    )
     with TemporaryDirectory(prefix="aplsmear-") as temporary:
         command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", "--out", temporary, *revisions]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -246,6 +272,8 @@ def fetch(folder: Path, revision: str, paths: Mapping[str, Path]) -> None:
 def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
     """The last commits of the branch, the newest first, each followed by its experiments.
 
+    The newest commit is first followed by the workspace, if this has other parameters or numbers.
+
     Args:
         folder: anywhere in a repository.
         commits: how many commits.
@@ -254,10 +282,13 @@ def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
         UserError: the folder lies in no repository.
     """
     with _repository(folder) as repo:
-        states = repo.experiments.show(num=commits, hide_workspace=True)
+        workspace, *states = repo.experiments.show(num=commits, hide_workspace=False)
     found = []
     for state in states:
         found.append(_experiment(state, is_commit=True))
+        here = _experiment(workspace)
+        if len(found) == 1 and (here.params, here.metrics) != (found[0].params, found[0].metrics):
+            found.append(here)
         for line in state.experiments or []:
             done = "" if line.executor is None or line.executor.state == "success" else line.executor.state
             found.append(_experiment(line.revs[0], state=done))
@@ -271,7 +302,8 @@ def _experiment(shown: Any, is_commit: bool = False, state: str = "") -> Experim
         for kind in ((shown.data.params, shown.data.metrics) if shown.data else ({}, {}))
     )
     by_name = {name: value for values in params.values() for name, value in values.items()}
-    return Experiment(shown.name or shown.rev[:7], is_commit, state, by_name, {} if state else metrics)
+    name = shown.name or (shown.rev if shown.rev == WORKSPACE else shown.rev[:7])
+    return Experiment(name, is_commit, state, by_name, {} if state else metrics)
 
 
 def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
@@ -280,7 +312,7 @@ def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
     unknown = []
     for revision in revisions:
         try:
-            if revision != "workspace":
+            if revision != WORKSPACE:
                 resolve_rev(repo.scm, revision)
         except RevError:
             unknown.append(revision)
@@ -289,8 +321,10 @@ def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
             {name for found in repo.experiments.ls(all_commits=True).values() for name, _ in found}
         )
         listed = ", ".join(names) or "none yet; `dvc exp run` makes one"
+        known = {*names, *repo.scm.list_branches(), *repo.scm.list_tags(), WORKSPACE}
+        asked = " or ".join(f"{name}{nearest(name, known)}" for name in unknown)
         raise UserError(
-            f"no experiment, branch, tag or commit is called {' or '.join(unknown)}.\n"
+            f"no experiment, branch, tag or commit is called {asked}.\n"
             f"  Experiments (`dvc exp list --all-commits`): {listed}"
         )
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,9 +18,12 @@ from aplsmear.params import changes
 _SHOWN = {"auroc": ("{}\nAUROC", ".3f"), "difference": ("gain over\nfrozen", "+.3f")}
 
 
+WORKSPACE = "workspace"  # DVC's name for the files as they are now
+
+
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment, or the commit that it started from.
+    """An experiment, the commit that it started from, or the workspace.
 
     Attributes:
         name: as `dvc exp apply` takes it; of a commit its branch or tag, or else its hash.
@@ -54,7 +57,7 @@ def table(experiments: Sequence[Experiment]) -> Table:
     shown = [title for title in differ if title in first] or differ or first
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("experiment", "changed", *shown):
-        drawn.add_column(title, overflow="fold")
+        drawn.add_column(title, overflow="fold", no_wrap=title == "experiment")
     base: Mapping[str, Any] = {}
     for experiment, row in zip(experiments, cells, strict=True):
         base = experiment.params if experiment.is_commit else base
@@ -64,6 +67,24 @@ def table(experiments: Sequence[Experiment]) -> Table:
         style = "bold" if experiment.is_commit else ""
         drawn.add_row(name + state, changed, *(row.get(title, "-") for title in shown), style=style)
     return drawn
+
+
+def advice(experiments: Sequence[Experiment]) -> Iterator[str]:
+    """What to do about the rows of `table`, if something is to be done."""
+    commit, *others = experiments
+    here = next((each for each in others if each.name == WORKSPACE), None)
+    if here and here.metrics != commit.metrics:
+        yield (
+            f"The workspace has results that {commit.name} lacks: `git commit --all --message 'Results'` "
+            "keeps them, and experiments are then compared with them."
+        )
+    if here and changes(commit.params, here.params):
+        yield (
+            "params.yaml differs from the commit, and so will the next experiment: "
+            "`git restore params.yaml` takes this back."
+        )
+    if all(each.is_commit for each in others if each is not here):
+        yield "No experiment on this commit yet: `dvc exp run -S KEY=VALUE --name NAME` makes one."
 
 
 def _cells(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
