@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,11 @@ from clones import run, stages_run
 from small import MEMBERS, TASKS
 
 pytestmark = pytest.mark.pipeline
+
+TRIPOD_AI = (  # items, each with the letters of its parts
+    *("1", "2", "3abc", "4", "5ab", "6abc", "7", "8abc", "9abc", "10", "11", "12abcdefg", "13", "14", "15"),
+    *("16", "17", "18abcdef", "19", "20abc", "21", "22", "23ab", "24", "25", "26", "27abc"),
+)
 
 
 def test_every_patient_gets_one_probability_with_its_interval(small: Path) -> None:
@@ -82,14 +88,25 @@ def test_predict_gives_held_out_patients_the_probabilities_of_the_run(small: Pat
     assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
 
 
-def test_a_row_of_external_becomes_a_stage_and_reruns_no_other(small: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "clone"
+@pytest.fixture(scope="module")
+def judged(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A clone with a row of `external`, a cohort of two sites; and what `dvc repro` printed."""
+    folder = tmp_path_factory.mktemp("judged") / "clone"
+    root = folder.parent / "dresden"
     shutil.copytree(small, folder, symlinks=True)
-    draw_data_set(tmp_path / "dresden", 12, 8, size=(240, 320), cells_per_smear=6)
+    draw_data_set(root, 12, 8, size=(240, 320), cells_per_smear=6)
+    smears = pd.read_csv(root / "wsi.csv", dtype=str, keep_default_na=False)
+    site = ["north" if patient <= "P006" else "south" for patient in smears["patient"]]
+    smears.assign(site=site).to_csv(root / "wsi.csv", index=False)
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
-    params["external"] = {"dresden": {"ensemble": "apl_aml", "root": str(tmp_path / "dresden")}}
+    params["external"] = {"dresden": {"ensemble": "apl_aml", "root": str(root)}}
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
-    assert stages_run(run(folder, "dvc", "repro")) == ["evaluate@dresden"]
+    return folder, run(folder, "dvc", "repro")
+
+
+def test_a_row_of_external_becomes_a_stage_and_reruns_no_other(judged: tuple[Path, str]) -> None:
+    folder, printed = judged
+    assert stages_run(printed) == ["evaluate@dresden"]
     shown = json.loads(run(folder, "dvc", "metrics", "show", "--json"))[""]["data"]
     numbers = shown["evaluated/dresden/metrics.json"]["data"]
     assert numbers["n_patients"] == 8  # four are healthy
@@ -98,7 +115,37 @@ def test_a_row_of_external_becomes_a_stage_and_reruns_no_other(small: Path, tmp_
     drawn = [plots[key] for key in plots if "evaluated/dresden" in key]
     assert len(drawn) == 5
     assert all(each["content"]["data"]["values"] for (each,) in drawn)
+    diff = json.loads(run(folder, "dvc", "metrics", "diff", "--json"))
+    assert diff["evaluated/dresden/metrics.json"]["auroc.value"]["new"] == numbers["auroc"]["value"]
+    run(folder, "aplsmear", "compare", "HEAD", "workspace", env={"PYTHONPATH": str(folder / "src")})
+    assert "evaluated/dresden" in (folder / "compare.html").read_text(encoding="utf-8")
     assert stages_run(run(folder, "dvc", "repro")) == []
+
+
+def test_every_place_that_the_page_on_tripod_ai_names_is_there_after_a_run(judged: tuple[Path, str]) -> None:
+    folder, _ = judged
+    pages = {
+        "report": folder / "ensembles" / "apl_aml" / "report.html",
+        "card": folder / "ensembles" / "apl_aml" / "model_card.md",
+        "cohort": folder / "evaluated" / "dresden" / "report.html",
+    }
+    text = (folder / "docs" / "tripod-ai.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+    parts = [re.match(r"(\d+)(\w*)", each).groups() for each in TRIPOD_AI]
+    assert [row[0] for row in rows] == [
+        number + each for number, letters in parts for each in letters or [""]
+    ]
+    places = {place for _, _, answer in rows for place in re.sub(r" \([^)]*\)", "", answer).split("; ")}
+    missing = []
+    for place in sorted(places - {"you"}):
+        name, _, heading = place.partition(": ")
+        path = pages.get(name, folder / name.strip("`"))
+        keys = heading.split(", ") if path.suffix == ".yaml" else [heading] if heading else []
+        shown = path.read_text(encoding="utf-8") if path.is_file() else ""
+        found = (re.search(rf"^(##? |<h2>)?{re.escape(key)}(:|</h2>|$)", shown, re.MULTILINE) for key in keys)
+        if name != "you" and not (path.exists() and all(found)):
+            missing.append(place)
+    assert missing == []
 
 
 def test_dvc_shows_metrics_and_plots(small: Path) -> None:

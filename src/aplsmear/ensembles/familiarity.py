@@ -50,25 +50,33 @@ class Cloud:
         return float(np.sqrt(squared)) / self.limit
 
 
-class Moments:
-    """Mean and standard deviation of rows that are added part by part."""
+class Mean:
+    """Mean of rows that are added part by part."""
 
     def __init__(self) -> None:
         """Start without rows."""
         self.count = 0
         self._sum: np.ndarray | float = 0.0
-        self._squares: np.ndarray | float = 0.0
 
     def add(self, rows: np.ndarray) -> None:
         """Add rows, of shape (rows, numbers)."""
-        values = rows.astype(np.float64)
-        self.count += len(values)
-        self._sum = self._sum + values.sum(0)
-        self._squares = self._squares + (values**2).sum(0)
+        self.count += len(rows)
+        self._sum = self._sum + rows.astype(np.float64).sum(0)
 
     def mean(self) -> np.ndarray:
         """Float64 (numbers,); there must be at least one row."""
         return np.asarray(self._sum / self.count)
+
+
+class Moments(Mean):
+    """Mean and standard deviation of rows that are added part by part."""
+
+    _squares: np.ndarray | float = 0.0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Add rows, of shape (rows, numbers)."""
+        super().add(rows)
+        self._squares = self._squares + (rows.astype(np.float64) ** 2).sum(0)
 
     def describe(self) -> np.ndarray:
         """Means, then standard deviations: float64 (2 numbers,)."""

@@ -25,7 +25,7 @@ from aplsmear.data.schema import CELLS_FILE
 from aplsmear.ensembles.baselines import POOLED, Baselines
 from aplsmear.ensembles.bundle import Bundle, Scorer
 from aplsmear.ensembles.combination import Combination
-from aplsmear.ensembles.familiarity import Moments, how_stained, stain_of
+from aplsmear.ensembles.familiarity import Mean, Moments, how_stained, stain_of
 from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logits
 from aplsmear.errors import UserError
 from aplsmear.features.forward import FeatureRequest, features_of_views
@@ -73,8 +73,8 @@ class _Record:
     # By task, a score for each item; of a head on bags, the features of each cell.
     scores: dict[str, list[np.ndarray]] = field(default_factory=lambda: defaultdict(list))
     features: Moments = field(default_factory=Moments)
-    stain: Moments = field(default_factory=Moments)
-    pooled: Moments = field(default_factory=Moments)
+    stain: Mean = field(default_factory=Mean)
+    pooled: Mean = field(default_factory=Mean)
     pictures: dict[str, bytes] = field(default_factory=dict)
 
 
