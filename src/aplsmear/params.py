@@ -178,7 +178,7 @@ class Augment(Strict):
 
     size: Sides
     normalise: Literal["none", "reinhard", "macenko"]
-    margin: float = Field(ge=0, le=2)
+    margin: float = Field(ge=-0.9, le=2)
     views: int = Field(ge=0, le=50)
     extra_views: dict[str, Annotated[int, Field(ge=1, le=50)]]
     rotate: float = Field(ge=0, le=180)

@@ -114,7 +114,8 @@ def planned(
             cells, {cell.picture: of[cell.picture].patient for cell in cells}, root, left_out, engine
         )
     if not (cells if single else found.pictures):
-        raise ExchangeError(f"{found.what}: nothing is left to import.")
+        why = "; ".join(f"{len(listed):,} {what}" for what, listed in left_out.items() if listed)
+        raise ExchangeError(f"{found.what}: nothing is left to import. {why}")
     if far := [cell.picture for cell in cells if cell.box and max(map(abs, cell.box)) >= _LARGEST]:
         raise ExchangeError(f"Boxes with numbers above {_LARGEST:,} px are no boxes: in {named(far)}.")
     counts = Counter(cell.label for cell in cells)
@@ -238,7 +239,7 @@ def _usable(
     cells: list[Cell], patients: Mapping[str, str], root: Path, left_out: dict[str, list[str]], engine: Engine
 ) -> list[Cell]:
     """Cells whose picture can be read and is there once, or the first of equal ones."""
-    paths = [root / cell.picture for cell in cells]
+    paths = [(root / cell.picture).absolute() for cell in cells]  # a worker may be in another folder
     contents = list(progress(engine.map(_content, paths), "pictures", len(paths)))
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell, content in zip(cells, contents, strict=True):

@@ -42,7 +42,7 @@ def read_profile(folder: Path, name: str) -> str:
     ``demo.yaml`` is a whole params.yaml. Any other profile is a head of remarks, an empty line, and the
     parameters that differ from the demo's. A list replaces the demo's list, and so does a table of
     `REPLACED`; other tables are merged. A task without a row in the profile's `overrides` gets an empty row,
-    because DVC needs one for each task.
+    because DVC needs one for each task. ``base: NAME`` names a profile that takes the place of the demo's.
 
     Args:
         folder: of the profiles.
@@ -58,7 +58,7 @@ def read_profile(folder: Path, name: str) -> str:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
         raise ProfileError(no_such("there is no profile", name, known))
-    text, base = ((folder / f"{each}.yaml").read_text(encoding="utf-8") for each in (name, BASE))
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     if name == BASE:
         return text
     try:
@@ -67,6 +67,7 @@ def read_profile(folder: Path, name: str) -> str:
         raise ProfileError(no_yaml(folder / f"{name}.yaml", error)) from None
     if not isinstance(own, dict):
         raise ProfileError(f"{folder / name}.yaml holds no parameters")
+    base = read_profile(folder, str(own.pop("base", BASE)))
     head = re.match(r"(#.*\n)*", text)
     return f"{head[0] if head else ''}\n{_laid_over(base, own)}"
 
