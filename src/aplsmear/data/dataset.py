@@ -478,7 +478,17 @@ def _with_patients(cells: pd.DataFrame, smears: pd.DataFrame) -> pd.DataFrame:
 
 def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Task], notes: Notes) -> None:
     """Note each task without a positive or without a negative item, and the labels that it needs."""
-    for name, task in tasks.items():
+    of_smears = [name for name, task in tasks.items() if task.images == "smear"] if smears.empty else []
+    if of_smears:
+        named = ", ".join(of_smears)
+        expected = f"smears for the tasks {named}; this data set has only pictures of single cells"
+        fix = (
+            f"take {named} out of `tasks`, `overrides` and `ensembles.*.members` in params.yaml, or begin "
+            "with `aplsmear profile crops`"
+        )
+        notes.problems.append(Problem(SMEARS_FILE, expected=expected, fix=fix))
+    for name in [name for name in tasks if name not in of_smears]:
+        task = tasks[name]
         items = task_items(cells if task.images == "cell" else smears, task.level)
         found = task_labels(items, task)
         item = "patient with cells" if task.level == "patient" else task.level
