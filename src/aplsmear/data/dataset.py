@@ -497,6 +497,8 @@ def _check_tasks(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, 
                 continue
             for column, wanted in condition.items():
                 file, title = _SOURCE[column]
+                if smears.empty and file == SMEARS_FILE:
+                    file, title = CELLS_FILE, SINGLE_CELL.diagnosis
                 present = _label_counts(items[column])
                 near = {misspelt(label, present, labels.LIKE) for label in wanted} - {None, *wanted}
                 hint = f" (did you mean {', '.join(map(repr, sorted(map(str, near))))}?)" if near else ""
