@@ -1,10 +1,16 @@
 """The measures of a labelled cohort, by hand."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from aplsmear.prediction.cohort import labelled_table, measure_cohort
+from aplsmear.ensembles.baselines import compare
+from aplsmear.evaluation.curves import curve_tables, decision_table
+from aplsmear.prediction.cohort import Evaluation, labelled_table, measure_cohort, page
+from aplsmear.reports.pages import study_content
 
 
 def verdicts(probability: list[float], **more) -> pd.DataFrame:
@@ -60,3 +66,26 @@ def test_each_site_is_measured_if_it_has_two_patients_of_each_diagnosis() -> Non
     assert sites["Dresden"]["n_patients"] == 5
     assert sites["Dresden"]["auroc"]["value"] == pytest.approx(1.0)
     assert measure_cohort(verdicts(probability), 100, 1)["sites"] == {}
+
+
+def test_the_page_shows_the_numbers_of_training_beside_those_of_the_cohort() -> None:
+    table = verdicts([0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.6, 0.4])
+    measured = measure_cohort(table, 100, 1)
+    held_out = measured | {"auroc": {"value": 0.987, "low": 0.9, "high": 0.999}}
+    model = SimpleNamespace(name="apl_aml", positive="apl", negative="aml", held_out=held_out, inputs={})
+    label, probability = table["label"], table["probability"]
+    found = Evaluation(
+        bundle=SimpleNamespace(model=model, combinations=[SimpleNamespace(thresholds={"balanced": 0.5})]),
+        table=table,
+        measured=measured,
+        comparison=compare(table, probability.to_numpy(), {}),
+        curves=curve_tables(label, probability, 100, 1) | {"decision": decision_table(label, probability)},
+        left_out={},
+        study=study_content(table["patient"], table, table, {}, np.full((8, 1), np.nan)),
+    )
+    row = re.search(r"<tr><th scope=\"row\">AUROC<.*</tr>", page(found)).group()
+    assert re.findall(r"<td>([\d.]+)", row) == ["0.987", "0.938", "0.938"]
+    assert "8 patients without a score of some member" in page(found)
+    model.held_out = {}  # a bundle that has none
+    row = re.search(r"<tr><th scope=\"row\">AUROC<.*</tr>", page(found)).group()
+    assert re.findall(r"<td>([\d.]+)", row) == ["0.938", "0.938"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 import aplsmear
 from aplsmear.ensembles.baselines import Baselines, Pooled
@@ -81,6 +81,7 @@ class Model(Strict):
     high_is_positive: bool  # whether a high score of that member points to the positive diagnosis
     shares: dict[str, dict[str, Any]]  # plain baselines on the share of positive cells, by `as_json`
     pooled_features: str  # backbone/layer of the baseline on mean-pooled features; empty: there is none
+    held_out: dict[str, Any] = Field({})  # of `aplsmear.ensembles.combination.measure`; empty: not kept
     inputs: dict[str, str]  # file -> MD5 of the tables that the ensemble was made from, as in dvc.lock
 
 

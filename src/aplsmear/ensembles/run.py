@@ -208,6 +208,7 @@ def write_model(
         min_items=float(np.quantile(owner.value_counts(), 1 - COMMON)),
         pictured_by=pictured_by,
         high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),
+        held_out=results.measured,
         inputs=dict(inputs.md5),
         shares={name: as_json(each) for name, each in results.baselines.shares.items()},
         pooled_features=results.baselines.pooled.layer if results.baselines.pooled else "",

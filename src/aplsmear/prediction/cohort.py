@@ -222,6 +222,8 @@ def write_evaluation(out: Path, found: Evaluation) -> None:
 def page(found: Evaluation) -> str:
     """The page of a cohort as HTML."""
     model, table = found.bundle.model, found.table
+    variants: dict[str, Any] = {"in training, held out": model.held_out} if model.held_out else {}
+    variants |= {"here, as trained": found.measured, "here, adapted": found.measured["adapted"]}
     decision = found.curves["decision"]
     share = float(table["label"].mean())
     # As a share of the most that could be gained, so that 1 is perfect (Kerr, J Clin Oncol 2016;34:2534).
@@ -235,7 +237,7 @@ def page(found: Evaluation) -> str:
         positive=pages.diagnosis(model.positive),
         negative=pages.diagnosis(model.negative),
         measured=found.measured,
-        variants=[("as trained", found.measured), ("adapted", found.measured["adapted"])],
+        variants=variants,
         decision=drawn,
         comparison=pages.records(found.comparison),
         patients=pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
