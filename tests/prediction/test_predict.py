@@ -1,5 +1,6 @@
 """New patients get the probabilities that they got as held-out patients of the training run."""
 
+import contextlib
 import csv
 import json
 import re
@@ -19,6 +20,8 @@ from scipy.special import logit
 from test_bundle import augment
 from typer.testing import CliRunner
 
+from aplsmear.answer.coupling import DIAGNOSES, judge_all, write_answers
+from aplsmear.answer.report import results_of, write_results
 from aplsmear.cli import app
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.dataset import DataSet, read_data_set
@@ -30,7 +33,7 @@ from aplsmear.ensembles.baselines import (
     share_of,
 )
 from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle
-from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, patients_of
+from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, logits_of_all, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
@@ -42,7 +45,7 @@ from aplsmear.images.view_store import ViewWriter, read_index, read_views
 from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Backbone
 from aplsmear.prediction import predict as module
-from aplsmear.prediction.predict import Models, judge_patients, keep_pictures, verdict_table
+from aplsmear.prediction.predict import Models, judge_patients, judge_together, keep_pictures, verdict_table
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
 
@@ -73,6 +76,8 @@ class Run:
     data: Path
     ensemble: Path
     verdicts: pd.DataFrame
+    answer: Path  # of the one answer of three ensembles
+    answers: pd.DataFrame  # the held-out ones
 
 
 def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
@@ -206,7 +211,36 @@ def trained(tmp_path_factory) -> Run:
     write_table(root / "baselines.csv", pd.DataFrame({"patient": patients["patient"], **expected}))
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
     verdicts = read_table(root / "apl_aml" / "predictions.csv")
-    return Run(root, root / "data", root / "apl_aml", verdicts)
+    write_ensembles(root, model, members, folds, heads, reference, pooled)
+    answers = pd.read_csv(root / "answer" / "predictions.csv", dtype={"patient": str})
+    return Run(root, root / "data", root / "apl_aml", verdicts, root / "answer" / "answer.json", answers)
+
+
+PAIRS = {"apl_aml": ("apl", "aml"), "apl_healthy": ("apl", "healthy"), "aml_healthy": ("aml", "healthy")}
+MEMBERS_OF = {"apl_aml": MEMBERS, "apl_healthy": ("nuclei", "field"), "aml_healthy": ("granules", "crowd")}
+
+
+def write_ensembles(root, model, members, folds, heads, reference, pooled) -> None:
+    """Three ensembles of different members, and their one answer."""
+    tables = {}
+    for name, (positive, negative) in PAIRS.items():
+        mine = {task: members[task] for task in MEMBERS_OF[name]}
+        verdicts = judge(patients_of(folds, positive, negative), mine, RIDGE, 0, SEED)
+        logits = logits_of_all(verdicts, folds, mine, SEED)
+        write_table(root / "ensembles" / name / "logits.csv", logits)
+        tables[name] = read_table(root / "ensembles" / name / "logits.csv")
+        row = {"name": name, "positive": positive, "negative": negative, "shares": {}}
+        row["members"] = [each for each in model.members if each.task in mine]
+        row["combinations"] = [as_json(each) for each in verdicts.combinations]
+        row |= {"pictured_by": "" if "nuclei" not in mine else "nuclei"}
+        own = {task: heads[task] for task in (*mine, "gate")}
+        bundle = root / "ensembles" / name / "model"
+        write_bundle(bundle, model.model_copy(update=row), own, root / "backbones", reference, pooled)
+    with contextlib.chdir(root):
+        judged = judge_all(tables, PAIRS)
+        write_results(Path("answer"), results_of(tables["apl_aml"], judged, PAIRS, 0.5, 100, SEED))
+        diagnoses = tables["apl_aml"]["diagnosis"].tolist()
+        write_answers(Path("answer/answer.json"), judged, PAIRS, diagnoses, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -433,6 +467,92 @@ def test_a_patient_with_few_cells_or_none_is_judged_by_the_rest_with_a_warning(t
     all_patients = predicted(final, trained.data)
     others = all_patients.index.drop([few, none])
     pd.testing.assert_frame_equal(found.loc[others], all_patients.loc[others], check_exact=True)
+
+
+# --- one answer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_held_out_patients_get_the_one_answer_of_training(trained, tmp_path, fold) -> None:
+    out, page = tmp_path / "out.csv", tmp_path / "page.html"
+    words = ("--answer", trained.answer, "--data", trained.data, "--out", out, "--report", page)
+    code, output = command(*words, "--fold", fold)
+    assert code == 0, output
+    mine = trained.answers[trained.answers["fold"] == fold].set_index("patient")
+    found = pd.read_csv(out, dtype={"patient": str}, keep_default_na=False).set_index("patient")
+    assert len(found) == 18
+    chances = found.loc[mine.index, list(DIAGNOSES)]
+    np.testing.assert_allclose(chances, mine[list(DIAGNOSES)], rtol=2e-6)
+    np.testing.assert_allclose(found[list(DIAGNOSES)].sum(axis=1), 1, atol=3e-6)
+    assert found.loc[mine.index, "answer"].tolist() == mine["answer"].tolist()
+    assert ((found["reason"] != "") == (found["answer"] == "unsure")).all()
+    assert "What a call is worth" in page.read_text(encoding="utf-8")
+    assert "as in training" in output
+
+
+def test_several_ensembles_in_one_pass_give_what_each_gives_alone(trained) -> None:
+    found = read(trained.data)
+    bundles = [read_bundle(trained.root / "ensembles" / name) for name in PAIRS]
+    several = [Models(bundle, bundle.outer_fold_of(None)) for bundle in bundles]
+    together = list(judge_together(several, trained.data, found.smears, found.cells))
+    for place, models in enumerate(several):
+        alone = list(judge_patients(models, trained.data, found.smears, found.cells))
+        mine = [each[place] for each in together]
+        tables = [verdict_table(each, models.combination) for each in (mine, alone)]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_a_prevalence_moves_the_answers_and_what_a_call_is_worth(trained, tmp_path) -> None:
+    words = ("--answer", trained.answer, "--data", trained.data, "--out")
+    tables = {}
+    for shares in ("", "apl=0.05,aml=0.15", f"apl={1 / 3},aml={1 / 3},healthy={1 / 3}"):
+        more = ("--prevalence", shares) if shares else ()
+        code, output = command(*words, tmp_path / "out.csv", *more, "--overwrite")
+        assert code == 0, output
+        tables[shares] = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+        if "0.05" in shares:
+            assert "Where 80 % are healthy, 15 % have other AML and 5 % have APL" in output
+    as_trained, rare, same = tables.values()
+    pd.testing.assert_frame_equal(as_trained, same)  # there are as many of each diagnosis
+    assert (rare["apl"] < as_trained["apl"]).all()
+    odds = (rare["apl"] / rare["healthy"]) / (as_trained["apl"] / as_trained["healthy"])
+    np.testing.assert_allclose(odds, 0.05 / 0.8, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--prevalence", "apl=0.05"), "the third is the rest"),
+        (("--prevalence", "apl=0.7,aml=0.6"), "add to 1"),
+        (("--prevalence", "apl=0,aml=0.5"), "between 0 and 1"),
+        (("--prevalence", "apl=nan,aml=0.5"), "between 0 and 1"),
+        (("--prevalence", "apl=0.2,aml=0.2,healthy=0.5"), "add to 1"),
+        (("--prevalence", "apl=some,aml=0.5"), "needs a number"),
+        (("--prevalence", "apl=0.1,apl=0.2"), "twice"),
+        (("--prevalence", "apll=0.1,aml=0.2"), "did you mean 'apl'"),
+        (("--adapt",), "one --ensemble"),
+        (("--fold", "9"), "no fold 9"),
+        (("--answer", "nowhere.json"), "healthy patients"),
+    ],
+    ids=str,
+)
+def test_what_the_one_answer_cannot_do_is_refused_plainly(trained, tmp_path, words, why) -> None:
+    asked = ("--answer", trained.answer, "--data", trained.data, "--out", tmp_path / "out.csv")
+    code, output = command(*asked, *words)
+    assert code == 1
+    assert why in " ".join(output.split())
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.usefixtures("no_work")
+def test_ensembles_of_another_run_have_no_one_answer_together(trained, tmp_path) -> None:
+    words = ("--answer", trained.answer, "--data", trained.data, "--out", tmp_path / "out.csv")
+    other = trained.root / "ensembles" / "apl_healthy"
+    code, output = command(*words, "--ensemble", trained.ensemble, "--ensemble", other)
+    assert (code, "same run" in output) == (1, True), output
+    code, output = command(*words, "--ensemble", other, "--prevalence", "apl=0.1,aml=0.1")
+    assert (code, "give several" in output) == (1, True), output
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -40,6 +41,7 @@ from aplsmear.answer.measures import UNSURE
 from aplsmear.errors import UserError, brief
 from aplsmear.files import round_floats, sha256, write_json
 from aplsmear.params import Strict
+from aplsmear.words import no_such
 
 DIAGNOSES = ("healthy", "aml", "apl")
 VERSION = 1  # of the format of answer.json
@@ -195,6 +197,40 @@ def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
     )
 
 
+def prevalence_of(text: str) -> list[float]:
+    """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15``; the third is the rest.
+
+    Raises:
+        AnswerError: it is no such text, or the numbers are no shares that add to 1.
+    """
+    parts = [part.partition("=")[::2] for part in text.split(",")]
+    names = [name.strip() for name, _ in parts]
+    example = f"--prevalence {text}: write for example apl=0.05,aml=0.15"
+    _refuse(
+        (no_such("there is no diagnosis", name, DIAGNOSES) for name in names if name not in DIAGNOSES),
+        example,
+    )
+    _refuse((f"{name} is there twice" for name in DIAGNOSES if names.count(name) > 1), example)
+    try:
+        found = {name: float(value) for name, (_, value) in zip(names, parts, strict=True)}
+    except ValueError:
+        raise AnswerError(f"{example}. Each diagnosis needs a number.") from None
+    if len(found) < len(DIAGNOSES) - 1:
+        raise AnswerError(f"{example}. Two of {', '.join(DIAGNOSES)} are needed; the third is the rest.")
+    for name in DIAGNOSES:
+        found.setdefault(name, 1 - sum(found.values()))
+    inside = all(0 < value < 1 for value in found.values())
+    if not inside or not math.isclose(sum(found.values()), 1, abs_tol=1e-6):
+        shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        raise AnswerError(f"{example}. All three must lie between 0 and 1 and add to 1; these are {shown}.")
+    return [found[name] for name in DIAGNOSES]
+
+
+def _refuse(problems: Iterable[str], example: str) -> None:
+    if lines := list(problems):
+        raise AnswerError(f"{example}. {'; '.join(lines)}")
+
+
 def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> list[Judged]:
     """Nested probabilities of every patient, by each set of ensembles that compares all three diagnoses.
 
@@ -290,8 +326,9 @@ def read_answers(path: Path) -> Answers:
         return Answers.model_validate_json(json.dumps(raw))
     except FileNotFoundError:
         raise AnswerError(
-            f"{path} is not there. `dvc repro answer` makes it, from ensembles that compare healthy, other "
-            "AML and APL. For the answer of one ensemble alone, add `--ensemble ensembles/NAME`."
+            f"There is no one answer: {path} is not there. `dvc repro answer` makes it, if the data set has "
+            "healthy patients, patients with other AML and patients with APL. For the answer of one ensemble "
+            "alone, add `--ensemble ensembles/NAME`."
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise AnswerError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,11 @@ from aplsmear.compute.runtime import device_note
 from aplsmear.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from aplsmear.compute.engine import Engine
+    from aplsmear.data.dataset import DataSet
+    from aplsmear.ensembles.bundle import Bundle
     from aplsmear.ensembles.combination import Combination
     from aplsmear.prediction.predict import Verdict
 
@@ -26,11 +32,27 @@ _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace files tha
 
 @app.command(rich_help_panel=_PANEL)
 def predict(
-    ensemble: _ENSEMBLE,
     data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv; no labels needed.")],
     out: Annotated[
         Path, typer.Option(metavar="CSV", callback=file_to_write, help="Table with a row for each patient.")
     ],
+    ensemble: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Such as ensembles/apl_aml, or a copy of its `model`. Several give one answer. Without this "
+            "option: all ensembles of the one answer.",
+        ),
+    ] = None,
+    answer: Annotated[
+        Path, typer.Option(metavar="JSON", help="The fit of the one answer, made by the stage `answer`.")
+    ] = Path("answer/answer.json"),
+    prevalence: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARES", help="Of the one answer, such as apl=0.05,aml=0.15; the rest is healthy."
+        ),
+    ] = "",
     report: Annotated[
         Path | None, typer.Option(metavar="HTML", callback=file_to_write, help="Page of the same results.")
     ] = None,
@@ -43,39 +65,57 @@ def predict(
     ] = False,
     overwrite: _OVERWRITE = False,
 ) -> None:
-    """Classify new patients with a trained ensemble. For research only.
+    """Classify new patients with trained ensembles. For research only.
 
-    The CSV file has for each patient: the calibrated `probability` of the positive diagnosis; the calls at
-    the balanced (`verdict`) and at the `sensitive` operating point; the numbers of `cells` and `smears` used;
-    the `distance` from the training patients in features of cells, and in `stain` (above 1: farther out than
-    99 % of them); a `warning`. A name that a spreadsheet would take for a formula gets a ' in front.
+    One answer of several ensembles: the CSV file has for each patient the `answer` (healthy, aml, apl, or
+    unsure with the `reason`) and the probabilities of `healthy`, `aml` (other AML) and `apl`, which add to 1.
+    `--prevalence` gives the shares of the diagnoses among your patients, if they are other than in training.
 
-    `--adapt` is for patients of another laboratory with about the same mixture of diagnoses as in training:
-    it shifts all logits by one number, without labels. Do not use it for screening or for few patients.
+    One ensemble alone (one `--ensemble`) is for patients with one of its two diagnoses: the calibrated
+    `probability` of the positive one; the calls at the balanced (`verdict`) and at the `sensitive` operating
+    point. `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with
+    about the same mixture of diagnoses as in training. Do not use it for screening or for few patients.
 
-    Example: `aplsmear predict --ensemble ensembles/apl_aml --data /data/new --out new.csv --report new.html`
+    Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
+    of cells, and in `stain` (above 1: farther out than 99 % of them); a `warning`. A name that a spreadsheet
+    would take for a formula gets a ' in front.
+
+    Example: `aplsmear predict --data /data/new --out new.csv --report new.html`
     """
-    from aplsmear.compute.engine import engine_of
-    from aplsmear.data.dataset import read_data_set
+    _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
+    if ensemble and len(ensemble) == 1:
+        if prevalence:
+            raise UserError("--prevalence is for the one answer: leave out --ensemble, or give several.")
+        _predict_by_one(ensemble[0], data, out, report, fold, adapt)
+    else:
+        if adapt:
+            raise UserError("--adapt works with one ensemble: give one --ensemble.")
+        _predict_one_answer(ensemble or [], answer, prevalence, data, out, report, fold)
+
+
+def _predict_by_one(
+    ensemble: Path, data: Path, out: Path, report: Path | None, fold: int | None, adapt: bool
+) -> None:
+    """`predict` with one ensemble."""
     from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.prediction.page import CARDS, write_page
-    from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures, verdict_table
+    from aplsmear.prediction.predict import Models, judge_patients, keep_pictures, verdict_table
+    from aplsmear.reports.pages import diagnosis
     from aplsmear.tables import write_table
 
-    _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
     _print_notes()
     bundle = read_bundle(ensemble)
     models = Models(bundle, bundle.outer_fold_of(fold))
-    with engine_of(params_if_any("engine"), [data, bundle.folder], networks=True) as engine:
-        found = read_data_set(
-            data, {}, min_box=bundle.model.min_box, skip_bad_images=False, engine=engine, labelled=False
-        )
-        check_input(bundle, found.smears, found.cells, data)
+    with _new_patients([bundle], data) as (found, engine):
         each = judge_patients(models, data, found.smears, found.cells, engine)
         verdicts = keep_pictures(each, CARDS if report else 0)
-    combination, remarks = models.combination, list(found.report["remarks"])
-    if fold is not None:
-        remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
+    combination, model = models.combination, bundle.model
+    one, other = diagnosis(model.positive), diagnosis(model.negative)
+    remarks = [
+        f"The ensemble {model.name} is for patients with one of two diagnoses: {one}, {other}. For others, "
+        "its numbers mean nothing.",
+        *_remarks(found, fold),
+    ]
     if adapt:
         combination = _adapted(combination, verdicts, remarks)
     table = verdict_table(verdicts, combination)
@@ -83,6 +123,71 @@ def predict(
         write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
     write_table(out, table)
     _print_remarks(found.report["left_out"], remarks)
+    _print_end(table, out)
+
+
+def _predict_one_answer(
+    ensembles: list[Path],
+    answer: Path,
+    prevalence: str,
+    data: Path,
+    out: Path,
+    report: Path | None,
+    fold: int | None,
+) -> None:
+    """`predict` with several ensembles; without any: all of the one answer that are there."""
+    from aplsmear.answer.coupling import prevalence_of, read_answers
+    from aplsmear.ensembles.bundle import MANIFEST, read_bundle
+    from aplsmear.prediction.answer import CARDS, Panel, write_page
+    from aplsmear.prediction.predict import keep_pictures
+    from aplsmear.tables import write_table
+
+    shares = prevalence_of(prevalence) if prevalence else None
+    answers = read_answers(answer)
+    known = [answer.parent.parent / "ensembles" / name for name in answers.pairs]
+    folders = ensembles or [each for each in known if (each / "model" / MANIFEST).is_file()]
+    _print_notes()
+    panel = Panel([read_bundle(each) for each in folders], answers, fold, shares)
+    with _new_patients(panel.bundles, data) as (found, engine):
+        each = panel.judge(data, found.smears, found.cells, engine)
+        judged = keep_pictures(each, CARDS if report else 0)
+    table, remarks = panel.table(judged), _remarks(found, fold)
+    if report:
+        write_page(report, panel, judged, table, found.report["left_out"], remarks)
+    write_table(out, table)
+    _print_remarks(found.report["left_out"], remarks)
+    typer.echo(f"{panel.whose}:")
+    for line in panel.lines:
+        typer.echo(f"  {line}")
+    counts = table["answer"].value_counts()
+    typer.echo(", ".join(f"{counts.get(name, 0)} {name}" for name in ("healthy", "aml", "apl", "unsure")))
+    _print_end(table, out)
+
+
+@contextmanager
+def _new_patients(bundles: Sequence[Bundle], data: Path) -> Iterator[tuple[DataSet, Engine]]:
+    """The data set of new patients, checked for these ensembles, and the engine that judges them."""
+    from aplsmear.compute.engine import engine_of
+    from aplsmear.data.dataset import read_data_set
+    from aplsmear.prediction.predict import check_input
+
+    folders = [data, *(bundle.folder for bundle in bundles)]
+    with engine_of(params_if_any("engine"), folders, networks=True) as engine:
+        min_box = bundles[0].model.min_box
+        found = read_data_set(data, {}, min_box=min_box, skip_bad_images=False, engine=engine, labelled=False)
+        for bundle in bundles:
+            check_input(bundle, found.smears, found.cells, data)
+        yield found, engine
+
+
+def _remarks(found: DataSet, fold: int | None) -> list[str]:
+    """The remarks of a data set, and that a check was made."""
+    check = f"A check: these are scores of the models trained without fold {fold}."
+    return [*found.report["remarks"], *([] if fold is None else [check])]
+
+
+def _print_end(table: pd.DataFrame, out: Path) -> None:
+    """Print how many patients were judged."""
     warned = int((table["warning"] != "").sum())
     typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, tee
 from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,23 @@ class PredictError(UserError, ValueError):
     """New patients cannot be judged with these data."""
 
 
+class HasPictures(Protocol):
+    """A dataclass about a patient with pictures of cells: a `Verdict`, or the one answer."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def probability(self) -> float:
+        """Of the positive diagnosis, or of APL."""
+
+    @property
+    def pictures(self) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
+        """Cells, as name and JPEG."""
+
+
+Pictured = TypeVar("Pictured", bound=HasPictures)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of an ensemble for one patient."""
@@ -58,7 +76,7 @@ class Verdict:
     probability: float  # calibrated, of the positive diagnosis
     distance: float  # from the training patients in features (`aplsmear.ensembles.familiarity`), or NaN
     stain: float  # from the training patients in stain, or NaN
-    warnings: list[str]
+    warnings: dict[str, str]  # by what they are about: items, stain, distance
     baselines: Mapping[str, float]  # probability by each plain baseline; empty if they are not wanted
     # Cells, as name and JPEG: those that point most to the positive diagnosis, then to the negative one.
     pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
@@ -120,14 +138,11 @@ class Models:
         averaged = [scorer.average for each in self.scorers.values() for scorer in each]
         return min(max(averaged), self.bundle.model.augment.views)
 
-    def needed(self, views: Views) -> Views:
-        """Those views of a smear and its cells that the models read."""
-        found: dict[Level, list[View]] = {}
-        for level in LEVELS:
-            averaged = max((scorer.average for scorer in self.scorers[level]), default=0)
-            used = any(request.level == level for request in self.requests)
-            found[level] = [view for view in views[level] if used and view.view <= averaged]
-        return found
+    def averaged(self, level: Level) -> int:
+        """The largest number of augmented views of an item of a level that are averaged; -1: none is read."""
+        if not any(request.level == level for request in self.requests):
+            return -1
+        return max((scorer.average for scorer in self.scorers[level]), default=0)
 
     def add_scores(self, chunk: Sequence[tuple[_Record, Views]], features: Mapping[str, np.ndarray]) -> None:
         """Score some smears and their cells, and add the scores to the records of their patients.
@@ -187,11 +202,11 @@ class Models:
             probability=float(self.combination.probability(logits[None])[0]),
             distance=reference.typical.distance(record.features.describe()) if seen else float("nan"),
             stain=reference.stain.distance(record.stain.mean()) if seen else float("nan"),
-            warnings=[],
+            warnings={},
             baselines=dict(self._baselines(record)),
             pictures=([], []),
         )
-        found.warnings.extend(self._warnings(found, record))
+        found.warnings.update(self._warnings(found, record))
         if model.pictured_by and record.scores.get(model.pictured_by):
             ends = ends_of(record.items["cell"], np.array(record.scores[model.pictured_by]))
             ordered = ends if model.high_is_positive else ends[::-1]
@@ -226,24 +241,28 @@ class Models:
             logits = summary_logits(scores, None if weights is None else np.array(weights))
         return as_written(logits[summary])  # as the combination was fitted and judged
 
-    def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[str]:
+    def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[tuple[str, str]]:
         model, reference = self.bundle.model, self.bundle.reference
         pairs = zip(self.bundle.members, verdict.logits, strict=True)
         without = [scorer for scorer, logit in pairs if np.isnan(logit)]
         count = len(record.items[model.reference_level])
-        for level in LEVELS:
-            named = [scorer.task for scorer in without if scorer.member.images == level]
-            if named:
-                yield f"no {level}s: there are no scores of {', '.join(named)}"
-        if not without and count < model.min_items:
+        named = {level: [each.task for each in without if each.member.images == level] for level in LEVELS}
+        if without:
+            lines = (
+                f"no {level}s: there are no scores of {', '.join(named[level])}"
+                for level in LEVELS
+                if named[level]
+            )
+            yield "items", "; ".join(lines)
+        elif count < model.min_items:
             common = f"99 % of the training patients had at least {np.ceil(model.min_items):.0f}"
-            yield f"few {model.reference_level}s: {count}, {common}"
+            yield "items", f"few {model.reference_level}s: {count}, {common}"
         if verdict.stain > 1:
             how = how_stained(reference.stain, record.stain.mean())
             what = f"unfamiliar stain or camera ({how})" if how else "unfamiliar stain or camera"
-            yield f"{what}: {verdict.stain:.1f} times the limit"
+            yield "stain", f"{what}: {verdict.stain:.1f} times the limit"
         if verdict.distance > 1:
-            yield f"unlike the training patients: {verdict.distance:.1f} times the limit"
+            yield "distance", f"unlike the training patients: {verdict.distance:.1f} times the limit"
 
 
 def check_input(bundle: Bundle, smears: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> None:
@@ -282,37 +301,75 @@ def judge_patients(
     `smears` and `cells` are of `aplsmear.data.dataset.read_data_set`; the paths in the column `image` start
     from the folder `root`; `files` as in `aplsmear.images.views.all_views`. The engine changes no result.
     """
-    model = models.bundle.model
-    settings = model.augment.model_copy(update={"views": models.views, "extra_views": {}})
+    return (one for (one,) in judge_together([models], root, smears, cells, engine, files))
+
+
+def judge_together(
+    several: Sequence[Models],
+    root: Path,
+    smears: pd.DataFrame,
+    cells: pd.DataFrame,
+    engine: Engine = HERE,
+    files: Mapping[str, str] | None = None,
+) -> Iterator[list[Verdict]]:
+    """The verdicts of several ensembles of one training run on every patient, in one pass over the smears.
+
+    Each is the verdict of `judge_patients`, to which the other arguments belong, too.
+    """
+    model = several[0].bundle.model
+    views = max(models.views for models in several)
+    settings = model.augment.model_copy(update={"views": views, "extra_views": {}})
     parts = list(parts_of(root, smears, cells, settings, files, by_patient=True))
-    levels = {request.level for request in models.requests}
-    views = progress(views_of_parts(parts, settings, model.seed, engine, levels), "parts", len(parts))
+    requests = _together(request for models in several for request in models.requests)
+    levels = {request.level for request in requests}
+    made = progress(views_of_parts(parts, settings, model.seed, engine, levels), "parts", len(parts))
+    averaged: dict[Level, int] = {
+        level: max(models.averaged(level) for models in several) for level in LEVELS
+    }
     of_patients = (
         piece
-        for part, made in zip(parts, views, strict=True)
-        for piece in _by_patient(part, models.needed(made))
+        for part, each in zip(parts, made, strict=True)
+        for piece in _by_patient(
+            part, {level: [view for view in each[level] if view.view <= averaged[level]] for level in LEVELS}
+        )
     )
     chunks, again = tee(_chunks(of_patients))
-    forward = partial(features_of_views, requests=models.requests)
+    forward = partial(features_of_views, requests=requests)
     together = (
         {level: [view for _, _, views in chunk for view in views[level]] for level in LEVELS}
         for chunk in again
     )
-    records: dict[str, _Record] = defaultdict(_Record)
+    records: dict[str, list[_Record]] = defaultdict(lambda: [_Record() for _ in several])
     for chunk, features in zip(chunks, engine.map(forward, together, processes=False), strict=True):
-        for patient, count, _ in chunk:
-            records[patient].smears += count
-        models.add_scores([(records[patient], needed) for patient, _, needed in chunk], features)
+        for place, models in enumerate(several):
+            for patient, count, _ in chunk:
+                records[patient][place].smears += count
+            models.add_scores([(records[patient][place], needed) for patient, _, needed in chunk], features)
         last = chunk[-1][0]  # the next chunk may have more smears of this patient
         for patient in [each for each in records if each != last]:
-            yield models.verdict(patient, records.pop(patient))
-    for patient, record in records.items():
-        yield models.verdict(patient, record)
+            yield _verdicts(several, patient, records.pop(patient))
+    for patient, each in records.items():
+        yield _verdicts(several, patient, each)
 
 
-def keep_pictures(verdicts: Iterable[Verdict], count: int) -> list[Verdict]:
-    """All verdicts, but pictures only of the `count` with the highest probabilities: this limits memory."""
-    kept: list[Verdict] = []
+def _together(requests: Iterable[FeatureRequest]) -> list[FeatureRequest]:
+    """One request for each backbone and level, for the layers of all."""
+    found: dict[tuple[str, Level], FeatureRequest] = {}
+    for each in requests:
+        known = found.setdefault((each.backbone, each.level), each)
+        layers = tuple(sorted({*known.layers, *each.layers}))
+        found[each.backbone, each.level] = known._replace(layers=layers)
+    return list(found.values())
+
+
+def _verdicts(several: Sequence[Models], patient: str, records: Sequence[_Record]) -> list[Verdict]:
+    """The verdict of each ensemble on a patient."""
+    return [models.verdict(patient, record) for models, record in zip(several, records, strict=True)]
+
+
+def keep_pictures(verdicts: Iterable[Pictured], count: int) -> list[Pictured]:
+    """All of them, but pictures only of the `count` with the highest probabilities: this limits memory."""
+    kept: list[Pictured] = []
     pictured: list[tuple[float, int]] = []
     for place, each in enumerate(verdicts):
         kept.append(each)
@@ -334,7 +391,7 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.D
     columns |= combination.calls(probability)
     for column in ("cells", "smears", "distance", "stain"):
         columns[column] = [getattr(each, column) for each in verdicts]
-    return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings) for each in verdicts]})
+    return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings.values()) for each in verdicts]})
 
 
 def _by_patient(part: Part, views: Views) -> Iterator[_Piece]:
