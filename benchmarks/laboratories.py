@@ -4,6 +4,9 @@ They measure how verdicts hold in another laboratory; no model is trained on the
 (`aplsmear.images.views`) are changed one by one, in other colour spaces. Here, a *laboratory* is drawn once
 and changes all its smears in the same way. Stain is changed along haematoxylin, eosin and residual (Ruifrok
 and Johnston, Anal Quant Cytol Histol 2001;23:291; scikit-image's matrix), focus by a disk.
+
+`recoloured` gives cells the colours of a real laboratory: mean and spread in L*a*b* (Reinhard et al., IEEE
+Comput Graph Appl 2001;21(5):34), as they were measured on its published images.
 """
 
 from __future__ import annotations
@@ -29,6 +32,15 @@ BLUR = 2.0  # px of the smear: radius of the disk of a point that is out of focu
 RESOLUTION = 0.5  # relative: increase of the size of pixels
 JPEG = 40  # of 100: loss of quality
 _LOWEST_QUALITY = 20
+
+# Mean and standard deviation of L*, a* and b* over all pixels of published images of two laboratories.
+Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
+REAL: Mapping[str, Colours] = {
+    # 160 cells of healthy donors (Acevedo et al., Data Brief 2020;30:105474; CC BY 4.0)
+    "acevedo": ((79.8, 10.7, 8.0), (15.9, 9.2, 14.5)),
+    # 100 fields with red and white cells (draaslan/blood-cell-detection-dataset; MIT)
+    "draaslan": ((64.6, 11.9, -2.0), (14.5, 21.4, 11.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,26 @@ def shifted(
         quality = round(100 - strength * laboratory.jpeg * JPEG)
         out = decode(encode_jpeg(np.ascontiguousarray(out), max(quality, _LOWEST_QUALITY)))
     return out
+
+
+def colours_of(images: Sequence[np.ndarray]) -> Colours:
+    """Mean and standard deviation of L*, a* and b*, each image with equal weight (uint8 RGB)."""
+    moments = [cv2.meanStdDev(_lab(image)) for image in images]
+    mean = np.mean([first for first, _ in moments], axis=0).ravel()
+    square = np.mean([first**2 + second**2 for first, second in moments], axis=0).ravel()
+    first, second = mean.tolist(), np.sqrt(square - mean**2).tolist()
+    return (first[0], first[1], first[2]), (second[0], second[1], second[2])
+
+
+def recoloured(image: np.ndarray, home: Colours, there: Colours) -> np.ndarray:
+    """An image (uint8 RGB) whose colours have been moved from mean and spread at home to those there."""
+    gain = np.array(there[1]) / np.array(home[1])
+    moved = ((_lab(image) - np.array(home[0])) * gain + np.array(there[0])).astype(np.float32)
+    return as_image(cv2.cvtColor(moved, cv2.COLOR_LAB2RGB))
+
+
+def _lab(image: np.ndarray) -> np.ndarray:
+    return np.asarray(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB))
 
 
 def _disk(radius: float) -> np.ndarray:

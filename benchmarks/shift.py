@@ -29,7 +29,7 @@ import laboratories
 import numpy as np
 import pandas as pd
 import yaml
-from laboratories import KINDS, STRENGTHS, draw_laboratory, shifted
+from laboratories import KINDS, REAL, STRENGTHS, Colours, colours_of, draw_laboratory, recoloured, shifted
 from record import commit, machine
 from sklearn.metrics import balanced_accuracy_score
 
@@ -45,7 +45,7 @@ from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, read_average, read_heads, score
 from aplsmear.images import stains, views
 from aplsmear.images.augmentation import Pyramid, source_factor
-from aplsmear.images.reading import read_image
+from aplsmear.images.reading import decode, read_image
 from aplsmear.images.view_store import View
 from aplsmear.images.views import cell_views, prepared, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
@@ -83,11 +83,16 @@ MEASURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """Strength of the change, number of the laboratory, and the properties of images that it changes."""
+    """Strength of the change, number of the laboratory, and the properties of images that it changes.
+
+    With `colours`, cells also get the colours of this real laboratory, a name of `laboratories.REAL`.
+    """
 
     strength: str
     laboratory: int
     kinds: tuple[str, ...] = KINDS
+    colours: str = ""
+    home: Colours | None = None  # colours of the cells as they are
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,21 @@ def main() -> None:
     }
     section = "demo" if Path().resolve() == ROOT else "real"
     for strength in sorted(STRENGTHS, key=lambda name: name != "medium"):
-        found[strength] = held(bench, strength)
+        found[strength] = held(bench, [Condition(strength, number) for number in range(LABORATORIES)])
         record(section, found)
-    found["alone"] = {kind: held(bench, "medium", (kind,), laboratories=1) for kind in KINDS}
+    found["alone"] = {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
+    record(section, found)
+    home = home_colours(bench)
+    found["real_colours"] = {
+        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, home)])
+        for name in REAL
+    }
     record(section, found)
     for name in [] if asked.measures is None else asked.measures or MEASURES:
         other = variant(bench, asked.ensemble, asked.cells, name, MEASURES[name])
-        found.setdefault("measures", {})[name] = held(other, "medium")
+        found.setdefault("measures", {})[name] = held(
+            other, [Condition("medium", number) for number in range(LABORATORIES)]
+        )
         record(section, found)
     print(json.dumps(found, indent=2))
 
@@ -209,19 +222,15 @@ def summary_of(scores: Mapping[str, pd.DataFrame], task: str, weigh_by: str, par
     return summarise_patients(scores[task], scores[weigh_by] if alike else None)
 
 
-def held(
-    bench: Bench, strength: str, kinds: tuple[str, ...] = KINDS, laboratories: int = LABORATORIES
-) -> dict[str, Any]:
-    """AUROC, balanced accuracy and calibration at a strength, as means over laboratories.
+def held(bench: Bench, conditions: Sequence[Condition]) -> dict[str, Any]:
+    """AUROC, balanced accuracy, sensitivity and calibration, as means over laboratories.
 
     ``as_shipped``: views are averaged as in the profile, and a cohort from another laboratory adapts. The
-    other
-    keys: without one of these. Losses are differences from the verdicts on the same cells without changes,
-        which
-    do not adapt. ``home_adapted``: with adaptation there, too.
+    other keys: without one of these. Losses are differences from the verdicts on the same cells without
+    changes, which do not adapt. ``home_adapted``: with adaptation there, too.
     """
     home = scored_features(bench, None)
-    away = [scored_features(bench, Condition(strength, number, kinds)) for number in range(laboratories)]
+    away = [scored_features(bench, condition) for condition in conditions]
     treatments: dict[str, dict[str, Any]] = {
         "as_shipped": {},
         "not_adapted": {"adapt": False},
@@ -237,6 +246,7 @@ def held(
             "auroc_loss": before["auroc"] - after["auroc"],
             "balanced_accuracy_loss": before["balanced_accuracy"] - after["balanced_accuracy"],
             **after,
+            "lowest_sensitivity": min(one["sensitivity_at_sensitive_point"] for one in each),
             "lowest_balanced_accuracy": min(one["balanced_accuracy"] for one in each),
             "home": before,
         }
@@ -256,7 +266,7 @@ def measured(
     scores = {task: scores_of(bench, task, features, average) for task in tasks}
     summaries = {task: summary_of(scores, task, bench.weigh_by, bench.params) for task in bench.members}
     fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
-    probability, call = np.zeros(len(fold)), np.zeros(len(fold))
+    probability, call, alarm = (np.zeros(len(fold)) for _ in range(3))
     for outer_fold in np.unique(fold):
         here = np.flatnonzero(fold == outer_fold)
         combination = (verdicts or bench.verdicts).combinations[outer_fold]
@@ -271,9 +281,12 @@ def measured(
         combination = adapted(combination, logits) if adapt else combination
         probability[here] = combination.probability(logits)
         call[here] = probability[here] >= combination.thresholds["balanced"]
+        alarm[here] = probability[here] >= combination.thresholds["sensitive"]
     return {
         "auroc": auroc(label, probability),
         "balanced_accuracy": balanced_accuracy_score(label, call),
+        "sensitivity_at_sensitive_point": float(alarm[label == 1].mean()),
+        "specificity_at_sensitive_point": float(1 - alarm[label == 0].mean()),
         "calibration_slope": calibration_slope_intercept(label, probability)[0],
     }
 
@@ -387,7 +400,15 @@ def under(image: np.ndarray, condition: Condition | None, params: Params) -> np.
     if condition is None:
         return image
     laboratory = draw_laboratory(params.seed, condition.laboratory)
+    if condition.home:
+        image = recoloured(image, condition.home, REAL[condition.colours])
     return shifted(image, laboratory, STRENGTHS[condition.strength], condition.kinds)
+
+
+def home_colours(bench: Bench) -> Colours:
+    """Colours of the plain views of the cells that are measured."""
+    shown = all_shown(bench, "cell", bench.items["cell"], None)
+    return colours_of([decode(view.image) for view in shown if view.view == 0])
 
 
 def surroundings(

@@ -2,7 +2,17 @@
 
 import numpy as np
 import pytest
-from laboratories import KINDS, STAIN, STRENGTHS, Laboratory, draw_laboratory, shifted
+from laboratories import (
+    KINDS,
+    REAL,
+    STAIN,
+    STRENGTHS,
+    Laboratory,
+    colours_of,
+    draw_laboratory,
+    recoloured,
+    shifted,
+)
 from skimage.color import hed2rgb, rgb2hed
 
 EDGE = Laboratory((1.0, -1.0, 1.0), (1.0, -1.0), 1.0, 1.0, 1.0, 1.0)
@@ -66,3 +76,12 @@ def test_laboratories_differ_and_are_drawn_from_seed_and_number():
     assert len(drawn) == 6
     assert draw_laboratory(1, 0) == draw_laboratory(1, 0)
     assert all(0.5 <= abs(far) <= 1 for one in drawn for far in (*one.stain, *one.white_balance, one.gamma))
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_cells_get_the_colours_of_a_real_laboratory(name, smear):
+    """Within what 8 bits and their limits allow."""
+    mean, spread = colours_of([recoloured(smear, colours_of([smear]), REAL[name])])
+    assert np.abs(np.array(mean) - REAL[name][0]).max() < 4
+    assert np.abs(np.array(spread) - REAL[name][1]).max() < 4
+    assert np.abs(recoloured(smear, REAL[name], REAL[name]).astype(int) - smear).max() <= 1
