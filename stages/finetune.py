@@ -50,7 +50,7 @@ def main() -> None:
         if settings.log_model:
             tracker.log_model(model)
         chosen = examples(results.predictions, settings.pictures)
-        write_explanations(models, trained, chosen, inputs.views, out / "explanations")
+        write_explanations(models, trained, chosen, inputs.views, out / "explanations", task)
         if settings.log_images:
             tracker.log_pictures(out / "explanations")
         tracker.close({}, {name: results.metrics[name]["value"] for name in ("auroc", "difference")})

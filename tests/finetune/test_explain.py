@@ -1,12 +1,14 @@
 """Maps of what a score depends on, compared with scores and networks whose answer is known."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from aplsmear.finetune.explain import draw, examples, grad_cam, occlusion
+from aplsmear.finetune import explain as explain_module
+from aplsmear.finetune.explain import draw, examples, grad_cam, occlusion, write_explanations
 
 SHAPE = (40, 72)  # not square: a transposed map cannot pass
 BLOCK = (slice(8, 16), slice(48, 56))
@@ -74,8 +76,30 @@ def test_grad_cam_peaks_where_the_deciding_channel_is_and_not_on_another(image: 
 def test_a_picture_has_the_same_bytes_each_time(image: np.ndarray, tmp_path: Path) -> None:
     found = occlusion(redness, image, patch=8, stride=4)
     for name in ("a.png", "b.png"):
-        draw(tmp_path / name, image, found, np.abs(found), "true positive: 17, held-out probability 0.812")
+        title = "blast, true positive: 17, held-out probability 0.812\npatient P7, fold 2"
+        draw(tmp_path / name, image, found, np.abs(found), title, (0.5, 0.5))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_all_pictures_have_one_scale_and_name_task_patient_and_fold(
+    image: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a scale of its own, a picture on which nothing matters looks like one on which much does."""
+    seen = []
+    found = image[..., 0] / 250
+    maps = iter([(found, 2 * found), (found / 20, found / 9)])
+    trainer = SimpleNamespace(network=SimpleNamespace(whole=SimpleNamespace(input=image[None])))
+    monkeypatch.setattr(explain_module, "plain_views", lambda *words: dict.fromkeys(words[1], b""))
+    monkeypatch.setattr(explain_module, "with_weights", lambda *_: SimpleNamespace(trainer=trainer))
+    monkeypatch.setattr(explain_module, "decode", lambda _: image)
+    monkeypatch.setattr(explain_module, "explain", lambda *_: next(maps))
+    monkeypatch.setattr(explain_module, "draw", lambda *words: seen.append(words))
+    rows = [("true_positive", "a", "P1", 0, 0.9), ("false_positive", "b", "P2", 1, 0.8)]
+    chosen = pd.DataFrame(rows, columns=["outcome", "item", "patient", "fold", "probability"])
+    trained = [SimpleNamespace(outer_fold=fold) for fold in (0, 1)]
+    write_explanations({}, trained, chosen, tmp_path, tmp_path / "explanations", "blast")
+    assert seen[0][-1] == seen[1][-1] == pytest.approx((1, 2))
+    assert seen[1][-2] == "blast, false positive: b, held-out probability 0.800\npatient P2, fold 1"
 
 
 def test_on_drawn_cells_the_maps_lie_on_auer_rods_more_than_expected_by_chance() -> None:

@@ -92,6 +92,29 @@ def test_the_page_has_every_section_number_and_patient(html) -> None:
     assert "nan" not in text.lower().split()
 
 
+def test_each_patient_has_the_thresholds_of_the_own_fold(html) -> None:
+    verdicts = findings().verdicts
+    (rows,) = re.findall(r"<h2>Every patient</h2>(.*?)</section>", html, re.DOTALL)
+    assert "balanced point</span>" in rows
+    for patient, fold in verdicts.table[["patient", "fold"]].itertuples(index=False):
+        (lane,) = re.findall(rf'<span class="who">{patient}</span>\n(.*)', rows)
+        for name, threshold in verdicts.combinations[fold].thresholds.items():
+            assert f'<u class="{name}" style="left:{100 * threshold:.1f}%"></u>' in lane
+
+
+def test_no_rate_stands_without_the_other_that_it_is_bought_with(html) -> None:
+    keys = re.findall(r'<div class="key"><span>(.*?)</span>', html)
+    assert keys == [
+        "AUROC",
+        *(f"sensitivity / specificity, {name} point" for name in ("balanced", "sensitive")),
+    ]
+
+
+def test_only_patients_have_the_colours_of_the_classes(html) -> None:
+    (rows,) = re.findall(r"<h2>What each member contributes</h2>(.*?)</section>", html, re.DOTALL)
+    assert set(re.findall(r'class="lane (\w+)"', rows)) == {"neutral"}
+
+
 def test_the_page_loads_nothing_and_has_no_script(html) -> None:
     reader = read(html)
     names = {name for name, _ in reader.tags}
@@ -163,6 +186,7 @@ def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: i
           const page = event.target.contentDocument, root = page.documentElement;
           const charts = [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect().width);
           document.body.textContent = JSON.stringify({{width: root.scrollWidth, height: root.scrollHeight,
+            cut: [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
             charts: Math.min(...charts)}});
         }};</script></body>""",
         encoding="utf-8",
@@ -170,6 +194,7 @@ def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: i
     dom = browse(tmp_path, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri())
     seen = json.loads(re.search(r"\{.*\}", dom).group())
     assert seen["width"] <= width
+    assert seen["cut"] == 0  # a P-value, say
     assert seen["charts"] >= 250
     assert seen["height"] > 1500
 

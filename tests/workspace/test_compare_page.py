@@ -280,6 +280,7 @@ def test_the_page_fits_a_phone_and_a_desktop_without_a_network(tmp_path: Path, w
           const page = event.target.contentDocument, root = page.documentElement;
           const sizes = [...page.querySelectorAll("svg, img")].map(one => one.getBoundingClientRect().width);
           document.body.textContent = JSON.stringify({{width: root.scrollWidth, least: Math.min(...sizes),
+            cut: [...page.querySelectorAll(".scroll")].filter(e => e.scrollWidth > e.clientWidth).length,
             drawn: sizes.length, broken: [...page.images].filter(one => !one.naturalWidth).length,
             asked: event.target.contentWindow.performance.getEntriesByType("resource").length}});
         }};</script></body>""",
@@ -290,5 +291,6 @@ def test_the_page_fits_a_phone_and_a_desktop_without_a_network(tmp_path: Path, w
     dom = browse(tmp_path, *offline, *shown)
     seen = json.loads(re.search(r"\{.*\}", dom).group())
     assert seen["width"] <= width
+    assert seen["cut"] == 0
     assert seen["least"] >= 200
     assert (seen["drawn"], seen["broken"]) == (4, 0)

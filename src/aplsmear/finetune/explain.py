@@ -62,11 +62,12 @@ def write_explanations(
     chosen: pd.DataFrame,
     views: Path,
     folder: Path,
+    task: str,
 ) -> None:
     """Draw what the score of each chosen item depends on, by the outer model of its fold.
 
-    Writes ``<outcome>_<number>.png`` into a folder, which is emptied first. `views` is the file with the
-    views of the level.
+    Writes ``<outcome>_<number>.png`` into a folder, which is emptied first. All pictures have the same
+    scales, so they can be compared. `views` is the file with the views of the level.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
@@ -74,13 +75,21 @@ def write_explanations(
     pictures = plain_views(views, set(chosen["item"]))
     outer = {each.outer_fold: each for each in trained if each.outer_fold is not None}
     number = chosen.groupby("outcome").cumcount() + 1
+    drawn = []
     for row, place in zip(chosen.to_dict("records"), number, strict=True):
         trainer = with_weights(models, outer[int(row["fold"])]).trainer
         size = trainer.network.whole.input.shape[1]
         image = fitting(decode(pictures[row["item"]]), size)
-        outcome = row["outcome"].replace("_", " ")
-        title = f"{outcome}: {row['item']}, held-out probability {row['probability']:.3f}"
-        draw(folder / f"{row['outcome']}_{place}.png", image, *explain(trainer, image), title)
+        outcome, name = row["outcome"].replace("_", " "), f"{row['outcome']}_{place}.png"
+        title = (
+            f"{task}, {outcome}: {row['item']}, held-out probability {row['probability']:.3f}\n"
+            f"patient {row['patient']}, fold {row['fold']}"
+        )
+        drawn.append((folder / name, image, explain(trainer, image), title))
+    kinds = zip(*(maps for _, _, maps, _ in drawn), strict=True)
+    scales = tuple(max(1e-6, *(float(np.abs(found).max()) for found in kind)) for kind in kinds)
+    for path, image, maps, title in drawn:
+        draw(path, image, *maps, title, scales)
 
 
 def explain(trainer: Trainer, image: np.ndarray) -> tuple[Map, Map]:
@@ -151,23 +160,26 @@ def grad_cam(maps: Any, judge: Any, image: np.ndarray) -> Map:
     return np.asarray(cv2.resize(cam, (width, height), interpolation=cv2.INTER_LINEAR), dtype=np.float32)
 
 
-def draw(path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str) -> None:
-    """Write a PNG of an image, uint8 (height, width, 3), and its maps; equal input gives equal bytes."""
+def draw(
+    path: Path, image: np.ndarray, occluded: Map, cam: Map, title: str, scales: tuple[float, ...]
+) -> None:
+    """Write a PNG of an image, uint8 (height, width, 3), and its maps; equal input gives equal bytes.
+
+    `scales`: the largest value on the scale of each map; that of occlusion goes as far below 0.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), dpi=100, layout="constrained")
+    figure = Figure(figsize=(9, 3.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     figure.suptitle(title, fontsize=10, parse_math=False)  # a name may contain $
     left.imshow(image)
     left.set_title("held-out image", fontsize=9)
-    reach = max(float(np.abs(occluded).max()), 1e-6)
-    for axes, found, name, colours, low in (
-        (middle, occluded, "occlusion: score lost", "coolwarm", -reach),
-        (right, cam, "Grad-CAM", "inferno", 0.0),
+    for axes, found, name, colours, low, high in (
+        (middle, occluded, "occlusion: score lost", "coolwarm", -scales[0], scales[0]),
+        (right, cam, "Grad-CAM", "inferno", 0.0, scales[1]),
     ):
-        high = reach if low else max(float(cam.max()), 1e-6)
         axes.imshow(image)
         shown = axes.imshow(found, cmap=colours, vmin=low, vmax=high, alpha=0.55)
         axes.set_title(name, fontsize=9)

@@ -91,6 +91,7 @@ def content(found: Findings) -> dict[str, Any]:
         ),
         **pages.curve_content(table, found.curves, measured),
         "patients": pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
+        "thresholds_of": {fold: found.verdicts.combinations[fold].thresholds for fold in folds},
         **_cards(found),
         "pictured_by": found.pictured_by,
         **_importance(found.importance),
