@@ -118,3 +118,10 @@ def test_the_workspace_is_a_row_with_advice_if_no_commit_has_its_results() -> No
     assert "`git restore params.yaml`" in second
     assert list(advice([MAIN, FAGGOT])) == []
     assert [line[:13] for line in advice([MAIN])] == ["No experiment"]
+
+
+def test_a_workspace_as_an_experiment_has_left_it_is_no_row_of_its_own() -> None:
+    here = Experiment(WORKSPACE, False, params=FAGGOT.params, metrics=FAGGOT.metrics)
+    assert WORKSPACE not in drawn([MAIN, here, FAGGOT])
+    (line,) = advice([MAIN, here, FAGGOT])
+    assert "`git restore params.yaml`" in line

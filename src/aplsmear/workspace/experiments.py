@@ -44,12 +44,14 @@ def table(experiments: Sequence[Experiment]) -> Table:
     """A table with a row for each experiment: its name, what it changed, and its AUROC with interval.
 
     Args:
-        experiments: each commit, followed by its experiments.
+        experiments: each commit, followed by its experiments. The workspace is left out if it is as an
+            experiment has left it.
 
     Returns:
         Columns of the finetuned model and the ensembles, those that differ between experiments. If none
         does: those of tuned heads that differ. If none of these does either: all of the first.
     """
+    experiments = [each for each in experiments if not _is_another(each, experiments)]
     cells = [_cells(experiment.metrics) for experiment in experiments]
     titles = list(dict.fromkeys(title for row in cells for title in row))
     differ = [title for title in titles if len({row[title] for row in cells if title in row}) > 1]
@@ -69,11 +71,19 @@ def table(experiments: Sequence[Experiment]) -> Table:
     return drawn
 
 
+def _is_another(here: Experiment, experiments: Sequence[Experiment]) -> bool:
+    """Whether the workspace is as an experiment has left it."""
+    return here.name == WORKSPACE and any(
+        each is not here and (each.params, each.metrics) == (here.params, here.metrics)
+        for each in experiments
+    )
+
+
 def advice(experiments: Sequence[Experiment]) -> Iterator[str]:
     """What to do about the rows of `table`, if something is to be done."""
     commit, *others = experiments
     here = next((each for each in others if each.name == WORKSPACE), None)
-    if here and here.metrics != commit.metrics:
+    if here and here.metrics != commit.metrics and not _is_another(here, others):
         yield (
             f"The workspace has results that {commit.name} lacks: `git commit --all --message 'Results'` "
             "keeps them, and experiments are then compared with them."
