@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from aplsmear.cli.base import app, folder_to_write
 from aplsmear.cli.data_sets import summary
@@ -82,6 +83,7 @@ def import_(
     """
     from aplsmear.exchange import importing, sources
     from aplsmear.exchange.classes import known_classes
+    from aplsmear.exchange.found import named
 
     columns = _pairs(column or ())
     of_source, of_table = ({}, columns) if table else (columns, {})
@@ -95,7 +97,7 @@ def import_(
     _show(plan, to, copy)
     if unknown := [label for label, (meaning, _) in plan.classes.items() if meaning is None]:
         raise UserError(
-            f"Unknown classes: {', '.join(map(repr, unknown))}. Write a table with the columns class and "
+            f"Unknown classes: {named(map(repr, unknown), 20)}. Write a table with the columns class and "
             "cellType, and name it with --classes. Or keep the names as types of cells with --keep-unknown."
         )
     if not dry_run:
@@ -105,15 +107,18 @@ def import_(
 
 def _show(plan: Any, to: Path, copy: bool) -> None:
     """Print what was found, and what is written."""
-    typer.echo(f"Found: {plan.what}")
+    from aplsmear.exchange.found import named
+
+    typer.echo(f"Found: {named([plan.what])}")
     rows = Table(box=None, pad_edge=False)
     for title in ("class", "cellType", "specialCharacteristics", "objectType", "cells"):
         rows.add_column(title, justify="right" if title == "cells" else "left")
     for label, (meaning, count) in plan.classes.items():
-        rows.add_row(label or "(none)", *(meaning or ("unknown", "", "")), f"{count:,}")
+        texts = [named([label]) or "(none)", *(meaning or ("unknown", "", "")), f"{count:,}"]
+        rows.add_row(*map(Text, texts))
     Console().print(rows)
     for why, names in plan.left_out.items():
-        typer.echo(f"Left out: {len(names):,} {why}: {_few(names)}")
+        typer.echo(f"Left out: {len(names):,} {why}: {named(names)}")
     patients = _patients(plan)
     typer.echo(
         f"Patients: {len(patients):,}"
@@ -130,12 +135,6 @@ def _show(plan: Any, to: Path, copy: bool) -> None:
 def _patients(plan: Any) -> set[str]:
     tables = [table for table in (plan.smears, plan.cells) if "patient" in table]
     return {name for table in tables for name in table["patient"]} - {""}
-
-
-def _few(names: Sequence[str]) -> str:
-    from aplsmear.exchange.found import named
-
-    return named(names)
 
 
 def _check(plan: Any, folder: Path) -> None:

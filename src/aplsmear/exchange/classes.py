@@ -12,7 +12,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
 
-from aplsmear.exchange.found import ExchangeError
+from aplsmear.exchange.found import ExchangeError, named
 from aplsmear.exchange.readers import read_all
 from aplsmear.tables import SEPARATOR
 
@@ -53,7 +53,7 @@ def _rows(path: Path) -> dict[str, Meaning]:
     table = read_all(path)
     if not {"class", "cellType"} <= set(table.columns):
         raise ExchangeError(
-            f"{path} needs the columns class and cellType; it has {', '.join(table.columns)}."
+            f"{path} needs the columns class and cellType; it has {named(table.columns, 12)}."
         )
     table = table.reindex(columns=list(_COLUMNS), fill_value="")
     return {

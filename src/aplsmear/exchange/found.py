@@ -23,12 +23,17 @@ CELL_LABELS = ("cellType", "specialCharacteristics", "objectType", "segmentation
 ATTRIBUTES = ("id", *CELL_LABELS)  # of a cell, written by an export beside box and class
 _LARGEST = 10**9  # bytes of a file of annotations
 _NAMED = 5  # names in one message
+_LONGEST = 120  # characters of one name
 _FOLDERS = {"images", "labels", "annotations", "imgs", "label", "image"}  # tell nothing about a picture
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio writes it before the names of uploaded files
 
 
 class ExchangeError(UserError):
     """Annotations cannot be read or written; the message says why, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        """Names from files may hold invisible characters, which do not reach the terminal."""
+        super().__init__(visible(message))
 
 
 class Cell(NamedTuple):
@@ -111,7 +116,7 @@ class Pictures:
         best = [each for each, count in zip(fitting, shared, strict=True) if count == max(shared)]
         if len(best) > 1:
             raise ExchangeError(
-                f"{reference!r} can mean {named(best)}: rename one, or name the right folder with --images."
+                f"{named([reference])} can mean {named(best)}: rename one, or name the folder with --images."
             )
         return best[0]
 
@@ -151,11 +156,18 @@ def _folders(path: PurePosixPath) -> list[str]:
     return [part for part in reversed(path.parts[:-1]) if part.lower() not in _FOLDERS]
 
 
-def named(names: Iterable[object]) -> str:
-    """The first five names, and how many more there are."""
-    listed = list(dict.fromkeys(map(str, names)))
-    more = f" and {len(listed) - _NAMED:,} more" if len(listed) > _NAMED else ""
-    return ", ".join(listed[:_NAMED]) + more
+def visible(text: str) -> str:
+    """The text with invisible characters as escapes."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+
+
+def named(names: Iterable[object], count: int = _NAMED) -> str:
+    """The first names, shortened, and how many more there are."""
+    listed = [
+        one if len(one) <= _LONGEST else f"{one[:_LONGEST]}..." for one in dict.fromkeys(map(str, names))
+    ]
+    more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
 
 
 def hull(points: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:

@@ -187,7 +187,7 @@ def _from_table(of: dict[str, Facts], path: Path, given: Mapping[str, str]) -> N
     if key not in columns or not facts:
         raise ExchangeError(
             f"{path} needs a column of pictures or patients, and one of diagnoses, patients or sites; it has "
-            f"{', '.join(table.columns)}. Name them: --column patient=TITLE --column diagnosis=TITLE."
+            f"{named(table.columns, 12)}. Name them: --column patient=TITLE --column diagnosis=TITLE."
         )
     rows = {row[columns[key]]: row for row in table.to_dict("records")}
     missing, pictures = [], defaultdict(list)

@@ -33,6 +33,7 @@ from aplsmear.exchange.found import (
     around,
     hull,
     json_of,
+    named,
     text_of,
     validated,
 )  # fmt: skip
@@ -509,7 +510,7 @@ def columns_of(titles: Sequence[str], given: Mapping[str, str], path: Path) -> d
     }
     missing = [title for title in given.values() if title not in titles]
     if missing:
-        raise ExchangeError(f"{path} has no column {missing[0]!r}; it has {', '.join(titles)}.")
+        raise ExchangeError(f"{path} has no column {missing[0]!r}; it has {named(titles, 12)}.")
     if "x1" in guessed and plain.get("x1") == guessed["x1"] and "x2" in plain:  # x1, y1, x2, y2
         corners = {"x0": "x1", "y0": "y1", "x1": "x2", "y1": "y2"}
         guessed |= {what: plain[name] for what, name in corners.items() if name in plain}
@@ -535,7 +536,7 @@ def table(request: Request) -> Found:
         return _listed(rows, columns, request)
     if not form:
         raise ExchangeError(
-            f"{path} has no known columns of boxes; it has {', '.join(rows.columns)}. Name them: "
+            f"{path} has no known columns of boxes; it has {named(rows.columns, 12)}. Name them: "
             "--column picture=TITLE --column x0=TITLE, then y0, x1 and y1, or width and height with x0, y0 "
             "(upper left) or xc, yc (centre)."
         )

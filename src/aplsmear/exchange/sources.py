@@ -181,7 +181,7 @@ def _deepapl(source: Path, pictures: Pictures, cohort: str | None, unsigned: boo
         raise ExchangeError(f"{path} has no column {missing[0]}.")
     cohorts = sorted(set(table["Cohort"]))
     if cohort and cohort not in cohorts:
-        raise ExchangeError(f"{path} has no cohort {cohort!r}; it has {', '.join(cohorts)}.")
+        raise ExchangeError(f"{path} has no cohort {cohort!r}; it has {named(cohorts)}.")
     chosen = table if cohort is None else table[table["Cohort"] == cohort]
     diagnoses = dict(zip(chosen["Patient_ID"], chosen["Diagnosis"], strict=True))
     slides = "signed and unsigned" if unsigned else "signed"
