@@ -40,7 +40,7 @@ help:  ## print this list
 venv: .venv/project  ## make .venv from requirements.lock, unless it is complete (GPU: LOCK=requirements-gpu.lock)
 
 demo: venv  ## run the pipeline on the embedded smears, then print the results
-	@dvc repro ensemble_apl_healthy
+	@dvc repro answer
 	@python tools/demo_summary.py
 
 test: venv  ## check format, style and types, then run all tests in WORKERS=2 processes

@@ -11,6 +11,7 @@ from aplsmear.sources.drawn import draw_data_set
 MEMBERS = {
     "apl_healthy": ["blast", "apl_healthy_cell", "apl_healthy_smear"],
     "apl_aml": ["blast", "apl_aml_smear"],
+    "aml_healthy": ["blast", "apl_healthy_smear"],
 }
 TASKS = sorted({task for members in MEMBERS.values() for task in members})
 
@@ -20,7 +21,8 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
 
     Args:
         folder: a clone.
-        members: of each ensemble. No other tasks are kept; `blast` must be one of them.
+        members: of each ensemble; of an ensemble that is not named, `blast`. No other tasks are kept; `blast`
+            must be one of them.
     """
     tasks = sorted({task for each in members.values() for task in each})
     shutil.rmtree(folder / "demo")
@@ -39,8 +41,8 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
     params["task"] = "blast"
     params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 2, "pictures": 1}
     params["finetune"]["head"] |= {"epochs": 1, "members": 2, "units": 4, "centre_crop": 0.6}
-    for name, each in members.items():
-        params["ensembles"][name] |= {"members": list(each), "weigh_by": "blast"}
+    for name, row in params["ensembles"].items():
+        row |= {"members": list(members.get(name, ["blast"])), "weigh_by": "blast"}
     params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     (folder / "dvc.lock").unlink()

@@ -46,6 +46,7 @@ def test_a_second_clone_in_another_folder_gives_the_same_lock(small: Path, tmp_p
         *("download", "split", "augment", "bottleneck@mobilenet"),
         *(f"tune@{task}" for task in TASKS),
         *(f"ensemble_{name}" for name in MEMBERS),
+        "answer",
         "finetune",
         "kaggle",
     }  # members are copies of outs of `tune`: dvc has them in its cache and runs no stage for them
@@ -69,6 +70,7 @@ def test_one_tasks_tuning_parameter_reruns_that_task_and_its_ensemble_alone(smal
         "tune@apl_aml_smear",
         "member_apl_aml@apl_aml_smear",
         "ensemble_apl_aml",
+        "answer",
     }
     (small / "params.yaml").write_text(params, encoding="utf-8")
     run(small, "dvc", "repro")
@@ -86,6 +88,22 @@ def test_predict_gives_held_out_patients_the_probabilities_of_the_run(small: Pat
     new = pd.read_csv(tmp_path / "new.csv", dtype=str)
     mine = said[said["fold"] == "1"][columns].sort_values("patient", ignore_index=True)
     assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
+
+
+def test_predict_gives_held_out_patients_the_one_answer_of_the_run(small: Path, tmp_path: Path) -> None:
+    """Also those whose diagnosis an ensemble was not trained on."""
+    asked = ["--data", "data", "--out", str(tmp_path / "new.csv"), "--fold", "1"]
+    printed = run(small, "aplsmear", "predict", *asked)
+    assert "Where 33.3 % are healthy" in printed
+    columns = ["patient", "answer", "healthy", "aml", "apl"]
+    said, new = (
+        pd.read_csv(path, dtype=str) for path in (small / "answer" / "predictions.csv", tmp_path / "new.csv")
+    )
+    mine = said[said["fold"] == "1"][columns].sort_values("patient", ignore_index=True)
+    assert len(mine) == 6
+    assert new[new["patient"].isin(mine["patient"])][columns].reset_index(drop=True).equals(mine)
+    chances = new[columns[2:]].astype(float)
+    assert chances.sum(axis=1).sub(1).abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")
