@@ -15,7 +15,7 @@ from aplsmear.errors import UserError
 
 _MIN_BOX = 8  # px; where no params.yaml says otherwise
 _PANEL = "Data sets"
-_DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that holds wsi.csv.")]
+_DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tables and images.")]
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -117,6 +117,7 @@ def cells(
     file_to_write(table)
     if not (folder / SMEARS_FILE).exists():
         file_to_write(folder / SMEARS_FILE)
+    cell_finder.refuse_single_cells(folder)
     expected = cell_finder.expected_size(size, micrometres_per_pixel)
     kept = cell_finder.kept_name(table, overwrite)
     smears, listed = cell_finder.read_smears(folder)

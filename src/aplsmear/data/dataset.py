@@ -383,14 +383,14 @@ def _check_across(raw: _Raw, smears: pd.DataFrame, singles: pd.DataFrame, hide: 
         expected, fix = f"the patient in {SMEARS_FILE} and in {CELLS_FILE}", "add the column to both tables"
         notes.problems.append(Problem(CELLS_FILE, None, "patient", expected=expected, fix=fix))
         return
-    there = smears.drop_duplicates("patient").set_index("patient")["diagnosis"]
-    other = singles["patient"].map(there).fillna("")
+    there = dict(zip(smears["patient"], smears["diagnosis"], strict=True))
+    other = singles["patient"].map(lambda patient: there.get(patient, ""))
     wrong = (other != "") & (singles["diagnosis"] != "") & (other != singles["diagnosis"])
     expected, fix = f"the diagnosis of this patient in {SMEARS_FILE}", "correct the diagnosis or the patient"
     notes.add(CELLS_FILE, "patient", singles["patient"][wrong], expected, fix)
     if hide is _unhidden:
         ours = set(singles["patient"])
-        for pair in look_alikes([*ours, *there.index], partial(notes.distinct.declares, "patient")):
+        for pair in look_alikes([*ours, *there], partial(notes.distinct.declares, "patient")):
             if len(ours.intersection(pair)) == 1:
                 expected = (
                     f"one name for one patient; {SMEARS_FILE} and {CELLS_FILE} have {' and '.join(pair)}"

@@ -142,7 +142,8 @@ def with_images(
         for name, file in zip(names, items["file"].tolist(), strict=True)
     ]
     engine = engine if whole and len(parts) >= _FEW_IMAGES else Here(1)
-    looks = list(progress(engine.map(partial(_look, whole=whole), parts), "images", len(parts)))
+    looking = engine.map(partial(_look, whole=whole), parts)
+    looks = list(progress(looking, "images", len(parts)) if parts else looking)
     looks = _of_same_levels(looks)
     notes.remarks += _remarks(zip(items["image"].tolist(), looks, strict=True))
     otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"

@@ -40,6 +40,7 @@ from skimage.segmentation import watershed
 from skimage.util import montage
 
 from aplsmear.compute.engine import Here
+from aplsmear.data.csvfile import read_csv
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
 from aplsmear.errors import UserError
@@ -326,6 +327,20 @@ def expected_size(size: float | None, micrometres_per_pixel: float | None) -> fl
     if size is not None:
         _check_size(size)
     return size
+
+
+def refuse_single_cells(root: Path) -> None:
+    """Refuse a data set in which cells have pictures of their own.
+
+    Raises:
+        CellsError: the table of cells has a column ``imgName``.
+    """
+    table = root / CELLS_FILE
+    if table.exists() and read_csv(table, {"imgName": True}, [], []) is not None:
+        raise CellsError(
+            f"{table} names a picture for each cell (column imgName): these cells need no boxes, so there "
+            f"is nothing to find. Check the data set: aplsmear check {root}"
+        )
 
 
 def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
