@@ -6,12 +6,14 @@ Usage: python stages/member.py ENSEMBLE TASK   (a name of `ensembles` in params.
 from pathlib import Path
 
 from aplsmear.files import copy_whole
-from aplsmear.params import read_params
+from aplsmear.params import named, read_params
 from aplsmear.runs.stage import run
 
 
 def main(ensemble: str, task: str) -> None:
-    read_params(Path("params.yaml"))  # every stage checks the parameters first, also one that needs none
+    params = read_params(Path("params.yaml"))
+    named(params.ensembles, ensemble, "ensembles")
+    named(params.tasks, task, "tasks")
     for name in ("heads.npz", "scores.parquet"):
         copy_whole(Path(f"tuned/{task}/{name}"), Path(f"members/{ensemble}/{task}.{name}"))
 

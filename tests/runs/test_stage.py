@@ -111,7 +111,7 @@ def test_bad_parameters_end_every_stage_before_any_work_with_all_problems(stage,
     assert [path.name for path in here.iterdir()] == ["params.yaml"]
 
 
-@pytest.mark.parametrize("stage", ["tune", "ensemble"])
+@pytest.mark.parametrize("stage", ["tune", "ensemble", "member"])
 def test_an_unknown_name_of_a_task_or_ensemble_is_a_message(stage, tmp_path):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     words = [word.replace("blast", "blasts").replace("aml", "amml") for word in WORDS[stage]]
