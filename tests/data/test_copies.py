@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from aplsmear.cli import app
 from aplsmear.compute.engine import Here
 from aplsmear.data.copies import fingerprint, groups, same_boxes, same_pictures
-from aplsmear.data.dataset import DataSet, DataSetError, Problem, pictures_in_both, read_data_set
+from aplsmear.data.dataset import DataSet, DataSetError, Problem, in_both, read_data_set
 from aplsmear.images.reading import read_image
 
 DEMO = Path(__file__).parents[2] / "demo" / "wsi"
@@ -202,14 +202,16 @@ def test_a_cell_that_is_listed_twice_is_told(tmp_path):
     )
 
 
-def test_a_picture_that_is_also_in_another_data_set_is_a_problem(tmp_path):
+def test_a_picture_or_a_patient_who_is_also_in_another_data_set_is_a_problem(tmp_path):
     for name in ("new", "old"):
         (tmp_path / name).mkdir()
     new = read(tmp_path / "new", SMEARS, CELL)
-    old = [(PICTURES[5], "P1", "{'aml'}"), (np.rot90(ONE[:, 9:]), "P8", "{'aml'}")]
-    (found,) = pictures_in_both(new, read(tmp_path / "old", old, CELL))
+    old = [(PICTURES[5], "P9", "{'aml'}"), (np.rot90(ONE[:, 9:]), "P8", "{'aml'}")]
+    (found,) = in_both(new, read(tmp_path / "old", old, CELL))
     assert found.value == "wsi/0.png"
     assert "wsi/1.png" in found.expected
-    assert pictures_in_both(new, read(tmp_path / "old", old[:1], CELL)) == []
+    assert in_both(new, read(tmp_path / "old", old[:1], CELL)) == []
+    (same_name,) = in_both(new, read(tmp_path / "old", [(PICTURES[5], "P1", "{'aml'}")], CELL))
+    assert (same_name.file, same_name.column, same_name.value) == ("wsi.csv", "patient", "P1")
     command = ["check", str(tmp_path / "new"), "--against", str(tmp_path / "new")]
     assert CliRunner().invoke(app, command).exit_code == 1

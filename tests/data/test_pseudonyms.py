@@ -97,7 +97,7 @@ def test_no_name_and_no_metadata_is_in_outs_or_messages_of_the_stages(workspace)
     smears, cells = (read_table(workspace / "dataset" / f"{name}.csv") for name in ("smears", "cells"))
     names = Pseudonyms(*KEY.values())
     assert set(cells["smear"]) <= set(smears["smear"])
-    assert names.of("patient", f"{NAME} P001") in set(smears["patient"])
+    assert names.of("patient", f"{NAME} P3-001") in set(smears["patient"])
     pictures = [
         view.image for batch in read_views(workspace / "augmented/smear/views.parquet", 9) for view in batch
     ]
@@ -120,7 +120,7 @@ def test_problems_of_the_data_set_are_reported_by_row_and_pseudonym(workspace):
     lines[1] = lines[1].replace("{'healthy'}", "{'health'}").replace("{'aml'", "{'alm'")
     lines += [
         lines[2],
-        f"{NAME}_new,../{NAME}.jpg,{{'healthy'}},{NAME} P001",
+        f"{NAME}_new,../{NAME}.jpg,{{'healthy'}},{NAME} P3-001",
         f"x,{NAME} none.jpg,,{NAME} P1",
     ]
     table.write_text("\n".join(lines), encoding="utf-8")

@@ -114,7 +114,7 @@ def judged(small: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     shutil.copytree(small, folder, symlinks=True)
     draw_data_set(root, 12, 8, size=(240, 320), cells_per_smear=6)
     smears = pd.read_csv(root / "wsi.csv", dtype=str, keep_default_na=False)
-    site = ["north" if patient <= "P006" else "south" for patient in smears["patient"]]
+    site = ["north" if patient <= "P8-006" else "south" for patient in smears["patient"]]
     smears.assign(site=site).to_csv(root / "wsi.csv", index=False)
     params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
     params["external"] = {"dresden": {"ensemble": "apl_aml", "root": str(root)}}

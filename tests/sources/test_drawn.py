@@ -128,7 +128,7 @@ def test_the_labels_of_smears_give_the_diagnosis(data_set: Path) -> None:
     of_patient = {row["patient"]: labels(row["label"]) for row in smears}
     assert len(of_patient) == 24
     for number in range(1, 25):
-        label = of_patient[f"P{number:03d}"]
+        label = of_patient[f"P7-{number:03d}"]
         expected = demo.diagnosis_of(number, 7)
         if expected == "healthy":
             assert label == {"healthy"}

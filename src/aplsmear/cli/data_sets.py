@@ -22,7 +22,7 @@ _DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the ta
 def check(
     folder: _DATA_SET,
     against: Annotated[
-        Path | None, typer.Option(metavar="DIR2", help="Another data set: no picture may be in both.")
+        Path | None, typer.Option(metavar="DIR2", help="Another data set: no patient may be in both.")
     ] = None,
 ) -> None:
     """Check a data set: print what it holds, or every problem and how to fix it (exit code 1).
@@ -31,7 +31,7 @@ def check(
 
     Example: `aplsmear check /data/our_smears`
     """
-    from aplsmear.data.dataset import DataSetError, pictures_in_both, read_data_set
+    from aplsmear.data.dataset import DataSetError, in_both, read_data_set
 
     found = params_if_any("dataset", "tasks")
     data_set = read_data_set(
@@ -42,7 +42,7 @@ def check(
     )
     if against:
         other = read_data_set(against, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=False)
-        if problems := pictures_in_both(data_set, other):
+        if problems := in_both(data_set, other):
             raise DataSetError(problems)
     Console().print(summary(data_set.report))
     if found is None:

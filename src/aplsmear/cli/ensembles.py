@@ -203,7 +203,7 @@ def evaluate(
         ),
     ],
     trained_on: Annotated[
-        Path | None, typer.Option(metavar="DIR2", help="The training data set: no picture may be in both.")
+        Path | None, typer.Option(metavar="DIR2", help="The training data set: no patient may be in both.")
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
     overwrite: _OVERWRITE = False,
@@ -257,8 +257,8 @@ def cross(
 
     Each training is the pipeline with the parameters of params.yaml, as an experiment of DVC named
     cross-NAME-COHORT: `dvc exp show` and `aplsmear compare` show it, and `dvc exp run`'s limits hold. The
-    stages' results stay in DVC's cache. After an interruption, the same command goes on from there. Two
-    cohorts that share a picture are refused, and all shared pictures are named.
+    stages' results stay in DVC's cache. After an interruption, the same command goes on from there. Cohorts
+    that share patients, by name or by a picture, are refused; all of them are named.
 
     Time: each cohort takes as long as `dvc repro ensemble_NAME`; with the profile deepapl, 15 minutes of CPU
     time for 82 patients. Judging adds seconds for each pair of cohorts.

@@ -165,20 +165,38 @@ def _data_set(smears: pd.DataFrame, cells: pd.DataFrame, tasks: Mapping[str, Tas
     )
 
 
-def pictures_in_both(data_set: DataSet, other: DataSet) -> list[Problem]:
-    """A problem for each picture that is in another data set, too, for instance in the training set.
+def in_both(data_set: DataSet, other: DataSet) -> list[Problem]:
+    """A problem for each patient and each picture that is in another data set, too, such as the training set.
 
-    Both must have been read with `check_images`. Names of patients are not compared: two hospitals can use
-    the same numbers.
+    Both must have been read with `check_images`. Without a column `patient` there are no names to compare.
     """
-    found: dict[int, Problem] = {}
+    theirs = _named_patients(other)
+    expected = "a patient who is not in the other data set; this name is in both"
+    fix = (
+        "one patient: take the patient out of one of the two; two patients: change a name, such as dresden-7"
+    )
+    found = [
+        Problem(table, None, "patient", name, expected=expected, fix=fix)
+        for name, table in _named_patients(data_set).items()
+        if name in theirs
+    ]
     prints = [list(each.pictures["fingerprint"]) for each in (data_set, other)]
-    for mine, theirs in same_pictures(*prints):
-        picture, copy = data_set.pictures.iloc[mine], other.pictures.iloc[theirs]
+    copies = dict(same_pictures(*prints))  # one copy of each picture is enough
+    for mine, place in copies.items():
+        picture, copy = data_set.pictures.iloc[mine], other.pictures.iloc[place]
         expected = f"a picture that is not in the other data set; there, {copy['image']} shows the same"
         fix = "take it, and all of its patient, out of one of the two data sets"
-        found[mine] = Problem(picture["table"], None, "imgName", picture["image"], expected=expected, fix=fix)
-    return list(found.values())
+        found.append(Problem(picture["table"], None, "imgName", picture["image"], expected=expected, fix=fix))
+    return found
+
+
+def _named_patients(data_set: DataSet) -> dict[str, str]:
+    """The patients by name, with the table that names them; not those who have the id of a smear or cell."""
+    singles = data_set.cells[data_set.cells["smear"] == ""]
+    found: dict[str, str] = {}
+    for table, rows, item in ((CELLS_FILE, singles, "cell"), (SMEARS_FILE, data_set.smears, "smear")):
+        found |= dict.fromkeys(rows["patient"][~rows["patient"].isin(set(rows[item]))], table)
+    return dict(sorted(found.items()))
 
 
 def names_of(root: Path) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from scipy import stats
 
 import aplsmear
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.data.dataset import DataSet, DataSetError, pictures_in_both, read_data_set
+from aplsmear.data.dataset import DataSet, DataSetError, in_both, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.tasks import patient_rows
 from aplsmear.ensembles.baselines import compare
@@ -38,8 +38,8 @@ from aplsmear.tables import write_table
 _FEWEST = 2  # patients of each diagnosis, below which there are no intervals
 _FEWEST_RANKED = 4  # patients below which a rank correlation has no interval
 _NOT_COMPARED = (
-    "It was not checked whether the training data set has pictures of this cohort: "
-    "`aplsmear evaluate --trained-on DIR` compares all pictures of both."
+    "It was not checked whether patients of this cohort are in the training data set: "
+    "`aplsmear evaluate --trained-on DIR` compares names and pictures."
 )
 _ADAPTED = {"probability": "adapted", "verdict": "adapted_verdict", "sensitive": "adapted_sensitive"}
 
@@ -94,7 +94,7 @@ def evaluate(
         trained_on: the folder of the training data set. None: it is not compared, and a remark says so.
 
     Raises:
-        DataSetError: the data set has problems, or pictures that are in the training data set, too.
+        DataSetError: the data set has problems, or shares patients or pictures with the training data set.
         CohortError: there are too few patients of a diagnosis.
         PredictError: members need cells and there are none.
     """
@@ -254,12 +254,12 @@ def page(found: Evaluation) -> str:
 def _read(
     root: Path, min_box: int, engine: Engine, pseudonyms: Pseudonyms | None, trained_on: Path | None
 ) -> DataSet:
-    """The data set of the cohort, which has no picture of the training data set."""
-    options: dict[str, Any] = {"min_box": min_box, "engine": engine}
-    found = read_data_set(root, {}, skip_bad_images=False, pseudonyms=pseudonyms, **options)
+    """The data set of the cohort, which shares no patient and no picture with the training data set."""
+    options: dict[str, Any] = {"min_box": min_box, "engine": engine, "pseudonyms": pseudonyms}
+    found = read_data_set(root, {}, skip_bad_images=False, **options)
     if trained_on:
         training = read_data_set(trained_on, {}, skip_bad_images=True, labelled=False, **options)
-        if problems := pictures_in_both(found, training):
+        if problems := in_both(found, training):
             raise DataSetError(problems)
     return found
 

@@ -765,7 +765,7 @@ def draw_data_set(
     Args:
         folder: does not exist, or is empty.
         patients: number of patients; of three, each has another diagnosis.
-        seed: at least 0; another seed gives other patients.
+        seed: at least 0; another seed gives other patients, with other names (P7-001; P001 for seed 1).
         size: (height, width) of a smear in px.
         cells_per_smear: wanted number of nucleated cells in a smear.
         cell_size: diameter of a promyelocyte in px.
@@ -779,12 +779,13 @@ def draw_data_set(
     (folder / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     smears: list[list[Any]] = []
     cells: list[list[Any]] = []
+    names = "P" if seed == 1 else f"P{seed}-"  # of another seed: other patients
     for number in progress(range(1, patients + 1), "patients", patients):
         for patient, smear in patient_smears(number, seed, size, cells_per_smear, cell_size):
             smear_id = len(smears) + 1
             name = f"smear_{smear_id:04d}.jpg"
             (folder / IMAGE_FOLDER / name).write_bytes(_jpeg(smear.image))
-            smears.append([smear_id, name, _literal(smear_labels(patient)), f"P{number:03d}"])
+            smears.append([smear_id, name, _literal(smear_labels(patient)), f"{names}{number:03d}"])
             for row in _rows(smear, number):
                 cells.append([len(cells) + 1, 1, smear_id, *row])
     write_table(folder / SMEARS_FILE, pd.DataFrame(smears, columns=["id", "imgName", "label", "patient"]))

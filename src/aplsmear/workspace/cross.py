@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 import aplsmear
-from aplsmear.data.dataset import DataSet, DataSetError, Problem, pictures_in_both, read_data_set
+from aplsmear.data.dataset import DataSet, DataSetError, Problem, in_both, read_data_set
 from aplsmear.ensembles.combination import measure
 from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import FEWEST
@@ -113,10 +113,10 @@ def cohorts_of(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def read_cohorts(cohorts: Mapping[str, Path], params: Params) -> dict[str, DataSet]:
-    """Read all cohorts, and check that no picture is in two of them.
+    """Read all cohorts, and check that no patient and no picture is in two of them.
 
     Raises:
-        DataSetError: data sets have problems, or share pictures: all of them.
+        DataSetError: data sets have problems, or share patients or pictures: all of them.
     """
     found: dict[str, DataSet] = {}
     problems: list[Problem] = []
@@ -131,7 +131,7 @@ def read_cohorts(cohorts: Mapping[str, Path], params: Params) -> dict[str, DataS
         except DataSetError as error:
             problems += _below(root, error.problems)
     for one, other in combinations(found, 2):
-        problems += _below(cohorts[one], pictures_in_both(found[one], found[other]))
+        problems += _below(cohorts[one], in_both(found[one], found[other]))
     if problems:
         raise DataSetError(problems)
     return found
