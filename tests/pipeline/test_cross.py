@@ -18,7 +18,8 @@ def test_each_cohort_judges_the_other_and_a_second_call_runs_no_stage(small: Pat
     shutil.copytree(small, folder, symlinks=True)
     new = tmp_path / "it's new"  # a quote and a blank in its path
     draw_data_set(new, 18, 8, size=(240, 320), cells_per_smear=6)
-    call = ["aplsmear", "cross", "demo", str(new), "--ensemble", "apl_aml"]
+    shutil.copytree(folder / "data", tmp_path / "demo")
+    call = ["aplsmear", "cross", str(tmp_path / "demo"), str(new), "--ensemble", "apl_aml"]
     here = {"PYTHONPATH": str(folder / "src")}
     before = run(folder, "git", "status", "--porcelain")
     ran = stages_run(run(folder, *call, env=here))

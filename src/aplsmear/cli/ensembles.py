@@ -266,6 +266,7 @@ def cross(
     Example: `aplsmear cross /data/dresden /data/leipzig --ensemble apl_aml`
     """
     from aplsmear.params import named, read_params
+    from aplsmear.runs.data_root import check_root
     from aplsmear.workspace import cross as crossed
     from aplsmear.workspace.dvc_api import check_repository, fetch, run_experiment
 
@@ -273,6 +274,8 @@ def cross(
     named(params.ensembles, ensemble, "ensembles")
     check_repository(Path())
     cohorts = crossed.cohorts_of(folders)
+    for root in cohorts.values():
+        check_root(root, Path())
     trainings = crossed.plan(cohorts, crossed.read_cohorts(cohorts, params), ensemble, params)
     found: list[crossed.Judged] = []
     for place, training in enumerate(trainings, 1):
