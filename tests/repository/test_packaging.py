@@ -459,12 +459,13 @@ def test_a_link_to_the_complete_environment_of_this_clone_is_followed(
 
 def test_demo_summary_tells_the_numbers() -> None:
     text = load_tool("demo_summary").summary(
+        "APL or healthy?",
         {
             "auroc": {"value": 0.9431, "low": 0.8802, "high": 0.9859},
             "sensitivity": {"value": 0.95, "low": 0.8, "high": 1.0},
             "specificity": {"value": 0.9, "low": 0.75, "high": 1.0},
             "n_patients": 40,
-        }
+        },
     )
     rows = [" ".join(line.split()) for line in text.splitlines()]
     assert rows[0].startswith("APL or healthy? 40 patients")
