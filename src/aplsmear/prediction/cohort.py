@@ -113,9 +113,8 @@ def evaluate(
     shifted = adapted(models.combination, logits)
     as_trained, after = (verdict_table(verdicts, each) for each in (models.combination, shifted))
     table = labelled_table(as_trained, after, patients, model.positive)
-    baselines = {
-        name: np.array([each.baselines[name] for each in verdicts]) for name in verdicts[0].baselines
-    }
+    names = verdicts[0].baselines
+    baselines = {name: np.array([each.baselines[name] for each in verdicts]) for name in names}
     label, probability = table["label"], table["probability"]
     curves = curve_tables(label, probability, resamples, seed)
     return Evaluation(
