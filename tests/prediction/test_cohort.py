@@ -75,7 +75,9 @@ def test_the_page_shows_the_numbers_of_training_beside_those_of_the_cohort() -> 
     model = SimpleNamespace(name="apl_aml", positive="apl", negative="aml", held_out=held_out, inputs={})
     label, probability = table["label"], table["probability"]
     found = Evaluation(
-        bundle=SimpleNamespace(model=model, combinations=[SimpleNamespace(thresholds={"balanced": 0.5})]),
+        bundle=SimpleNamespace(
+            model=model, combinations=[SimpleNamespace(thresholds={"balanced": 0.5, "sensitive": 0.4})]
+        ),
         table=table,
         measured=measured,
         comparison=compare(table, probability.to_numpy(), {}),
