@@ -11,6 +11,7 @@ from test_combination import RIDGE, cohort
 
 from aplsmear.ensembles.baselines import Pooled
 from aplsmear.ensembles.bundle import (
+    VERSION,
     BundleError,
     Member,
     Model,
@@ -19,6 +20,7 @@ from aplsmear.ensembles.bundle import (
     reference_features,
     write_bundle,
 )
+from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, as_json, judge
 from aplsmear.ensembles.familiarity import make_cloud
 from aplsmear.heads.head import Head, write_heads
@@ -72,6 +74,7 @@ def make(folder: Path) -> Path:
         combinations=[as_json(each) for each in verdicts.combinations],
         reference_level="cell",
         reference_features="net/a",
+        cell_curve=CellCurve(cells=[5, 10], spread=[1.0, 0.5], models=0.2),
         min_items=4.0,
         pictured_by="m0",
         high_is_positive=True,
@@ -157,7 +160,7 @@ def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None
     """Also if model.json has settings that this version does not have."""
     edited(copy / "model.json", standardise=0.0, upwards=True)
     edited(copy / "manifest.json", version=1, aplsmear="0.2.0")
-    with pytest.raises(BundleError, match=r"version 1 .*reads 4.*0\.2\.0.*dvc repro") as error:
+    with pytest.raises(BundleError, match=rf"version 1 .*reads {VERSION}.*0\.2\.0.*dvc repro") as error:
         read_bundle(copy)
     assert "standardise" not in str(error.value)
 

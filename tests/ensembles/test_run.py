@@ -12,10 +12,11 @@ from aplsmear.params import Ensemble
 
 
 def results_of(levels: dict[str, str]) -> Results:
-    """Of members m0 (the diagnosis is clear), m1 and m2 (random), without features."""
+    """Without single cells, of members m0 (the diagnosis is clear), m1 and m2 (random), without features."""
     patients, members = cohort(members=3, strength=0.0)
     members["m0"] = cohort(members=1, strength=4.0)[1]["m0"]
     nothing = pd.DataFrame(columns=["item", "patient"])
+    scores = {task: pd.DataFrame(columns=["item", "outer_0"]) for task in members}
     inputs = Inputs(
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m1"),
@@ -26,6 +27,7 @@ def results_of(levels: dict[str, str]) -> Results:
         items={"cell": nothing, "smear": nothing},
         features={"cell": {}, "smear": {}},
         heads={},
+        scores=scores,
         md5={"splits/folds.csv": "0123"},
     )
     return judge_and_compare(inputs, combine(shares=["m0"]), 1)
@@ -35,8 +37,8 @@ def results_of(levels: dict[str, str]) -> Results:
     ("levels", "pictured_by"),
     [
         ({"m0": "cell", "m1": "cell", "m2": "smear"}, "m0"),
-        ({"m0": "patient", "m1": "cell", "m2": "smear"}, "m1"),
-        ({"m0": "smear", "m1": "smear", "m2": "patient"}, ""),
+        ({"m0": "smear", "m1": "cell", "m2": "smear"}, "m1"),
+        ({"m0": "smear", "m1": "smear", "m2": "smear"}, ""),
     ],
 )
 def test_the_most_important_member_that_scores_cells_chooses_the_pictures(levels, pictured_by) -> None:

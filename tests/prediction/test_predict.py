@@ -33,6 +33,7 @@ from aplsmear.ensembles.baselines import (
     share_of,
 )
 from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle
+from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, logits_of_all, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.evaluation.auroc import auroc
@@ -198,6 +199,7 @@ def trained(tmp_path_factory) -> Run:
         combinations=[as_json(each) for each in verdicts.combinations],
         reference_level="cell",
         reference_features=chosen.name,
+        cell_curve=CellCurve(cells=[5, 10], spread=[1.0, 0.5], models=0.2),
         min_items=float(np.quantile(mine["patient"].value_counts(), 0.01)),
         pictured_by="nuclei",
         high_is_positive=True,
@@ -265,7 +267,7 @@ def predicted(models: Models, folder: Path, patients: set[str] | None = None) ->
     if patients is not None:
         smears, cells = (table[table["patient"].isin(patients)] for table in (smears, cells))
     judged = list(judge_patients(models, folder, smears, cells))
-    return verdict_table(judged, models.combination).set_index("patient")
+    return verdict_table(judged, models.combination, models.bundle.model.cell_curve).set_index("patient")
 
 
 def rewrite(path: Path, change) -> None:
@@ -498,7 +500,8 @@ def test_several_ensembles_in_one_pass_give_what_each_gives_alone(trained) -> No
     for place, models in enumerate(several):
         alone = list(judge_patients(models, trained.data, found.smears, found.cells))
         mine = [each[place] for each in together]
-        tables = [verdict_table(each, models.combination) for each in (mine, alone)]
+        curve = models.bundle.model.cell_curve
+        tables = [verdict_table(each, models.combination, curve) for each in (mine, alone)]
         pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 

@@ -12,6 +12,7 @@ import pytest
 from test_combination import NETWORK, RIDGE, cohort
 
 from aplsmear.ensembles.baselines import Baselines, compare
+from aplsmear.ensembles.cell_curve import cell_curve
 from aplsmear.ensembles.combination import importance, judge, measure
 from aplsmear.ensembles.run import Inputs
 from aplsmear.evaluation.curves import curve_tables
@@ -42,6 +43,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         },
         features={},
         heads={},
+        scores={},
         md5={"splits/folds.csv": "0123abcd"},
         left_out={"cells_without_box": {"count": 4}, "smears_with_bad_image": {"count": 0}},
     )
@@ -53,6 +55,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         comparison=compare(patients, probability.to_numpy(), baselines),
         baselines=Baselines({}, None),
         importance=importance(verdicts, 5, 1),
+        cells=cell_curve(verdicts, {}, np.array([]), 1, draws=5),
         curves=curve_tables(label, probability, 100, 1),
         pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
         pictured_by="m1" if pictured else "",
@@ -75,6 +78,7 @@ def test_the_page_has_every_section_number_and_patient(html) -> None:
         "Curves and calls",
         "Every patient",
         "The most and the least certain",
+        "How many cells are enough",
         "What each member contributes",
         "Is the ensemble worth it?",
         "How the members are combined",

@@ -73,8 +73,9 @@ def predict(
 
     One ensemble alone (one `--ensemble`) is for patients with one of its two diagnoses: the calibrated
     `probability` of the positive one; the calls at the balanced (`verdict`) and at the `sensitive` operating
-    point. `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with
-    about the same mixture of diagnoses as in training. Do not use it for screening or for few patients.
+    point; if the call is unsure, how many `more_cells` are expected to settle it. `--adapt` shifts its logits
+    by one number, without labels, for patients of another laboratory with about the same mixture of diagnoses
+    as in training. Do not use it for screening or for few patients.
 
     Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
     of cells, and in `stain` (above 1: farther out than 99 % of them); a `warning`. A name that a spreadsheet
@@ -118,7 +119,7 @@ def _predict_by_one(
     ]
     if adapt:
         combination = _adapted(combination, verdicts, remarks)
-    table = verdict_table(verdicts, combination)
+    table = verdict_table(verdicts, combination, bundle.model.cell_curve)
     if report:
         write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
     write_table(out, table)

@@ -28,6 +28,7 @@ from pydantic import Field, ValidationError
 
 import aplsmear
 from aplsmear.ensembles.baselines import Baselines, Pooled
+from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Combination, combination_of
 from aplsmear.ensembles.familiarity import Cloud, describe_features, describe_stain, make_cloud
 from aplsmear.errors import UserError, brief
@@ -38,7 +39,7 @@ from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
 
-VERSION = 4  # of the format
+VERSION = 5  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
@@ -76,6 +77,7 @@ class Model(Strict):
     combinations: list[dict[str, Any]]  # of every outer fold, by `as_json`; the last is for new patients
     reference_level: Level  # of the items of `reference_features`
     reference_features: str  # backbone/layer whose features describe the training patients
+    cell_curve: CellCurve  # how the spread of a patient's logit falls with the number of cells
     min_items: float  # 99 % of the training patients had at least so many cells or smears of that level
     pictured_by: str  # the member whose scores choose the cells that are shown; empty: there is none
     high_is_positive: bool  # whether a high score of that member points to the positive diagnosis

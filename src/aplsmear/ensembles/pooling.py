@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,34 +19,50 @@ LEAK = 0.05
 ENDS = 4  # items with the highest and with the lowest scores of a patient that are named
 
 
-def summarise(score: np.ndarray, weight: np.ndarray | None = None, top: float = 5) -> dict[str, float]:
+def summarise(
+    score: np.ndarray, weight: np.ndarray | None = None, top: float = 5
+) -> dict[str, np.ndarray | np.float64]:
     """Summaries of the scores of one patient's items, each a probability-like number in [0, 1].
 
     Args:
-        score: float (items,), at least one.
-        weight: float (items,), above 0 and up to 1: how much each item counts. None: 1 for each.
+        score: float (..., items), at least one item. Leading axes are draws of cells of the same patient.
+        weight: float (..., items), above 0 and up to 1: how much each item counts. None: 1 for each.
         top: `top` is the mean of this many highest scores.
 
     Returns:
         ``mean``; ``logits``, the probability whose logit is the mean of the logits; ``upper``, the 0.9
         quantile; ``top``, the mean of the highest; ``share`` of those above 0.5, with half a cell added
-        to either side; ``noisy_or``, the chance that at least one item is positive.
+        to either side; ``noisy_or``, the chance that at least one item is positive. Each has the shape of
+        the leading axes.
     """
-    weight = np.ones(len(score)) if weight is None else weight.astype(np.float64)
+    weight = np.ones(score.shape) if weight is None else weight.astype(np.float64)
     order = np.lexsort((weight, score))
-    ordered, weight = score.astype(np.float64)[order], weight[order]
-    share = weight / weight.sum()
-    above = weight[ordered > 0.5].sum()
-    taken = np.clip(top - (weight[::-1].cumsum()[::-1] - weight), 0, weight)
-    place = share.cumsum() - share / 2  # a quantile passes through the centre of each item's share (Hazen)
+    ordered = np.take_along_axis(score.astype(np.float64), order, axis=-1)
+    weight = np.take_along_axis(weight, order, axis=-1)
+    total = weight.sum(axis=-1)
+    share = weight / total[..., None]
+    above = np.where(ordered > 0.5, weight, 0).sum(axis=-1)
+    from_highest = weight[..., ::-1].cumsum(axis=-1)[..., ::-1]
+    taken = np.clip(top - (from_highest - weight), 0, weight)
     return {
-        "mean": float(ordered @ share),
-        "logits": float(expit(logit(np.clip(ordered, CLIP, 1 - CLIP)) @ share)),
-        "upper": float(np.interp(0.9, place, ordered)),
-        "top": float(ordered @ taken / taken.sum()),
-        "share": float((above + 0.5) / (weight.sum() + 1)),
-        "noisy_or": float(1 - np.exp(weight @ np.log1p(-LEAK * ordered))),
+        "mean": np.vecdot(ordered, share),
+        "logits": expit(np.vecdot(logit(np.clip(ordered, CLIP, 1 - CLIP)), share)),
+        "upper": _quantile(0.9, ordered, share),
+        "top": np.vecdot(ordered, taken) / taken.sum(axis=-1),
+        "share": (above + 0.5) / (total + 1),
+        "noisy_or": 1 - np.exp(np.vecdot(weight, np.log1p(-LEAK * ordered))),
     }
+
+
+def _quantile(at: float, ordered: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """A quantile of ascending values; it passes through the centre of each value's share (Hazen)."""
+    place = share.cumsum(axis=-1) - share / 2
+    right = (place <= at).sum(axis=-1, keepdims=True)
+    ends = [np.clip(index, 0, ordered.shape[-1] - 1) for index in (right - 1, right)]
+    (x0, x1), (y0, y1) = ([np.take_along_axis(each, end, -1) for end in ends] for each in (place, ordered))
+    slope = (y1 - y0) / np.where(x1 > x0, x1 - x0, 1)
+    inside = (right > 0) & (right < ordered.shape[-1])
+    return np.asarray(np.where(inside, y0 + slope * (at - x0), y0)[..., 0])
 
 
 def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -72,14 +89,19 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
         for outer_fold, column in enumerate(outer_folds):
             score = mine[column].to_numpy()
             weight = None if weighting is None else weighting[column].loc[mine["item"]].to_numpy()
-            row = {"patient": patient, "fold": fold, "outer_fold": outer_fold, "items": len(mine)}
+            row: dict[str, Any] = {
+                "patient": patient,
+                "fold": fold,
+                "outer_fold": outer_fold,
+                "items": len(mine),
+            }
             row |= same_logits(score[0]) if one_each else summary_logits(score, weight)
             ends = ends_of(mine["item"], score) if outer_fold == fold else ([], [])
             rows.append(row | dict(zip(("highest", "lowest"), map(json.dumps, ends), strict=True)))
     return pd.DataFrame(rows)
 
 
-def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[str, float]:
+def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[str, np.ndarray | np.float64]:
     """`SUMMARIES` of the scores of one patient's items, as logits.
 
     ``blend`` is the mean of four: the plain and the weighted mean, of the scores and of their logits. With
@@ -87,17 +109,26 @@ def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[
     wrong too; the mean of four depends less on either.
 
     Args:
-        score: float (items,), at least one.
-        weight: float (items,), 0 to 1, for the weighted summaries. None: all weights are 1.
+        score: float (..., items), at least one item. Leading axes are draws of cells of the same patient.
+        weight: float (..., items), 0 to 1, for the weighted summaries. None: all weights are 1.
     """
-    weight = np.ones(len(score)) if weight is None else weight
+    weight = np.ones(score.shape) if weight is None else weight
     plain, weighted = (
-        {name: float(logit(np.clip(value, CLIP, 1 - CLIP))) for name, value in found.items()}
+        {name: logit(np.clip(value, CLIP, 1 - CLIP)) for name, value in found.items()}
         for found in (summarise(score), summarise(score, np.maximum(weight, CLIP)))
     )
-    blend = float(np.mean([plain["mean"], plain["logits"], weighted["mean"], weighted["logits"]]))
+    blend = np.mean([plain["mean"], plain["logits"], weighted["mean"], weighted["logits"]], axis=0)
     of_weighted = {f"weighted_{name}": weighted[name] for name in WEIGHTED}
     return {name: plain[name] for name in PLAIN} | of_weighted | {"blend": blend}
+
+
+def summary_logit(name: str, score: np.ndarray, weight: np.ndarray | None = None) -> np.ndarray:
+    """One of `SUMMARIES`, as `summary_logits` gives it; the others are not computed."""
+    if name == "blend":
+        return np.asarray(summary_logits(score, weight)[name])
+    plain = name.removeprefix("weighted_")
+    weight = None if weight is None or name == plain else np.maximum(weight, CLIP)
+    return np.asarray(logit(np.clip(summarise(score, weight)[plain], CLIP, 1 - CLIP)))
 
 
 def same_logits(score: float) -> dict[str, float]:

@@ -21,6 +21,7 @@ from aplsmear.ensembles.baselines import (
     share_of,
 )
 from aplsmear.ensembles.bundle import Member, Model, make_reference, reference_features, write_bundle
+from aplsmear.ensembles.cell_curve import AttendedCells, CellMember, Curve, ScoredCells, cell_curve
 from aplsmear.ensembles.combination import (
     Verdicts,
     as_json,
@@ -38,7 +39,7 @@ from aplsmear.evaluation.curves import confusion_table, curve_tables
 from aplsmear.evaluation.intervals import headline
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import write_json
-from aplsmear.heads.head import read_heads
+from aplsmear.heads.head import read_average, read_heads
 from aplsmear.images.view_store import read_views
 from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
 from aplsmear.runs.checksums import md5
@@ -60,6 +61,7 @@ class Inputs:
     items: Mapping[Level, pd.DataFrame]  # all cells and all smears, with ``item`` and ``patient``
     features: Mapping[Level, Mapping[str, Features]]  # of all cells and all smears, by ``backbone/layer``
     heads: Mapping[str, Path]  # of each member and of `Ensemble.weigh_by`
+    scores: Mapping[str, pd.DataFrame]  # of the items of each member, and of `Ensemble.weigh_by`
     md5: Mapping[str, str]  # of the tables, by file, as dvc.lock has it
     left_out: Mapping[str, Any]  # of the whole data set: what -> ``count``
 
@@ -75,6 +77,7 @@ class Results:
     comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
     baselines: Baselines  # for new patients
     importance: pd.DataFrame  # of `aplsmear.ensembles.combination.importance`
+    cells: Curve  # of `aplsmear.ensembles.cell_curve`
     # Of `aplsmear.evaluation.curves`, by name: roc, band (of the ROC curve), precision_recall, calibration.
     curves: Mapping[str, pd.DataFrame]
     # Whose scores choose the cells that reports show: of the members that score cells, the one with the
@@ -97,22 +100,62 @@ def read_inputs(
     folder, weighting = Path(f"members/{name}"), Path(f"tuned/{ensemble.weigh_by}")
     folds, tables = Path("splits/folds.csv"), {level: Path(f"dataset/{level}s.csv") for level in LEVELS}
     levels = {task: tasks[task].level for task in [ensemble.weigh_by, *ensemble.members]}
-    weights = {levels[ensemble.weigh_by]: read_scores(weighting / "scores.parquet")}
+    weights = read_scores(weighting / "scores.parquet")
     everyone = read_table(folds)
     hashed = [folds, tables["cell"], *(folder / f"{task}.scores.parquet" for task in ensemble.members)]
+    mine = {task: levels[task] for task in ensemble.members}
+    members = read_members(folder, mine, {levels[ensemble.weigh_by]: weights})
     return Inputs(
         name=name,
         ensemble=ensemble,
         levels=levels,
         everyone=everyone,
         patients=patients_of(everyone, ensemble.positive, ensemble.negative),
-        members=read_members(folder, {task: levels[task] for task in ensemble.members}, weights),
+        members=members,
         items={level: read_table(path).rename(columns={level: "item"}) for level, path in tables.items()},
         features={level: read_features(Path(f"features/{level}"), backbones) for level in LEVELS},
         heads={ensemble.weigh_by: weighting / "heads.npz"}
         | {task: folder / f"{task}.heads.npz" for task in ensemble.members},
+        scores={task: read_scores(folder / f"{task}.scores.parquet") for task in ensemble.members}
+        | {ensemble.weigh_by: weights},
         md5={path.as_posix(): md5(path) for path in hashed},
         left_out=json.loads(Path("dataset/report.json").read_text(encoding="utf-8"))["left_out"],
+    )
+
+
+def cell_members(inputs: Inputs) -> dict[str, CellMember]:
+    """The members that read cells, each with what it has of all cells, in the order of `Inputs.items`."""
+    cells, weigh_by = inputs.items["cell"]["item"], inputs.ensemble.weigh_by
+
+    def scores(task: str) -> np.ndarray:
+        table = inputs.scores[task].set_index("item")
+        columns = [column for column in table.columns if column.startswith("outer_")]
+        return np.asarray(table[columns].reindex(cells).to_numpy())
+
+    found: dict[str, CellMember] = {}
+    for task in inputs.ensemble.members:
+        if inputs.levels[task] == "cell":
+            found[task] = ScoredCells(
+                scores(task), scores(weigh_by) if inputs.levels[weigh_by] == "cell" else None
+            )
+        elif inputs.levels[task] == "patient":
+            found[task] = _attended(inputs, task, cells)
+    return found
+
+
+def _attended(inputs: Inputs, task: str, cells: pd.Series) -> AttendedCells:
+    """A member of level patient."""
+    heads = read_heads(inputs.heads[task])
+    features = {head.features: inputs.features["cell"][head.features] for head in heads}
+    view = next(iter(features.values())).index["item"].reset_index(drop=True)
+    first = view.drop_duplicates()
+    row = pd.Series(first.index, first).reindex(cells).to_numpy()
+    return AttendedCells(
+        heads=heads,
+        values={name: each.values for name, each in features.items()},
+        row=row,
+        views=view.value_counts().reindex(cells).to_numpy() - 1,
+        average=read_average(inputs.heads[task]),
     )
 
 
@@ -140,6 +183,7 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
             regression,
         ),
         importance=important,
+        cells=cell_curve(verdicts, cell_members(inputs), inputs.items["cell"]["patient"].to_numpy(), seed),
         curves=curve_tables(label, probability, combine.resamples, seed),
         pictured_by=max(of_cells, key=lambda task: drops[task], default=""),
         settings={
@@ -156,6 +200,7 @@ def write_results(out: Path, results: Results) -> None:
     write_table(out / "predictions.csv", table)
     write_table(out / "logits.csv", results.logits)
     write_table(out / "comparison.csv", results.comparison)
+    write_table(out / "cells.csv", results.cells.table)
     drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
     write_json(out / "curves.json", drawn)
     names = [ensemble.negative, ensemble.positive]
@@ -205,6 +250,7 @@ def write_model(
         combinations=[as_json(combination) for combination in results.verdicts.combinations],
         reference_level=level,
         reference_features=chosen,
+        cell_curve=results.cells.bundled,
         min_items=float(np.quantile(owner.value_counts(), 1 - COMMON)),
         pictured_by=pictured_by,
         high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),

@@ -35,14 +35,31 @@ def attend(head: Head, features: np.ndarray) -> tuple[float, np.ndarray]:
         The probability of the positive class, and the attention, float64 (images,): numbers of at least 0
         that sum to 1. For a mean of heads it is the mean of their attentions.
     """
+    gates, logits = gates_and_logits(head, features)
+    attention = softmax(gates, axis=0)
+    return float(expit((attention * logits).sum(axis=0).mean())), attention.mean(axis=1)
+
+
+def gates_and_logits(head: Head, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a head on bags computes of each image alone, before the images of an item are compared.
+
+    Args:
+        head: trained on bags.
+        features: float (images, channels), not standardised.
+
+    Returns:
+        The arguments of the softmax and the logits, float64 (images, heads) of a mean of heads. Any images,
+        also repeated ones, make an item: its logit is the mean over the heads of the sum over the images of
+        softmax times logit.
+    """
     signal = features.astype(np.float64)
-    attention = np.full((len(signal), 1), 1 / len(signal))
+    gates = np.zeros((len(signal), 1))
     last = len(head.kernels) - 1
     for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
         if layer == last and head.attention:
-            gates, offsets, weights = head.attention
-            tanh, sigmoid = np.split(signal @ gates.astype(np.float64) + offsets, 2, axis=1)
-            attention = softmax((np.tanh(tanh) * expit(sigmoid)) @ weights.astype(np.float64), axis=0)
+            gated, offsets, weights = head.attention
+            tanh, sigmoid = np.split(signal @ gated.astype(np.float64) + offsets, 2, axis=1)
+            gates = (np.tanh(tanh) * expit(sigmoid)) @ weights.astype(np.float64)
         signal = signal @ kernel.astype(np.float64) + bias
         signal = signal if layer == last else activate(signal, head.activation)[0]
-    return float(expit((attention * signal).sum(axis=0).mean())), attention.mean(axis=1)
+    return gates, signal

@@ -25,9 +25,10 @@ from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.schema import CELLS_FILE
 from aplsmear.ensembles.baselines import POOLED, Baselines
 from aplsmear.ensembles.bundle import Bundle, Scorer
+from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.familiarity import Mean, Moments, how_stained, stain_of
-from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logits
+from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logit
 from aplsmear.errors import UserError
 from aplsmear.features.forward import FeatureRequest, features_of_views
 from aplsmear.heads.bags import attend
@@ -235,11 +236,11 @@ class Models:
             each = [np.float32(attend(head, bag[:, view])[0]) for view in range(bag.shape[1])]
             scores = np.mean(each, keepdims=True)
         if scorer.member.one_each:
-            logits = same_logits(float(np.mean(scores)))
+            logit: Any = same_logits(float(np.mean(scores)))[summary]
         else:
             weights = record.scores[self.bundle.weigh_by.task] if self._is_weighted(scorer) else None
-            logits = summary_logits(scores, None if weights is None else np.array(weights))
-        return as_written(logits[summary])  # as the combination was fitted and judged
+            logit = summary_logit(summary, scores, None if weights is None else np.array(weights))
+        return as_written(float(logit))  # as the combination was fitted and judged
 
     def _warnings(self, verdict: Verdict, record: _Record) -> Iterator[tuple[str, str]]:
         model, reference = self.bundle.model, self.bundle.reference
@@ -380,15 +381,21 @@ def keep_pictures(verdicts: Iterable[Pictured], count: int) -> list[Pictured]:
     return kept
 
 
-def verdict_table(verdicts: Sequence[Verdict], combination: Combination) -> pd.DataFrame:
+def verdict_table(verdicts: Sequence[Verdict], combination: Combination, curve: CellCurve) -> pd.DataFrame:
     """The table that `predict` writes.
 
-    ``patient, probability, verdict, sensitive, cells, smears, distance, stain, warning``, rows as in
-    `verdicts`. The combination is that of the models, or an adapted one.
+    ``patient, probability, verdict, sensitive, more_cells, cells, smears, distance, stain, warning``, rows as
+    in `verdicts`. The combination is that of the models, or an adapted one. ``more_cells`` is of
+    `CellCurve.advice` at the balanced point.
     """
     probability = combination.probability(np.array([each.logits for each in verdicts]))
     columns = {"patient": [each.patient for each in verdicts], "probability": probability}
     columns |= combination.calls(probability)
+    balanced = combination.thresholds["balanced"]
+    columns["more_cells"] = [
+        curve.advice(float(chance), balanced, each.cells)
+        for each, chance in zip(verdicts, probability, strict=True)
+    ]
     for column in ("cells", "smears", "distance", "stain"):
         columns[column] = [getattr(each, column) for each in verdicts]
     return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings.values()) for each in verdicts]})

@@ -98,6 +98,7 @@ def content(found: Findings) -> dict[str, Any]:
         "linear": not last.fitted.hidden.shape[1],
         "members": list(_members(found)),
         "comparison": pages.records(found.comparison),
+        "cells": pages.records(found.cells.table),
         "chosen": found.verdicts.chosen,
         "inputs": found.inputs.md5,
         "settings": list(flat(found.settings)),
