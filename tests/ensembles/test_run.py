@@ -28,6 +28,7 @@ def results_of(levels: dict[str, str]) -> Results:
         features={"cell": {}, "smear": {}},
         heads={},
         scores=scores,
+        left_out={},
         md5={"splits/folds.csv": "0123"},
     )
     return judge_and_compare(inputs, combine(shares=["m0"]), 1)

@@ -78,8 +78,7 @@ def predict(
     as in training. Do not use it for screening or for few patients.
 
     Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
-    of cells, and in `stain` (above 1: farther out than 99 % of them); a `warning`. A name that a spreadsheet
-    would take for a formula gets a ' in front.
+    of cells, and in `stain` (above 1: farther out than 99 %); a `warning`. A formula gets a ' in front.
 
     Example: `aplsmear predict --data /data/new --out new.csv --report new.html`
     """

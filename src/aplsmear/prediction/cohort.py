@@ -111,10 +111,8 @@ def evaluate(
     verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine, files), 0)
     logits = np.array([each.logits for each in verdicts])
     shifted = adapted(models.combination, logits)
-    as_trained, after = (
-        verdict_table(verdicts, each, model.cell_curve) for each in (models.combination, shifted)
-    )
-    table = labelled_table(as_trained, after, patients, model.positive)
+    both = [verdict_table(verdicts, each, model.cell_curve) for each in (models.combination, shifted)]
+    table = labelled_table(*both, patients, model.positive)
     names = verdicts[0].baselines
     baselines = {name: np.array([each.baselines[name] for each in verdicts]) for name in names}
     label, probability = table["label"], table["probability"]
