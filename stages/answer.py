@@ -21,7 +21,8 @@ def main() -> None:
 
     out = Path("answer")
     write_results(out, results_of(patients, judged, pairs, sure, params.combine.resamples, params.seed))
-    write_answers(out / FILE, judged, pairs, patients["diagnosis"].tolist(), sure)
+    manifests = {name: Path(f"ensembles/{name}/model/manifest.json") for name in pairs}
+    write_answers(out / FILE, judged, pairs, manifests, patients["diagnosis"].tolist(), sure)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
     params["tune"] |= {"trials": 2}
     params["tune"]["space"]["epochs"] = [2]
     params["tasks"] = {task: params["tasks"][task] for task in tasks}
-    params["overrides"] = {task: {"trials": 2} for task in tasks}
+    params["overrides"] = {task: {} if task == "blast" else {"trials": 2} for task in tasks}
     params["task"] = "blast"
     params["finetune"] |= {"folds": 1, "blocks": 1, "epochs": 2, "pictures": 1}
     params["finetune"]["head"] |= {"epochs": 1, "members": 2, "units": 4, "centre_crop": 0.6}

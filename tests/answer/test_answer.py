@@ -194,14 +194,15 @@ def test_measures_are_those_of_the_most_probable_diagnosis() -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in PAIRS:
-        (tmp_path / "ensembles" / name / "model").mkdir(parents=True)
-        (tmp_path / "ensembles" / name / "model" / "manifest.json").write_text(name, encoding="utf-8")
+def written(tmp_path: Path) -> Path:
+    manifests = {name: tmp_path / "ensembles" / name / "model" / "manifest.json" for name in PAIRS}
+    for name, path in manifests.items():
+        path.parent.mkdir(parents=True)
+        path.write_text(name, encoding="utf-8")
     found = tables()
     judged = judge_all(found, PAIRS)
-    write_answers(tmp_path / "answer.json", judged, PAIRS, found["apl_aml"]["diagnosis"].tolist(), 0.7)
+    diagnoses = found["apl_aml"]["diagnosis"].tolist()
+    write_answers(tmp_path / "answer.json", judged, PAIRS, manifests, diagnoses, 0.7)
     return tmp_path
 
 

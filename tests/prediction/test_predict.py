@@ -1,6 +1,5 @@
 """New patients get the probabilities that they got as held-out patients of the training run."""
 
-import contextlib
 import csv
 import json
 import re
@@ -238,11 +237,10 @@ def write_ensembles(root, model, members, folds, heads, reference, pooled) -> No
         own = {task: heads[task] for task in (*mine, "gate")}
         bundle = root / "ensembles" / name / "model"
         write_bundle(bundle, model.model_copy(update=row), own, root / "backbones", reference, pooled)
-    with contextlib.chdir(root):
-        judged = judge_all(tables, PAIRS)
-        write_results(Path("answer"), results_of(tables["apl_aml"], judged, PAIRS, 0.5, 100, SEED))
-        diagnoses = tables["apl_aml"]["diagnosis"].tolist()
-        write_answers(Path("answer/answer.json"), judged, PAIRS, diagnoses, 0.5)
+    judged, diagnoses = judge_all(tables, PAIRS), tables["apl_aml"]["diagnosis"].tolist()
+    manifests = {name: root / "ensembles" / name / "model" / "manifest.json" for name in PAIRS}
+    write_results(root / "answer", results_of(tables["apl_aml"], judged, PAIRS, 0.5, 100, SEED))
+    write_answers(root / "answer" / "answer.json", judged, PAIRS, manifests, diagnoses, 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,33 @@ def test_a_page_can_be_walked(path: Path, small: Path, tmp_path: Path) -> None:
         )
 
 
+# Commands of the README that need something of the reader, a network or another terminal.
+NEEDS_MORE = re.compile(
+    r"\b(DIR|FILE|URL)\b|^make (demo|test)\b|^mlflow ui\b|^dvc push\b|^source\b|profile kaggle"
+)
+# What the small clone has instead: it has no task `auer_rod` and no environment.
+IN_SMALL = {"auer_rod": "blast", "make experiments": "aplsmear experiments"}
+
+
+def in_small(typed: str) -> str:
+    """A command of the README, as it is typed in the small clone."""
+    for name, other in IN_SMALL.items():
+        typed = typed.replace(name, other)
+    return re.sub(r"^make compare A=(\S+) B=(\S+)", r"aplsmear compare \1 \2", typed)
+
+
+@pytest.mark.pipeline
+def test_after_the_demo_the_commands_of_the_readme_work_in_their_order(small: Path, tmp_path: Path) -> None:
+    """In one clone, one after another, as a reader types them."""
+    folder = copied(small, tmp_path / "aplsmear")
+    typed = [step.typed for step in steps_of((ROOT / "README.md").read_text(encoding="utf-8"))]
+    able = [in_small(line) for line in typed if not NEEDS_MORE.search(line)]
+    assert len(able) > 8
+    outputs = dict(zip(able, printed(folder, able), strict=True))
+    assert any("patients judged" in " ".join(output) for output in outputs.values())
+    assert (folder / "compare.html").exists()
+
+
 def test_the_index_leads_to_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in PAGES if path.name != "README.md" and f"({path.name})" not in index] == []

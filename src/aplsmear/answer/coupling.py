@@ -283,14 +283,20 @@ def _sets(pairs: Mapping[str, Pair]) -> list[tuple[str, ...]]:
 
 
 def write_answers(
-    path: Path, judged: Sequence[Judged], pairs: Mapping[str, Pair], diagnosis: Sequence[str], sure: float
+    path: Path,
+    judged: Sequence[Judged],
+    pairs: Mapping[str, Pair],
+    manifests: Mapping[str, Path],
+    diagnosis: Sequence[str],
+    sure: float,
 ) -> None:
     """Write answer.json, for new patients.
 
     Args:
         path: of the file.
         judged: of `judge_all`.
-        pairs: of each ensemble; its bundle lies in ``ensembles/<name>/model``, below the current folder.
+        pairs: of each ensemble.
+        manifests: of each ensemble the manifest of its bundle.
         diagnosis: of each patient, in the order of `judged`.
         sure: a diagnosis is called from this probability on.
     """
@@ -305,8 +311,8 @@ def write_answers(
         )
         for each in judged
     ]
-    manifests = {name: sha256(Path(f"ensembles/{name}/model/manifest.json")) for name in pairs}
-    whole = Answers(pairs=dict(pairs), manifests=manifests, sure=sure, answers=answers)
+    sums = {name: sha256(manifests[name]) for name in pairs}
+    whole = Answers(pairs=dict(pairs), manifests=sums, sure=sure, answers=answers)
     plain = round_floats(whole.model_dump(), _DIGITS)
     write_json(path, plain | {"checksum": _checksum(plain)}, _DIGITS)
 
