@@ -162,6 +162,18 @@ def test_permuted_diagnoses_give_an_auroc_of_a_half() -> None:
     assert measure(judge(patients, members, RIDGE, 0, 1).table, 100, 1)["auroc"]["value"] > 0.85
 
 
+def test_new_patients_get_an_interval_over_refits_and_held_out_folds_get_none() -> None:
+    """Also after a trip through JSON, as in a bundle."""
+    patients, members = cohort(n=8)
+    found = judge(patients, members, RIDGE, 20, 1)
+    *held_out, last = (combination_of(json.loads(json.dumps(as_json(each)))) for each in found.combinations)
+    low, high = last.interval(found.logits)
+    probability = last.probability(found.logits)
+    assert len(last.refits) == 20
+    assert ((low <= probability) & (probability <= high) & (low < high)).all()
+    assert all(np.isnan(each.interval(found.logits)).all() for each in held_out)
+
+
 def test_few_permutations_give_no_verdict_and_the_number_that_it_takes() -> None:
     """Five permutations of 40 patients: 0.42 is chance, not a leak."""
     few = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43])

@@ -18,7 +18,13 @@ def verdicts(probability: list[float], **more) -> pd.DataFrame:
     n = len(probability)
     label = np.arange(n) % 2
     table = pd.DataFrame(
-        {"patient": list("abcdefghijklmnop"[:n]), "label": label, "probability": probability}
+        {
+            "patient": list("abcdefghijklmnop"[:n]),
+            "label": label,
+            "probability": probability,
+            "low": probability,
+            "high": probability,
+        }
     )
     call = (table["probability"] >= 0.5).astype(int)
     table = table.assign(verdict=call, sensitive=1, adapted=probability, adapted_verdict=call)

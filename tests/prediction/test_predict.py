@@ -172,7 +172,7 @@ def trained(tmp_path_factory) -> Run:
         write_table(root / f"{task}.csv", summarise_patients(scores[task], gate))
         members[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
     patients = patients_of(folds, "apl", "aml")
-    verdicts = judge(patients, members, RIDGE, 0, SEED)
+    verdicts = judge(patients, members, RIDGE, 20, SEED)
     share = baselines_of(patients, members, ["nuclei"], SEED)[share_of("nuclei")]
     plain = pooled_features(features["cell"].values(), found.cells.rename(columns={"cell": "item"}), patients)
     _, pooled = pooled_baseline(patients, plain)
@@ -595,9 +595,11 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     table, page = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.html").read_text(encoding="utf-8")
     assert list(table.columns) == [
-        *("patient", "probability", "verdict", "sensitive", "more_cells", "cells", "smears"),
+        *("patient", "probability", "low", "high", "verdict", "sensitive", "more_cells", "cells", "smears"),
         *("distance", "stain", "warning"),
     ]
+    assert ((table["low"] <= table["probability"]) & (table["probability"] <= table["high"])).all()
+    assert (table["low"] < table["high"]).any()
     assert evil in set(table["patient"])
     assert evil not in page
     assert "&lt;script&gt;" in page

@@ -72,9 +72,9 @@ def predict(
     `--prevalence` gives the shares of the diagnoses among your patients, if they are other than in training.
 
     One ensemble alone (one `--ensemble`) is for patients with one of its two diagnoses: the calibrated
-    `probability` of the positive one; the calls at the balanced (`verdict`) and at the `sensitive` operating
-    point; if the call is unsure, how many `more_cells` are expected to settle it. `--adapt` shifts its logits
-    by one number, without labels, for patients of another laboratory with about the same mixture of diagnoses
+    `probability` of the positive one and its 95 % interval (`low`, `high`); the calls at the balanced
+    (`verdict`) and `sensitive` operating points; `more_cells`: how many are expected to settle an unsure call.
+    `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with about the same mixture of diagnoses
     as in training. Do not use it for screening or for few patients.
 
     Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ class Combination:
     slope: float
     offset: float
     thresholds: dict[str, float]  # operating points on the calibrated probability
+    refits: tuple[Weights, ...] = ()  # on resampled patients; only the combination for new patients has them
 
     def logit(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
         """Calibrated logit of the positive diagnosis, float64 (patients,).
@@ -119,6 +120,16 @@ class Combination:
     def probability(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
         """Calibrated probability of the positive diagnosis, float64 (patients,); arguments as for `logit`."""
         return np.asarray(expit(self.logit(logits, fitted)))
+
+    def interval(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the 95 % interval of the probability over the refits, float64 (patients,); else NaN."""
+        probability = self.probability(logits)
+        if not self.refits:
+            return np.full(len(probability), np.nan), np.full(len(probability), np.nan)
+        low, high = np.quantile(
+            [*(self.probability(logits, each) for each in self.refits), probability], [0.025, 0.975], axis=0
+        )
+        return np.minimum(low, probability), np.maximum(high, probability)
 
     def calls(self, probability: np.ndarray) -> dict[str, np.ndarray]:
         """``verdict`` and ``sensitive``: the calls, int64, at the balanced and at the sensitive point."""
@@ -276,13 +287,15 @@ def judge(
         mine = logits[candidate.summary]
         fitted = _fit(candidate, mine[inside], label[inside], seed)
         combination = _calibrated(fitted, label[inside], inner, candidate, tuple(members))
-        combinations.append(combination)
+        refitted = tuple(_refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold]))
         chosen.append(candidate)
         if len(outside):
+            combinations.append(combination)
             used[outside] = mine[outside]
-            refitted = _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
-            columns = _verdicts(combination, mine[outside], refitted)
+            columns = _verdicts(replace(combination, refits=refitted), mine[outside])
             table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
+        else:  # the last one, for new patients
+            combinations.append(replace(combination, refits=refitted))
     return Verdicts(table, used, combinations, chosen)
 
 
@@ -435,14 +448,18 @@ def null_verdict(values: Sequence[float]) -> NullVerdict:
 
 def as_json(combination: Combination) -> dict[str, Any]:
     """A combination as plain JSON; `combination_of` reads it back."""
-    fitted = combination.fitted
+
+    def plain(fitted: Weights) -> dict[str, Any]:
+        return {each.name: np.asarray(getattr(fitted, each.name)).tolist() for each in fields(Weights)}
+
     return {
         "summary": combination.summary,
         "members": list(combination.members),
-        **{each.name: np.asarray(getattr(fitted, each.name)).tolist() for each in fields(Weights)},
+        **plain(combination.fitted),
         "slope": combination.slope,
         "offset": combination.offset,
         "thresholds": combination.thresholds,
+        "refits": [plain(each) for each in combination.refits],
     }
 
 
@@ -454,24 +471,29 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
     """
     try:
         members = tuple(str(member) for member in model["members"])
-        arrays = {each.name: np.asarray(model[each.name], dtype=np.float64) for each in fields(Weights)}
-        arrays["hidden"] = arrays["hidden"].reshape(len(members), -1)
-        units = arrays["hidden"].shape[1]
-        shapes: dict[str, tuple[int, ...]]
-        shapes = {"mean": (len(members),), "scale": (len(members),), "hidden_intercept": (units,)}
-        shapes |= {"weights": (units or len(members),), "intercept": ()}
-        if any(arrays[name].shape != shape for name, shape in shapes.items()):
-            raise ValueError("numbers of weights that do not fit the members")
         return Combination(
             members=members,
             summary=SUMMARIES[SUMMARIES.index(model["summary"])],
-            fitted=Weights(**arrays),
+            fitted=_weights_of(model, len(members)),
             slope=float(model["slope"]),
             offset=float(model["offset"]),
             thresholds={point: float(model["thresholds"][point]) for point in ("balanced", "sensitive")},
+            refits=tuple(_weights_of(each, len(members)) for each in model["refits"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise EnsembleError(f"this is no combination ({type(error).__name__}: {error})") from None
+
+
+def _weights_of(model: Mapping[str, Any], members: int) -> Weights:
+    arrays = {each.name: np.asarray(model[each.name], dtype=np.float64) for each in fields(Weights)}
+    arrays["hidden"] = arrays["hidden"].reshape(members, -1)
+    units = arrays["hidden"].shape[1]
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"mean": (members,), "scale": (members,), "hidden_intercept": (units,)}
+    shapes |= {"weights": (units or members,), "intercept": ()}
+    if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        raise ValueError("numbers of weights that do not fit the members")
+    return Weights(**arrays)
 
 
 def _logits(
@@ -588,15 +610,11 @@ def _refitted(
         yield _fit(candidate, logits[rows], label[rows], seed[0])
 
 
-def _verdicts(
-    combination: Combination, logits: np.ndarray, refitted: Iterator[Weights]
-) -> dict[str, np.ndarray]:
-    """Columns of the table of `judge` for held-out patients, with intervals over refits."""
+def _verdicts(combination: Combination, logits: np.ndarray) -> dict[str, np.ndarray]:
+    """Columns of the table of `judge` for held-out patients."""
     probability = combination.probability(logits)
-    drawn = [combination.probability(logits, weights) for weights in refitted]
-    low, high = np.quantile([*drawn, probability], [0.025, 0.975], axis=0)
-    ends = {"low": np.minimum(low, probability), "high": np.maximum(high, probability)}
-    return {"probability": probability} | ends | combination.calls(probability)
+    low, high = combination.interval(logits) if combination.refits else (probability, probability)
+    return {"probability": probability, "low": low, "high": high} | combination.calls(probability)
 
 
 def _permuted_within(fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:

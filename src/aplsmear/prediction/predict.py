@@ -384,13 +384,15 @@ def keep_pictures(verdicts: Iterable[Pictured], count: int) -> list[Pictured]:
 def verdict_table(verdicts: Sequence[Verdict], combination: Combination, curve: CellCurve) -> pd.DataFrame:
     """The table that `predict` writes.
 
-    ``patient, probability, verdict, sensitive, more_cells, cells, smears, distance, stain, warning``, rows as
-    in `verdicts`. The combination is that of the models, or an adapted one. ``more_cells`` is of
-    `CellCurve.advice` at the balanced point.
+    ``patient, probability, low, high, verdict, sensitive, more_cells, cells, smears, distance, stain,
+    warning``, rows as in `verdicts`. The combination is that of the models, or an adapted one. ``low, high``:
+    the 95 % interval of the probability over combinations refitted on resampled training patients; NaN for a
+    held-out fold. ``more_cells`` is of `CellCurve.advice` at the balanced point.
     """
-    probability = combination.probability(np.array([each.logits for each in verdicts]))
+    logits = np.array([each.logits for each in verdicts])
+    probability, (low, high) = combination.probability(logits), combination.interval(logits)
     columns = {"patient": [each.patient for each in verdicts], "probability": probability}
-    columns |= combination.calls(probability)
+    columns |= {"low": low, "high": high} | combination.calls(probability)
     balanced = combination.thresholds["balanced"]
     columns["more_cells"] = [
         curve.advice(float(chance), balanced, each.cells)
