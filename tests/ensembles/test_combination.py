@@ -176,18 +176,21 @@ def test_new_patients_get_an_interval_over_refits_and_held_out_folds_get_none() 
 
 def test_few_permutations_give_no_verdict_and_the_number_that_it_takes() -> None:
     """Five permutations of 40 patients: 0.42 is chance, not a leak."""
-    few = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43])
+    few = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43], within_folds=True)
     assert (few.mean, few.leaks) == (pytest.approx(0.42), False)
     assert few.low < 0.35
     assert few.high > 0.49
     assert 45 < few.needed < 60
-    many = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43] * 12)
+    many = null_verdict([0.33, 0.47, 0.38, 0.49, 0.43] * 12, within_folds=True)
     assert many.leaks
     assert many.needed <= 60
+    # Over all pairs, similar patients push each other the wrong way: no leak.
+    assert not null_verdict([0.33, 0.47, 0.38, 0.49, 0.43] * 12, within_folds=False).leaks
+    assert null_verdict([0.6, 0.55, 0.58] * 12, within_folds=False).leaks
 
 
 def test_many_permutations_around_a_half_show_no_leak() -> None:
-    found = null_verdict([0.4, 0.6, 0.45, 0.56] * 25)
+    found = null_verdict([0.4, 0.6, 0.45, 0.56] * 25, within_folds=True)
     assert not found.leaks
     assert found.needed <= 100
 
