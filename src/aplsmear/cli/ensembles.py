@@ -73,9 +73,9 @@ def predict(
 
     One ensemble alone (one `--ensemble`) is for patients with one of its two diagnoses: the calibrated
     `probability` of the positive one and its 95 % interval (`low`, `high`); the calls at the balanced
-    (`verdict`) and `sensitive` operating points; `more_cells`: how many are expected to settle an unsure call.
-    `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with about the same mixture of diagnoses
-    as in training. Do not use it for screening or for few patients.
+    (`verdict`) and `sensitive` operating points; `more_cells`: how many would settle an unsure call.
+    `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with about
+    the same mixture of diagnoses as in training. Do not use it for screening or for few patients.
 
     Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
     of cells, and in `stain` (above 1: farther out than 99 %); a `warning`. A formula gets a ' in front.
