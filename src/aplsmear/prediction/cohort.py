@@ -112,7 +112,7 @@ def evaluate(
     logits = np.array([each.logits for each in verdicts])
     shifted = adapted(models.combination, logits)
     both = [verdict_table(verdicts, each, model.cell_curve) for each in (models.combination, shifted)]
-    table = labelled_table(*both, patients, model.positive)
+    table = labelled_table(both[0], both[1], patients, model.positive)
     names = verdicts[0].baselines
     baselines = {name: np.array([each.baselines[name] for each in verdicts]) for name in names}
     label, probability = table["label"], table["probability"]
