@@ -34,7 +34,7 @@ SIDE, ROWS, COLUMNS = 400, 4, 6  # px of a cell's picture; cells of a field
 PATIENTS, SEED = 60, 8
 LABELS = ("{'healthy'}", "{'aml', 'm2'}", "{'aml', 'm3'}")
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 92]
-STAGES = ("download", "split", "augment", f"bottleneck@{BACKBONE}")
+STAGES = ("prepare", "download", "split", "augment", f"bottleneck@{BACKBONE}")
 
 
 def main() -> None:

@@ -55,6 +55,7 @@ CELLS, SEED = 190, 8
 MIRRORS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # steps along rows and columns
 TASK, ENSEMBLE, BACKBONE, LAYER = "apl_healthy_cell", "apl_healthy", "mobilenet", "conv_pw_11_relu"
 STAGES = {
+    "prepare": "prepare",
     "download": "download",
     "split": "split",
     "augment": "augment",
