@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/crops.py [--cells 18000] [--work DIR]
 
-Draws some cells, turns them by random angles until there are `--cells` different pictures of 400x400 px, and
+Draws some cells, turns them and puts them under a random light until there are `--cells` different pictures of 400x400 px, and
 writes them twice: each as a picture of its own, and as fields of 4x6 cells with their boxes (JPEG of the same
 quality). Both data sets go stage by stage through `dvc repro --single-item` in a clone of this commit: one
 backbone, one augmented view. CPU seconds are compared, because a machine may do other work, too. Results go
@@ -105,7 +105,7 @@ def save(path: Path, rows: list[list[Any]], columns: str) -> None:
 
 
 def pictures(drawn: Path, count: int) -> Iterator[np.ndarray]:
-    """Different pictures of cells, BGR: drawn ones, turned by angles that no check for copies undoes."""
+    """Different pictures of cells, BGR: drawn ones, each turned and under a spotted light, so that none is a copy."""
     if not (drawn / "wsi.csv").is_file():
         draw_data_set(drawn, 12, SEED, size=(960, 1280), cells_per_smear=24, cell_size=240)
     smears = read_csv(drawn / "wsi.csv").set_index("id")["imgName"]
@@ -120,7 +120,9 @@ def pictures(drawn: Path, count: int) -> Iterator[np.ndarray]:
             ((x0 + x1) / 2, (y0 + y1) / 2), rng.uniform(10, 80), rng.uniform(0.9, 1.3)
         )
         warp[:, 2] += SIDE / 2 - np.array([x0 + x1, y0 + y1]) / 2
-        yield cv2.warpAffine(field, warp, (SIDE, SIDE), borderMode=cv2.BORDER_REFLECT)
+        turned = cv2.warpAffine(field, warp, (SIDE, SIDE), borderMode=cv2.BORDER_REFLECT)
+        light = cv2.GaussianBlur(rng.normal(0, 150, (64, 64)), (0, 0), 1.2)
+        yield np.clip(turned + cv2.resize(light, (SIDE, SIDE))[:, :, None], 0, 255).astype(np.uint8)
 
 
 if __name__ == "__main__":
