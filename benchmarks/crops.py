@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/crops.py [--cells 18000] [--work DIR]
 
-Draws some cells, turns them and puts them under a random light until there are `--cells` different pictures of 400x400 px, and
-writes them twice: each as a picture of its own, and as fields of 4x6 cells with their boxes (JPEG of the same
-quality). Both data sets go stage by stage through `dvc repro --single-item` in a clone of this commit: one
-backbone, one augmented view. CPU seconds are compared, because a machine may do other work, too. Results go
-to benchmarks/results/crops.json.
+Draws some cells, turns them and puts them under a random light until there are `--cells` different pictures
+of 400x400 px. They are written twice: as pictures of single cells, and as fields of 4x6 cells with boxes
+(JPEG of the same quality). Both go stage by stage through `dvc repro --single-item` in a clone of this
+commit: one backbone, one augmented view. CPU seconds are compared, because a machine may do other work, too.
+Results go to benchmarks/results/crops.json.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def save(path: Path, rows: list[list[Any]], columns: str) -> None:
 
 
 def pictures(drawn: Path, count: int) -> Iterator[np.ndarray]:
-    """Different pictures of cells, BGR: drawn ones, each turned and under a spotted light, so that none is a copy."""
+    """Different pictures of cells, BGR: drawn ones, turned and under a spotted light: none is a copy."""
     if not (drawn / "wsi.csv").is_file():
         draw_data_set(drawn, 12, SEED, size=(960, 1280), cells_per_smear=24, cell_size=240)
     smears = read_csv(drawn / "wsi.csv").set_index("id")["imgName"]
