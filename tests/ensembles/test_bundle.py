@@ -156,6 +156,13 @@ def test_all_missing_and_changed_files_are_listed_together(copy) -> None:
     assert "dvc repro" in str(error.value)
 
 
+def test_a_misspelt_ensemble_ends_with_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "apl_aml" / "model").mkdir(parents=True)
+    (tmp_path / "apl_aml" / "model" / "manifest.json").touch()
+    with pytest.raises(BundleError, match=r"apl_amll has no manifest.json \(did you mean 'apl_aml'\?\)"):
+        read_bundle(tmp_path / "apl_amll")
+
+
 def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None:
     """Also if model.json has settings that this version does not have."""
     edited(copy / "model.json", standardise=0.0, upwards=True)

@@ -38,6 +38,7 @@ from aplsmear.files import copy_whole, sha256, write_arrays, write_json
 from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
+from aplsmear.words import nearest
 
 VERSION = 5  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
@@ -254,9 +255,10 @@ def _checked(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
+        there = [each.parent.parent.name for each in folder.parent.glob(f"*/model/{MANIFEST}")]
         raise BundleError(
-            f"{folder} has no {MANIFEST}: give the folder of an ensemble, such as ensembles/apl_aml "
-            "(`dvc repro` makes it), or a copy of its folder `model`"
+            f"{folder} has no {MANIFEST}{nearest(folder.name, there)}: give the folder of an ensemble, such as "
+            "ensembles/apl_aml (`dvc repro` makes it), or a copy of its folder `model`"
         ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder / MANIFEST} cannot be used ({_why(error)}); {_AGAIN}") from None
