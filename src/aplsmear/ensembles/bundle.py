@@ -257,8 +257,8 @@ def _checked(folder: Path) -> Manifest:
     except FileNotFoundError:
         there = [each.parent.parent.name for each in folder.parent.glob(f"*/model/{MANIFEST}")]
         raise BundleError(
-            f"{folder} has no {MANIFEST}{nearest(folder.name, there)}: give the folder of an ensemble, such as "
-            "ensembles/apl_aml (`dvc repro` makes it), or a copy of its folder `model`"
+            f"{folder} has no {MANIFEST}{nearest(folder.name, there)}: give the folder of an ensemble, such "
+            "as ensembles/apl_aml (`dvc repro` makes it), or a copy of its folder `model`"
         ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder / MANIFEST} cannot be used ({_why(error)}); {_AGAIN}") from None
