@@ -19,7 +19,9 @@ def progress(
     `unit` is the name of the items, in the plural; `note` gives a text beside the bar after each item.
     """
     seconds = 0.1 if sys.stderr.isatty() else 30.0
-    with tqdm(total=total, unit=f" {unit}", mininterval=seconds, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, unit=f" {unit}", mininterval=seconds, dynamic_ncols=True, disable=total == 0
+    ) as bar:
         for item in items:
             if note:
                 bar.set_postfix_str(note(item), refresh=False)

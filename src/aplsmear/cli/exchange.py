@@ -141,9 +141,11 @@ def _check(plan: Any, folder: Path) -> None:
     """Read what was written, as `aplsmear check` does, and print what it holds."""
     from aplsmear.data.dataset import read_data_set
 
-    titles = (("label", plan.smears), ("diagnosis", plan.cells))
-    labelled = any(title in table and (table[title] != "").any() for title, table in titles)
-    typer.echo(f"{folder} is written. The same as `aplsmear check {folder}`:")
+    labelled = plan.smears.empty or bool((plan.smears["label"] != "").any())
+    unlabelled = (
+        "" if labelled else " No smear has a diagnosis, so pictures and boxes are checked, but no labels."
+    )
+    typer.echo(f"{folder} is written.{unlabelled}")
     data_set = read_data_set(folder, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=labelled)
     Console().print(summary(data_set.report))
 
