@@ -81,9 +81,17 @@ def test_each_task_without_a_row_of_overrides_gets_one(tmp_path: Path) -> None:
     assert found["overrides"] == {task: {} for task in found["tasks"]}
 
 
+def test_a_profile_may_have_another_base_than_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("# Other.\n\nseed: 3\ntune: {trials: 7}\n", encoding="utf-8")
+    found = profile(tmp_path, "# Mine.\n\nbase: other\ntune: {patience: 2}\n")
+    assert (found["seed"], found["tune"]["trials"], found["tune"]["patience"]) == (3, 7, 2)
+    assert "base" not in found
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("base: nowhere\n", "there is no profile 'nowhere'"),
         ("seed: [1\n", "not valid YAML"),
         ("", "holds no parameters"),
         ("tasks:\n", "'tasks' is a table of parameters"),
