@@ -33,7 +33,8 @@ from scipy.optimize import linear_sum_assignment
 from aplsmear.data.dataset import read_data_set
 from aplsmear.files import write_json
 from aplsmear.images.reading import read_image
-from aplsmear.sources.cell_finder import BOX, find_all
+from aplsmear.sources.cell_finder import BOX
+from aplsmear.sources.cell_folder import find_all
 from aplsmear.sources.drawn import draw_data_set
 
 RESULTS = ROOT / "benchmarks" / "results" / "cells.json"

@@ -111,30 +111,37 @@ def cells(
     Example: `aplsmear cells /data/our_smears --micrometres-per-pixel 0.11`
     """
     from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE
-    from aplsmear.sources import cell_finder
+    from aplsmear.sources import cell_folder
 
     table = out or folder / CELLS_FILE
     file_to_write(table)
     if not (folder / SMEARS_FILE).exists():
         file_to_write(folder / SMEARS_FILE)
-    cell_finder.refuse_single_cells(folder)
-    expected = cell_finder.expected_size(size, micrometres_per_pixel)
-    kept = cell_finder.kept_name(table, overwrite)
-    smears, listed = cell_finder.read_smears(folder)
-    found = cell_finder.find_all(folder, smears, expected)
-    sheet = cell_finder.write_search(table, kept, folder, smears, found)
+    cell_folder.refuse_single_cells(folder)
+    expected = cell_folder.expected_size(size, micrometres_per_pixel)
+    kept = cell_folder.kept_name(table, overwrite)
+    smears, listed = cell_folder.read_smears(folder)
+    found = cell_folder.find_all(folder, smears, expected)
+    sheet = cell_folder.write_search(table, kept, folder, smears, found)
     if listed:
         typer.echo(f"{listed} was not there: it now has a row for each image, with an empty label")
-    for line in cell_finder.summary(found, smears["smear"]):
+    for line in cell_folder.summary(found, smears["smear"]):
         typer.echo(line)
+    if doubts := found.estimate.doubts if found.estimate else ():
+        typer.echo(f"The size of a cell is uncertain: {'; '.join(doubts)}.")
+        typer.echo(
+            f"{cell_folder.sheet_of_sizes(table)} shows the boxes of each size that was tried. Choose the"
+        )
+        typer.echo(
+            "size whose boxes hold one cell each, and run the command again with --overwrite --size PX"
+        )
     if found.cells.empty:
         raise UserError(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
     if kept:
         typer.echo(f"The old table is now {kept}")
     typer.echo(f"{table} holds the boxes. Look at {sheet} first: does each box hold one cell?")
-    if listed:
-        typer.echo(f"Then: fill in the labels in {listed} (`aplsmear predict` needs none)")
-    typer.echo(f"Then: aplsmear check {folder}")
+    for line in cell_folder.next_steps(folder):
+        typer.echo(line)
 
 
 @app.command(rich_help_panel=_PANEL)

@@ -1,4 +1,4 @@
-"""Find the nucleated cells of smears without boxes, and write them as rows of ``labeled_cells.csv``.
+"""Find the nucleated cells of a picture whose cells have no boxes.
 
 This is classical image analysis. Nothing is learned, so nothing depends on the stain or the camera of one
 laboratory. A picture is scaled until a typical cell has a diameter of `_TYPICAL` px; all other lengths are in
@@ -16,40 +16,26 @@ these px. The steps are:
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from skimage.feature import peak_local_max
 from skimage.filters import threshold_otsu
 from skimage.measure import regionprops
 from skimage.morphology import h_maxima, remove_small_holes
 from skimage.segmentation import watershed
-from skimage.util import montage
 
-from aplsmear.compute.engine import Here
-from aplsmear.data.csvfile import read_csv
-from aplsmear.data.dataset import read_data_set
-from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
+from aplsmear.data.schema import MEASURES
 from aplsmear.errors import UserError
-from aplsmear.files import whole
-from aplsmear.images.reading import is_picture_name, read_image, scaling
-from aplsmear.progress import progress
-from aplsmear.tables import write_table
+from aplsmear.images.reading import scaling
 
-TYPICAL_MICROMETRES = 14.0  # diameter of nucleated marrow cells: lymphocytes 10, promyelocytes 16 to 20
 MIN_SIZE = 10.0  # px of a typical cell; in smaller ones nuclei cannot be distinguished
 
 BOX = ("y0", "x0", "y1", "x1")
@@ -73,21 +59,13 @@ _MARGIN = 80  # around it, twice a typical cell: a cell with its centre in the w
 # Optical densities (natural logarithm).
 _SEEN = 0.25  # sum of the three channels; above it, there is something on the glass
 _FAINT = 0.15  # least basophilic signal of a part of a cell
-_STRONG = 0.5  # nuclei of the palest stain (at least 0.65 in the pictures examined; platelets up to 0.42)
+_STRONG = 0.4  # nuclei of the palest stain (at least 0.65 in the pictures examined; platelets up to 0.42)
 _BODY = 0.15  # share of the signal of nuclei: cytoplasm and more
 _CORE = 0.45  # share of the signal of nuclei: nucleus
 _RED = 0.29  # blue over red and green: nuclei 0.15 to 0.25, red cells 0.37 to 0.9
+_RED_DENSITY = 0.6  # sum of the three channels, of red cells of usual stain
+_MOST_GAIN = 3.0  # of a pale picture
 _MEAN_RED = 0.4  # of red cells, for a picture without any
-
-_OVERVIEW = 1024  # px of the longer side, for the first estimate of the size
-_ROUNDS = 5
-_SAMPLE = 24  # smears on which the size is estimated
-_UNLIKE = 1.6  # ratio of sizes that suggests another magnification; smears with more blasts stay below
-_FEW = 5  # cells; fewer are not enough to estimate the size
-_SHOWN = 24  # smears on the contact sheet
-_ACROSS = 4  # of them in a row
-_TILE, _CAPTION, _GAP = 560, 26, 8  # px
-_GREEN = (0, 160, 0)  # no stain has this colour
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -116,13 +94,14 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
     Raises:
         CellsError: `size` is below `MIN_SIZE`.
     """
-    _check_size(size)
+    check_size(size)
     rows = [[*one.box, *_measures(one)] for one in _cells(image, size)]
     found = pd.DataFrame(rows, columns=[*BOX, *MEASURES]).astype(dict.fromkeys(BOX, np.int64))
     return found.drop_duplicates(list(BOX)).sort_values(list(BOX)).reset_index(drop=True)
 
 
-def _check_size(size: float) -> None:
+def check_size(size: float) -> None:
+    """Raise CellsError if cells of this diameter (px) are too small to be found."""
     if not MIN_SIZE <= size < math.inf:
         raise CellsError(
             f"cells of {size:g} px cannot be told from platelets. They need at least {MIN_SIZE:g} px: take "
@@ -130,62 +109,20 @@ def _check_size(size: float) -> None:
         )
 
 
-def estimate_size(image: npt.NDArray[np.uint8]) -> float | None:
-    """Diameter in px of the typical (median) nucleated cell of a picture.
+def nucleated_parts(image: npt.NDArray[np.uint8]) -> tuple[Mask, Mask]:
+    """What is basophilic in a picture, and what else is on the glass (red cells), with holes filled.
 
-    The first estimate is twice the distance from the centre of basophilic parts to their edge. Cells of this
-    size are searched and measured, and searched again with the measured size until both agree. The result is
-    compared with the red cells, because no nucleated cell is smaller than they are.
-
-    Args:
-        image: uint8 RGB, shape (height, width, 3).
-
-    Returns:
-        px; None if fewer than five cells are found, or if they are smaller than the red cells, as platelets
-        are.
+    Nothing is assumed of the size of the cells: use it on a small picture.
     """
-    guess, least = _first_guess(image)
-    for _ in range(_ROUNDS):
-        if guess < max(least, MIN_SIZE):
-            return None
-        boxes = np.array([one.box for one in _cells(image, guess)]).reshape(-1, 4)
-        if len(boxes) < _FEW:
-            return None
-        last, guess = guess, float(np.median(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))))
-        if abs(guess - last) < 0.03 * last:
-            break
-    return guess if guess >= max(least, MIN_SIZE) else None
-
-
-def _first_guess(image: npt.NDArray[np.uint8]) -> tuple[float, float]:
-    """Estimated diameters in px of a nucleated cell (0 if there is none) and of a large red cell."""
-    small, (scale, _) = _scaled(image, min(1.0, _OVERVIEW / max(image.shape[:2])))
-    field = _over_empty_field(small, max(max(small.shape[:2]) // 12, 8))
+    field = _over_empty_field(image, max(max(image.shape[:2]) // 12, 8))
     signal = cv2.GaussianBlur(_basophilic(field), (0, 0), 1.0)
     strength = _strength(signal)
-    if strength < _STRONG:
-        return 0.0, 0.0
-    cells = signal > _BODY * strength
-    radius = np.sort(_radii(cells))
-    if not len(radius):
-        return 0.0, 0.0
-    weight = np.cumsum(radius**2)  # by area, because specks are many and small
-    guess = float(radius[np.searchsorted(weight, weight[-1] / 2)])
+    nucleated = signal > (_BODY * strength if strength >= _STRONG else math.inf)
     others = ndimage.binary_fill_holes(field.sum(axis=2) > _SEEN)
-    others &= ~ndimage.binary_dilation(cells, iterations=2)
-    red = _radii(others)
-    large = float(np.quantile(red, 0.75)) if len(red) >= _FEW else 0.0
-    return 2 * guess * scale, 2 * large * scale
+    return nucleated, others & ~ndimage.binary_dilation(nucleated, iterations=2)
 
 
-def _radii(mask: Mask) -> Floats:
-    """Distance from the centre of each round part of a mask to its edge, if at least 2 px."""
-    far = ndimage.distance_transform_edt(mask).astype(np.float32)
-    spots = peak_local_max(far, min_distance=3, threshold_abs=2.0)
-    return np.asarray(far[tuple(spots.T)], np.float32)
-
-
-def _scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
+def scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:
     """The picture scaled by about `factor`, and how many of its px one new px has, down and across."""
     height, width = image.shape[:2]
     new = max(round(height * factor), 1), max(round(width * factor), 1)
@@ -211,7 +148,7 @@ def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
         for left in range(0, width, side):
             y, x = max(top - margin, 0), max(left - margin, 0)
             window = image[y : top + side + margin, x : left + side + margin]
-            small, (down, across) = _scaled(window, factor)
+            small, (down, across) = scaled(window, factor)
             for region in _regions(small):
                 y0, y1 = (y + round(edge * down) for edge in region.bbox[::2])
                 x0, x1 = (x + round(edge * across) for edge in region.bbox[1::2])
@@ -258,231 +195,6 @@ def _measures(cell: _Cell) -> list[float]:
     return [round(float(value), 4) for value in values]
 
 
-# --- a data set ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Search:
-    """The cells that were found in a data set.
-
-    Attributes:
-        size: expected diameter of cells in px; None if no smear had enough cells to estimate it.
-        cells: one row for each cell: `smear`, `BOX`, `MEASURES`; sorted by smear, then by box.
-    """
-
-    size: float | None
-    cells: pd.DataFrame
-
-
-def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, workers: int = -1) -> Search:
-    """The cells of every smear. Each image is decoded once, or twice if the size is estimated from it.
-
-    Args:
-        root: the column `image` of `smears` has paths below this folder.
-        smears: with `smear` and `image`; all at one magnification.
-        size: diameter of a typical cell in px; None: the median estimate from up to 24 smears, evenly spread.
-        workers: number of processes, -1: one for each core; does not change the result.
-
-    Raises:
-        CellsError: `size` is below `MIN_SIZE`.
-        ImageError: an image cannot be read.
-    """
-    paths = [root / image for image in smears["image"]]
-    engine = Here(workers)
-    if size is None:
-        some = [paths[place] for place in _spread(len(paths), _SAMPLE)]
-        estimates = progress(engine.map(_size_of_file, some), "smears measured", len(some))
-        sizes = [one for one in estimates if one is not None]
-        size = round(float(np.median(sizes)), 1) if sizes else None
-    if size is None:
-        return Search(None, pd.DataFrame(columns=["smear", *BOX, *MEASURES]))
-    found = engine.map(partial(_cells_of_file, size=size), paths)
-    tables = [
-        table.assign(smear=smear)
-        for smear, table in zip(smears["smear"], progress(found, "smears searched", len(paths)), strict=True)
-    ]
-    return Search(size, pd.concat(tables, ignore_index=True)[["smear", *BOX, *MEASURES]])
-
-
-def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
-    """Cells as rows of ``labeled_cells.csv`` (`KAGGLE_CELL_COLUMNS`); all labels are empty."""
-    boxes = cells[list(BOX)].to_numpy(dtype=np.int64).tolist()
-    rows = cells[["smear", *MEASURES]].rename(columns={"smear": "wsi"})
-    rows = rows.assign(
-        id=range(1, len(cells) + 1), segmentationSetId=1, bbox=[json.dumps(box) for box in boxes]
-    )
-    return rows.reindex(columns=list(KAGGLE_CELL_COLUMNS), fill_value="")
-
-
-def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
-    """Diameter of a typical cell in px, given as such or by the resolution; None if neither is known.
-
-    Raises:
-        CellsError: both are given, or cells would be too small.
-    """
-    if size is not None and micrometres_per_pixel is not None:
-        raise CellsError("--size and --micrometres-per-pixel exclude each other: give only one of them")
-    if micrometres_per_pixel is not None:
-        size = TYPICAL_MICROMETRES / micrometres_per_pixel if micrometres_per_pixel > 0 else 0
-    if size is not None:
-        _check_size(size)
-    return size
-
-
-def refuse_single_cells(root: Path) -> None:
-    """Refuse a data set in which cells have pictures of their own.
-
-    Raises:
-        CellsError: the table of cells has a column ``imgName``.
-    """
-    table = root / CELLS_FILE
-    if table.exists() and read_csv(table, {"imgName": True}, [], []) is not None:
-        raise CellsError(
-            f"{table} names a picture for each cell (column imgName): these cells need no boxes, so there "
-            f"is nothing to find. Check the data set: aplsmear check {root}"
-        )
-
-
-def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
-    """The smears of a data set, with or without labels; every image is decoded once as a check.
-
-    Returns:
-        A table with `smear` and `image`. If there was no ``wsi.csv``: the one that is now written, with a row
-        for each picture in the folder ``wsi`` and empty labels; otherwise None.
-
-    Raises:
-        DataSetError: with all problems of tables and images.
-        CellsError: there is neither a ``wsi.csv`` nor a picture.
-    """
-    table, written = root / SMEARS_FILE, None
-    if not table.exists() and (root / IMAGE_FOLDER).is_dir():
-        names = sorted(path.name for path in (root / IMAGE_FOLDER).iterdir() if is_picture_name(path.name))
-        if not names:
-            raise CellsError(
-                f"{root / IMAGE_FOLDER} contains no PNG, JPEG or TIFF: put the pictures of the smears there"
-            )
-        stems = [Path(name).stem for name in names]
-        ids = stems if len(set(stems)) == len(stems) else names
-        write_table(table, pd.DataFrame({"id": ids, "imgName": names, "label": ""}))
-        written = table
-    smears = read_data_set(root, {}, min_box=1, skip_bad_images=False, labelled=False).smears
-    return smears[["smear", "image"]], written
-
-
-def kept_name(table: Path, overwrite: bool) -> Path | None:
-    """The name that an existing table gets before `table` is written; None if there is no table.
-
-    Raises:
-        CellsError: the table exists and `overwrite` is False, or the name does not end with ``.csv``.
-    """
-    if table.suffix.lower() != ".csv":
-        raise CellsError(f"{table} is not the name of a table: give a name such as {CELLS_FILE}")
-    if not table.exists():
-        return None
-    if not overwrite:
-        raise CellsError(
-            f"{table} exists already: nothing was done. Use --overwrite to replace it (the old table is kept "
-            "under another name), or --out FILE to write another file"
-        )
-    names = (table.with_name(f"{table.stem}.{number}{table.suffix}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
-
-
-def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFrame, found: Search) -> Path:
-    """Write the results of `find_all`: the table (CSV), if there are cells, and the contact sheet beside it.
-
-    An existing table first gets the name `kept`.
-
-    Returns:
-        The contact sheet, a PNG.
-    """
-    sheet = table.with_suffix(".png")
-    with whole(sheet) as part:
-        contact_sheet(root, smears, found.cells).save(part, "PNG")
-    if len(found.cells):
-        if kept:
-            shutil.copyfile(table, kept)
-        write_table(table, kaggle_rows(found.cells))
-    return sheet
-
-
-def summary(found: Search, smears: Iterable[str]) -> list[str]:
-    """Lines of text about the result of `find_all` on these smears."""
-    names = list(smears)
-    if found.size is None:
-        return [f"no nucleated cell in {len(names):,} smears, or too few to estimate the size of a cell"]
-    areas = (found.cells["y1"] - found.cells["y0"]) * (found.cells["x1"] - found.cells["x0"])
-    counts = found.cells.groupby("smear", sort=False).size().reindex(names, fill_value=0)
-    lines = [
-        f"{len(found.cells):,} cells in {len(names):,} smears, expected size {found.size:g} px",
-        f"cells per smear: median {counts.median():g}, {counts.min():,} to {counts.max():,}",
-    ]
-    none = counts.index[counts == 0].tolist()
-    if none:
-        lines.append(f"smears without a cell ({len(none):,}): {', '.join(none)}")
-    typical = np.sqrt(areas).groupby(found.cells["smear"], sort=False).median()
-    other = [
-        f"{smear} ({typical[smear]:.0f} px)"
-        for smear in names
-        if counts[smear] >= _FEW and not 1 / _UNLIKE < typical[smear] / found.size < _UNLIKE
-    ]
-    if other:
-        lines.append(
-            f"cells of another size ({len(other):,} smears): {', '.join(other)}. If these smears have "
-            "another magnification, put them into a folder of their own"
-        )
-    return lines
-
-
-def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Image.Image:
-    """A picture of smears with their boxes and the number of their cells, for a check by eye.
-
-    Of many smears it shows those with the fewest and the most cells, and others evenly spread between them.
-    The arguments are those of `find_all`, and the cells of its result.
-    """
-    rows = cells.groupby("smear", sort=False).indices
-    counts = [len(rows.get(smear, ())) for smear in smears["smear"]]
-    ranked = np.argsort(counts, kind="stable")
-    tiles = []
-    for place in _spread(len(ranked), _SHOWN):
-        smear = smears.iloc[ranked[place]]
-        boxes = cells.iloc[rows.get(smear["smear"], [])][list(BOX)].to_numpy(dtype=np.int64)
-        caption = f"{smear['smear']}: number of cells {len(boxes):,}"
-        tiles.append(_tile(read_image(root / smear["image"]), boxes, caption))
-    tall, across = max(map(len, tiles)), min(_ACROSS, len(tiles))
-    tiles = [np.pad(tile, ((0, tall - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in tiles]
-    grid = (math.ceil(len(tiles) / across), across)
-    return Image.fromarray(montage(tiles, (255, 255, 255), False, grid, _GAP, channel_axis=-1))
-
-
-def _tile(image: npt.NDArray[np.uint8], boxes: npt.NDArray[np.int64], caption: str) -> npt.NDArray[np.uint8]:
-    scale = _TILE / max(image.shape)
-    small, _ = _scaled(image, scale)
-    tile = Image.new("RGB", (_TILE, small.shape[0] + _CAPTION), "white")
-    tile.paste(Image.fromarray(small), (0, _CAPTION))
-    pen = ImageDraw.Draw(tile)
-    pen.text((2, 1), caption, fill="black", font=ImageFont.load_default(_CAPTION - 8))
-    for y0, x0, y1, x1 in np.rint(boxes * scale).astype(int).tolist():
-        corners = (x0, y0 + _CAPTION, max(x1 - 1, x0), max(y1 - 1, y0) + _CAPTION)
-        pen.rectangle(corners, outline=_GREEN, width=2)
-    return np.asarray(tile)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """Up to `most` of `count` positions, evenly spread, with the first and the last."""
-    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
-
-
-def _size_of_file(path: Path) -> float | None:
-    cv2.setNumThreads(1)
-    return estimate_size(read_image(path))
-
-
-def _cells_of_file(path: Path, size: float) -> pd.DataFrame:
-    cv2.setNumThreads(1)
-    return find_cells(read_image(path), size)
-
-
 # --- light --------------------------------------------------------------------------------------------
 
 
@@ -525,16 +237,23 @@ def _quadratic_terms(y: Floats, x: Floats) -> tuple[Floats, ...]:
 
 
 def _basophilic(density: Floats) -> Floats:
-    """Red and green density minus the part that belongs to red cells, from the blue density."""
+    """Red and green density minus the part that belongs to red cells, from the blue density.
+
+    In a pale picture the signal is amplified until its red cells are as dense as usual.
+    """
     warm = density[..., :2].sum(axis=2)
-    seen = warm + density[..., 2] > _SEEN
+    total = warm + density[..., 2]
+    seen = total > _SEEN
     ratio = (density[..., 2] / np.maximum(warm, 1e-3))[seen]
-    red = ratio[ratio > _RED]
-    of_red_cells = _MEAN_RED
-    if red.size > 100:
+    red = ratio > _RED
+    of_red_cells, gain = _MEAN_RED, 1.0
+    if red.sum() > 100:
         threshold = threshold_otsu(np.minimum(ratio, 1.5))
-        of_red_cells = float(np.median(red[red >= min(threshold, np.median(red))]))
-    return np.asarray(warm - density[..., 2] / np.float32(np.clip(of_red_cells, 0.3, 1.0)), np.float32)
+        red &= ratio >= min(threshold, np.median(ratio[red]))
+        of_red_cells = float(np.median(ratio[red]))
+        gain = min(max(_RED_DENSITY / float(np.median(total[seen][red])), 1.0), _MOST_GAIN)
+    blue = density[..., 2] / np.float32(np.clip(of_red_cells, 0.3, 1.0))
+    return np.asarray((warm - blue) * np.float32(gain), np.float32)
 
 
 def _strength(signal: Floats) -> float:
