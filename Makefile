@@ -1,7 +1,7 @@
 # The commands for daily work; `make` alone lists them.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test bench fuzz faults computers share-check experiments compare lock audit licences
+.PHONY: help venv demo lint test bench fuzz faults computers share-check experiments compare lock audit licences
 
 # These can be set on the command line, as in `make demo PYTHON=python3.12`:
 PYTHON ?=
@@ -19,7 +19,7 @@ export LOGNAME := $(firstword $(LOGNAME) $(USER) $(shell { id -un || id -u; } 2>
 
 # Targets that need the environment first run tools/preflight.py, by the first Python that can run it. If the environment
 # cannot be made, preflight prints the reason in one line, and `--question` makes `make` fail without another message.
-ifneq ($(filter venv demo test bench fuzz faults computers share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
+ifneq ($(filter venv demo lint test bench fuzz faults computers share-check experiments compare lock audit licences,$(MAKECMDGOALS)),)
 PREFLIGHT := $(shell \
   for python in python3 python3.13 python3.12 python3.11 python; do \
     if $$python -c 'import sys; sys.exit(sys.version_info < (3, 6))' 2>/dev/null; then \
@@ -43,10 +43,12 @@ demo: venv  ## run the pipeline on the embedded smears, then print the results
 	@dvc repro answer
 	@python tools/demo_summary.py
 
-test: venv  ## check format, style and types, then run all tests in WORKERS=2 processes
+lint: venv  ## check format, style and types
 	ruff format --check
 	ruff check
 	mypy
+
+test: lint  ## the same, then run all tests in WORKERS=2 processes
 	pytest -n $(WORKERS) --dist worksteal
 
 bench: demo  ## measure speed, memory and results in other laboratories; write benchmarks/results/

@@ -125,16 +125,8 @@ def cells(
     sheet = cell_folder.write_search(table, kept, folder, smears, found)
     if listed:
         typer.echo(f"{listed} was not there: it now has a row for each image, with an empty label")
-    for line in cell_folder.summary(found, smears["smear"]):
+    for line in cell_folder.summary(found, smears["smear"], table):
         typer.echo(line)
-    if doubts := found.estimate.doubts if found.estimate else ():
-        typer.echo(f"The size of a cell is uncertain: {'; '.join(doubts)}.")
-        typer.echo(
-            f"{cell_folder.sheet_of_sizes(table)} shows the boxes of each size that was tried. Choose the"
-        )
-        typer.echo(
-            "size whose boxes hold one cell each, and run the command again with --overwrite --size PX"
-        )
     if found.cells.empty:
         raise UserError(f"No table was written. Look at {sheet}, and give the size of a cell with --size.")
     if kept:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+# Columns of the answer of a logged ensemble, with MLflow's types, and what it needs to run elsewhere.
+VERDICTS = {
+    "folder": "string", "patient": "string", "probability": "double", "verdict": "long", "sensitive": "long",
+    "cells": "long", "smears": "long", "distance": "double", "stain": "double", "warning": "string",
+}  # fmt: skip
+MODEL_NEEDS = ("mlflow", "numpy", "onnxruntime", "pandas", "pandera", "pydantic", "scikit-learn", "joblib")
 LONGEST_TAG = 5000  # characters
 _MOST_RUNS = 50_000  # that MLflow returns at once
 _MOST_POINTS = 900  # that MLflow takes at once, beside 100 parameters
@@ -100,6 +108,41 @@ class Tracker:
             needs = [f"{name}=={version(name)}" for name in ("tensorflow", "keras", "numpy")]
             with mlflow.start_run(self._run):
                 mlflow.tensorflow.log_model(model, name="model", signature=signature, pip_requirements=needs)
+
+        self._attempt(action)
+
+    def log_ensemble(self, bundle: Path, report: Path) -> None:
+        """Log the report of an ensemble, and its bundle as a model (`aplsmear.prediction.mlflow_model`).
+
+        The model has this package beside it, so it needs only the libraries of `MODEL_NEEDS`.
+        """
+
+        def action() -> None:
+            from importlib.metadata import version
+            from importlib.resources import as_file, files
+
+            import mlflow
+            from mlflow.models import ModelSignature
+            from mlflow.types import ColSpec, Schema
+
+            outputs = [ColSpec(kind, name) for name, kind in VERDICTS.items()]
+            signature = ModelSignature(Schema([ColSpec("string", "folder")]), Schema(outputs))
+            needs = [f"{name}=={version(name)}" for name in MODEL_NEEDS]
+            self._client.log_artifact(self._run, str(report))
+            with (
+                mlflow.start_run(self._run),
+                as_file(files("aplsmear")) as package,
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore")  # it asks for an example, which it would judge at once
+                mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(package / "prediction" / "mlflow_model.py"),
+                    artifacts={"bundle": str(bundle)},
+                    code_paths=[str(package)],
+                    signature=signature,
+                    pip_requirements=needs,
+                )
 
         self._attempt(action)
 

@@ -110,7 +110,7 @@ def check_size(size: float) -> None:
 
 
 def nucleated_parts(image: npt.NDArray[np.uint8]) -> tuple[Mask, Mask]:
-    """What is basophilic in a picture, and what else is on the glass (red cells), with holes filled.
+    """What is basophilic in a picture, and its red cells, with holes filled.
 
     Nothing is assumed of the size of the cells: use it on a small picture.
     """
@@ -118,8 +118,9 @@ def nucleated_parts(image: npt.NDArray[np.uint8]) -> tuple[Mask, Mask]:
     signal = cv2.GaussianBlur(_basophilic(field), (0, 0), 1.0)
     strength = _strength(signal)
     nucleated = signal > (_BODY * strength if strength >= _STRONG else math.inf)
-    others = ndimage.binary_fill_holes(field.sum(axis=2) > _SEEN)
-    return nucleated, others & ~ndimage.binary_dilation(nucleated, iterations=2)
+    soft = cv2.GaussianBlur(field, (0, 0), 1.0)
+    red = (soft.sum(axis=2) > _SEEN) & (soft[..., 2] > _RED * soft[..., :2].sum(axis=2))
+    return nucleated, ndimage.binary_fill_holes(red) & ~ndimage.binary_dilation(nucleated, iterations=2)
 
 
 def scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.uint8], tuple[float, float]]:

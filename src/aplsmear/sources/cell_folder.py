@@ -221,8 +221,8 @@ def sheet_of_sizes(table: Path) -> Path:
     return table.with_name(f"{table.stem}{CANDIDATES}.png")
 
 
-def summary(found: Search, smears: Iterable[str]) -> list[str]:
-    """Lines of text about the result of `find_all` on these smears."""
+def summary(found: Search, smears: Iterable[str], table: Path) -> list[str]:
+    """Lines of text about the result of `find_all` on these smears; `table` is that of `write_search`."""
     names = list(smears)
     if found.size is None:
         return [f"no nucleated cell in {len(names):,} smears"]
@@ -246,6 +246,12 @@ def summary(found: Search, smears: Iterable[str]) -> list[str]:
             f"cells of another size ({len(other):,} smears): {', '.join(other)}. If these smears have "
             "another magnification, put them into a folder of their own"
         )
+    if found.estimate and found.estimate.doubts:
+        lines += [
+            f"The size of a cell is uncertain: {'; '.join(found.estimate.doubts)}.",
+            f"{sheet_of_sizes(table)} shows the boxes of each size that was tried. Choose the size",
+            "whose boxes hold one cell each, and run the command again with --overwrite --size PX",
+        ]
     return lines
 
 
