@@ -46,6 +46,7 @@ from aplsmear.images.views import all_views
 from aplsmear.params import LEVELS, Backbone
 from aplsmear.prediction import predict as module
 from aplsmear.prediction.predict import Models, judge_patients, judge_together, keep_pictures, verdict_table
+from aplsmear.runs.tracking import Tracker
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
 
@@ -698,3 +699,32 @@ def test_new_patients_are_judged_without_tensorflow(trained, tmp_path) -> None:
     out = ["--out", str(tmp_path / "out.csv")]
     subprocess.run([sys.executable, "-c", code, *words, *out], check=True, capture_output=True)
     assert (tmp_path / "out.csv").exists()
+
+
+# Of MLflow on import.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.*type hint.*:UserWarning")
+def test_mlflow_serves_the_bundle_with_the_same_probabilities(
+    trained, final, data, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    report = tmp_path / "report.html"
+    report.write_text("<p>held-out patients</p>", encoding="utf-8")
+    for _ in range(2):  # the stage is run again, with the same inputs
+        tracker = Tracker(tmp_path, "ensemble apl_aml", "key", {}, {})
+        tracker.log_ensemble(trained.ensemble / "model", report)
+        tracker.close({}, {"auroc.value": 0.9})
+    import mlflow
+
+    (logged,) = mlflow.MlflowClient().search_runs(["1"])
+    run = logged.info.run_id
+    assert logged.data.metrics == {"auroc.value": 0.9}
+    assert [file.path for file in mlflow.MlflowClient().list_artifacts(run)] == ["report.html"]
+    model = mlflow.pyfunc.load_model(f"runs:/{run}/model")
+    found = model.predict(pd.DataFrame({"folder": [str(data)]}))
+    assert list(found.columns) == model.metadata.signature.outputs.input_names()
+    assert found["folder"].unique() == [str(data)]
+    expected = predicted(final, data)
+    pd.testing.assert_frame_equal(found.set_index("patient")[expected.columns], expected)
+    assert not list((tmp_path / "mlartifacts").rglob("*.pkl"))
