@@ -48,7 +48,7 @@ class EnsembleModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             )
             check_input(self._bundle, found.smears, found.cells, Path(folder))
             verdicts = list(judge_patients(models, Path(folder), found.smears, found.cells))
-            table = verdict_table(verdicts, models.combination)
+            table = verdict_table(verdicts, models.combination, self._bundle.model.cell_curve)
             tables.append(table.assign(folder=folder)[["folder", *table.columns]])
         return pd.concat(tables, ignore_index=True)
 

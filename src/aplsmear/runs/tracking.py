@@ -31,6 +31,7 @@ DEFAULTS = {
 # Columns of the answer of a logged ensemble, with MLflow's types, and what it needs to run elsewhere.
 VERDICTS = {
     "folder": "string", "patient": "string", "probability": "double", "verdict": "long", "sensitive": "long",
+    "more_cells": "string",
     "cells": "long", "smears": "long", "distance": "double", "stain": "double", "warning": "string",
 }  # fmt: skip
 MODEL_NEEDS = ("mlflow", "numpy", "onnxruntime", "pandas", "pandera", "pydantic", "scikit-learn", "joblib")

@@ -28,7 +28,7 @@ from aplsmear.sources.cell_finder import BOX, MIN_SIZE, find_cells, nucleated_pa
 
 _OVERVIEW = 1024  # px of the longer side on which the first lengths are measured
 _STEP = 1.2  # ratio of two sizes that follow each other on the ladder
-_PER_RED = 2.1  # diameter of a typical nucleated cell over that of a red cell
+_PER_RED = 2.0  # diameter of a typical nucleated cell over that of a red cell
 _RED_RANGE = (1.6, 4.2)  # sizes that are tried, in diameters of a red cell; below, platelets are large enough
 _RANGE = (0.6, 4.5)  # the same, in diameters of the basophilic parts, if there is no ruler
 _FEW_RED = 8  # parts; fewer are no ruler
