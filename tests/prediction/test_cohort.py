@@ -1,16 +1,20 @@
 """The measures of a labelled cohort, by hand."""
 
 import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from aplsmear.cli.ensembles import _trained_on
 from aplsmear.ensembles.baselines import compare
 from aplsmear.evaluation.curves import curve_tables, decision_table
 from aplsmear.prediction.cohort import Evaluation, labelled_table, measure_cohort, page
 from aplsmear.reports.pages import study_content
+from aplsmear.runs.checksums import md5
 
 
 def verdicts(probability: list[float], **more) -> pd.DataFrame:
@@ -97,3 +101,20 @@ def test_the_page_shows_the_numbers_of_training_beside_those_of_the_cohort() -> 
     model.held_out = {}  # a bundle that has none
     row = re.search(r"<tr><th scope=\"row\">AUROC<.*</tr>", page(found)).group()
     assert re.findall(r"<td>([\d.]+)", row) == ["0.938", "0.938"]
+
+
+def test_the_training_data_set_of_a_clone_is_compared_without_being_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "cells.csv").write_text("cell\n")
+    shutil.copy(Path(__file__).parents[2] / "profiles" / "demo.yaml", "params.yaml")
+    bundle = SimpleNamespace(
+        model=SimpleNamespace(inputs={"dataset/cells.csv": md5(Path("dataset/cells.csv"))})
+    )
+    assert _trained_on(bundle) == Path("data")
+    (tmp_path / "dataset" / "cells.csv").write_text(
+        "cell\n1\n"
+    )  # the ensemble was made from another data set
+    assert _trained_on(bundle) is None
+    monkeypatch.chdir(tmp_path / "dataset")  # outside of a clone
+    assert _trained_on(bundle) is None

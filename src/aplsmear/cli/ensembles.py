@@ -203,7 +203,11 @@ def evaluate(
         ),
     ],
     trained_on: Annotated[
-        Path | None, typer.Option(metavar="DIR2", help="The training data set: no patient may be in both.")
+        Path | None,
+        typer.Option(
+            metavar="DIR2",
+            help="The training data set: no patient may be in both. Default: that of this clone.",
+        ),
     ] = None,
     resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
     overwrite: _OVERWRITE = False,
@@ -228,7 +232,9 @@ def evaluate(
     _refuse_to_replace([out / "metrics.json"], overwrite)
     _print_notes()
     bundle = read_bundle(ensemble)
-    with engine_of(params_if_any("engine"), [data, bundle.folder], networks=True) as engine:
+    trained_on = trained_on or _trained_on(bundle)
+    folders = [data, bundle.folder, *filter(None, [trained_on])]
+    with engine_of(params_if_any("engine"), folders, networks=True) as engine:
         found = evaluated(bundle, data, resamples, bundle.model.seed, engine, trained_on=trained_on)
     write_evaluation(out, found)
     _print_remarks(found.left_out, found.remarks)
@@ -287,6 +293,15 @@ def cross(
         found += training.judged(out, params)
     crossed.write_cross(out, found, params, ensemble)
     typer.echo(f"{out / 'report.html'} is written: open it in a browser")
+
+
+def _trained_on(bundle: Bundle) -> Path | None:
+    """The data set of the clone that the command was typed in, if the ensemble was made from it."""
+    from aplsmear.runs.checksums import md5
+
+    params, cells = params_if_any("dataset"), Path("dataset/cells.csv")
+    made_here = cells.is_file() and bundle.model.inputs.get(cells.as_posix()) == md5(cells)
+    return Path(params.dataset.root) if params and made_here else None
 
 
 def _print_notes() -> None:
