@@ -31,7 +31,8 @@ NO_TASKS: Params = PARAMS.model_copy(update={"tasks": {}})
 def cohort(sites: list[str], diagnoses: tuple[str, ...] = ("apl", "aml", "healthy")) -> DataSet:
     """A cohort with a patient of each diagnosis at each site."""
     smears = pd.DataFrame([{"site": site, "diagnosis": each} for site in sites for each in diagnoses])
-    return DataSet(smears, pd.DataFrame(), {}, [])
+    cells = pd.DataFrame(columns=["smear", "patient", "site", "diagnosis"], dtype=object)
+    return DataSet(smears.assign(patient="P"), cells, {}, pd.DataFrame())
 
 
 def planned(*names: str) -> list[Training]:

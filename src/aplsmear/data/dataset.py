@@ -87,6 +87,11 @@ class DataSet:
     report: dict[str, Any]
     pictures: pd.DataFrame
 
+    @property
+    def patients(self) -> pd.DataFrame:
+        """``patient, site, diagnosis`` of each smear and of each cell without a smear."""
+        return patient_rows(self.smears, self.cells)
+
 
 def read_data_set(
     root: Path,

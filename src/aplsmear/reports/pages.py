@@ -109,7 +109,7 @@ def study_content(
         "patients": len(patients),
         "smears": len(smears),
         "cells": len(cells),
-        "sites": len(set(smears["site"]) - {""}),
+        "sites": len({*smears["site"], *cells.get("site", ())} - {""}),
         "left_out": [f"{count:,} {what}" for what, count in counts.items() if count],
         "incomplete": int(np.isnan(logits).any(axis=1).sum()),
     }

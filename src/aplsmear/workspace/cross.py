@@ -19,6 +19,7 @@ import pandas as pd
 
 import aplsmear
 from aplsmear.data.dataset import DataSet, DataSetError, Problem, in_both, read_data_set
+from aplsmear.data.tasks import patient_rows
 from aplsmear.ensembles.combination import measure
 from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import FEWEST
@@ -28,6 +29,7 @@ from aplsmear.tables import read_table, write_table
 
 OTHER_SITES = "all other sites"
 FILES = ("report.html", "intervals.json", "predictions.csv")  # of an ensemble or an evaluation
+TABLES = ("smears.csv", "cells.csv")  # of the data set
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Training:
             for cohort, folder in self.results.items()
             for file in FILES
         }
-        sites = {"dataset/smears.csv": out / self.trained_on / "smears.csv"}
+        sites = {f"dataset/{table}": out / self.trained_on / table for table in TABLES}
         return found | (sites if self.by_site else {})
 
     def judged(self, out: Path, params: Params) -> Iterator[Judged]:
@@ -85,8 +87,8 @@ class Training:
             report = (folder / "report.html").as_posix()
             if self.by_site:
                 table = read_table(out / folder / "predictions.csv")
-                smears = read_table(out / self.trained_on / "smears.csv")
-                yield from sites_judged(table, smears, params.combine.resamples, params.seed, report)
+                patients = patient_rows(*(read_table(out / self.trained_on / name) for name in TABLES))
+                yield from sites_judged(table, patients, params.combine.resamples, params.seed, report)
             else:
                 measured = json.loads((out / folder / "intervals.json").read_text(encoding="utf-8"))
                 yield Judged(self.trained_on, cohort, measured, report)
@@ -147,7 +149,7 @@ def plan(
     """
     wanted = params.ensembles[ensemble]
     for name, each in read.items():
-        if without := {wanted.positive, wanted.negative} - set(each.smears["diagnosis"]):
+        if without := {wanted.positive, wanted.negative} - set(each.patients["diagnosis"]):
             raise UserError(f"{cohorts[name]} has no patient with {' or '.join(sorted(without))}")
     own = f"ensembles/{ensemble}"
     trainings = []
@@ -155,7 +157,7 @@ def plan(
         settings: dict[str, str | int] = {"dataset.root": str(root), "dataset.source": "folder"}
         results = {name: own}
         if len(cohorts) == 1:
-            sites = sorted(set(read[name].smears["site"]) - {""})
+            sites = sorted(set(read[name].patients["site"]) - {""})
             if len(sites) < FEWEST:
                 raise UserError(
                     f"{root} has {len(sites)} sites: leaving one out needs {FEWEST} (column `site` of "
@@ -176,18 +178,18 @@ def plan(
 
 
 def sites_judged(
-    predictions: pd.DataFrame, smears: pd.DataFrame, resamples: int, seed: int, report: str
+    predictions: pd.DataFrame, patients: pd.DataFrame, resamples: int, seed: int, report: str
 ) -> Iterator[Judged]:
     """Each site, judged by models that were trained on the other sites, then all patients.
 
     Args:
         predictions: of the ensemble, trained with `split.by` site.
-        smears: ``patient, site`` of each smear.
+        patients: of `aplsmear.data.tasks.patient_rows`.
         resamples: of the bootstrap over patients.
         seed: of the bootstrap.
         report: of `Judged`.
     """
-    site = smears.drop_duplicates("patient").set_index("patient")["site"]
+    site = patients.drop_duplicates("patient").set_index("patient")["site"]
     table = predictions.astype({"verdict": int, "sensitive": int})
     groups = [(str(name), mine) for name, mine in table.groupby(table["patient"].map(site))]
     for name, mine in [*groups, ("all sites", table)]:
