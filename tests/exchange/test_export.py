@@ -138,5 +138,12 @@ def test_an_export_says_what_is_wrong_and_overwrites_nothing(tmp_path):
     assert "needs the columns" in run(*words, "--predictions", scores, "--score", "none", code=1)
     run(*words)
     assert "nothing is overwritten" in run(*words, code=1)
+    smears = (folder / "wsi.csv").read_text()
+    for name, said in (("../b.png", "outside the folder"), ("deep/a.tif", "differ only in their ending")):
+        (folder / "wsi.csv").write_text(smears.replace("b.png", name))
+        (folder / "wsi" / "deep" / "a.tif").write_bytes((folder / "wsi" / "deep" / "a.png").read_bytes())
+        assert said in run(folder, "--format", "yolo", "--to", tmp_path / f"to{len(name)}" / "in", code=1)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".txt"] == []
+    (folder / "wsi.csv").write_text(smears)
     (folder / "labeled_cells.csv").write_text("id,imgName\n1,x.png\n")
     assert "no boxes to export" in run(folder, "--format", "coco", "--to", tmp_path / "new.json", code=1)

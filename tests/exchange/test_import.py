@@ -106,6 +106,25 @@ def test_patients_and_diagnoses_are_of_a_pattern_or_a_table(tmp_path):
         assert said in run(path, "--to", tmp_path / "x", *words, code=1)
 
 
+def test_a_table_with_two_rows_of_a_patient_is_refused_unless_they_say_the_same(tmp_path):
+    path = annotated.csv(tmp_path / "source")
+    patients = tmp_path / "patients.csv"
+    words = (path, "--patient", r"(\w)\.png", "--table", patients, "--to")
+    patients.write_text("patient,diagnosis,age\na,APL,1\na,APL,2\nb,AML,3\n")
+    run(*words, tmp_path / "to")
+    patients.write_text("patient,diagnosis\na,APL\na,AML\nb,AML\n")
+    assert "more than one row for a" in run(*words, tmp_path / "x", code=1)
+    path.write_text("filename,xmin,ymin,xmax,ymax,patient\na.png,1,1,9,9,P1\na.png,20,1,29,9,P2\n")
+    assert "more than one patient for images/a.png" in run(path, "--to", tmp_path / "x", code=1)
+
+
+def test_what_a_stopped_import_has_left_is_not_deleted(tmp_path):
+    path = annotated.csv(tmp_path / "source")
+    (tmp_path / "to.part").mkdir()
+    assert "Delete it" in run(path, "--to", tmp_path / "to", code=1)
+    assert (tmp_path / "to.part").exists()
+
+
 def test_points_get_a_box_of_the_given_size_and_are_listed_without_one(tmp_path):
     folder = annotated.geojson(tmp_path / "source")
     path = folder / "b.png.geojson"

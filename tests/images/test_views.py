@@ -48,12 +48,14 @@ def smear() -> np.ndarray:
 BOX = (30, 60, 70, 100)
 
 
-def test_a_plain_view_shows_the_box_and_its_margin(smear):
+def test_a_plain_view_shows_the_box_and_its_margin_or_the_middle_of_the_box(smear):
     (plain,) = cell_views(Pyramid(smear), BOX, "1", 0, knobs(size={"cell": 40, "smear": 48}), 1)
     assert (plain.item, plain.view) == ("1", 0)
     assert plain.image == encode_jpeg(smear[30:70, 60:100])
     (wider,) = cell_views(Pyramid(smear), BOX, "1", 0, knobs(size={"cell": 60, "smear": 48}, margin=0.5), 1)
     assert wider.image == encode_jpeg(smear[20:80, 50:110])
+    (middle,) = cell_views(Pyramid(smear), BOX, "1", 0, knobs(size={"cell": 20, "smear": 48}, margin=-0.5), 1)
+    assert middle.image == encode_jpeg(smear[40:60, 70:90])
 
 
 def test_colours_stay_in_the_order_red_green_blue(smear):

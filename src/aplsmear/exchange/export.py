@@ -20,7 +20,7 @@ import yaml
 from aplsmear.data.boxes import numbers_of
 from aplsmear.data.labels import LabelError, parse_labels
 from aplsmear.data.names import image_path
-from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE
+from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE, leaves_folder
 from aplsmear.exchange.found import CELL_LABELS, ExchangeError, named
 from aplsmear.exchange.readers import read_all
 from aplsmear.files import write_json
@@ -96,6 +96,8 @@ def shots_of(folder: Path, scores: Mapping[str, float]) -> list[Shot]:
     shots = {}
     for smear, name in zip(smears["id"], smears["imgName"], strict=True):
         path = folder / image_path(name)
+        if leaves_folder(name):
+            raise ExchangeError(f"{name} is outside the folder of pictures: see `aplsmear check {folder}`.")
         try:
             shots[smear] = Shot(name.replace("\\", "/"), path, *image_size(path))
         except ImageError as error:
@@ -209,6 +211,8 @@ def yolo(shots: list[Shot], to: Path) -> None:
         image, text = to / "images" / shot.name, to / "labels" / PurePosixPath(shot.name).with_suffix(".txt")
         for path in (image, text):
             path.parent.mkdir(parents=True, exist_ok=True)
+        if text.exists():
+            raise ExchangeError(f"{shot.name}: two pictures differ only in their ending.")
         image.symlink_to(os.path.relpath(shot.path.resolve(), image.parent.resolve()))
         text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     names = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(labels))}

@@ -107,7 +107,7 @@ class Pictures:
         """
         text = unquote(reference).replace("\\", "/").rpartition("?d=")[2]
         path = PurePosixPath(text)
-        names = [path.name, path.stem, PurePosixPath(path.stem).stem, _UPLOADED.sub("", path.name)]
+        names = [path.name, path.stem, _UPLOADED.sub("", path.name)]
         fitting = next((self._by_name[one] for one in names if one in self._by_name), [])
         if not fitting:
             self.missing.append(reference)

@@ -139,9 +139,11 @@ def planned(
 def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
     """What is known of each picture."""
     of = {picture: Facts() for picture in found.pictures}
-    for cell in found.cells:
-        fact = of[cell.picture]
-        fact.patient, fact.diagnosis = cell.patient or fact.patient, cell.diagnosis or fact.diagnosis
+    for what in ("patient", "diagnosis"):
+        pairs = {(cell.picture, getattr(cell, what)) for cell in found.cells if getattr(cell, what)}
+        _refuse_repeated(found.what, what, [picture for picture, _ in pairs])
+        for picture, value in pairs:
+            setattr(of[picture], what, value)
     if sources.pattern is not None:
         for picture, patient in _matched("--patient", sources.pattern, of).items():
             of[picture].patient = patient
@@ -160,6 +162,12 @@ def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
     for fact in of.values():
         fact.diagnosis = literals[fact.diagnosis] or ""
     return of
+
+
+def _refuse_repeated(where: str, what: str, keys: Iterable[str]) -> None:
+    """Raise ExchangeError if a key is there twice."""
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ExchangeError(f"{where}: more than one {what} for {named(twice)}. Correct the table.")
 
 
 def _matched(option: str, pattern: str, pictures: Iterable[str]) -> dict[str, str]:
@@ -189,7 +197,9 @@ def _from_table(of: dict[str, Facts], path: Path, given: Mapping[str, str]) -> N
             f"{path} needs a column of pictures or patients, and one of diagnoses, patients or sites; it has "
             f"{named(table.columns, 12)}. Name them: --column patient=TITLE --column diagnosis=TITLE."
         )
-    rows = {row[columns[key]]: row for row in table.to_dict("records")}
+    used = table[[columns[key], *(columns[what] for what in facts)]].drop_duplicates()
+    _refuse_repeated(str(path), "row", [name for name in used[columns[key]] if name])
+    rows = {row[columns[key]]: row for row in used.to_dict("records")}
     missing, pictures = [], defaultdict(list)
     for picture, fact in of.items():
         keys = _ends(picture) if key == "picture" else [fact.patient]
@@ -319,7 +329,7 @@ def write(plan: Plan, folder: Path, *, copy: bool) -> None:
         raise ExchangeError(f"{folder} is not empty, and nothing is overwritten. Choose another folder.")
     part = folder.with_name(folder.name + ".part")
     if part.exists():
-        shutil.rmtree(part)
+        raise ExchangeError(f"{part} is there: an import was stopped. Delete it and try again.")
     place: Callable[[Path, Path], object] = shutil.copyfile if copy else _link
     for name, picture in progress(plan.pictures.items(), "pictures", len(plan.pictures)):
         target = part / plan.folder / name
