@@ -31,8 +31,11 @@ def test_the_stages_that_it_names_exist() -> None:
     assert named <= stages.keys()
 
 
-def test_the_profiles_that_it_names_exist() -> None:
-    named = set(re.findall(r"aplsmear profile (\w+)", README))
+def test_every_profile_is_named_here_or_in_import_md_and_no_other() -> None:
+    page = (ROOT / "docs" / "import.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"aplsmear profile (\w+)", README)) | set(
+        re.findall(r"profiles/(\w+)\.yaml", page)
+    )
     assert named == {path.stem for path in (ROOT / "profiles").glob("*.yaml")}
 
 
