@@ -52,6 +52,29 @@ def test_columns_of_any_title_are_named(tmp_path):
     )
 
 
+def test_all_tables_of_a_folder_are_read_and_name_the_pictures_beside_them(tmp_path):
+    for seed, part in enumerate(("train", "valid")):
+        annotated.picture(tmp_path / "source" / part / "a.png", seed)
+        rows = f"filename,x,y,w,h,class\na.png,{seed + 2},1,10,20,MYO\n"
+        (tmp_path / "source" / part / "_annotations.csv").write_text(rows)
+    run(tmp_path / "source", "--to", tmp_path / "to")
+    found = table(tmp_path / "to" / "labeled_cells.csv")
+    assert dict(zip(found["wsi"], found["bbox"], strict=True)) == {
+        "train/a": "[1, 2, 21, 12]",
+        "valid/a": "[1, 3, 21, 13]",
+    }
+
+
+def test_a_table_without_boxes_names_pictures_of_single_cells(tmp_path):
+    folder = crops(tmp_path / "source", ["a.png", "b.png"])
+    (folder / "labels.csv").write_text("image,label,patient\na.png,PMO,P1\nb.png,NGS,P2\n")
+    run(folder, "--to", tmp_path / "to", "--diagnosis", "aml")
+    assert [row[0] + row[2] for row in types(tmp_path / "to").values()] == [
+        "P1{'Promyelocyte'}",
+        "P2{'Segmented neutrophil'}",
+    ]
+
+
 def test_pictures_are_relative_links_or_copies_and_nothing_is_overwritten(tmp_path):
     path = annotated.csv(tmp_path / "source")
     run(path, "--to", tmp_path / "dry", "--dry-run")

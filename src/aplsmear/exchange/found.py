@@ -96,17 +96,21 @@ class Pictures:
             for key in {name.name, name.stem}:
                 self._by_name[key].append(each)
 
-    def find(self, reference: str) -> str | None:
+    def find(self, reference: str, beside: Path = Path()) -> str | None:
         """The picture that a name, a path, an address or the path of its annotation means.
 
         If several pictures have the name, the one counts that shares most folders with the reference. A name
         without a picture is added to `missing`.
 
+        Args:
+            reference: the name, path or address.
+            beside: the folder of the annotations, which a relative path starts at.
+
         Raises:
             ExchangeError: several pictures fit equally well.
         """
         text = unquote(reference).replace("\\", "/").rpartition("?d=")[2]
-        path = PurePosixPath(text)
+        path = PurePosixPath(beside.as_posix(), text)
         names = [path.name, path.stem, _UPLOADED.sub("", path.name)]
         fitting = next((self._by_name[one] for one in names if one in self._by_name), [])
         if not fitting:

@@ -524,55 +524,53 @@ def form_of(columns: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def table(request: Request) -> Found:
-    """A CSV file with a row for each cell: picture, class, and a box in one of three forms.
+    """CSV files with a row for each cell: picture, class, and a box in one of three forms.
 
-    Numbers are shares of the picture if none is above 1, else px.
+    Numbers are shares of the picture if none of a file is above 1, else px. Without columns of boxes, each
+    row names the picture of one cell.
     """
-    path = request.files[0]
+    found = Found("")
+    found.what = "; ".join(_add_rows(found, request, path) for path in request.files)
+    return found
+
+
+def _add_rows(found: Found, request: Request, path: Path) -> str:
+    """Add the cells of one CSV file; what the file is."""
     rows = read_all(path)
     columns = columns_of(list(rows.columns), request.columns, path)
     form = form_of(columns)
-    if not form and {"picture", "label"} <= columns.keys():
-        return _listed(rows, columns, request)
-    if not form:
+    if not form and not {"picture", "label"} <= columns.keys():
         raise ExchangeError(
             f"{path} has no known columns of boxes; it has {named(rows.columns, 12)}. Name them: "
             "--column picture=TITLE --column x0=TITLE, then y0, x1 and y1, or width and height with x0, y0 "
             "(upper left) or xc, yc (centre)."
         )
-    numbers = np.array([[_cell_number(text, path) for text in rows[columns[what]]] for what in form]).T
+    texts = rows[[columns[what] for what in form]].to_numpy()
+    numbers = np.array([[_cell_number(text, path) for text in row] for row in texts]).reshape(len(rows), -1)
     shares = bool(np.nanmax(np.abs(numbers), initial=0) <= 1)
-    shown = ", ".join(f"{what}={columns[what]}" for what in ("picture", "label", *form) if what in columns)
-    found = Found(f"CSV, {path.name}: {shown}; {'shares of the picture' if shares else 'px'}")
     for place, row in enumerate(rows.to_dict("records")):
-        picture = request.pictures.find(row[columns["picture"]])
+        picture = request.pictures.find(row[columns["picture"]], path.parent)
         if picture is None:
             continue
         found.pictures.append(picture)
-        a, b, c, d = numbers[place].tolist()
-        if math.isnan(a + b + c + d):
+        if np.isnan(numbers[place]).any():
             found.left_out["rows without a box"].append(f"row {rows.index[place]}")
             continue
-        height, width = request.pictures.size(picture) if shares else (1, 1)
-        sides = (b, a, b + d, a + c) if form == _SIDES else around(a, b, c, d)
-        box = (b, a, d, c) if form == _CORNERS else sides
-        scaled = (box[0] * height, box[1] * width, box[2] * height, box[3] * width)
+        scale = request.pictures.size(picture) if form and shares else (1, 1)
+        box = _csv_box(form, numbers[place].tolist(), scale) if form else None
         more = {what: row[columns[what]] for what in ("patient", "diagnosis") if what in columns}
-        found.cells.append(Cell(picture, row[columns["label"]] if "label" in columns else "", scaled, **more))
-    return found
+        found.cells.append(Cell(picture, row[columns["label"]] if "label" in columns else "", box, **more))
+    shown = ", ".join(f"{what}={columns[what]}" for what in ("picture", "label", *form) if what in columns)
+    kind = ("shares of the picture" if shares else "px") if form else "single cells"
+    return f"CSV, {path.name}: {shown}; {kind}"
 
 
-def _listed(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> Found:
-    """Of a CSV file without boxes: each row names the picture of one cell, and its class."""
-    path = request.files[0]
-    found = Found(f"CSV, {path.name}: picture={columns['picture']}, label={columns['label']}; single cells")
-    for row in rows.to_dict("records"):
-        picture = request.pictures.find(row[columns["picture"]])
-        if picture is not None:
-            found.pictures.append(picture)
-            more = {what: row[columns[what]] for what in ("patient", "diagnosis") if what in columns}
-            found.cells.append(Cell(picture, row[columns["label"]], **more))
-    return found
+def _csv_box(form: tuple[str, ...], numbers: Sequence[float], scale: tuple[float, float]) -> Box:
+    """The box of four numbers; `scale` is the height and width of the picture, or 1 for px."""
+    (a, b, c, d), (height, width) = numbers, scale
+    sides = (b, a, b + d, a + c) if form == _SIDES else around(a, b, c, d)
+    y0, x0, y1, x1 = (b, a, d, c) if form == _CORNERS else sides
+    return y0 * height, x0 * width, y1 * height, x1 * width
 
 
 def _cell_number(text: str, path: Path) -> float:
