@@ -346,7 +346,7 @@ def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: lis
 @app.command("null-check", rich_help_panel=_PANEL)
 def null_check(
     ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
-    repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 50,
+    repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 80,
 ) -> None:
     """Test for leaks: train the ensemble on permuted diagnoses; the AUROC must be 0.5. It changes no file.
 
