@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +29,12 @@ DEFAULTS = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-# Columns of the answer of a logged ensemble, with MLflow's types, and what it needs to run elsewhere.
+# Columns of the answer of a logged ensemble, with MLflow's types.
 VERDICTS = {
-    "folder": "string", "patient": "string", "probability": "double", "verdict": "long", "sensitive": "long",
-    "more_cells": "string",
-    "cells": "long", "smears": "long", "distance": "double", "stain": "double", "warning": "string",
+    "folder": "string", "patient": "string", "probability": "double", "low": "double", "high": "double",
+    "verdict": "long", "sensitive": "long", "more_cells": "string", "cells": "long", "smears": "long",
+    "distance": "double", "stain": "double", "warning": "string",
 }  # fmt: skip
-MODEL_NEEDS = ("mlflow", "numpy", "onnxruntime", "pandas", "pandera", "pydantic", "scikit-learn", "joblib")
 LONGEST_TAG = 5000  # characters
 _MOST_RUNS = 50_000  # that MLflow returns at once
 _MOST_POINTS = 900  # that MLflow takes at once, beside 100 parameters
@@ -115,11 +115,11 @@ class Tracker:
     def log_ensemble(self, bundle: Path, report: Path) -> None:
         """Log the report of an ensemble, and its bundle as a model (`aplsmear.prediction.mlflow_model`).
 
-        The model has this package beside it, so it needs only the libraries of `MODEL_NEEDS`.
+        The model has this package beside it, and names the versions of the libraries that it needs.
         """
 
         def action() -> None:
-            from importlib.metadata import version
+            from importlib.metadata import requires, version
             from importlib.resources import as_file, files
 
             import mlflow
@@ -128,7 +128,8 @@ class Tracker:
 
             outputs = [ColSpec(kind, name) for name, kind in VERDICTS.items()]
             signature = ModelSignature(Schema([ColSpec("string", "folder")]), Schema(outputs))
-            needs = [f"{name}=={version(name)}" for name in MODEL_NEEDS]
+            needs = [line for line in requires("aplsmear") or [] if "extra ==" not in line]
+            names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needs]
             self._client.log_artifact(self._run, str(report))
             with (
                 mlflow.start_run(self._run),
@@ -142,7 +143,7 @@ class Tracker:
                     artifacts={"bundle": str(bundle)},
                     code_paths=[str(package)],
                     signature=signature,
-                    pip_requirements=needs,
+                    pip_requirements=[f"{name}=={version(name)}" for name in names],
                 )
 
         self._attempt(action)
