@@ -22,6 +22,8 @@ from aplsmear.images.reading import read_image
 DEMO = Path(__file__).parents[2] / "demo" / "wsi"
 PICTURES = [read_image(path) for path in sorted(DEMO.iterdir())[:10]]
 ONE = PICTURES[3]
+MARK = np.zeros(ONE.shape[:2], bool)
+MARK[-50:-20, -200:-20] = True
 
 
 def compressed(rgb: np.ndarray, quality: int) -> np.ndarray:
@@ -37,6 +39,14 @@ CHANGES = {
     "larger": lambda rgb: cv2.resize(rgb, (1000, 700), interpolation=cv2.INTER_CUBIC),
     "cut by 3 %": lambda rgb: rgb[rgb.shape[0] // 33 :, rgb.shape[1] // 33 :],
     "cut by 10 px": lambda rgb: rgb[10:, :-10],
+    "cut by 8 % of one side": lambda rgb: rgb[:, rgb.shape[1] // 12 :],
+    "cut by 10 % of the height": lambda rgb: rgb[: -rgb.shape[0] // 10],
+    "cut by 8 % of two sides": lambda rgb: rgb[rgb.shape[0] // 12 :, : -rgb.shape[1] // 12],
+    "cut by 8 % of four sides": lambda rgb: rgb[38:-38, 51:-51],
+    "cut at the left and right": lambda rgb: rgb[:, 40:-40],
+    "negative": lambda rgb: 255 - rgb,
+    "red and blue exchanged": lambda rgb: rgb[:, :, ::-1],
+    "with a scale bar": lambda rgb: np.where(MARK[:, :, None], 255, rgb).astype(np.uint8),
     "brighter": lambda rgb: np.clip(rgb * 1.1 + 9, 0, 255).astype(np.uint8),
     "grey": lambda rgb: np.repeat(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2),
     "turned, cut, compressed": lambda rgb: compressed(np.ascontiguousarray(np.rot90(rgb[8:-4, 5:])), 60),
@@ -73,13 +83,13 @@ def test_pictures_with_the_same_background_and_other_cells_are_no_copies():
             np.repeat(np.clip(190 + 4 * light + cells, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
         )
     one, other = map(fingerprint, fields)
-    assert np.bitwise_count(one.hashes[0, 0] ^ other.hashes[0, 0]) < 14
+    assert np.bitwise_count(one.turns[0] ^ other.turns[0]) < 14
     assert same_pictures([one, other]) == []
 
 
 def test_a_fingerprint_takes_little_memory():
     kept = fingerprint(ONE)
-    assert kept.small.nbytes + kept.hashes.nbytes < 5_000
+    assert kept.small.nbytes + kept.turns.nbytes + kept.parts.nbytes < 5_000
 
 
 def test_many_copies_of_one_picture_are_one_group():

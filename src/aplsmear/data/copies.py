@@ -1,9 +1,10 @@
 """The same picture in two files, and the same cell in two rows.
 
-A picture that was saved in another format, compressed, resized, cut at its edges, turned or mirrored is found
-in three steps. Perceptual hashes name the pictures that are most like each picture. Those whose details do
-not correlate at any shift are removed: single cells on a plain ground have nearly the same hashes. Two small
-versions are then laid over each other, and their details are compared.
+A picture that was saved in another format, compressed, resized, cut at its edges, turned, mirrored or made a
+negative is found in three steps. Perceptual hashes of each picture, and of it without some of its edges, name
+the pictures that are most like it. Those whose details do not correlate at any shift are removed, because
+single cells on a plain ground have nearly the same hashes. Two small versions are then laid over each other,
+and their details are compared.
 """
 
 from __future__ import annotations
@@ -27,16 +28,20 @@ from aplsmear.images.reading import Rgb
 Grey = npt.NDArray[np.uint8]
 
 _SIDE = 64  # px, of the small version of a picture
-_INNER = 3  # px, cut from each edge for a second hash: finds pictures that were cut
+_CUTS = np.array(  # px of the small version, from top, left, bottom and right: to find pictures that were cut
+    [(each,) * 4 for each in (0, 3, 6)]
+    + [(6, 0, 0, 0), (0, 6, 0, 0), (0, 0, 6, 0), (0, 0, 0, 6), (6, 0, 6, 0), (0, 6, 0, 6)]
+    + [(5, 5, 0, 0), (5, 0, 0, 5), (0, 5, 5, 0), (0, 0, 5, 5)]
+)
 _NEAREST = 5  # pictures that are compared in detail with each picture
 _FARTHEST = (
-    16  # of 64 bits; cut by 5 % on two sides: 18 at most; unrelated fields: 16 or fewer in 1 of 1,000 pairs
+    14  # of 64 bits; copies that were cut: 12 at most; other pictures: 14 or fewer in 1 to 5 of 100 pairs
 )
 _SIMILAR_DETAILS = 0.45  # correlation at the best shift; copies: 0.58 and more; 95 of 100 other cells: less
 _SAME_DETAILS = 0.7  # correlation; copies: 0.76 and more; other pictures: 0.58 at most (docs/safety.md)
 _WINDOW = cv2.createHanningWindow((_SIDE, _SIDE), cv2.CV_32F)
 _ODD = np.where(np.arange(8) % 2, -1.0, 1.0)
-_SCALED, _SHIFTED = 0.12, 10.0  # largest change of scale, and shift in px, of a copy that was cut
+_SCALED, _SHIFTED = 0.3, 14.0  # largest change of scale, and shift in px, of a copy that was cut
 _FLAT = 1.0  # of 255; a picture with a smaller standard deviation has no details to compare
 _SAME_BOX = 0.7  # intersection over union; real neighbours: 0.5 at most
 
@@ -48,13 +53,14 @@ class Fingerprint:
     Attributes:
         pixels: SHA-256 of size and pixels.
         small: the picture in grey, uint8, shape (64, 64).
-        hashes: 64-bit perceptual hashes, uint64, shape (2, 8): of the picture, and of it without its edges;
-            each as it is, in three other turns, and all of them mirrored.
+        turns: 64-bit perceptual hashes in four turns, and mirrored in four turns; uint64, shape (8,).
+        parts: of the picture after each of `_CUTS`; uint64, shape (13,).
     """
 
     pixels: str
     small: Grey
-    hashes: npt.NDArray[np.uint64]
+    turns: npt.NDArray[np.uint64]
+    parts: npt.NDArray[np.uint64]
 
 
 def fingerprint(rgb: Rgb) -> Fingerprint:
@@ -63,9 +69,14 @@ def fingerprint(rgb: Rgb) -> Fingerprint:
     pixels.update(np.ascontiguousarray(rgb).data)
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     small = np.asarray(cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    inner = small[_INNER:-_INNER, _INNER:-_INNER]
-    hashes = np.stack([_hashes(small), _hashes(inner)])
-    return Fingerprint(pixels.hexdigest(), small, hashes)
+    parts = np.array([_hashes(_part(small, cut))[0] for cut in _CUTS])
+    return Fingerprint(pixels.hexdigest(), small, _hashes(small), parts)
+
+
+def _part(picture: Grey, cut: npt.NDArray[np.int64]) -> Grey:
+    """A small version without its edges: a row of `_CUTS`."""
+    top, left, bottom, right = cut.tolist()
+    return picture[top : _SIDE - bottom, left : _SIDE - right]
 
 
 def _hashes(picture: Grey) -> npt.NDArray[np.uint64]:
@@ -97,51 +108,60 @@ def same_pictures(
         Positions in `first` and `second`, sorted. Of many copies of one picture, not all pairs are returned,
         but each copy is in a pair.
     """
-    others = first if second is None else second
-    if not first or not others:
-        return []
-    hashes = np.stack([one.hashes for one in others], axis=-1)
+    if second is None:
+        return sorted({(min(pair), max(pair)) for pair in _parts_of(first, first)})
+    return sorted(_parts_of(first, second) | {pair[::-1] for pair in _parts_of(second, first)})
+
+
+def _parts_of(wholes: Sequence[Fingerprint], others: Sequence[Fingerprint]) -> set[tuple[int, int]]:
+    """Pictures, and others that show the same or a part of it. Both may be one list."""
+    if not wholes or not others:
+        return set()
+    same = wholes is others
+    turns = np.stack([one.turns for one in others], axis=-1)
     flat = np.array([one.small.std() < _FLAT for one in others])
     by_pixels = {one.pixels: place for place, one in reversed(list(enumerate(others)))}
 
     def copies_of(place: int) -> list[tuple[int, int]]:
-        one = first[place]
-        copy = by_pixels.get(one.pixels, place if second is None else None)
-        if copy is not None and (second is not None or copy != place):
+        one = wholes[place]
+        copy = by_pixels.get(one.pixels, place if same else None)
+        if copy is not None and not (same and copy == place):
             return [(place, copy)]
         if one.small.std() < _FLAT:
             return []
-        turned = _distances(one.hashes, hashes)
-        distance = np.where(flat, 65, turned.min(axis=0)).astype(np.uint8)
-        if second is None:
+        distance = np.min([_distances(part, turns).min(axis=0) for part in one.parts], axis=0)
+        distance[flat] = 65
+        if same:
             distance[place] = 65
-        near = [
-            each for each in np.argsort(distance, kind="stable")[:_NEAREST] if distance[each] <= _FARTHEST
+        near = np.argsort(distance, kind="stable")[:_NEAREST]
+        return [
+            (place, each) for each in near[distance[near] <= _FARTHEST].tolist() if _copied(one, others[each])
         ]
-        spectra = [_spectrum(one.small), _spectrum(_without_edges(one.small))] if near else []
-        moved = {int(each): _turned(others[each].small, int(turned[:, each].argmin())) for each in near}
-        similar = [each for each, other in moved.items() if _similar_details(spectra, other)]
-        return [(place, each) for each in similar if _same_details(one.small, moved[each])]
 
     with ThreadPoolExecutor(joblib.cpu_count()) as pool:  # NumPy and OpenCV leave the other threads free
-        found = {pair for pairs in pool.map(copies_of, range(len(first))) for pair in pairs}
-    return sorted({(min(pair), max(pair)) for pair in found} if second is None else found)
+        return {pair for pairs in pool.map(copies_of, range(len(wholes))) for pair in pairs}
 
 
-def _distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Bits that differ between a picture, (2, 8), and each turn of others, (2, 8, n): shape (8, n)."""
-    whole = np.bitwise_count(hashes[0, 0] ^ others).min(axis=0)
-    return np.asarray(np.minimum(whole, np.bitwise_count(hashes[1, 0] ^ others[0])))
+def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Bits that differ between two hashes, or between one and a negative: all of its bits differ."""
+    bits = np.bitwise_count(one ^ other)
+    return np.asarray(np.minimum(bits, 64 - bits))
+
+
+def _copied(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether a picture shows the same as another one, or a part of it: in the turn and cut of the hashes."""
+    distance = _distances(one.parts[:, None], other.turns)
+    cut, turn = np.unravel_index(distance.argmin(), distance.shape)
+    moved = _turned(other.small, int(turn))
+    moved = 255 - moved if np.bitwise_count(one.parts[cut] ^ other.turns[turn]) > 32 else moved
+    return _similar_details(one.small, _part(one.small, _CUTS[cut]), moved) and _same_details(
+        one.small, moved, _CUTS[cut]
+    )
 
 
 def _turned(picture: Grey, turn: int) -> Grey:
     """A square picture in one of four turns (0 to 3), or mirrored in one of four (4 to 7)."""
     return np.ascontiguousarray(np.rot90(picture[:, ::-1] if turn >= 4 else picture, turn % 4))
-
-
-def _without_edges(picture: Grey) -> Grey:
-    inner = picture[_INNER:-_INNER, _INNER:-_INNER]
-    return np.asarray(cv2.resize(inner, (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
 
 
 def _spectrum(picture: Grey) -> npt.NDArray[np.complex64]:
@@ -152,25 +172,33 @@ def _spectrum(picture: Grey) -> npt.NDArray[np.complex64]:
     return np.asarray(rfft2(details / max(float(np.linalg.norm(details)), 1e-6)))
 
 
-def _similar_details(spectra: Sequence[npt.NDArray[np.complex64]], moved: Grey) -> bool:
-    """Whether details correlate at some shift with one of the pictures of these spectra."""
+def _similar_details(whole: Grey, part: Grey, moved: Grey) -> bool:
+    """Whether details correlate at some shift with those of a picture, or of a part of it."""
     other = _spectrum(moved).conj()
-    return any(float(irfft2(one * other).max()) >= _SIMILAR_DETAILS for one in spectra)
+    shown = (cv2.resize(one, (_SIDE, _SIDE), interpolation=cv2.INTER_LINEAR) for one in (whole, part))
+    return any(float(irfft2(_spectrum(one) * other).max()) >= _SIMILAR_DETAILS for one in shown)
 
 
-def _same_details(fixed: Grey, moved: Grey) -> bool:
-    """Whether details agree after one picture was laid over the other (Evangelidis & Psarakis 2008)."""
+def _same_details(fixed: Grey, moved: Grey, cut: npt.NDArray[np.int64]) -> bool:
+    """Whether details agree after one picture was laid over the other (Evangelidis & Psarakis 2008).
+
+    Args:
+        fixed: a picture.
+        moved: another picture, which may be `fixed` without its edges.
+        cut: where the search for its place begins: a row of `_CUTS`.
+    """
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-4)
+    top, left, bottom, right = cut.tolist()
+    wide, high = _SIDE / (_SIDE - left - right), _SIDE / (_SIDE - top - bottom)
+    start = np.array([[wide, 0, -left * wide], [0, high, -top * high]], dtype=np.float32)
     try:
-        _, warp = cv2.findTransformECC(
-            fixed, moved, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop, None, 5
-        )
+        _, warp = cv2.findTransformECC(fixed, moved, start, cv2.MOTION_AFFINE, stop, None, 5)
     except cv2.error:  # the search did not converge: the pictures have nothing in common
         return False
     back = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     laid = cv2.warpAffine(_details(moved), warp, fixed.shape, flags=back)
     inside = cv2.warpAffine(np.ones_like(moved), warp, fixed.shape, flags=back) > 0
-    if np.abs(warp - np.eye(2, 3)).max(axis=0)[:2].max() > _SCALED or np.abs(warp[:, 2]).max() > _SHIFTED:
+    if np.abs(warp[:, :2] - np.eye(2)).max() > _SCALED or np.abs(warp[:, 2]).max() > _SHIFTED:
         return False
     a, b = _details(fixed)[inside], laid[inside]
     a, b = a - a.mean(), b - b.mean()
