@@ -349,3 +349,12 @@ def test_labels_of_slices_are_not_told_because_they_may_be_names_of_patients():
     with pytest.raises(ImageError, match="three channels that are not red, green and blue") as caught:
         decode(tiff((PLANES, {"metadata": described}), imagej=True))
     assert "Jones" not in str(caught.value)
+
+
+def test_a_tiff_of_very_many_tiles_is_refused_before_they_are_decoded(monkeypatch):
+    """Half a million tiles took 40 seconds."""
+    data = one(RGB, tile=(16, 16), compression="zlib")
+    decode(data)
+    monkeypatch.setattr("aplsmear.images.tiff._MOST_PARTS", 3)
+    with pytest.raises(ImageError, match="more than 3 tiles or strips; save it as PNG"):
+        decode(data)

@@ -26,6 +26,7 @@ _COMPRESSIONS = {1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}  # their d
 _KINDS = {0: "grey", 1: "grey", 2: "colour", 3: "palette", 5: "CMYK", 6: "YCbCr"}  # PhotometricInterpretation
 _SWAPPING = (5, 6, 7, 8)  # orientations that swap height and width
 _MOST_PAGES, _MOST_BYTES = 1000, 2 * 1024**3
+_MOST_PARTS = 100_000  # tiles or strips; 150 million px are 36,864 tiles of 64 px, each of 0.05 ms and more
 _SIMILAR = 0.9  # correlation of a picture and its smaller copy; two fields of one smear have less than 0.5
 _SMALL = 32  # px; both are compared at this size
 _CHANNEL = re.compile(r"(?i)\b(red|green|blue|r|g|b)\b")
@@ -179,6 +180,8 @@ def _check(pages: Sequence[Any], max_pixels: int) -> None:
         if key.compression not in _COMPRESSIONS:
             name = getattr(key.compression, "name", key.compression)
             raise ImageError("", f"a TIFF with the compression {name}", "save it as PNG")
+        if max(math.prod(key.chunked), len(each.dataoffsets)) > _MOST_PARTS:
+            raise ImageError("", f"a TIFF of more than {_MOST_PARTS:,} tiles or strips", "save it as PNG")
         where = list(zip(each.dataoffsets, each.databytecounts, strict=True))
         if key.is_contiguous:  # one piece of data, for a stack of ImageJ with one page only
             where = [(each.dataoffsets[0], each.keyframe.nbytes)]
