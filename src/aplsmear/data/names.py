@@ -26,7 +26,7 @@ from aplsmear.data.problems import Problem
 from aplsmear.data.schema import CELL_FOLDER, IMAGE_FOLDER
 
 DISTINCT_FILE = "distinct.csv"
-KINDS = ("patient", "site", "image")
+KINDS = ("patient", "site", "image", "boxes")
 
 _SAME_ON_SCREEN = str.maketrans("OoIl|", "00111")  # as in Unicode's table of confusable characters (UTS 39)
 _PARTS = re.compile(r"(?a)(\d+)|([^\d\s_.,:;/\\'\"()\[\]{}#&~-]+)")

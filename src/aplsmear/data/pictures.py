@@ -17,7 +17,7 @@ import pandas as pd
 from aplsmear.compute.engine import Engine, Here
 from aplsmear.data import boxes
 from aplsmear.data.copies import Fingerprint, fingerprint, groups, same_boxes, same_pictures
-from aplsmear.data.names import declaration, image_path
+from aplsmear.data.names import DISTINCT_FILE, declaration, image_path
 from aplsmear.data.notes import Notes, listed, sorted_ids
 from aplsmear.data.problems import Problem
 from aplsmear.data.quality import Quality, doubts, measured
@@ -295,6 +295,8 @@ def _check_order(
     cells: pd.DataFrame, numbers: boxes.Numbers, sizes: boxes.Numbers, dark: pd.Series, notes: Notes
 ) -> bool:
     """Whether all boxes together have another order or unit: one problem instead of one for each box."""
+    if notes.distinct.declares("boxes", "right"):
+        return False
     found = [one for one in dark if one is not None]
     whole = sum(found[1:], found[0]) if found else None
     readings = boxes.other_readings(numbers, sizes, whole)
@@ -307,6 +309,7 @@ def _check_order(
     fix = f"write all boxes as [y0, x0, y1, x1] in px: in row {cells.index[0]}, {right}"
     if len(readings) > 1:
         fix = "look which it is, and write all boxes as [y0, x0, y1, x1] in px"
+    fix += f". If the boxes are right as they are, add the row `boxes,right,` to {DISTINCT_FILE}"
     expected = f"[y0, x0, y1, x1] in px; all boxes together fit only as {named}"
     value = cells["bbox"].iloc[0]
     notes.problems.append(Problem(CELLS_FILE, None, "bbox", value, expected=expected, fix=fix))
