@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -14,12 +14,6 @@ from aplsmear.exchange.found import Cell, ExchangeError, Found, Pictures, json_o
 from aplsmear.exchange.readers import READERS, Request, columns_of, form_of, read_all, text_kind
 
 ClassFrom = Literal["folder", "above", "name", "none"]
-_CLASS_FROM: dict[ClassFrom, Callable[[PurePosixPath], str]] = {
-    "folder": lambda path: path.parent.name,
-    "above": lambda path: path.parent.parent.name,
-    "name": lambda path: re.sub(r"[\W_]*\d.*", "", path.stem),
-    "none": lambda path: path.name[:0],
-}
 _CLASS_FILES = {"classes.txt", "obj.names", "readme.txt", "requirements.txt"}
 _MASTER = "master.csv"  # of the DeepAPL layout
 
@@ -142,12 +136,21 @@ def read_source(
     return found, pictures.root
 
 
+def _class_in(path: PurePosixPath, part: ClassFrom) -> str:
+    """The class of a single-cell picture, from a part of its path; '' for ``none``."""
+    if part == "folder":
+        return path.parent.name
+    if part == "above":
+        return path.parent.parent.name
+    return re.sub(r"[\W_]*\d.*", "", path.stem) if part == "name" else ""
+
+
 def _crops(pictures: Pictures, known: Mapping[str, Meaning], wanted: ClassFrom | None) -> Found:
     """Folders of single-cell pictures: the class is a folder, or the start of the name."""
     paths = [PurePosixPath(each) for each in pictures.every]
 
     def share(one: ClassFrom) -> float:
-        return sum(plain(_CLASS_FROM[one](path)) in known for path in paths) / len(paths)
+        return sum(plain(_class_in(path, one)) in known for path in paths) / len(paths)
 
     parts: tuple[ClassFrom, ...] = ("folder", "above", "name")
     part: ClassFrom = wanted if wanted is not None else max(parts, key=share)
@@ -157,7 +160,7 @@ def _crops(pictures: Pictures, known: Mapping[str, Meaning], wanted: ClassFrom |
         "name": "from the name of the file",
     }
     found = Found(f"pictures of single cells, class {where.get(part, 'not given')}", list(pictures.every))
-    found.cells = [Cell(str(path), _CLASS_FROM[part](path)) for path in paths]
+    found.cells = [Cell(str(path), _class_in(path, part)) for path in paths]
     return found
 
 
