@@ -383,6 +383,13 @@ class CombineSpace(Strict):
     units: list[Annotated[int, Field(ge=1, le=64)]] = Field(min_length=1)
 
 
+class Promise(Strict):
+    """What the alarm of an ensemble is to promise."""
+
+    miss_rate: float = Field(default=0.1, gt=0, lt=1)
+    confidence: float = Field(default=0.9, gt=0, lt=1)
+
+
 class Combine(Strict):
     """How the scores of members become one probability per patient."""
 
@@ -392,6 +399,7 @@ class Combine(Strict):
     refits: int = Field(ge=20)
     shuffles: int = Field(ge=1)
     shares: list[TaskName] = []
+    promise: Promise = Promise()
 
 
 class OneAnswer(Strict):

@@ -32,7 +32,9 @@ def verdicts(probability: list[float], **more) -> pd.DataFrame:
     )
     call = (table["probability"] >= 0.5).astype(int)
     table = table.assign(verdict=call, sensitive=1, adapted=probability, adapted_verdict=call)
-    table = table.assign(adapted_sensitive=1, site="", warning="", distance=1.0, stain=1.0)
+    table = table.assign(
+        adapted_sensitive=1, alarm="look again", site="", warning="", distance=1.0, stain=1.0
+    )
     return table.assign(**more)
 
 

@@ -596,7 +596,8 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     table, page = pd.read_csv(tmp_path / "a.csv"), (tmp_path / "a.html").read_text(encoding="utf-8")
     assert list(table.columns) == [
-        *("patient", "probability", "low", "high", "verdict", "sensitive", "more_cells", "cells", "smears"),
+        *("patient", "probability", "low", "high", "verdict", "sensitive", "alarm", "more_cells"),
+        *("cells", "smears"),
         *("distance", "stain", "warning"),
     ]
     assert ((table["low"] <= table["probability"]) & (table["probability"] <= table["high"])).all()

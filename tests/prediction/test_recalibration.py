@@ -8,6 +8,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from aplsmear.ensembles.combination import Combination, Weights
+from aplsmear.ensembles.promise import Alarm
 from aplsmear.prediction.recalibration import adapted, shift_of
 
 SHARE = 0.3
@@ -25,7 +26,15 @@ def cohort(patients: int, seed: int, share: float = SHARE) -> tuple[np.ndarray, 
 def combination() -> Combination:
     """One member whose logit is used unchanged."""
     weights = Weights(np.zeros(1), np.ones(1), np.zeros((1, 0)), np.zeros(0), np.ones(1), 0.0)
-    return Combination(("a",), "mean", weights, 1.0, 0.0, {"balanced": SHARE, "sensitive": 0.1})
+    return Combination(
+        ("a",),
+        "mean",
+        weights,
+        1.0,
+        0.0,
+        {"balanced": SHARE, "sensitive": 0.1},
+        Alarm(0.1, 0.1, 0.9, 0.1, 22),
+    )
 
 
 def simulated(shift: float, patients: int, share: float = SHARE) -> dict[str, tuple[float, float]]:

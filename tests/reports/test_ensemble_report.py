@@ -13,7 +13,7 @@ from test_combination import NETWORK, RIDGE, cohort
 
 from aplsmear.ensembles.baselines import Baselines, compare
 from aplsmear.ensembles.cell_curve import cell_curve
-from aplsmear.ensembles.combination import importance, judge, measure
+from aplsmear.ensembles.combination import importance, judge, measure, measure_alarm
 from aplsmear.ensembles.run import Inputs
 from aplsmear.evaluation.curves import curve_tables
 from aplsmear.params import Ensemble
@@ -51,7 +51,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         inputs=inputs,
         verdicts=verdicts,
         logits=patients,
-        measured=measure(verdicts.table, 100, 1),
+        measured=measure(verdicts.table, 100, 1) | {"alarm": measure_alarm(verdicts.table)},
         comparison=compare(patients, probability.to_numpy(), baselines),
         baselines=Baselines({}, None),
         importance=importance(verdicts, 5, 1),
@@ -78,6 +78,7 @@ def test_the_page_has_every_section_number_and_patient(html) -> None:
         "Curves and calls",
         "Every patient",
         "The most and the least certain",
+        "An alarm with a promise",
         "How many cells are enough",
         "What each member contributes",
         "Is the ensemble worth it?",

@@ -304,6 +304,55 @@ def _trained_on(bundle: Bundle) -> Path | None:
     return Path(params.dataset.root) if params and made_here else None
 
 
+@app.command(rich_help_panel=_PANEL)
+def adapt(
+    ensemble: _ENSEMBLE,
+    data: Annotated[Path, typer.Option(metavar="DIR", help="Folder that holds wsi.csv.")],
+    labels: Annotated[
+        Path,
+        typer.Option(metavar="CSV", help="Columns `patient` and `diagnosis`, of 5 to 50 of its patients."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", callback=folder_to_write, help="Folder of the recalibrated ensemble."),
+    ] = Path("adapted"),
+    overwrite: _OVERWRITE = False,
+) -> None:
+    """Recalibrate an ensemble to another hospital by the diagnoses of a few of its patients.
+
+    The intercept of the logits is fitted to these patients (with 10 of each diagnosis also the slope), then
+    the operating points and the alarm. The heads stay. The gain is that on patients whose own diagnosis was
+    left out. If it is not distinguishable from 0, nothing is written. Label consecutive patients, not chosen
+    ones: the share of the diagnoses among them counts.
+
+    Example: `aplsmear adapt --ensemble ensembles/apl_aml --data /data/new --labels known.csv --out adapted`
+    """
+    from aplsmear.ensembles.bundle import read_bundle
+    from aplsmear.prediction import local
+
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
+    known = local.read_labels(labels)
+    _print_notes()
+    bundle = read_bundle(ensemble)
+    if out.resolve() in (bundle.folder.resolve(), bundle.folder.resolve().parent):
+        raise UserError(f"{out} is the ensemble itself: choose another folder")
+    with _new_patients([bundle], data) as (found, engine):
+        changed = local.adapt(bundle, found, data, known, engine)
+    local.write_adapted(out / "model", bundle, changed)
+    _print_remarks(found.report["left_out"], _remarks(found, None))
+    alarm, line = changed.combination.alarm, changed.line
+    typer.echo(
+        f"{changed.patients} labelled patients, {changed.positive} of them {bundle.model.positive}: "
+        f"new logit = {line.slope:.2f} x logit {line.intercept:+.2f}."
+    )
+    typer.echo(f"Judged without the own diagnosis: {local.in_words(changed)}.")
+    typer.echo(
+        f"The alarm now promises to miss at most {alarm.miss_rate:.0%} (confidence {alarm.confidence:.0%}, "
+        f"{alarm.patients} patients). Use it: aplsmear predict --ensemble {out}"
+    )
+
+
 def _print_notes() -> None:
     """Say on stderr what makes the last digits of results differ on this machine."""
     for line in filter(None, (cpu.note(), device_note())):

@@ -85,6 +85,8 @@ class Model(Strict):
     shares: dict[str, dict[str, Any]]  # plain baselines on the share of positive cells, by `as_json`
     pooled_features: str  # backbone/layer of the baseline on mean-pooled features; empty: there is none
     held_out: dict[str, Any] = Field({})  # of `aplsmear.ensembles.combination.measure`; empty: not kept
+    # How `aplsmear adapt` recalibrated it, and the gain; empty: it did not.
+    adapted: dict[str, Any] = Field(default_factory=dict)
     inputs: dict[str, str]  # file -> MD5 of the tables that the ensemble was made from, as in dvc.lock
 
 
@@ -200,6 +202,16 @@ def write_bundle(
     arrays = {f"{part}.{name}": np.asarray(each) for part, found in parts for name, each in found.items()}
     write_arrays(folder / REFERENCE, arrays)
     sums = {name: sha256(folder / name) for name in sorted([*files, MODEL, REFERENCE])}
+    write_json(folder / MANIFEST, Manifest(files=sums).model_dump())
+
+
+def write_changed(folder: Path, bundle: Bundle, model: Model) -> None:
+    """Write a bundle with another model.json and otherwise the same files. The manifest is written last."""
+    for name in _checked(bundle.folder).files:
+        if name != MODEL:
+            copy_whole(bundle.folder / name, folder / name)
+    write_json(folder / MODEL, model.model_dump(), digits=_DIGITS)
+    sums = _checked(bundle.folder).files | {MODEL: sha256(folder / MODEL)}
     write_json(folder / MANIFEST, Manifest(files=sums).model_dump())
 
 

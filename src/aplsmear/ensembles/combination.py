@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
+from aplsmear.ensembles.promise import Alarm, alarm
 from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc, auroc_standard_error, auroc_within_folds
 from aplsmear.evaluation.intervals import summary
-from aplsmear.evaluation.operating_points import operating_points, rates
-from aplsmear.params import Combine, TaskLevel
+from aplsmear.evaluation.operating_points import operating_points, rates, wilson_interval
+from aplsmear.params import Combine, Promise, TaskLevel
 from aplsmear.tables import as_written, read_scores
 
 MODELS = ("average", "logistic", "network")  # the simplest first
@@ -52,6 +53,7 @@ MODELS = ("average", "logistic", "network")  # the simplest first
 _CALIBRATION_C = 10.0
 _MIN_SCALE = 1e-6  # of a member that gives every patient the same score
 _SCORES = ".scores.parquet"
+_PROMISE = Promise()
 _NULL_MARGIN = 0.03  # the AUROC of `null_check` may differ from 0.5 by so much
 
 
@@ -108,6 +110,7 @@ class Combination:
     slope: float
     offset: float
     thresholds: dict[str, float]  # operating points on the calibrated probability
+    alarm: Alarm  # its threshold is never above the balanced point
     refits: tuple[Weights, ...] = ()  # on resampled patients; only the combination for new patients has them
 
     def logit(self, logits: np.ndarray, fitted: Weights | None = None) -> np.ndarray:
@@ -132,10 +135,18 @@ class Combination:
         return np.minimum(low, probability), np.maximum(high, probability)
 
     def calls(self, probability: np.ndarray) -> dict[str, np.ndarray]:
-        """``verdict`` and ``sensitive``: the calls, int64, at the balanced and at the sensitive point."""
+        """``verdict`` and ``sensitive``: the calls, int64, at the balanced and at the sensitive point.
+
+        And ``alarm``, str: "no alarm" below the threshold of the alarm, "alarm" from the balanced point on,
+        "look again" between them.
+        """
         points = {"verdict": "balanced", "sensitive": "sensitive"}
-        return {
+        found = {
             column: (probability >= self.thresholds[at]).astype(np.int64) for column, at in points.items()
+        }
+        above = np.where(found["verdict"] == 1, "alarm", "look again")
+        return found | {
+            "alarm": np.where(probability < self.alarm.threshold, "no alarm", above).astype(object)
         }
 
 
@@ -247,6 +258,7 @@ def judge(
     candidates: Sequence[Candidate],
     refits: int,
     seed: int,
+    promise: Promise = _PROMISE,
 ) -> Verdicts:
     """Nested verdicts on every patient; see the scheme at the top of this module.
 
@@ -257,11 +269,11 @@ def judge(
         candidates: of `draw_candidates`.
         refits: bootstrap refits of the combination for the interval of each probability; 0: no width.
         seed: of the refits, and of the first weights of networks.
+        promise: of the alarm.
 
     Returns:
-        The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive``:
-        the 95 % interval of the probability over refits on resampled patients, and the calls (0 or 1) at the
-        balanced and at the sensitive operating point (see `_thresholds`).
+        The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive, alarm``:
+        the 95 % interval of the probability over refits on resampled patients, and `Combination.calls`.
 
     Raises:
         EnsembleError: a member has scored none of the patients.
@@ -275,7 +287,7 @@ def judge(
             "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
         )
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
-    table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0)
+    table = patients.assign(probability=0.0, low=0.0, high=0.0, verdict=0, sensitive=0, alarm="")
     used = np.full((len(patients), len(members)), np.nan)
     summaries = sorted({candidate.summary for candidate in candidates})
     combinations, chosen = [], []
@@ -286,7 +298,7 @@ def judge(
         candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
         mine = logits[candidate.summary]
         fitted = _fit(candidate, mine[inside], label[inside], seed)
-        combination = _calibrated(fitted, label[inside], inner, candidate, tuple(members))
+        combination = _calibrated(fitted, label[inside], inner, candidate, tuple(members), promise)
         refitted = tuple(_refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold]))
         chosen.append(candidate)
         if len(outside):
@@ -461,6 +473,7 @@ def as_json(combination: Combination) -> dict[str, Any]:
         "offset": combination.offset,
         "thresholds": combination.thresholds,
         "refits": [plain(each) for each in combination.refits],
+        "alarm": asdict(combination.alarm),
     }
 
 
@@ -479,6 +492,7 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
             slope=float(model["slope"]),
             offset=float(model["offset"]),
             thresholds={point: float(model["thresholds"][point]) for point in ("balanced", "sensitive")},
+            alarm=Alarm(**model["alarm"]),
             refits=tuple(_weights_of(each, len(members)) for each in model["refits"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -572,18 +586,44 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
 
 
 def _calibrated(
-    fitted: Weights, label: np.ndarray, inner: np.ndarray, candidate: Candidate, members: tuple[str, ...]
+    fitted: Weights,
+    label: np.ndarray,
+    inner: np.ndarray,
+    candidate: Candidate,
+    members: tuple[str, ...],
+    promise: Promise,
 ) -> Combination:
-    """Weights that were fitted on all inner folds, with calibration (Platt 1999) and thresholds.
+    """Weights that were fitted on all inner folds, with calibration (Platt 1999), thresholds and alarm.
 
-    Both come from `inner`, the logits held out on the inner folds.
+    All come from `inner`, the logits held out on the inner folds.
     """
     line = LogisticRegression(C=_CALIBRATION_C, tol=1e-6, max_iter=1000)
     spread = max(float(inner.std()), _MIN_SCALE)
     line.fit(inner[:, None] / spread, label)
     slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])
-    thresholds = _thresholds(label, expit(slope * inner + offset))
-    return Combination(members, candidate.summary, fitted, slope, offset, thresholds)
+    calls = operating_points_of(label, expit(slope * inner + offset), promise.miss_rate, promise.confidence)
+    return Combination(members, candidate.summary, fitted, slope, offset, *calls)
+
+
+def operating_points_of(
+    label: np.ndarray, probability: np.ndarray, miss_rate: float, confidence: float
+) -> tuple[dict[str, float], Alarm]:
+    """The operating points and the alarm, on calibrated probabilities of patients who were held out."""
+    thresholds = _thresholds(label, probability)
+    found = alarm(probability[label == 1], miss_rate, confidence)
+    return thresholds, replace(found, threshold=min(found.threshold, thresholds["balanced"]))
+
+
+def measure_alarm(table: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """What the alarm did to patients who were held out, each ``{value, low, high}`` (Wilson).
+
+    ``missed``: share of positive patients without an alarm; ``cleared``: share of negative ones without;
+    ``look_again``: share of all patients between alarm and no alarm. `table` has ``label, alarm``.
+    """
+    label, call = table["label"], table["alarm"]
+    shares = {"missed": call[label == 1] == "no alarm", "cleared": call[label == 0] == "no alarm"}
+    shares["look_again"] = call == "look again"
+    return {name: wilson_interval(int(each.sum()), len(each))._asdict() for name, each in shares.items()}
 
 
 def _thresholds(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:

@@ -31,6 +31,7 @@ from aplsmear.ensembles.combination import (
     judge,
     logits_of_all,
     measure,
+    measure_alarm,
     patients_of,
     read_members,
 )
@@ -162,7 +163,7 @@ def _attended(inputs: Inputs, task: str, cells: pd.Series) -> AttendedCells:
 def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     """Judge every patient by models that never saw the patient, and compare with members and baselines."""
     patients, members = inputs.patients, inputs.members
-    verdicts = judge(patients, members, draw_candidates(combine, seed), combine.refits, seed)
+    verdicts = judge(patients, members, draw_candidates(combine, seed), combine.refits, seed, combine.promise)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
     judged = baselines_of(patients, members, combine.shares, seed)
     held_out = {name: each.table["probability"].to_numpy() for name, each in judged.items()}
@@ -176,7 +177,7 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
         inputs=inputs,
         verdicts=verdicts,
         logits=logits_of_all(verdicts, inputs.everyone, members, seed),
-        measured=measure(verdicts.table, combine.resamples, seed),
+        measured=measure(verdicts.table, combine.resamples, seed) | {"alarm": measure_alarm(verdicts.table)},
         comparison=compare(patients, probability.to_numpy(), held_out),
         baselines=Baselines(
             {name: judged[name].combinations[-1] for name in map(share_of, combine.shares) if name in judged},

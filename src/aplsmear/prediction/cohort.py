@@ -24,7 +24,7 @@ from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.tasks import patient_rows
 from aplsmear.ensembles.baselines import compare
 from aplsmear.ensembles.bundle import Bundle
-from aplsmear.ensembles.combination import measure
+from aplsmear.ensembles.combination import measure, measure_alarm
 from aplsmear.errors import UserError
 from aplsmear.evaluation.columns import Z
 from aplsmear.evaluation.curves import confusion_table, curve_tables, decision_table
@@ -192,6 +192,7 @@ def measure_cohort(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, 
         if several and mine["label"].value_counts().reindex([0, 1], fill_value=0).min() >= _FEWEST
     }
     return measure(table, resamples, seed) | {
+        "alarm": measure_alarm(table),
         "adapted": measure(shifted, resamples, seed),
         "sites": sites,
         "unfamiliar": unfamiliar,

@@ -52,6 +52,7 @@ def write_page(
         model=bundle.model,
         summary=combination.summary,
         thresholds=combination.thresholds,
+        alarm=combination.alarm,
         version=aplsmear.__version__,
     )
     pages.write(path, text)

@@ -12,11 +12,13 @@ import pandas as pd
 
 import aplsmear
 from aplsmear.ensembles.combination import high_is_positive
+from aplsmear.ensembles.promise import smallest_miss_rate
 from aplsmear.ensembles.run import Results
 from aplsmear.images.view_store import plain_views
 from aplsmear.params import flat
 from aplsmear.reports import pages
 
+_CONFIDENCES = (0.8, 0.9, 0.95)
 _CARDS = 3  # patients that get a card, for each reason
 
 
@@ -99,6 +101,9 @@ def content(found: Findings) -> dict[str, Any]:
         "members": list(_members(found)),
         "comparison": pages.records(found.comparison),
         "cells": pages.records(found.cells.table),
+        "alarm": last.alarm,
+        "balanced": last.thresholds["balanced"],
+        "allowed": [(each, smallest_miss_rate(last.alarm.patients, each)) for each in _CONFIDENCES],
         "chosen": found.verdicts.chosen,
         "inputs": found.inputs.md5,
         "settings": list(flat(found.settings)),

@@ -1,0 +1,230 @@
+"""Recalibrate an ensemble to another hospital by the diagnoses of a few of its patients.
+
+The members, their combination and the order of the patients stay. A line through the calibrated logits is
+fitted to the local patients, then the operating points and the alarm are set again:
+
+- the intercept always; the slope where each diagnosis has at least `ENOUGH` patients (Cox, Biometrika
+  1958;45:562; Steyerberg et al., Stat Med 2004;23:2567; Van Calster et al., J Clin Epidemiol 2016;74:167).
+  Both are shrunk towards no change, by normal priors of the intercept and the log slope.
+- What is gained is measured nested: each patient is judged by a line fitted to the other local patients.
+- The change is refused unless the gain of log loss is above 0 by the 95 % interval of a paired t test
+  (Student, Biometrika 1908;6:1) over the patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from scipy.optimize import minimize
+from scipy.special import expit, log_expit
+
+from aplsmear.compute.engine import HERE, Engine
+from aplsmear.data.csvfile import read_csv
+from aplsmear.data.dataset import DataSet
+from aplsmear.data.problems import DataSetError, Problem
+from aplsmear.ensembles.bundle import Bundle, write_changed
+from aplsmear.ensembles.combination import Combination, as_json, operating_points_of
+from aplsmear.errors import UserError
+from aplsmear.evaluation.columns import LEVEL
+from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures
+from aplsmear.prediction.recalibration import SPREAD
+
+FEWEST = 5  # labelled patients
+FEWEST_EACH = 2  # of each diagnosis
+ENOUGH = 10  # patients of each diagnosis for a slope
+SLOPES = 0.5  # standard deviation of the log slopes of hospitals
+
+
+class LocalError(UserError, ValueError):
+    """An ensemble cannot be recalibrated by these labels, or nothing is gained by it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What recalibration does to calibrated logits: new = slope * old + intercept."""
+
+    slope: float
+    intercept: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A loss before and after recalibration, and the mean difference with its 95 % interval."""
+
+    before: float
+    after: float
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Local:
+    """A recalibration and what it gained, each patient judged without the own diagnosis."""
+
+    combination: Combination
+    line: Line
+    patients: int
+    positive: int
+    log_loss: Gain
+    brier: Gain
+
+    @property
+    def record(self) -> dict[str, object]:
+        """For model.json."""
+        losses = {"log_loss": asdict(self.log_loss), "brier": asdict(self.brier)}
+        return {"patients": self.patients, "positive": self.positive, "line": asdict(self.line)} | losses
+
+
+def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
+    """The most probable line for these patients.
+
+    Args:
+        logit: float64 (patients,), calibrated.
+        label: 0 or 1, (patients,).
+        sloped: whether a slope is fitted; otherwise it is 1.
+    """
+    sign = 2 * label - 1
+
+    def loss(line: np.ndarray) -> tuple[float, np.ndarray]:
+        intercept, slope = line[0], np.exp(line[1])
+        margin = sign * (slope * logit + intercept)
+        pull = -sign * expit(-margin)
+        down = [pull.sum() + intercept / SPREAD**2, slope * (pull @ logit) + line[1] / SLOPES**2]
+        value = -log_expit(margin).sum() + (line**2 / (2 * np.array([SPREAD, SLOPES]) ** 2)).sum()
+        return float(value), np.array(down) * [1, sloped]
+
+    intercept, log_slope = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
+    return Line(float(np.exp(log_slope)), float(intercept))
+
+
+def recalibrated(
+    combination: Combination, logits: np.ndarray, label: np.ndarray, wanted: tuple[float, float]
+) -> Local:
+    """A combination recalibrated to local patients, and what that gained.
+
+    Args:
+        combination: calibrated, of the training run.
+        logits: float64 (patients, members), as for `Weights.logit`.
+        label: 0 or 1, (patients,).
+        wanted: miss rate and confidence of the alarm.
+
+    Raises:
+        LocalError: too few patients.
+    """
+    n, positive = len(label), int(label.sum())
+    if n < FEWEST or min(positive, n - positive) < FEWEST_EACH:
+        raise LocalError(
+            f"there are {positive} labelled patients with the positive and {n - positive} with the negative "
+            f"diagnosis. Needed are {FEWEST}, and {FEWEST_EACH} of each: label more patients."
+        )
+    before = combination.slope * combination.fitted.logit(logits) + combination.offset
+    after, sloped = np.zeros(n), min(positive, n - positive) >= ENOUGH
+    for place in range(n):
+        others = np.arange(n) != place
+        line = fit_line(before[others], label[others], sloped)
+        after[place] = line.slope * before[place] + line.intercept
+    line = fit_line(before, label, sloped)
+    thresholds, alarm = operating_points_of(label, expit(after), *wanted)
+    changed = replace(
+        combination,
+        slope=line.slope * combination.slope,
+        offset=line.slope * combination.offset + line.intercept,
+        thresholds=thresholds,
+        alarm=alarm,
+    )
+    losses = [(-log_expit((2 * label - 1) * each), (expit(each) - label) ** 2) for each in (before, after)]
+    log_loss, brier = (_gain(*pair) for pair in zip(*losses, strict=True))
+    return Local(changed, line, n, positive, log_loss, brier)
+
+
+def adapt(
+    bundle: Bundle, found: DataSet, root: Path, labels: Mapping[str, str], engine: Engine = HERE
+) -> Local:
+    """Judge the labelled patients of a data set and recalibrate the ensemble to them.
+
+    Args:
+        bundle: of `aplsmear.ensembles.bundle.read_bundle`.
+        found: the data set, of `aplsmear.data.dataset.read_data_set`.
+        root: its folder.
+        labels: patient -> diagnosis. Patients with another diagnosis than the two of the ensemble are left
+            out.
+        engine: changes no result.
+
+    Raises:
+        LocalError: a patient is not in the data set, there are too few, or nothing is gained.
+        PredictError: members need cells and there are none.
+    """
+    model = bundle.model
+    known = set(found.smears["patient"]) | set(found.cells["patient"])
+    if strangers := sorted(set(labels) - known):
+        raise LocalError(f"{root} has no patients named {', '.join(strangers[:5])}: correct the labels.")
+    asked = {name for name, diagnosis in labels.items() if diagnosis in (model.positive, model.negative)}
+    smears, cells = (each[each["patient"].isin(asked)] for each in (found.smears, found.cells))
+    check_input(bundle, smears, cells, root)
+    models = Models(bundle, bundle.outer_fold_of(None))
+    verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine), 0)
+    label = np.array([int(labels[each.patient] == model.positive) for each in verdicts])
+    alarm = models.combination.alarm
+    logits = np.array([each.logits for each in verdicts]).reshape(len(verdicts), -1)
+    local = recalibrated(models.combination, logits, label, (alarm.wanted, alarm.confidence))
+    if local.log_loss.low <= 0:
+        raise LocalError(
+            f"Nothing was written: by the {local.patients} labelled patients the gain is not distinguishable "
+            f"from 0 ({in_words(local)}). Use the ensemble as it is, or label more patients."
+        )
+    return local
+
+
+def in_words(local: Local) -> str:
+    """The gain of a recalibration."""
+    return "; ".join(
+        f"{name} {each.before:.3f} before, {each.after:.3f} after, gain {each.gain:+.3f}, "
+        f"95 % interval {each.low:+.3f} to {each.high:+.3f}"
+        for name, each in (("log loss", local.log_loss), ("Brier score", local.brier))
+    )
+
+
+def write_adapted(out: Path, bundle: Bundle, local: Local) -> None:
+    """Write the bundle with the recalibrated combination for new patients; those of the folds stay."""
+    curve, slope = bundle.model.cell_curve, local.line.slope
+    changed = {
+        "combinations": [*bundle.model.combinations[:-1], as_json(local.combination)],
+        "cell_curve": curve.model_copy(
+            update={"spread": [slope * each for each in curve.spread], "models": slope * curve.models}
+        ),
+        "adapted": local.record,
+    }
+    write_changed(out, bundle, bundle.model.model_copy(update=changed))
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Patient -> diagnosis, of the columns ``patient`` and ``diagnosis`` of a CSV file.
+
+    Raises:
+        DataSetError: the file has problems.
+        LocalError: a patient has two diagnoses.
+    """
+    problems: list[Problem] = []
+    table = read_csv(path, {"patient": True, "diagnosis": True}, problems, [])
+    if problems or table is None:
+        raise DataSetError(problems)
+    table = table.drop_duplicates()[["patient", "diagnosis"]]
+    table["diagnosis"] = table["diagnosis"].str.lower()
+    twice = table["patient"][table["patient"].duplicated()].unique()
+    if len(twice):
+        raise LocalError(f"{path} has two diagnoses of {', '.join(twice[:5])}: keep one of each.")
+    return dict(zip(table["patient"], table["diagnosis"], strict=True))
+
+
+def _gain(before: np.ndarray, after: np.ndarray) -> Gain:
+    """The mean of paired differences with Student's interval."""
+    difference = before - after
+    error = float(difference.std(ddof=1)) / len(difference) ** 0.5
+    half = float(stats.t.isf((1 - LEVEL) / 2, len(difference) - 1)) * error
+    mean = float(difference.mean())
+    return Gain(float(before.mean()), float(after.mean()), mean, mean - half, mean + half)
