@@ -36,7 +36,7 @@ from aplsmear.params import Strict
 SIZES = (5, 10, 20, 50, 100)  # cells per patient
 ALL = "all"
 MOST = 1000  # cells of a patient that a laboratory can be asked for
-_DRAWS = 200
+_DRAWS = 100
 _CLIP = 1e-6  # of the ends of a probability's interval
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
