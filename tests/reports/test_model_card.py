@@ -25,7 +25,7 @@ def test_the_card_has_purpose_numbers_operating_points_and_limits() -> None:
             "## Numbers",
             "## Operating points",
         ),
-        *("## What it is made of", "## Limits", "## Versions"),
+        *("## An alarm with a promise", "## What it is made of", "## Limits", "## Versions"),
     ]
     area = found.measured["auroc"]
     assert f"| AUROC | {area['value']:.3f} | {area['low']:.3f} to {area['high']:.3f} |" in card
