@@ -563,8 +563,8 @@ def changes(base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any
 
 def changes_since(committed: str, path: Path) -> dict[str, Any]:
     """What params.yaml changes, compared with the text of the committed file."""
-    yaml = YAML(typ="safe", pure=True)
-    return changes(yaml.load(committed), yaml.load(path.read_text(encoding="utf-8")))
+    reader = YAML(typ="safe", pure=True)
+    return changes(reader.load(committed), reader.load(path.read_text(encoding="utf-8")))
 
 
 def _merge(base: Mapping[str, Any], over: Any) -> Any:
