@@ -49,6 +49,7 @@ from aplsmear.prediction.predict import Models, judge_patients, judge_together, 
 from aplsmear.runs.tracking import Tracker
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
+from crops import cut_out
 
 # Keras 3.15 on NumPy 2, when it saves weights.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -650,6 +651,32 @@ def test_without_cells_the_message_names_the_command_that_finds_them(trained, da
     (data / "labeled_cells.csv").unlink()
     code, output = command("--ensemble", trained.ensemble, "--data", data, "--out", tmp_path / "out.csv")
     assert (code, f"aplsmear cells {data}" in output, "nuclei, granules, crowd" in output) == (1, True, True)
+
+
+@pytest.mark.usefixtures("no_work")
+def test_members_that_need_smears_are_named_if_all_cells_are_pictures(trained, tmp_path) -> None:
+    cut_out(trained.data, tmp_path / "crops")
+    words = ("--ensemble", trained.ensemble, "--data", tmp_path / "crops", "--out", tmp_path / "out.csv")
+    code, output = command(*words)
+    assert (code, "the members field need smears" in output.replace("\n", " ")) == (1, True)
+
+
+def test_a_patient_has_the_same_scores_of_cells_from_smears_and_from_pictures_of_the_cells(
+    trained, final, data, tmp_path
+) -> None:
+    """Nearly: boxes that are no squares or are at the edge of their smear lack what is around them."""
+    cut_out(data, tmp_path / "crops")
+    members = [scorer.member.images == "cell" for scorer in final.bundle.members]
+    logits = []
+    for folder in (data, tmp_path / "crops"):
+        found = read(folder)
+        judged = list(judge_patients(final, folder, found.smears, found.cells))
+        counts = found.cells["patient"].value_counts().sort_index()
+        assert {each.patient: each.cells for each in judged} == counts.to_dict()
+        logits.append(np.array([each.logits for each in judged]))
+    assert np.isnan(logits[1][:, ~np.array(members)]).all()
+    differ = np.abs(logits[0] - logits[1])[:, members]
+    assert np.median(differ) < 0.5
 
 
 @pytest.mark.usefixtures("no_work")
