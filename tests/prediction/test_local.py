@@ -5,11 +5,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
+from test_bundle import make
 from test_recalibration import combination
 
+from aplsmear.ensembles.bundle import read_bundle
 from aplsmear.ensembles.combination import Combination
 from aplsmear.errors import UserError
-from aplsmear.prediction.local import ENOUGH, Local, LocalError, fit_line, read_labels, recalibrated
+from aplsmear.prediction.local import (
+    ENOUGH,
+    Local,
+    LocalError,
+    fit_line,
+    read_labels,
+    recalibrated,
+    write_adapted,
+)
 
 WANTED = (0.1, 0.9)
 
@@ -88,3 +98,20 @@ def test_labels_are_read_and_contradictions_refused(tmp_path) -> None:
     path.write_text("patient\na\n")
     with pytest.raises(UserError):
         read_labels(path)
+
+
+def test_the_recalibrated_bundle_is_whole_and_only_its_model_for_new_patients_has_changed(tmp_path) -> None:
+    bundle = read_bundle(make(tmp_path))
+    before = bundle.combinations[-1]
+    logits = np.random.default_rng(3).normal(size=(30, len(before.members)))
+    chance = before.probability(logits)
+    label = (chance > np.median(chance)).astype(np.int64)
+    local = recalibrated(before, logits, label, WANTED)
+    write_adapted(tmp_path / "adapted" / "model", bundle, local)
+    after = read_bundle(tmp_path / "adapted")
+    expected = expit(local.line.slope * before.logit(logits) + local.line.intercept)
+    assert after.combinations[-1].probability(logits) == pytest.approx(expected)
+    assert after.combinations[-1].alarm.patients == label.sum()
+    assert after.combinations[0].thresholds == bundle.combinations[0].thresholds
+    assert after.model.adapted["log_loss"]["gain"] == pytest.approx(local.log_loss.gain)
+    assert after.model.cell_curve.models == pytest.approx(local.line.slope * bundle.model.cell_curve.models)
