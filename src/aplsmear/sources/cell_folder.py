@@ -277,12 +277,12 @@ def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Imag
         boxes = cells.iloc[rows.get(smear["smear"], [])][list(BOX)].to_numpy(dtype=np.int64)
         caption = f"{smear['smear']}: number of cells {len(boxes):,}"
         tiles.append(_tile(read_image(root / smear["image"]), boxes, caption))
-    return _montage(tiles, min(_ACROSS, len(tiles)))
+    return _montage(tiles)
 
 
 def compare_sizes(root: Path, smears: pd.DataFrame, cells: pd.DataFrame, estimate: Estimate) -> Image.Image:
-    """A picture of the smears with most cells: a row for each, with the boxes of each candidate size."""
-    table = estimate.candidates
+    """A picture of the smears with most cells, each with the boxes of every candidate size."""
+    table = estimate.candidates[estimate.candidates["cells"] > 0]
     counts = cells["smear"].value_counts().reindex(smears["smear"], fill_value=0)
     some = smears.iloc[np.argsort(-counts.to_numpy(), kind="stable")[:_COMPARED]]
     tiles = []
@@ -292,11 +292,11 @@ def compare_sizes(root: Path, smears: pd.DataFrame, cells: pd.DataFrame, estimat
             boxes = find_cells(image, size)[list(BOX)].to_numpy(dtype=np.int64)
             caption = f"{smear}, --size {size:g}: {len(boxes):,} cells (agreement {agreement:.2f})"
             tiles.append(_tile(image, boxes, caption))
-    return _montage(tiles, len(table))
+    return _montage(tiles)
 
 
-def _montage(tiles: list[npt.NDArray[np.uint8]], across: int) -> Image.Image:
-    tall = max(map(len, tiles))
+def _montage(tiles: list[npt.NDArray[np.uint8]]) -> Image.Image:
+    tall, across = max(map(len, tiles)), min(_ACROSS, len(tiles))
     tiles = [np.pad(tile, ((0, tall - len(tile)), (0, 0), (0, 0)), constant_values=255) for tile in tiles]
     grid = (math.ceil(len(tiles) / across), across)
     return Image.fromarray(montage(tiles, (255, 255, 255), False, grid, _GAP, channel_axis=-1))
