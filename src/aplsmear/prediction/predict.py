@@ -384,7 +384,7 @@ def keep_pictures(verdicts: Iterable[Pictured], count: int) -> list[Pictured]:
 def verdict_table(verdicts: Sequence[Verdict], combination: Combination, curve: CellCurve) -> pd.DataFrame:
     """The table that `predict` writes.
 
-    ``patient, probability, low, high, verdict, sensitive, more_cells, cells, smears, distance, stain,
+    ``patient, probability, low, high, verdict, sensitive, alarm, more_cells, cells, smears, distance, stain,
     warning``, rows as in `verdicts`. The combination is that of the models, or an adapted one. ``low, high``:
     the 95 % interval of the probability over combinations refitted on resampled training patients; NaN for a
     held-out fold. ``more_cells`` is of `CellCurve.advice` at the balanced point.

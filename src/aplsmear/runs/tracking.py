@@ -32,8 +32,8 @@ DEFAULTS = {
 # Columns of the answer of a logged ensemble, with MLflow's types.
 VERDICTS = {
     "folder": "string", "patient": "string", "probability": "double", "low": "double", "high": "double",
-    "verdict": "long", "sensitive": "long", "more_cells": "string", "cells": "long", "smears": "long",
-    "distance": "double", "stain": "double", "warning": "string",
+    "verdict": "long", "sensitive": "long", "alarm": "string", "more_cells": "string", "cells": "long",
+    "smears": "long", "distance": "double", "stain": "double", "warning": "string",
 }  # fmt: skip
 LONGEST_TAG = 5000  # characters
 _MOST_RUNS = 50_000  # that MLflow returns at once
