@@ -170,7 +170,7 @@ def test_dvc_shows_metrics_and_plots(small: Path) -> None:
     shown = json.loads(run(small, "dvc", "metrics", "show", "--json"))
     assert shown[""]["data"]["ensembles/apl_aml/metrics.json"]["data"]["auroc"]["value"] >= 0
     plots = json.loads(run(small, "dvc", "plots", "show", "--json"))["data"]
-    for name in MEMBERS:
+    for name in ("apl_healthy", "apl_aml"):  # a third one would make the page too long
         for curve in ("ROC", "precision-recall", "calibration", "confusion"):
             (drawn,) = plots[f"{name} {curve}"]
             assert drawn["content"]["data"]["values"], f"{name} {curve} is empty"

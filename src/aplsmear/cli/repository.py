@@ -143,9 +143,10 @@ def experiments(
     from aplsmear.workspace.experiments import advice, table
 
     found = known(Path(), commits)
-    Console().print(table(found))
+    console = Console()
+    console.print(table(found))
     for line in advice(found):
-        typer.echo(line)
+        console.print(line, markup=False, highlight=False)
 
 
 @app.command(rich_help_panel=_PANEL)
