@@ -50,7 +50,7 @@ def test_only_numbers_and_parameters_that_differ_are_shown() -> None:
     assert "apl_aml" not in shown
     assert "task=faggot" in shown
     assert "+0.020" in shown
-    assert "+0.010 to +0.030" in shown
+    assert "+0.01 to +0.03" in shown
     assert "0.650 to 0.800" in shown
     assert "dataset.root" not in shown
 

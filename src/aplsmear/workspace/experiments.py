@@ -14,8 +14,8 @@ from rich.table import Table
 
 from aplsmear.params import changes
 
-# Numbers with an interval: their key in metrics.json, title and format.
-_SHOWN = {"auroc": ("{}\nAUROC", ".3f"), "difference": ("gain over\nfrozen", "+.3f")}
+# Numbers with an interval: their key in metrics.json, title, and formats of the number and of its limits.
+_SHOWN = {"auroc": ("{}\nAUROC", ".3f", ".2f"), "difference": ("gain over\nfrozen", "+.3f", "+.2f")}
 
 
 WORKSPACE = "workspace"  # DVC's name for the files as they are now
@@ -102,11 +102,10 @@ def _cells(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for file in sorted(metrics, key=lambda file: (not file.startswith("finetuned"), file)):
         numbers, folder = metrics[file], PurePosixPath(file).parent
-        for key, (title, form) in _SHOWN.items():
+        for key, (title, form, short) in _SHOWN.items():
             if f"{key}.value" in numbers:
-                value, low, high = (
-                    format(numbers[f"{key}.{part}"], form) for part in ("value", "low", "high")
-                )
+                value = format(numbers[f"{key}.value"], form)
+                low, high = (format(numbers[f"{key}.{part}"], short) for part in ("low", "high"))
                 task = f"{numbers['task']}\n" if "task" in numbers and key == "auroc" else ""
                 name = f"tuned {folder.name}" if folder.parts[0] == "tuned" else folder.name
                 found[title.format(name)] = f"{task}{value}\n{low} to {high}"
