@@ -51,7 +51,7 @@ def test_only_numbers_and_parameters_that_differ_are_shown() -> None:
     assert "task=faggot" in shown
     assert "+0.020" in shown
     assert "+0.01 to +0.03" in shown
-    assert "0.650 to 0.800" in shown
+    assert "0.65 to 0.80" in shown
     assert "dataset.root" not in shown
 
 
