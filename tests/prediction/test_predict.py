@@ -31,7 +31,7 @@ from aplsmear.ensembles.baselines import (
     pooled_features,
     share_of,
 )
-from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle
+from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle, write_bundle, write_changed
 from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, logits_of_all, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
@@ -576,6 +576,31 @@ def command(*words: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["predict", *map(str, words)])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     return done.exit_code, done.output
+
+
+def test_local_diagnoses_correct_an_ensemble_whose_probabilities_are_too_low(trained, data, tmp_path) -> None:
+    """The new ensemble is used like any other; without a gain nothing is written."""
+    bundle = read_bundle(trained.ensemble)
+    low = replace(bundle.combinations[-1], offset=bundle.combinations[-1].offset - 6.0)
+    model = bundle.model.model_copy(update={"combinations": [*bundle.model.combinations[:-1], as_json(low)]})
+    write_changed(tmp_path / "low" / "model", bundle, model)
+    known = trained.answers[["patient", "diagnosis"]]
+    known.to_csv(tmp_path / "known.csv", index=False)
+    asked = ["adapt", "--data", str(data), "--labels", str(tmp_path / "known.csv"), "--ensemble"]
+    done = CliRunner().invoke(app, [*asked, str(tmp_path / "low"), "--out", str(tmp_path / "right")])
+    assert done.exit_code == 0, done.output
+    assert "log loss" in done.output
+    means = []
+    for name in ("low", "right"):
+        table = tmp_path / f"{name}.csv"
+        assert command("--ensemble", tmp_path / name, "--data", data, "--out", table)[0] == 0
+        shown = pd.read_csv(table).merge(known, on="patient")
+        means.append(shown["probability"][shown["diagnosis"].isin(["apl", "aml"])].mean())
+    assert means[0] < 0.05
+    assert means[1] == pytest.approx(0.5, abs=0.15)
+    done = CliRunner().invoke(app, [*asked, str(trained.ensemble), "--out", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp_path) -> None:

@@ -117,11 +117,7 @@ def recalibrated(
         LocalError: too few patients.
     """
     n, positive = len(label), int(label.sum())
-    if n < FEWEST or min(positive, n - positive) < FEWEST_EACH:
-        raise LocalError(
-            f"there are {positive} labelled patients with the positive and {n - positive} with the negative "
-            f"diagnosis. Needed are {FEWEST}, and {FEWEST_EACH} of each: label more patients."
-        )
+    _check_number(positive, n - positive)
     before = combination.slope * combination.fitted.logit(logits) + combination.offset
     after, sloped = np.zeros(n), min(positive, n - positive) >= ENOUGH
     for place in range(n):
@@ -164,6 +160,8 @@ def adapt(
     if strangers := sorted(set(labels) - known):
         raise LocalError(f"{root} has no patients named {', '.join(strangers[:5])}: correct the labels.")
     asked = {name for name, diagnosis in labels.items() if diagnosis in (model.positive, model.negative)}
+    positive = sum(labels[name] == model.positive for name in asked)
+    _check_number(positive, len(asked) - positive)
     smears, cells = (each[each["patient"].isin(asked)] for each in (found.smears, found.cells))
     check_input(bundle, smears, cells, root)
     models = Models(bundle, bundle.outer_fold_of(None))
@@ -178,6 +176,15 @@ def adapt(
             f"from 0 ({in_words(local)}). Use the ensemble as it is, or label more patients."
         )
     return local
+
+
+def _check_number(positive: int, negative: int) -> None:
+    """Refuse too few labelled patients."""
+    if positive + negative < FEWEST or min(positive, negative) < FEWEST_EACH:
+        raise LocalError(
+            f"there are {positive} labelled patients with the positive and {negative} with the negative "
+            f"diagnosis. Needed are {FEWEST}, and {FEWEST_EACH} of each: label more patients."
+        )
 
 
 def in_words(local: Local) -> str:
