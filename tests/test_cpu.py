@@ -183,3 +183,12 @@ import {module}
         [sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_settings_of_progress_bars_do_not_end_the_work():
+    code = "from aplsmear.progress import progress; print(sum(progress([1, 2], 'cells', 2)))"
+    environment = os.environ | {"PYTHONPATH": SRC, "TQDM_MININTERVAL": "often"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=False, capture_output=True, text=True
+    )
+    assert done.stdout == "3\n", done.stderr

@@ -87,6 +87,7 @@ _OTHERS = (
     "ONEDNN_",
     "OPENBLAS_",
     "OPENCV_",
+    "TQDM_",
 )
 
 _late: set[str] = set()

@@ -59,7 +59,7 @@ def test_the_stage_writes_the_same_tables_twice(place):
         assert "no patient column: each smear counts as a patient" in done.stdout
         written.append({path.name: path.read_bytes() for path in (place / "dataset").iterdir()})
     assert written[0] == written[1]
-    assert sorted(written[0]) == ["cells.csv", "report.json", "smears.csv"]
+    assert sorted(written[0]) == ["cells.csv", "levels.csv", "report.json", "smears.csv"]
     assert read_table(place / "dataset/cells.csv")["special_characteristics"].tolist() == [
         "None",
         "None",
