@@ -227,8 +227,7 @@ def evaluate(
     from aplsmear.prediction.cohort import evaluate as evaluated
     from aplsmear.prediction.cohort import write_evaluation
 
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
+    _refuse_full_folder(out, overwrite)
     _refuse_to_replace([out / "metrics.json"], overwrite)
     _print_notes()
     bundle = read_bundle(ensemble)
@@ -330,8 +329,7 @@ def adapt(
     from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.prediction import local
 
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
+    _refuse_full_folder(out, overwrite)
     known = local.read_labels(labels)
     _print_notes()
     bundle = read_bundle(ensemble)
@@ -378,6 +376,12 @@ def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
         ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _refuse_full_folder(out: Path, overwrite: bool) -> None:
+    """End the command before the long work if files in its folder could be lost."""
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
 
 
 def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: list[str]) -> Combination:
