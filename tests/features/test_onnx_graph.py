@@ -253,7 +253,9 @@ more = {
     "HardSigmoid": ([], {"alpha": 1 / 6}), "LayerNormalization": ([weights(9), weights(9)], {"axis": -1}),
     "MaxPool": ([], window), "Mul": ([weights(1, 48, 1, 1)], {}), "Softmax": ([], {"axis": 1}),
     "Pad": ([np.array([0, 0, 1, 1, 0, 0, 1, 1])], {}), "Transpose": ([], {"perm": [0, 2, 3, 1]}),
-    "Slice": ([np.array([1]), np.array([5]), np.array([2])], {}),
+    "Slice": ([np.array([1]), np.array([5]), np.array([2])], {}), "Div": ([weights(1, 48, 1, 1)], {}),
+    "MatMul": ([weights(9, 33)], {}), "Reshape": ([np.array([3, 48, 63])], {}),
+    "ReduceMax": ([np.array([-1])], {}), "Sub": ([weights(1, 48, 1, 1)], {}),
 }
 for kind in sys.argv[1:]:
     values, attributes = more.get(kind, ([], {}))

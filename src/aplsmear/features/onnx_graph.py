@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from aplsmear.errors import UserError, brief
 
 PIXELS = "pixels"  # name of the input: uint8 (images, side, side, 3), RGB
-# Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax, for one, does not.
+# Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax, for one, does not: see
+# `aplsmear.features.portable`.
 OPERATIONS = frozenset(
     {
         "Add",
@@ -20,18 +21,24 @@ OPERATIONS = frozenset(
         "Clip",
         "Concat",
         "Conv",
+        "Div",
         "Erf",
+        "Exp",
         "Flatten",
         "Gather",
         "GlobalAveragePool",
         "HardSigmoid",
         "LayerNormalization",
+        "MatMul",
         "MaxPool",
         "Mul",
         "Pad",
+        "ReduceMax",
         "Relu",
+        "Reshape",
         "Sigmoid",
         "Slice",
+        "Sub",
         "Tanh",
         "Transpose",
     }
