@@ -95,6 +95,25 @@ def test_the_import_of_an_export_gives_the_same_tables(kind, tmp_path_factory):
     same()
 
 
+def test_a_class_that_was_corrected_in_the_other_program_is_the_class_after_the_import(tmp_path):
+    cells = [
+        ("17", "[10, 20, 50, 80]", "{'Blast'}", "{'Auer rods'}", "{'Cell'}", "{'Good'}"),
+        ("x", "[1, 2, 30, 40]", "{'Blast'}", "", "{'Cell'}", ""),
+    ]
+    folder = data_set(tmp_path / "data", cells)
+    export.export(folder, "geojson", tmp_path / "out")
+    for name, label in (("deep/a", "Promyelocyte"), ("b", "Smudge")):
+        path = tmp_path / "out" / f"{name}.png.geojson"
+        path.write_text(path.read_text().replace('"name": "Blast"', f'"name": "{label}"'))
+    found, root = sources.read_source(tmp_path / "out", KNOWN, images=folder / "wsi")
+    facts = importing.FactSources(table=folder / "wsi.csv")
+    table = importing.planned(found, root, KNOWN, facts, keep_unknown=False).cells
+    assert rows(table, TITLES[2:]) == [
+        ("", "", "{'Smudge'}", ""),
+        ("{'Promyelocyte'}", "{'Auer rods'}", "{'Cell'}", "{'Good'}"),
+    ]
+
+
 def run(*words: object, code: int = 0) -> str:
     done = CliRunner().invoke(app, ["export", *map(str, words)])
     assert done.exit_code == code, done.output

@@ -21,13 +21,12 @@ from aplsmear.data.boxes import numbers_of
 from aplsmear.data.labels import LabelError, parse_labels
 from aplsmear.data.names import image_path
 from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE, leaves_folder
-from aplsmear.exchange.found import CELL_LABELS, ExchangeError, named
+from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, named
 from aplsmear.exchange.readers import read_all
 from aplsmear.files import write_json
 from aplsmear.images.reading import ImageError, image_size
 from aplsmear.tables import SEPARATOR
 
-_NO_TYPE = "Cell"  # class of a cell whose type is not known
 _IDS = ("cell", "item", "id")  # columns of scores that can hold the id of a cell
 
 
@@ -113,8 +112,7 @@ def shots_of(folder: Path, scores: Mapping[str, float]) -> list[Shot]:
             box = None
         if box is None or row["wsi"] not in shots:
             raise ExchangeError(f"{folder / CELLS_FILE}, cell {row['id']}: see `aplsmear check {folder}`.")
-        label = kinds["cellType"] or kinds["objectType"] or _NO_TYPE
-        shown = Shown(box, label, {"id": row["id"]} | kinds, scores.get(row["id"]))
+        shown = Shown(box, exported_class(kinds), {"id": row["id"]} | kinds, scores.get(row["id"]))
         shots[row["wsi"]].cells.append(shown)
     return list(shots.values())
 

@@ -21,6 +21,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 CELL_LABELS = ("cellType", "specialCharacteristics", "objectType", "segmentationQuality")
 ATTRIBUTES = ("id", *CELL_LABELS)  # of a cell, written by an export beside box and class
+NO_TYPE = "Cell"  # class of a cell whose type is not known
 _LARGEST = 10**9  # bytes of a file of annotations
 _NAMED = 5  # names in one message
 _LONGEST = 120  # characters of one name
@@ -34,6 +35,11 @@ class ExchangeError(UserError):
     def __init__(self, message: str) -> None:
         """Names from files may hold invisible characters, which do not reach the terminal."""
         super().__init__(visible(message))
+
+
+def exported_class(labels: Mapping[str, str]) -> str:
+    """The class that an export gives a cell with these labels, by column."""
+    return labels["cellType"] or labels["objectType"] or NO_TYPE
 
 
 class Cell(NamedTuple):

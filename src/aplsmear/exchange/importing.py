@@ -18,7 +18,7 @@ from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
-from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, named
+from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, exported_class, named
 from aplsmear.exchange.readers import columns_of, read_all
 from aplsmear.images.reading import ImageError, image_bytes, read_picture
 from aplsmear.progress import progress
@@ -306,9 +306,31 @@ def _cells(
     else:
         columns["wsi"] = [one.name for one in facts]
         columns["bbox"] = [str(np.rint(cell.box or (0, 0, 0, 0)).astype(int).tolist()) for cell in cells]
-    labels = [(classes[cell.label][0] or Meaning(""))._asdict() | dict(cell.attributes) for cell in cells]
+    labels = [_labels(cell, classes[cell.label][0] or Meaning("")) for cell in cells]
     columns |= {column: [literal(one.get(column, "")) for one in labels] for column in CELL_LABELS}
     return _filled(pd.DataFrame(columns, dtype=object))
+
+
+def _labels(cell: Cell, meaning: Meaning) -> dict[str, str]:
+    """The labels of a cell by column. A class other than the one that an export wrote is a correction."""
+    written = {column: cell.attributes.get(column, "") for column in CELL_LABELS}
+    if cell.label == exported_class(written):
+        return meaning._asdict() | dict(cell.attributes)
+    return written | relabelled(written, meaning)
+
+
+def relabelled(old: Mapping[str, str], meaning: Meaning) -> dict[str, str]:
+    """The labels of a cell by column, after a person has given it another class.
+
+    A class without a characteristic leaves the old ones. A class that is only a characteristic (Auer rods)
+    leaves the old type.
+    """
+    new = meaning._asdict()
+    if not meaning.specialCharacteristics:
+        new["specialCharacteristics"] = old["specialCharacteristics"]
+    elif not meaning.cellType:
+        new["cellType"] = old["cellType"]
+    return new
 
 
 # --- writing --------------------------------------------------------------------------------------
