@@ -35,7 +35,12 @@ def main(name: str) -> None:
     with engine_of(params, list(views.values()), networks=True) as engine:
         for level, path in views.items():
             graph = Path(f"backbones/{name}/{level}.onnx")
-            write_graph(graph, backbone, level, params.seed)
+            if not write_graph(graph, backbone, level, params.seed):
+                print(
+                    f"The features of {name} differ between processors in their last digits: its network has "
+                    "operations without the same bits everywhere.",
+                    file=sys.stderr,
+                )
             request = FeatureRequest(name, graph, level, tuple(backbone.layer), batch_of(backbone, level))
             found = features_of_file(path, request, engine)
             parts = -(-count_views(path) // partition(request))

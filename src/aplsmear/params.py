@@ -43,6 +43,7 @@ COLUMNS = {"cell": CELL_COLUMNS, "smear": SMEAR_COLUMNS, "patient": ("diagnosis"
 _LONGEST = 80  # largest number of characters of a value in a message
 _LARGEST = 100_000  # largest number of values; a few lines with aliases (`*name`) can stand for billions
 JOINT = "+"  # between layers of a backbone whose features are concatenated
+_OUTPUTS = r"(?a)\w[\w.:-]*(\+\w[\w.:-]*)*"  # of an ONNX file; each names a file of features
 ANY_FEATURES = "any"  # in `tune.space.features`: the features of all backbones
 
 # Parameters of earlier versions: dotted name -> the name now, or a sentence that says why it is gone.
@@ -80,8 +81,14 @@ def _is_task(name: str, info: ValidationInfo) -> str:
 
 def _are_features(names: list[str], info: ValidationInfo) -> list[str]:
     if info.context and names != [ANY_FEATURES]:
-        _among("`backbones` has no layer", names, info.context["layers"])
+        each = [part for name in names for part in of_backbones(name)]
+        _among("`backbones` has no layer", each, info.context["layers"])
     return names
+
+
+def of_backbones(features: str) -> list[str]:
+    """The features of each backbone in a name: ``a/x+y+b/z`` -> ``a/x+y`` and ``b/z``."""
+    return re.split(r"\+(?=[a-z][a-z0-9_]*/)", features)
 
 
 def _distinct(names: list[str]) -> list[str]:
@@ -191,15 +198,39 @@ class Augment(Strict):
     noise: float = Field(ge=0, le=100)
 
 
+class OnnxFile(Strict):
+    """How the network of an ONNX file takes images and gives features.
+
+    Attributes:
+        layout: of the images: N images, C colours, H rows, W columns.
+        scale: pixels, 0 to 255, are divided by it; then `mean` is subtracted, and then divided by `std`.
+        mean: of red, green and blue.
+        std: of red, green and blue.
+        pooling: what becomes the features of an image: ``class``: the first token; ``patches``: the mean of
+            the tokens of patches; ``class+patches``: both, one after the other; ``map``: the mean of a map;
+            ``none``: the output as it is, (images, channels).
+        tokens: number of tokens before those of patches: the class token and the registers.
+    """
+
+    layout: Literal["NCHW", "NHWC"]
+    scale: float = Field(gt=0)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
+    pooling: Literal["class", "patches", "class+patches", "map", "none"]
+    tokens: int = Field(1, ge=0, le=64)
+
+
 class Backbone(Strict):
-    """A frozen network of keras.applications, cut at a named layer.
+    """A frozen network: of keras.applications, cut at named layers, or of an ONNX file with named outputs.
 
     `sha256` belongs to the file that `weights` names, if it names a file. DVC tracks parameters and not this
     file, so the hash makes a changed file visible. Empty: the file is not checked.
     """
 
-    application: str
+    source: Literal["keras.applications", "onnx"] = "keras.applications"
+    application: str = ""
     options: dict[str, Any] = {}
+    onnx: OnnxFile | None = None
     input_size: Sides
     layer: Annotated[list[str], AfterValidator(_distinct)] = Field(min_length=1)
     weights: str
@@ -207,9 +238,21 @@ class Backbone(Strict):
     batch: int = Field(ge=1, le=4096)
 
     @model_validator(mode="after")
+    def _fits_its_source(self) -> Backbone:
+        if self.source == "onnx":
+            if self.onnx is None or self.application or self.options:
+                raise ValueError("source: onnx needs a table `onnx`, and neither `application` nor `options`")
+            for name in self.layer:
+                if not re.fullmatch(_OUTPUTS, name):
+                    raise ValueError(f"{name!r} cannot be the name of a file: write each / of an output as .")
+        elif self.onnx is not None or not self.application:
+            raise ValueError("source: keras.applications needs `application`, and no table `onnx`")
+        return self
+
+    @model_validator(mode="after")
     def _is_in_keras(self, info: ValidationInfo) -> Backbone:
         """Compare with the table of keras.applications; Keras is not imported."""
-        if info.context:
+        if info.context and self.source == "keras.applications":
             name = self.application
             _among("keras.applications has no network", [name], applications())
             _among(f"{name} has no option", self.options, options_of(name))

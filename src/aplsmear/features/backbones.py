@@ -1,4 +1,4 @@
-"""Frozen networks of keras.applications, cut at named layers, and written as graphs."""
+"""Frozen networks of keras.applications, cut at named layers, or of ONNX files, written as graphs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from aplsmear.errors import UserError, brief
 from aplsmear.features.export import as_graph
+from aplsmear.features.onnx_file import graph_of_file
+from aplsmear.features.onnx_graph import GraphError, is_portable
 from aplsmear.files import sha256, whole
 from aplsmear.params import JOINT, Backbone, Level
 from aplsmear.words import nearest, no_such
@@ -37,6 +39,11 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
     Raises:
         BackboneError: no such application, option, layer or file of weights, or weights that do not fit.
     """
+    if settings.source == "onnx":
+        raise BackboneError(
+            "an ONNX file is frozen and cannot be trained: choose a trial whose features are of a backbone "
+            "with `source: keras.applications` (`finetune.trial`, or `tune.space.features` for the search)"
+        )
     import keras
 
     builder, preprocess = _application(settings.application)
@@ -65,8 +72,8 @@ def weight_files(settings: Backbone) -> list[Path]:
     return [] if settings.weights in (UNTRAINED, IMAGENET) else [Path(settings.weights)]
 
 
-def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> None:
-    """Build the network of `settings` and write it as a graph, which `aplsmear.features.forward` runs.
+def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool:
+    """Build or read the network of `settings` and write it as a graph for `aplsmear.features.forward`.
 
     Args:
         path: of the graph, ``.onnx``; the same bytes for the same weights.
@@ -74,17 +81,33 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> None
         level: its input size is taken.
         seed: of untrained filters.
 
+    Returns:
+        Whether the graph gives the same bits on every processor. Only that of an ONNX file may not.
+
     Raises:
-        BackboneError: as `cut_network`.
+        BackboneError: as `cut_network`, or an ONNX file that cannot be used.
         GraphError: a layer that cannot be written.
     """
-    import keras
+    if settings.source == "onnx":
+        graph = _graph_of_file(settings, level)
+    else:
+        import keras
 
-    keras.utils.clear_session()
-    network, preprocess = cut_network(settings, level, seed)
-    graph = as_graph(network, preprocess, settings.input_size[level])
+        keras.utils.clear_session()
+        network, preprocess = cut_network(settings, level, seed)
+        graph = as_graph(network, preprocess, settings.input_size[level])
     with whole(path) as part:
         part.write_bytes(graph.SerializeToString(deterministic=True))
+    return is_portable(graph)
+
+
+def _graph_of_file(settings: Backbone, level: Level) -> Any:
+    path = Path(settings.weights)
+    _check_content(path, settings.sha256)
+    try:
+        return graph_of_file(path, settings, settings.input_size[level])
+    except GraphError as error:
+        raise BackboneError(f"the network in {str(path)!r} cannot be used for {level}s:\n  {error}") from None
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:

@@ -24,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from aplsmear.features.onnx_graph import BLOCK, PIXELS, GraphError
+from aplsmear.features.portable import softmax
 
 OPSET, IR_VERSION = 18, 10  # fixed, so a later release of onnx writes the same bytes
 _ROWS, _COLUMNS = 2, 3  # axes of (images, channels, rows, columns)
@@ -130,7 +131,8 @@ class _Graph:
 
     def constant(self, values: Any, dtype: Any = np.float32) -> str:
         name = f"w{len(self._weights)}"
-        self._weights.append(numpy_helper.from_array(np.ascontiguousarray(values, dtype), name))
+        array = np.asarray(values, dtype, "C") if isinstance(values, np.ndarray) else np.atleast_1d(values)
+        self._weights.append(numpy_helper.from_array(array.astype(dtype), name))
         return name
 
     def node(self, kind: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
@@ -196,7 +198,8 @@ class _Graph:
         biases = np.zeros(width)
         biases[places] = bias
         name = self.constant(weights)
-        if not depthwise and window != [1, 1] and x.width >= BLOCK:
+        # Also a map of the network of a file can have any number of channels; an image has three.
+        if not depthwise and x.width > 3 and (window != [1, 1] or x.width % BLOCK):
             self._open.append(name)
         name = self.node(
             "Conv",
@@ -207,6 +210,21 @@ class _Graph:
             **attributes,
         )
         return _Map(name, places, width)
+
+    def grouped(self, name: str, kernel: np.ndarray, bias: np.ndarray, group: int, **attributes: Any) -> str:
+        """Write a convolution of groups of channels, without blocks; arguments as of `convolved`."""
+        weights = self.constant(kernel)
+        self._open.append(weights)
+        names = [name, weights, self.constant(bias)]
+        return self.node("Conv", names, group=group, kernel_shape=kernel.shape[2:], **attributes)
+
+    def softmax(self, name: str, length: int) -> str:
+        """Write a softmax over the last axis, of this length."""
+        output = f"t{len(self._nodes)}"
+        nodes, constants = softmax(name, output, length)
+        self._nodes += nodes
+        self._weights += constants
+        return output
 
     def applied(self, kind: str, *inputs: _Map, constants: Sequence[float] = (), **attributes: Any) -> _Map:
         """Write an operation that keeps the channels."""

@@ -141,9 +141,11 @@ class Network:
         self._session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=providers()
         )
-        self.size = int(self._session.get_inputs()[0].shape[1])
+        images, self.size, *_ = self._session.get_inputs()[0].shape
         on_cpu = self._session.get_providers()[0] == "CPUExecutionProvider"
         self._step = max(1, _AT_ONCE // self.size**2) if on_cpu else None  # images; None: the whole batch
+        if images == 1:  # of an ONNX file that takes one image at a time
+            self._step = 1
 
     def __call__(self, views: Sequence[View]) -> list[np.ndarray]:
         """The features of encoded views: one float16 array (views, channels) per layer.

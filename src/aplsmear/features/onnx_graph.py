@@ -13,38 +13,18 @@ from aplsmear.errors import UserError, brief
 PIXELS = "pixels"  # name of the input: uint8 (images, side, side, 3), RGB
 # Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax, for one, does not: see
 # `aplsmear.features.portable`.
-OPERATIONS = frozenset(
-    {
-        "Add",
-        "AveragePool",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Conv",
-        "Div",
-        "Erf",
-        "Exp",
-        "Flatten",
-        "Gather",
-        "GlobalAveragePool",
-        "HardSigmoid",
-        "LayerNormalization",
-        "MatMul",
-        "MaxPool",
-        "Mul",
-        "Pad",
-        "ReduceMax",
-        "Relu",
-        "Reshape",
-        "Sigmoid",
-        "Slice",
-        "Sub",
-        "Tanh",
-        "Transpose",
-    }
-)
+_SAME_BITS = """
+    Abs Add AveragePool Cast Celu Clip Concat Conv Cos DepthToSpace Div Einsum Elu Erf Exp Expand Flatten
+    Gather Gelu Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish
+    InstanceNormalization LayerNormalization LeakyRelu Log MatMul Max MaxPool Min Mish Mul Neg PRelu Pad Pow
+    Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare Relu Reshape Resize Selu
+    Sigmoid Sin Slice Softplus Softsign Sqrt Squeeze Sub Tanh Tile Transpose Unsqueeze Where"""
+OPERATIONS = frozenset(_SAME_BITS.split())
+# What a graph of a stranger's network may have besides, if it is marked: its bits depend on the processor.
+PLAIN = frozenset({"LogSoftmax", "Softmax"})
+_MARK = "bits"  # key of this mark
 BLOCK = 16  # channels; ONNX Runtime stores maps in blocks of as many with AVX-512, of half as many with AVX2
-_LARGEST = 2**28  # numbers in one tensor of a graph, for one image
+LARGEST = 2**28  # numbers in one tensor of a graph, for one image
 
 
 class GraphError(UserError, ValueError):
@@ -94,12 +74,18 @@ def read_graph(content: bytes) -> onnx.ModelProto:
         raise GraphError(
             f"this is no ONNX graph ({brief(error)}): copy the file again from its source"
         ) from None
-    unknown = sorted({node.op_type for node in model.graph.node} - OPERATIONS)
+    marked = any(each.key == _MARK for each in model.metadata_props)
+    unknown = sorted({node.op_type for node in model.graph.node} - OPERATIONS - (PLAIN if marked else set()))
     if unknown or any(node.domain for node in model.graph.node) or model.functions:
         raise GraphError(
             f"the graph has operations that no backbone has: {', '.join(unknown) or 'functions'}"
         )
-    _check_convolutions(model.graph)
+    depends = _convolutions_by_processor(model.graph)
+    if depends and not marked:
+        raise GraphError(
+            f"the convolution {depends[0]!r} of the graph gives other bits with AVX-512 than "
+            "without: write the graph again with this version (`dvc repro`)"
+        )
     weights = [*model.graph.initializer, *(each.values for each in model.graph.sparse_initializer)]
     if any(each.data_location == TensorProto.EXTERNAL for each in weights):
         raise GraphError("the graph takes weights from another file: put them into the graph")
@@ -107,18 +93,28 @@ def read_graph(content: bytes) -> onnx.ModelProto:
     return model
 
 
-def _check_convolutions(graph: onnx.GraphProto) -> None:
-    """Refuse a convolution whose order of sums depends on the processor (see `aplsmear.features.export`)."""
+def is_portable(model: onnx.ModelProto) -> bool:
+    """Whether a graph gives the same bits on every x86-64 processor with AVX2 and FMA."""
+    kinds = {node.op_type for node in model.graph.node}
+    return kinds <= OPERATIONS and not _convolutions_by_processor(model.graph)
+
+
+def mark_as_not_portable(model: onnx.ModelProto) -> None:
+    """Allow a graph the operations of `PLAIN`, and convolutions whose bits depend on the processor."""
+    model.metadata_props.add(key=_MARK, value="depend on the processor")
+
+
+def _convolutions_by_processor(graph: onnx.GraphProto) -> list[str]:
+    """Convolutions whose order of sums depends on the processor (see `aplsmear.features.export`)."""
     shapes, opened = {each.name: each.dims for each in graph.initializer}, {each.name for each in graph.input}
+    found = []
     for node in graph.node:
         if node.op_type == "Conv":
             filters, channels, *window = shapes.get(node.input[1], [1, 1])
-            in_blocks = channels >= BLOCK and max(window) > 1 and node.input[1] not in opened
-            if filters % BLOCK or in_blocks:
-                raise GraphError(
-                    f"the convolution {node.output[0]!r} of the graph gives other bits with AVX-512 than "
-                    "without: write the graph again with this version (`dvc repro`)"
-                )
+            in_blocks = channels >= BLOCK and max(window, default=1) > 1
+            if node.input[1] not in opened and (filters % BLOCK or in_blocks):
+                found.append(node.output[0])
+    return found
 
 
 def _check_sizes(model: onnx.ModelProto) -> None:
@@ -135,7 +131,7 @@ def _check_sizes(model: onnx.ModelProto) -> None:
         raise GraphError(f"the sizes of the graph do not fit ({brief(error)})") from None
     for each in [*known.input, *known.value_info]:
         sides = [side.dim_value for side in each.type.tensor_type.shape.dim]
-        if (sides and min(sides) < 1) or math.prod(sides) > _LARGEST:
+        if (sides and min(sides) < 1) or math.prod(sides) > LARGEST:
             raise GraphError(
-                f"the size of {each.name!r} in the graph is unknown, or above {_LARGEST:,} numbers"
+                f"the size of {each.name!r} in the graph is unknown, or above {LARGEST:,} numbers"
             )
