@@ -247,7 +247,10 @@ def write_model(
         seed=seed,
         min_box=min_box,
         augment=augment,
-        backbones={name: each.model_dump(exclude={"weights", "sha256"}) for name, each in backbones.items()},
+        backbones={
+            name: each.model_dump(exclude={"weights", "sha256"}, exclude_unset=True)
+            for name, each in backbones.items()
+        },
         combinations=[as_json(combination) for combination in results.verdicts.combinations],
         reference_level=level,
         reference_features=chosen,
