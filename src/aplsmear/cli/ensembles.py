@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -63,6 +63,16 @@ def predict(
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Shift all probabilities to the share of positives in training.")
     ] = False,
+    cells: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", callback=file_to_write, help="Table with a row for each cell: scores and evidence."
+        ),
+    ] = None,
+    geojson: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The same for QuPath: a file for each smear."),
+    ] = None,
     overwrite: _OVERWRITE = False,
 ) -> None:
     """Classify new patients with trained ensembles. For research only.
@@ -80,21 +90,58 @@ def predict(
     Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
     of cells, and in `stain` (above 1: farther out than 99 %); a `warning`. A formula gets a ' in front.
 
-    Example: `aplsmear predict --data /data/new --out new.csv --report new.html`
+    `--cells` and `--geojson` say which cells decided (docs/cells.md): the scores of each member, and the
+    evidence of a cell for the positive diagnosis of each ensemble.
+
+    Example: `aplsmear predict --data /data/new --out new.csv --report new.html --cells cells.csv`
     """
-    _refuse_to_replace([path for path in (out, report) if path is not None], overwrite)
+    _refuse_to_replace([path for path in (out, report, cells) if path is not None], overwrite)
+    if geojson:
+        folder_to_write(geojson)
+        _refuse_full_folder(geojson, overwrite)
     if ensemble and len(ensemble) == 1:
         if prevalence:
             raise UserError("--prevalence is for the one answer: leave out --ensemble, or give several.")
-        _predict_by_one(ensemble[0], data, out, report, fold, adapt)
+        _predict_by_one(ensemble[0], data, out, _Extras(report, cells, geojson), fold, adapt)
     else:
         if adapt:
             raise UserError("--adapt works with one ensemble: give one --ensemble.")
-        _predict_one_answer(ensemble or [], answer, prevalence, data, out, report, fold)
+        extras = _Extras(report, cells, geojson)
+        _predict_one_answer(ensemble or [], answer, prevalence, data, out, extras, fold)
+
+
+class _Extras(NamedTuple):
+    """What `predict` writes beside the table of patients."""
+
+    report: Path | None
+    cells: Path | None
+    geojson: Path | None
+
+    @property
+    def of_cells(self) -> bool:
+        """Whether the evidence of the cells is needed."""
+        return bool(self.cells or self.geojson)
+
+    def write_cells(self, found: DataSet, judged: Mapping[str, Sequence[Verdict]]) -> None:
+        """Write the table and the boxes of the cells that are wanted."""
+        from aplsmear.ensembles.evidence import evidence_table
+        from aplsmear.prediction.cells import write_boxes
+        from aplsmear.tables import write_table
+
+        if not self.of_cells:
+            return
+        evidence = {name: [each.evidence for each in verdicts] for name, verdicts in judged.items()}
+        table = evidence_table(found.smears, found.cells, evidence)
+        if self.cells:
+            write_table(self.cells, table)
+            typer.echo(f"{len(table):,} cells: {self.cells}")
+        if self.geojson:
+            write_boxes(self.geojson, found, table)
+            typer.echo(f"{len(found.smears):,} files for QuPath: {self.geojson}")
 
 
 def _predict_by_one(
-    ensemble: Path, data: Path, out: Path, report: Path | None, fold: int | None, adapt: bool
+    ensemble: Path, data: Path, out: Path, extras: _Extras, fold: int | None, adapt: bool
 ) -> None:
     """`predict` with one ensemble."""
     from aplsmear.ensembles.bundle import read_bundle
@@ -105,10 +152,10 @@ def _predict_by_one(
 
     _print_notes()
     bundle = read_bundle(ensemble)
-    models = Models(bundle, bundle.outer_fold_of(fold))
-    with _new_patients([bundle], data) as (found, engine):
+    models = Models(bundle, bundle.outer_fold_of(fold), cells=extras.of_cells)
+    with _new_patients([bundle], data, extras.geojson is not None) as (found, engine):
         each = judge_patients(models, data, found.smears, found.cells, engine)
-        verdicts = keep_pictures(each, CARDS if report else 0)
+        verdicts = keep_pictures(each, CARDS if extras.report else 0)
     combination, model = models.combination, bundle.model
     one, other = diagnosis(model.positive), diagnosis(model.negative)
     remarks = [
@@ -119,10 +166,11 @@ def _predict_by_one(
     if adapt:
         combination = _adapted(combination, verdicts, remarks)
     table = verdict_table(verdicts, combination, bundle.model.cell_curve)
-    if report:
-        write_page(report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
+    if extras.report:
+        write_page(extras.report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
     write_table(out, table)
     _print_remarks(found.report["left_out"], remarks)
+    extras.write_cells(found, {model.name: verdicts})
     _print_end(table, out)
 
 
@@ -132,7 +180,7 @@ def _predict_one_answer(
     prevalence: str,
     data: Path,
     out: Path,
-    report: Path | None,
+    extras: _Extras,
     fold: int | None,
 ) -> None:
     """`predict` with several ensembles; without any: all of the one answer that are there."""
@@ -147,13 +195,13 @@ def _predict_one_answer(
     known = [answer.parent.parent / "ensembles" / name for name in answers.pairs]
     folders = ensembles or [each for each in known if (each / "model" / MANIFEST).is_file()]
     _print_notes()
-    panel = Panel([read_bundle(each) for each in folders], answers, fold, shares)
-    with _new_patients(panel.bundles, data) as (found, engine):
+    panel = Panel([read_bundle(each) for each in folders], answers, fold, shares, extras.of_cells)
+    with _new_patients(panel.bundles, data, extras.geojson is not None) as (found, engine):
         each = panel.judge(data, found.smears, found.cells, engine)
-        judged = keep_pictures(each, CARDS if report else 0)
+        judged = keep_pictures(each, CARDS if extras.report else 0)
     table, remarks = panel.table(judged), _remarks(found, fold)
-    if report:
-        write_page(report, panel, judged, table, found.report["left_out"], remarks)
+    if extras.report:
+        write_page(extras.report, panel, judged, table, found.report["left_out"], remarks)
     write_table(out, table)
     _print_remarks(found.report["left_out"], remarks)
     typer.echo(f"{panel.whose}:")
@@ -161,14 +209,23 @@ def _predict_one_answer(
         typer.echo(f"  {line}")
     counts = table["answer"].value_counts()
     typer.echo(", ".join(f"{counts.get(name, 0)} {name}" for name in ("healthy", "aml", "apl", "unsure")))
+    names = [bundle.model.name for bundle in panel.bundles]
+    verdicts = zip(*(each.verdicts for each in judged), strict=True)
+    extras.write_cells(found, dict(zip(names, verdicts, strict=True)))
     _print_end(table, out)
 
 
 @contextmanager
-def _new_patients(bundles: Sequence[Bundle], data: Path) -> Iterator[tuple[DataSet, Engine]]:
-    """The data set of new patients, checked for these ensembles, and the engine that judges them."""
+def _new_patients(
+    bundles: Sequence[Bundle], data: Path, boxes: bool = False
+) -> Iterator[tuple[DataSet, Engine]]:
+    """The data set of new patients, checked for these ensembles, and the engine that judges them.
+
+    With `boxes`, cells must lie in smears.
+    """
     from aplsmear.compute.engine import engine_of
     from aplsmear.data.dataset import read_data_set
+    from aplsmear.prediction.cells import check_boxes
     from aplsmear.prediction.predict import check_input
 
     folders = [data, *(bundle.folder for bundle in bundles)]
@@ -177,6 +234,8 @@ def _new_patients(bundles: Sequence[Bundle], data: Path) -> Iterator[tuple[DataS
         found = read_data_set(data, {}, min_box=min_box, skip_bad_images=False, engine=engine, labelled=False)
         for bundle in bundles:
             check_input(bundle, found.smears, found.cells, data)
+        if boxes:
+            check_boxes(found)
         yield found, engine
 
 
@@ -190,6 +249,55 @@ def _print_end(table: pd.DataFrame, out: Path) -> None:
     """Print how many patients were judged."""
     warned = int((table["warning"] != "").sum())
     typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+@app.command(rich_help_panel=_PANEL)
+def view(
+    patient: Annotated[str, typer.Argument(metavar="PATIENT", help="Its name in the table of cells.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="HTML", callback=file_to_write, help="The page. Default: PATIENT.html."),
+    ] = None,
+    ensemble: _ENSEMBLE = Path("ensembles/apl_aml"),
+    cells: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV",
+            help="Of `predict --cells`. Default: evidence.parquet of the ensemble, by models that never saw "
+            "the patient.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The data set. Default: that of this clone.")
+    ] = None,
+    overwrite: _OVERWRITE = False,
+) -> None:
+    """Show the cells that decided about one patient, on a page that opens offline.
+
+    The page has the smears with a box around each cell, coloured by its evidence, and the cells beside them,
+    sorted by evidence. A click on a cell shows its scores. The arrow keys go through the cells.
+
+    Example: `aplsmear view P004 --ensemble ensembles/apl_healthy`
+
+    Example: `aplsmear view P77-003 --cells cells.csv --data new`
+    """
+    from aplsmear.ensembles.bundle import read_bundle
+    from aplsmear.prediction.view import cells_of, read_cells, view_page
+    from aplsmear.reports import pages
+
+    to = to or Path(f"{patient}.html")
+    _refuse_to_replace([to], overwrite)
+    model = read_bundle(ensemble).model
+    if data is None:
+        if cells is not None:
+            raise UserError("--cells needs --data, the folder of the pictures of these cells.")
+        params = params_if_any("dataset")
+        if params is None:
+            raise UserError("There is no params.yaml here: name the folder of the pictures by --data.")
+        data = Path(params.dataset.root)
+    mine = cells_of(read_cells(_made(cells or ensemble / "evidence.parquet")), patient)
+    pages.write(to, view_page(mine, data, model.name, model.positive))
+    typer.echo(f"{to}: {len(mine):,} cells. Open it in a browser.")
 
 
 @app.command(rich_help_panel=_PANEL)

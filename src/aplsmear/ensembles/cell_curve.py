@@ -27,6 +27,7 @@ from scipy.special import expit, logit, softmax
 from scipy.stats import rankdata
 
 from aplsmear.ensembles.combination import Combination, Verdicts
+from aplsmear.ensembles.evidence import Items, attended, scored
 from aplsmear.ensembles.pooling import CLIP, summary_logit
 from aplsmear.evaluation.columns import LEVEL, Z
 from aplsmear.heads.bags import gates_and_logits
@@ -106,6 +107,9 @@ class CellMember(Protocol):
     def redraw(self, cells: np.ndarray, outer_fold: int, summary: str, /) -> Redraw:
         """What gives a patient's logits from drawn cells. `cells` int64 (n,) are all cells of the patient."""
 
+    def items(self, cells: np.ndarray, outer_fold: int, summary: str, /) -> Items:
+        """What the member computed of each cell of a patient."""
+
 
 @dataclass(frozen=True)
 class ScoredCells:
@@ -120,6 +124,11 @@ class ScoredCells:
         weight = None if self.weights is None else self.weights[cells, outer_fold]
         return lambda drawn: summary_logit(summary, score[drawn], None if weight is None else weight[drawn])
 
+    def items(self, cells: np.ndarray, outer_fold: int, summary: str) -> Items:
+        """As for `CellMember`."""
+        weight = None if self.weights is None else self.weights[cells, outer_fold]
+        return scored(self.scores[cells, outer_fold], weight, summary)
+
 
 @dataclass(frozen=True)
 class AttendedCells:
@@ -133,11 +142,7 @@ class AttendedCells:
 
     def redraw(self, cells: np.ndarray, outer_fold: int, _summary: str) -> Redraw:
         """As for `CellMember`; a head on bags has one score, so there is nothing to summarise."""
-        head = self.heads[outer_fold]
-        values, row, views = self.values[head.features], self.row[cells], self.views[cells]
-        seen = [
-            gates_and_logits(head, values[row + np.minimum(view, views)]) for view in range(self.average + 1)
-        ]
+        seen = self._seen(cells, outer_fold)
 
         def probability(drawn: np.ndarray) -> np.ndarray:
             each = [
@@ -147,6 +152,18 @@ class AttendedCells:
             return np.asarray(logit(np.clip(np.mean(each, axis=0), CLIP, 1 - CLIP)))
 
         return probability
+
+    def items(self, cells: np.ndarray, outer_fold: int, _summary: str) -> Items:
+        """As for `CellMember`."""
+        return attended(self._seen(cells, outer_fold))
+
+    def _seen(self, cells: np.ndarray, outer_fold: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Gates and logits of the cells, for each view."""
+        head = self.heads[outer_fold]
+        values, row, views = self.values[head.features], self.row[cells], self.views[cells]
+        return [
+            gates_and_logits(head, values[row + np.minimum(view, views)]) for view in range(self.average + 1)
+        ]
 
 
 def cell_curve(

@@ -16,11 +16,13 @@ SUMMARIES = (*PLAIN, *(f"weighted_{name}" for name in WEIGHTED), "blend")
 CLIP = 1e-4
 # Share of a score that `noisy_or` takes as independent evidence: with 1 it is always 1 for hundreds of cells.
 LEAK = 0.05
+TOP = 5  # scores whose mean is `top`
+UPPER = 0.9  # the quantile of `upper`
 ENDS = 4  # items with the highest and with the lowest scores of a patient that are named
 
 
 def summarise(
-    score: np.ndarray, weight: np.ndarray | None = None, top: float = 5
+    score: np.ndarray, weight: np.ndarray | None = None, top: float = TOP
 ) -> dict[str, np.ndarray | np.float64]:
     """Summaries of the scores of one patient's items, each a probability-like number in [0, 1].
 
@@ -47,7 +49,7 @@ def summarise(
     return {
         "mean": np.vecdot(ordered, share),
         "logits": expit(np.vecdot(logit(np.clip(ordered, CLIP, 1 - CLIP)), share)),
-        "upper": _quantile(0.9, ordered, share),
+        "upper": _quantile(UPPER, ordered, share),
         "top": np.vecdot(ordered, taken) / taken.sum(axis=-1),
         "share": (above + 0.5) / (total + 1),
         "noisy_or": 1 - np.exp(np.vecdot(weight, np.log1p(-LEAK * ordered))),

@@ -35,11 +35,12 @@ from aplsmear.ensembles.combination import (
     patients_of,
     read_members,
 )
+from aplsmear.ensembles.evidence import Evidence, evidence_of, evidence_table
 from aplsmear.ensembles.familiarity import COMMON
 from aplsmear.evaluation.curves import confusion_table, curve_tables
 from aplsmear.evaluation.intervals import headline
 from aplsmear.features.store import Features, read_features
-from aplsmear.files import write_json
+from aplsmear.files import whole, write_json
 from aplsmear.heads.head import read_average, read_heads
 from aplsmear.images.view_store import read_views
 from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
@@ -195,6 +196,38 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     )
 
 
+def cell_evidence(results: Results) -> pd.DataFrame:
+    """The table `aplsmear.ensembles.evidence.evidence_table` of the patients of an ensemble.
+
+    Scores, attention and evidence of a cell are those of the models that never saw its patient.
+    """
+    inputs, verdicts = results.inputs, results.verdicts
+    names = inputs.items["cell"]["item"].to_numpy()
+    members = cell_members(inputs)
+    places = inputs.items["cell"].groupby("patient").indices
+    found: list[Evidence | None] = []
+    for patient, fold, logits in zip(
+        verdicts.table["patient"], verdicts.table["fold"], verdicts.logits, strict=True
+    ):
+        if patient not in places:
+            continue
+        mine, combination = np.asarray(places[patient]), verdicts.combinations[fold]
+        items = {
+            task: member.items(mine, fold, "mean" if one_item_each(inputs, task) else combination.summary)
+            for task, member in members.items()
+        }
+        found.append(evidence_of(names[mine], items, combination, logits))
+    cells = inputs.items["cell"].rename(columns={"item": "cell"})
+    cells = cells[cells["patient"].isin(set(verdicts.table["patient"]))]
+    smears = inputs.items["smear"].rename(columns={"item": "smear"})
+    return evidence_table(smears, cells, {inputs.name: found})
+
+
+def one_item_each(inputs: Inputs, task: str) -> bool:
+    """Whether no patient has more than one item of this member."""
+    return task in inputs.members and bool((inputs.members[task]["items"] == 1).all())
+
+
 def write_results(out: Path, results: Results) -> None:
     """Write the tables, the curves and the measures into the folder ``ensembles/<name>``."""
     table, ensemble = results.verdicts.table, results.inputs.ensemble
@@ -202,6 +235,8 @@ def write_results(out: Path, results: Results) -> None:
     write_table(out / "logits.csv", results.logits)
     write_table(out / "comparison.csv", results.comparison)
     write_table(out / "cells.csv", results.cells.table)
+    with whole(out / "evidence.parquet") as part:
+        cell_evidence(results).to_parquet(part, index=False)
     drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
     write_json(out / "curves.json", drawn)
     names = [ensemble.negative, ensemble.positive]
@@ -226,7 +261,7 @@ def write_model(
         task: Member(
             task=task,
             level=level,
-            one_each=task in inputs.members and bool((inputs.members[task]["items"] == 1).all()),
+            one_each=one_item_each(inputs, task),
         )
         for task, level in inputs.levels.items()
     }

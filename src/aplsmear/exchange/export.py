@@ -39,12 +39,16 @@ class Shown:
         label: its class.
         attributes: the columns `ATTRIBUTES`, labels joined by ``|``.
         score: probability; None without one.
+        measurements: further numbers, by name, for QuPath.
+        color: red, green, blue of the box in QuPath; None: that of its class.
     """
 
     box: tuple[float, float, float, float]
     label: str
     attributes: dict[str, str]
     score: float | None
+    measurements: Mapping[str, float] = field(default_factory=dict)
+    color: list[int] | None = None
 
 
 @dataclass
@@ -130,8 +134,11 @@ def _feature(shot: Shot, cell: Shown) -> dict[str, Any]:
     ring = [[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]]
     properties: dict[str, Any] = {"objectType": "annotation", "metadata": cell.attributes}
     properties["classification"] = {"name": cell.label, "color": [200, 0, 0]}
-    if cell.score is not None:
-        properties["measurements"] = {"probability": cell.score}
+    if cell.color:
+        properties["color"] = cell.color
+    measured = ({} if cell.score is None else {"probability": cell.score}) | dict(cell.measurements)
+    if measured:
+        properties["measurements"] = measured
     return {
         "type": "Feature",
         "id": str(uuid5(NAMESPACE_OID, f"{shot.name}/{cell.attributes['id']}")),

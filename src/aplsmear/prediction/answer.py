@@ -17,7 +17,7 @@ from aplsmear.answer.measures import UNSURE, predictive_values
 from aplsmear.answer.report import names_of
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.ensembles.bundle import MANIFEST, Bundle
-from aplsmear.prediction.predict import Models, Verdict, judge_together
+from aplsmear.prediction.predict import Models, Pictures, Verdict, judge_together
 from aplsmear.reports import pages
 from aplsmear.tables import as_written
 
@@ -32,13 +32,13 @@ class PatientAnswer:
         verdicts: of each ensemble, without pictures.
         chances: probabilities of `DIAGNOSES`, float64 (3,).
         shown: the two diagnoses that `pictures` compare.
-        pictures: cells, as name and JPEG, that point most to the first of `shown`, then to the second.
+        pictures: of the ensemble that compares them.
     """
 
     verdicts: tuple[Verdict, ...]
     chances: np.ndarray
     shown: tuple[str, str]
-    pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
+    pictures: Pictures
 
     @property
     def probability(self) -> float:
@@ -76,6 +76,7 @@ class Panel:
         answers: Answers,
         fold: int | None = None,
         prevalence: Sequence[float] | None = None,
+        cells: bool = False,
     ) -> None:
         """Choose the fit.
 
@@ -84,6 +85,7 @@ class Panel:
             answers: of `aplsmear.answer.coupling.read_answers`.
             fold: as for `Bundle.outer_fold_of`.
             prevalence: of `DIAGNOSES`. None: that of the training patients.
+            cells: as for `Models`.
 
         Raises:
             AnswerError: there is no answer of these ensembles, or they are of another run.
@@ -93,7 +95,7 @@ class Panel:
         named = {bundle.model.name: bundle for bundle in bundles}
         check_manifests(answers, {name: bundle.folder / MANIFEST for name, bundle in named.items()})
         self.bundles = [named[name] for name in answer.ensembles]
-        self.models = [Models(bundle, bundle.outer_fold_of(fold)) for bundle in self.bundles]
+        self.models = [Models(bundle, bundle.outer_fold_of(fold), cells=cells) for bundle in self.bundles]
         self.pairs = [answers.pairs[name] for name in answer.ensembles]
         self.fitted = answer.folds[self.models[0].outer_fold]
         self.prevalence = list(prevalence or self.fitted.shares)

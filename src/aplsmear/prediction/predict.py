@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, tee
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,12 +27,14 @@ from aplsmear.ensembles.baselines import POOLED, Baselines
 from aplsmear.ensembles.bundle import Bundle, Scorer
 from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Combination
+from aplsmear.ensembles.evidence import Evidence, Items, attended, evidence_of, scored
 from aplsmear.ensembles.familiarity import Mean, Moments, how_stained, stain_of
-from aplsmear.ensembles.pooling import PLAIN, ends_of, same_logits, summary_logit
+from aplsmear.ensembles.pooling import PLAIN, same_logits, summary_logit
 from aplsmear.errors import UserError
 from aplsmear.features.forward import FeatureRequest, features_of_views
-from aplsmear.heads.bags import attend
+from aplsmear.heads.bags import attend, gates_and_logits
 from aplsmear.heads.head import mean_over_views, score
+from aplsmear.images.reading import decode_jpeg, encode_jpeg, fitting
 from aplsmear.images.view_store import View
 from aplsmear.images.views import Part, parts_of, views_of_parts
 from aplsmear.params import LEVELS, Level
@@ -40,6 +42,8 @@ from aplsmear.progress import progress
 from aplsmear.tables import as_written
 
 CHUNK = 512  # views that go through the networks together: one partition
+SHOWN = 12  # cells of a patient that are shown for a diagnosis, and against it
+_SIDE = 64  # px of a cell that is shown
 
 Views = Mapping[Level, Sequence[View]]
 _Piece = tuple[str, int, Views]  # patient, number of smears, views of these smears and of cells
@@ -47,6 +51,18 @@ _Piece = tuple[str, int, Views]  # patient, number of smears, views of these sme
 
 class PredictError(UserError, ValueError):
     """New patients cannot be judged with these data."""
+
+
+class Picture(NamedTuple):
+    """A cell that a page shows."""
+
+    name: str
+    jpeg: bytes
+    evidence: float
+    scores: list[tuple[str, float]]  # column of `Evidence` -> number
+
+
+Pictures = tuple[list[Picture], list[Picture]]  # most evidence for the positive diagnosis; most against it
 
 
 class HasPictures(Protocol):
@@ -59,8 +75,8 @@ class HasPictures(Protocol):
         """Of the positive diagnosis, or of APL."""
 
     @property
-    def pictures(self) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
-        """Cells, as name and JPEG."""
+    def pictures(self) -> Pictures:
+        """Cells."""
 
 
 Pictured = TypeVar("Pictured", bound=HasPictures)
@@ -79,8 +95,8 @@ class Verdict:
     stain: float  # from the training patients in stain, or NaN
     warnings: dict[str, str]  # by what they are about: items, stain, distance
     baselines: Mapping[str, float]  # probability by each plain baseline; empty if they are not wanted
-    # Cells, as name and JPEG: those that point most to the positive diagnosis, then to the negative one.
-    pictures: tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]
+    pictures: Pictures
+    evidence: Evidence | None  # of the cells; None: not kept
 
 
 @dataclass
@@ -100,12 +116,13 @@ class _Record:
 class Models:
     """The models of one outer fold of a bundle."""
 
-    def __init__(self, bundle: Bundle, outer_fold: int, baselines: bool = False) -> None:
+    def __init__(self, bundle: Bundle, outer_fold: int, baselines: bool = False, cells: bool = False) -> None:
         """Collect what the models need; networks are built later, where they run.
 
-        With `baselines`, the plain baselines of the bundle judge, too.
+        With `baselines`, the plain baselines of the bundle judge, too. With `cells`, verdicts keep the
+        evidence of all cells.
         """
-        self.bundle, self.outer_fold = bundle, outer_fold
+        self.bundle, self.outer_fold, self.cells = bundle, outer_fold, cells
         self.baselines = bundle.baselines if baselines else Baselines({}, None)
         self.combination = bundle.combinations[outer_fold]
         scorers = {scorer.task: scorer for scorer in bundle.members}
@@ -191,8 +208,7 @@ class Models:
 
     def verdict(self, patient: str, record: _Record) -> Verdict:
         """The verdict on a patient whose smears are all in the record."""
-        model, reference = self.bundle.model, self.bundle.reference
-        summary = self.combination.summary
+        reference, summary = self.bundle.reference, self.combination.summary
         logits = np.array([self._summary(scorer, record, summary) for scorer in self.bundle.members])
         seen = record.features.count > 0
         found = Verdict(
@@ -206,14 +222,37 @@ class Models:
             warnings={},
             baselines=dict(self._baselines(record)),
             pictures=([], []),
+            evidence=None,
         )
         found.warnings.update(self._warnings(found, record))
-        if model.pictured_by and record.scores.get(model.pictured_by):
-            ends = ends_of(record.items["cell"], np.array(record.scores[model.pictured_by]))
-            ordered = ends if model.high_is_positive else ends[::-1]
-            for shown, cells in zip(found.pictures, ordered, strict=True):
-                shown.extend((cell, record.pictures[cell]) for cell in cells)
-        return found
+        evidence = self._evidence(record, logits)
+        if evidence is None:
+            return found
+        return replace(
+            found,
+            pictures=_pictures(evidence, record.pictures),
+            evidence=evidence if self.cells else None,
+        )
+
+    def _evidence(self, record: _Record, logits: np.ndarray) -> Evidence | None:
+        """The evidence of the cells; None: no member reads cells, or there are none."""
+        of_cells = {
+            scorer.task: self._items(scorer, record)
+            for scorer in self.bundle.members
+            if scorer.member.images == "cell" and record.scores.get(scorer.task)
+        }
+        if not of_cells:
+            return None
+        return evidence_of(record.items["cell"], of_cells, self.combination, logits)
+
+    def _items(self, scorer: Scorer, record: _Record) -> Items:
+        """What one member computed of each item of a patient."""
+        scores = np.array(record.scores[scorer.task])
+        if scorer.member.level == "patient":
+            head = scorer.heads[self.outer_fold]
+            return attended([gates_and_logits(head, scores[:, view]) for view in range(scores.shape[1])])
+        weights = np.array(record.scores[self.bundle.weigh_by.task]) if self._is_weighted(scorer) else None
+        return scored(scores, weights, "mean" if scorer.member.one_each else self.combination.summary)
 
     def _baselines(self, record: _Record) -> Iterator[tuple[str, float]]:
         """The probability by each plain baseline."""
@@ -401,6 +440,28 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination, curve: 
     for column in ("cells", "smears", "distance", "stain"):
         columns[column] = [getattr(each, column) for each in verdicts]
     return pd.DataFrame(columns | {"warning": ["; ".join(each.warnings.values()) for each in verdicts]})
+
+
+def _pictures(evidence: Evidence, jpeg: Mapping[str, bytes]) -> Pictures:
+    """The cells with the most evidence for the positive diagnosis, and with the most against it."""
+    order = np.argsort(-evidence.evidence, kind="stable")
+    sides = [
+        [n for n in order if evidence.evidence[n] > 0],
+        [n for n in order[::-1] if evidence.evidence[n] < 0],
+    ]
+    most, least = (
+        [
+            Picture(
+                evidence.items[n],
+                encode_jpeg(fitting(decode_jpeg(jpeg[evidence.items[n]]), _SIDE), quality=85),
+                float(evidence.evidence[n]),
+                [(name, float(values[n])) for name, values in evidence.columns.items()],
+            )
+            for n in side[:SHOWN]
+        ]
+        for side in sides
+    )
+    return most, least
 
 
 def _by_patient(part: Part, views: Views) -> Iterator[_Piece]:
