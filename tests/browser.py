@@ -14,7 +14,7 @@ EVIL = '<script>alert("x")</script>&'
 class Reader(HTMLParser):
     """Collects tags with their attributes and texts, and checks that every element is closed."""
 
-    VOID = ("meta", "img")
+    VOID = ("meta", "img", "input", "br")
 
     def __init__(self) -> None:
         super().__init__()

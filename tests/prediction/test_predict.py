@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import UUID
 
 import h5py
 import numpy as np
@@ -36,16 +37,19 @@ from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, logits_of_all, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
 from aplsmear.evaluation.auroc import auroc
+from aplsmear.exchange.classes import known_classes
+from aplsmear.exchange.sources import read_source
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.store import Features, read_features, write_features
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, score, write_heads
 from aplsmear.images.view_store import ViewWriter, read_index, read_views
-from aplsmear.images.views import all_views
+from aplsmear.images.views import BOX, all_views
 from aplsmear.params import LEVELS, Backbone
 from aplsmear.prediction import predict as module
 from aplsmear.prediction.predict import Models, judge_patients, judge_together, keep_pictures, verdict_table
+from aplsmear.prediction.view import read_cells
 from aplsmear.runs.tracking import Tracker
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
@@ -564,11 +568,15 @@ def test_ensembles_of_another_run_have_no_one_answer_together(trained, tmp_path)
 def test_only_the_patients_with_the_highest_probabilities_keep_their_pictures(trained, final) -> None:
     found = read(trained.data)
     judged = list(judge_patients(final, trained.data, found.smears, found.cells))
-    assert all(each.pictures[0] and each.pictures[1] for each in judged)
-    assert not {name for name, _ in judged[0].pictures[0]} & {name for name, _ in judged[0].pictures[1]}
+    assert all(each.pictures[0] or each.pictures[1] for each in judged)
+    for each in judged:
+        for side, sign in zip(each.pictures, (1, -1), strict=True):
+            evidence = [sign * picture.evidence for picture in side]
+            assert evidence == sorted(evidence, reverse=True)
+            assert all(value > 0 for value in evidence)
     kept = keep_pictures(iter(judged), 3)
     assert [each.patient for each in kept] == [each.patient for each in judged]
-    pictured = {each.patient for each in kept if each.pictures[0]}
+    pictured = {each.patient for each in kept if each.pictures != ([], [])}
     assert pictured == {each.patient for each in sorted(judged, key=lambda each: -each.probability)[:3]}
 
 
@@ -632,7 +640,7 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert evil not in page
     assert "&lt;script&gt;" in page
     assert page.count("data:image/jpeg;base64,") > 18
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#patient-)", page)
     assert "research only" in page.lower()
     assert str(data) not in page
     code, output = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
@@ -641,6 +649,82 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert (code, "Adapted to these 18 patients" in output) == (0, True), output
     moved = logit(pd.read_csv(tmp_path / "c.csv")["probability"]) - logit(table["probability"])
     assert moved.std() < 1e-3 < abs(moved.mean())
+
+
+# --- the cells that decide ------------------------------------------------------------------------
+
+
+def test_evidence_of_cells_adds_up_to_the_logit_and_qupath_reads_the_boxes(trained, data, tmp_path) -> None:
+    """Cells and field of view together explain the whole logit; here the members on cells alone."""
+    cells, boxes = tmp_path / "cells.csv", tmp_path / "boxes"
+    words = ("--ensemble", trained.ensemble, "--data", data, "--fold", 0, "--out", tmp_path / "out.csv")
+    code, output = command(*words, "--cells", cells, "--geojson", boxes)
+    assert (code, "files for QuPath" in output) == (0, True), output
+    found, table = read(data), read_cells(cells)
+    assert list(table) == [
+        *("patient", "smear", "cell", "image", "y0", "x0", "y1", "x1"),
+        *("score_nuclei", "score_granules", "score_crowd", "attention_crowd", "evidence_apl_aml"),
+    ]
+    assert sorted(table["cell"]) == sorted(found.cells["cell"])
+    attention = table.groupby("patient")["attention_crowd"].sum()
+    np.testing.assert_allclose(attention, 1, rtol=1e-5)
+
+    models = Models(read_bundle(trained.ensemble), 0)
+    verdict = next(judge_patients(models, data, found.smears, found.cells))
+    at = models.combination.members.index("field")
+    logits = np.stack([verdict.logits, models.combination.fitted.mean])
+    logits[:, at] = models.combination.fitted.mean[at]
+    own, mean = models.combination.logit(logits)
+    evidence = table.groupby("patient")["evidence_apl_aml"].sum()
+    assert evidence[verdict.patient] == pytest.approx(own - mean, abs=1e-4)
+
+    read_again, _ = read_source(boxes, known_classes(), images=data / "wsi")
+    again = {cell.attributes["id"]: tuple(cell.box) for cell in read_again.cells}
+    assert again == {row["cell"]: tuple(row[end] for end in BOX) for row in table.to_dict("records")}
+    written = [json.loads(path.read_text()) for path in sorted(boxes.rglob("*.geojson"))]
+    assert len(written) == len(found.smears)
+    for feature in (feature for each in written for feature in each["features"]):
+        check_feature(feature)
+        assert set(feature["properties"]["measurements"]) == set(table.columns[8:])
+
+
+def check_feature(feature: dict) -> None:
+    """A feature as QuPath documents it (javadoc of `qupath.lib.io.GsonTools`)."""
+    UUID(feature["id"])
+    (ring,) = feature["geometry"]["coordinates"]
+    assert (feature["type"], feature["geometry"]["type"]) == ("Feature", "Polygon")
+    assert (len(ring), ring[0]) == (5, ring[-1])
+    properties = feature["properties"]
+    assert set(properties) == {"objectType", "metadata", "classification", "color", "measurements"}
+    assert properties["objectType"] in ("annotation", "detection")
+    for color in (properties["color"], properties["classification"]["color"]):
+        assert all(isinstance(each, int) and 0 <= each < 256 for each in color)
+        assert len(color) == 3
+    assert all(isinstance(each, str) for each in properties["metadata"].values())
+    assert all(isinstance(each, float | int) for each in properties["measurements"].values())
+
+
+def test_cells_of_several_ensembles_and_with_a_picture_each_are_in_one_table(trained, tmp_path) -> None:
+    cells = tmp_path / "cells.csv"
+    words = ("--answer", trained.answer, "--data", trained.data, "--out", tmp_path / "out.csv")
+    assert command(*words, "--cells", cells)[0] == 0
+    several = read_cells(cells)
+    assert {f"evidence_{name}" for name in PAIRS} < set(several)
+    assert several.columns.is_unique
+    assert not several.isna().any(axis=None)
+    # Pictures of the cells alone: an ensemble without members on smears.
+    cut_out(trained.data, tmp_path / "crops")
+    ensemble = tmp_path / "alone"
+    bundle = read_bundle(trained.root / "ensembles" / "aml_healthy")
+    write_changed(ensemble / "model", bundle, bundle.model)
+    words = ("--ensemble", ensemble, "--data", tmp_path / "crops", "--out", tmp_path / "crops.csv")
+    code, output = command(*words, "--geojson", tmp_path / "boxes")
+    assert (code, "a picture each" in output) == (1, True)
+    assert command(*words, "--cells", tmp_path / "crops_cells.csv")[0] == 0
+    crops = read_cells(tmp_path / "crops_cells.csv")
+    assert (crops["smear"] == "").all()
+    assert all((tmp_path / "crops" / image).is_file() for image in crops["image"])
+    assert not crops["evidence_aml_healthy"].isna().any()
 
 
 # --- bad input, before the long work -----------------------------------------------------------------

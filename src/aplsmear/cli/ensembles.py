@@ -27,6 +27,27 @@ _PANEL = "Ensembles"
 _ENSEMBLE = Annotated[
     Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
 ]
+_ENSEMBLES = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="DIR",
+        help="Such as ensembles/apl_aml, or a copy of its `model`. Several give one answer. Without this "
+        "option: all ensembles of the one answer.",
+    ),
+]
+_ANSWER = Annotated[
+    Path, typer.Option(metavar="JSON", help="The fit of the one answer, made by the stage `answer`.")
+]
+_PREVALENCE = Annotated[
+    str,
+    typer.Option(metavar="SHARES", help="Of the one answer, such as apl=0.05,aml=0.15; the rest is healthy."),
+]
+_CELLS = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CSV", callback=file_to_write, help="Table with a row for each cell: scores and evidence."
+    ),
+]
 _OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
 
 
@@ -36,23 +57,9 @@ def predict(
     out: Annotated[
         Path, typer.Option(metavar="CSV", callback=file_to_write, help="Table with a row for each patient.")
     ],
-    ensemble: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="DIR",
-            help="Such as ensembles/apl_aml, or a copy of its `model`. Several give one answer. Without this "
-            "option: all ensembles of the one answer.",
-        ),
-    ] = None,
-    answer: Annotated[
-        Path, typer.Option(metavar="JSON", help="The fit of the one answer, made by the stage `answer`.")
-    ] = Path("answer/answer.json"),
-    prevalence: Annotated[
-        str,
-        typer.Option(
-            metavar="SHARES", help="Of the one answer, such as apl=0.05,aml=0.15; the rest is healthy."
-        ),
-    ] = "",
+    ensemble: _ENSEMBLES = None,
+    answer: _ANSWER = Path("answer/answer.json"),
+    prevalence: _PREVALENCE = "",
     report: Annotated[
         Path | None, typer.Option(metavar="HTML", callback=file_to_write, help="Page of the same results.")
     ] = None,
@@ -63,15 +70,9 @@ def predict(
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Shift all probabilities to the share of positives in training.")
     ] = False,
-    cells: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="CSV", callback=file_to_write, help="Table with a row for each cell: scores and evidence."
-        ),
-    ] = None,
+    cells: _CELLS = None,
     geojson: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The same for QuPath: a file for each smear."),
+        Path | None, typer.Option(metavar="DIR", help="The same for QuPath: a file for each smear.")
     ] = None,
     overwrite: _OVERWRITE = False,
 ) -> None:
