@@ -10,6 +10,7 @@ from aplsmear.data.dataset import DataSet
 from aplsmear.data.schema import IMAGE_FOLDER
 from aplsmear.ensembles.evidence import EVIDENCE, PLACE
 from aplsmear.exchange.export import Shot, Shown, geojson
+from aplsmear.exchange.found import NO_TYPE
 from aplsmear.prediction.predict import PredictError
 
 _FOR, _AGAINST = [168, 50, 107], [43, 111, 148]  # the colours of the pages, as QuPath reads them
@@ -49,7 +50,7 @@ def write_boxes(folder: Path, found: DataSet, table: pd.DataFrame) -> None:
         shown = [
             Shown(
                 box=(row["y0"], row["x0"], row["y1"], row["x1"]),
-                label=exported_class({}),
+                label=NO_TYPE,
                 attributes={"id": row["cell"]},
                 score=None,
                 measurements={name: row[name] for name in numbers if row[name] == row[name]},
