@@ -1,4 +1,4 @@
-"""The networks of keras.applications and their layers, without Keras.
+"""The networks of keras.applications and of `aplsmear.dino_variants` and their layers, without Keras.
 
 params.yaml is checked at the start of every stage, and to import Keras takes seconds. tools/keras_layers.py
 writes `layers.json` from the installed Keras.
@@ -12,22 +12,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from aplsmear import dino_variants
+from aplsmear.dino_variants import VARIANTS, variant_of
+
 TABLE = Path(__file__).with_suffix(".json")
 
 
 def applications() -> list[str]:
     """The names of all networks, sorted."""
-    return list(_table())
+    return sorted([*_table(), *VARIANTS])
 
 
 def options_of(application: str) -> list[str]:
     """The options of a network that params.yaml can set; the pipeline sets the others."""
-    return list(_table()[application]["options"])
+    return dino_variants.OPTIONS if application in VARIANTS else list(_table()[application]["options"])
 
 
 def smallest_side(application: str) -> int:
     """The smallest side of an image, in px, that a network accepts."""
-    return int(_table()[application]["smallest"])
+    return VARIANTS[application].patch if application in VARIANTS else int(_table()[application]["smallest"])
 
 
 def layers_of(application: str, options: Mapping[str, Any]) -> list[str]:
@@ -35,8 +38,13 @@ def layers_of(application: str, options: Mapping[str, Any]) -> list[str]:
 
     Args:
         application: one of `applications`.
-        options: of this network; only options that are true or false change the layers.
+        options: of this network; of keras.applications only options that are true or false change the layers.
+
+    Raises:
+        ValueError: options of a vision transformer that do not fit together.
     """
+    if application in VARIANTS:
+        return dino_variants.layers_of(variant_of(application, options))
     row = _table()[application]
     switches = {key: bool(options.get(key, default)) for key, default in row["switches"].items()}
     without = set(row["without"][json.dumps(switches, sort_keys=True)].split())

@@ -1,14 +1,16 @@
-"""Frozen networks of keras.applications, cut at named layers, or of ONNX files, written as graphs."""
+"""Frozen networks of Keras, cut at named layers, or of ONNX files, written as graphs."""
 
 from __future__ import annotations
 
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aplsmear.dino_variants import VARIANTS, variant_of
 from aplsmear.errors import UserError, brief
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_file import graph_of_file
@@ -111,14 +113,34 @@ def _graph_of_file(settings: Backbone, level: Level) -> Any:
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
-    """A builder of keras.applications and the preprocessing that belongs to it."""
+    """A builder of a network and the preprocessing that belongs to it."""
     import keras
 
-    known = sorted(each for each in dir(keras.applications) if each[0].isupper())
+    if name in VARIANTS:
+        from aplsmear.features import dino
+
+        return partial(_dino, name), dino.preprocess
+    known = sorted([*(each for each in dir(keras.applications) if each[0].isupper()), *VARIANTS])
     if name not in known:
         raise BackboneError(no_such("keras.applications has no network", name, known))
     builder = getattr(keras.applications, name)
     return builder, sys.modules[builder.__module__].preprocess_input
+
+
+def _dino(name: str, *, weights: str | None, input_shape: Sequence[int], **options: Any) -> Any:
+    """A vision transformer, called as a builder of keras.applications.
+
+    Raises:
+        ValueError: options or a size that do not fit, or weights that cannot be downloaded.
+    """
+    from aplsmear.features import dino
+
+    options.pop("include_top")
+    if weights is not None:
+        raise ValueError(
+            "its weights are not those of ImageNet: `aplsmear weights convert` makes a file of published ones"
+        )
+    return dino.build(variant_of(name, options), input_shape[0])
 
 
 def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) -> Any:

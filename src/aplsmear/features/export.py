@@ -10,6 +10,8 @@ them. So a network is built by Keras once and written here by three rules:
   without blocks.
 - Batch normalisation is folded into the convolution before it, by NumPy in float64: the estimates of 1/sqrt
   that processors make differ between manufacturers.
+
+Vision transformers are written with the operations that `aplsmear.features.portable` names.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto
 
 @dataclass(frozen=True)
 class _Map:
-    """A feature map in the graph: (images, width, rows, columns).
+    """A feature map in the graph: (images, width, rows, columns), or tokens: (images, tokens, width).
 
     Attributes:
         name: of its tensor.
@@ -139,6 +141,19 @@ class _Graph:
         output = output or f"t{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
+
+    def product(self, x: str, kernel: np.ndarray, bias: np.ndarray) -> str:
+        """A product of tokens with a matrix (channels, units), and a bias."""
+        return self.node("Add", [self.node("MatMul", [x, self.constant(kernel)]), self.constant(bias)])
+
+    def normalised(self, x: str, layer: Any) -> str:
+        """A layer normalisation over the last axis."""
+        weights = [self.constant(layer.gamma), self.constant(layer.beta)]
+        return self.node("LayerNormalization", [x, *weights], epsilon=layer.epsilon, axis=-1)
+
+    def reshaped(self, x: str, *shape: int) -> str:
+        """Other sides; 0 keeps one, -1 is what is left."""
+        return self.node("Reshape", [x, self.constant(shape, np.int64)])
 
     def image(self, preprocess: Preprocess) -> _Map:
         """The preprocessed input."""
@@ -475,12 +490,97 @@ def _standardisation(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _layer_normalisation(graph: _Graph, call: _Call) -> _Map:
     layer, x = call.layer, graph.stored(call.inputs[0])
+    if _kind(layer.input) == "KerasTensor" and len(layer.input.shape) == 3:
+        return replace(x, name=graph.normalised(x.name, layer))
     if list(layer.axis) not in ([-1], [3]) or x.width != len(x.places):
         raise _unsupported(layer, f"does not normalise over a multiple of {BLOCK} channels")
-    name = graph.node("Transpose", [x.name], perm=[0, 2, 3, 1])
-    weights = [graph.constant(layer.gamma), graph.constant(layer.beta)]
-    name = graph.node("LayerNormalization", [name, *weights], epsilon=layer.epsilon, axis=-1)
+    name = graph.normalised(graph.node("Transpose", [x.name], perm=[0, 2, 3, 1]), layer)
     return replace(x, name=graph.node("Transpose", [name], perm=[0, 3, 1, 2]))
+
+
+def _patch_tokens(graph: _Graph, call: _Call) -> _Map:
+    """A map as tokens with positions, behind the class token and the registers."""
+    layer, x = call.layer, graph.stored(call.inputs[0])
+    prefix = [_float64(layer.first), *([_float64(layer.extra)] if layer.registers else [])]
+    added = np.concatenate([*prefix, np.zeros((1, layer.side**2, x.width))], axis=1)
+    if layer.grid:
+        positions = _float64(layer.resizing()) @ _float64(layer.positions)[0]
+        added[0, 0] += positions[0]
+        added[0, -(layer.side**2) :] += positions[1:]
+    tokens = graph.node("Transpose", [graph.reshaped(x.name, 0, x.width, -1)], perm=[0, 2, 1])
+    pads = graph.constant([0, 1 + layer.registers, 0, 0, 0, 0], np.int64)
+    tokens = graph.node("Add", [graph.node("Pad", [tokens, pads]), graph.constant(added)])
+    return replace(x, name=tokens)
+
+
+def _transformer_block(graph: _Graph, call: _Call) -> _Map:
+    """A block of `aplsmear.features.dino`. Its factors are folded into the products before them."""
+    layer, x = call.layer, call.inputs[0]
+    for norm, branch, last, scale in (
+        (layer.norm_1, _attention, layer.project, layer.scale_1),
+        (layer.norm_2, _perceptron, layer.narrow, layer.scale_2),
+    ):
+        found = branch(graph, call, graph.normalised(x.name, norm))
+        kernel, bias = (_float64(each) * _float64(scale) for each in (last.kernel, last.bias))
+        x = replace(x, name=graph.node("Add", [x.name, graph.product(found, kernel, bias)]))
+    return x
+
+
+def _attention(graph: _Graph, call: _Call, x: str) -> str:
+    """Attention up to its last product."""
+    layer, count, width = call.layer, call.sides[0], call.inputs[0].width
+    channels = width // layer.heads
+    kernels = np.split(_float64(layer.qkv.kernel), 3, axis=1)
+    biases = np.split(_float64(layer.qkv.bias), 3)
+    query, key, value = (
+        graph.node(
+            "Transpose",
+            [
+                graph.reshaped(
+                    graph.product(x, kernel * factor, bias * factor), 0, count, layer.heads, channels
+                )
+            ],
+            perm=[0, 2, 1, 3],
+        )
+        for kernel, bias, factor in zip(kernels, biases, (channels**-0.5, 1, 1), strict=True)
+    )
+    if layer.rotary_side:
+        query, key = (_rotated(graph, layer, each, count, channels) for each in (query, key))
+    scores = graph.node("MatMul", [query, graph.node("Transpose", [key], perm=[0, 1, 3, 2])])
+    found = graph.node("MatMul", [graph.softmax(scores, count), value])
+    return graph.reshaped(graph.node("Transpose", [found], perm=[0, 2, 1, 3]), 0, count, width)
+
+
+def _rotated(graph: _Graph, layer: Any, x: str, count: int, channels: int) -> str:
+    """Queries or keys after rotation by their positions."""
+    cosine, sine = layer.rotation(count, channels)
+    half = channels // 2
+    signed = np.concatenate([-sine[:, :half], sine[:, half:]], axis=1)
+    order = np.roll(np.arange(channels), -half)
+    turned = graph.node("Gather", [x, graph.constant(order, np.int64)], axis=3)
+    parts = [
+        graph.node("Mul", [name, graph.constant(factor)]) for name, factor in ((x, cosine), (turned, signed))
+    ]
+    return graph.node("Add", parts)
+
+
+def _perceptron(graph: _Graph, call: _Call, x: str) -> str:
+    """The perceptron of a block up to its last product."""
+    widen = call.layer.widen
+    kernel, bias = _float64(widen.kernel), _float64(widen.bias)
+    if not call.layer.gated:
+        return _gelu(graph, replace(call.inputs[0], name=graph.product(x, kernel, bias))).name
+    halves = zip(np.split(kernel, 2, axis=1), np.split(bias, 2), strict=True)
+    gate, units = (graph.product(x, *half) for half in halves)
+    gate = graph.node("Mul", [gate, graph.node("Sigmoid", [gate])])
+    return graph.node("Mul", [gate, units])
+
+
+def _part_of_tokens(graph: _Graph, call: _Call) -> _Map:
+    layer, x = call.layer, call.inputs[0]
+    bounds = ([layer.start], [layer.start + layer.side**2], [1])
+    found = graph.node("Slice", [x.name, *(graph.constant(each, np.int64) for each in bounds)])
+    return replace(x, name=graph.node("Transpose", [found], perm=[0, 2, 1]))
 
 
 def _cropping(graph: _Graph, call: _Call) -> _Map:
@@ -518,6 +618,7 @@ _WRITERS: dict[str, Callable[[_Graph, _Call], _Map]] = {
     "Add": _binary("Add"),
     "AveragePooling2D": _pooling,
     "BatchNormalization": _each_channel(_normalisation),
+    "Block": _transformer_block,
     "Concatenate": lambda graph, call: graph.joined(call.inputs),
     "Conv2D": _convolution,
     "Cropping2D": _cropping,
@@ -531,10 +632,12 @@ _WRITERS: dict[str, Callable[[_Graph, _Call], _Map]] = {
     "MaxPooling2D": _pooling,
     "Multiply": _binary("Mul"),
     "Normalization": _each_channel(_standardisation),
+    "Part": _part_of_tokens,
     "ReLU": _relu,
     "Rescaling": _each_channel(lambda layer: (layer.scale, layer.offset)),
     "Reshape": _reshaping,
     "SeparableConv2D": _separable_convolution,
     "StochasticDepth": lambda _, call: call.inputs[0],
+    "Tokens": _patch_tokens,
     "ZeroPadding2D": _zero_padding,
 }

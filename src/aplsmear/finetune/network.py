@@ -3,7 +3,8 @@
 The frozen part gives the same output for a view in every epoch, so this output is computed once and cached.
 The part that trains has the uppermost *blocks* and the head. A block is the shortest run of layers that mixes
 channels and lies between two places where the network is a single path: a depthwise and a pointwise
-convolution of MobileNet, a residual unit of ResNet, a layer of DenseNet. This works for any Keras network.
+convolution of MobileNet, a residual unit of ResNet, a layer of DenseNet, a block of a vision transformer.
+This works for any Keras network.
 
 Batch normalisation keeps the means and variances of the pretrained weights, also in blocks that train.
 Statistics of small batches from a few patients would be worse, and a score would depend on the other images
@@ -114,12 +115,15 @@ def build_network(settings: Backbone, level: Level, design: HeadDesign, blocks: 
 def block_ends(network: Any) -> list[str]:
     """The names of the layers after which a network can be divided, from the input upwards.
 
-    The end of the last block is left out. The network is a functional keras.Model.
+    The end of the last block is left out. The network is a functional keras.Model. A layer that only returns
+    some tokens of a vision transformer lies beside the path.
     """
     from keras import layers
 
-    mixing = (layers.Conv2D, layers.SeparableConv2D, layers.Dense)
-    operations = list(network.operations)
+    from aplsmear.features.dino import Block, Part
+
+    mixing = (layers.Conv2D, layers.SeparableConv2D, layers.Dense, Block)
+    operations = [each for each in network.operations if not isinstance(each, Part)]
     place = {id(each.output): number for number, each in enumerate(operations)}
     last_reader = list(range(len(operations)))  # of each operation's output
     for number, each in enumerate(operations):
@@ -201,8 +205,8 @@ def _divide_backbone(
 
     cut, preprocess = cut_network(settings, level, seed)
     network = keras.Model(cut.input, [cut.output[layer] for layer in layers])
-    order = {operation.name: place for place, operation in enumerate(network.operations)}
-    deepest = max(layers, key=order.__getitem__)
+    order = _order(network)
+    deepest = max(layers, key=lambda layer: (order[layer], cut.output[layer].shape[1]))
     ends = [*block_ends(network), deepest]
     start = ends[-1 - blocks] if blocks < len(ends) else network.operations[0].name
     below = [layer for layer in layers if order[layer] <= order[start]]
@@ -230,6 +234,17 @@ def _divide_backbone(
         for weight in layer.weights
     }
     return DividedBackbone(trunk, top, [deepest, *others], depth)
+
+
+def _order(network: Any) -> dict[str, int]:
+    """Layer -> its place on the way through a network; `Part` has the place of the layer that it reads."""
+    from aplsmear.features.dino import Part
+
+    order = {operation.name: place for place, operation in enumerate(network.operations)}
+    for each in network.operations:
+        if isinstance(each, Part):
+            order[each.name] = order[each.input._keras_history.operation.name]
+    return order
 
 
 def _build_heads(backbone: DividedBackbone, layers: Sequence[str], design: HeadDesign, seed: int) -> Heads:
