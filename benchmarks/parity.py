@@ -26,9 +26,9 @@ from record import ROOT, commit, machine
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.dino_variants import CLASS, PATCHES, VARIANTS, variant_of
 from aplsmear.features.backbones import cut_network, write_graph
-from aplsmear.features.conversion import read_published, row_of, write_weights
 from aplsmear.features.onnx_graph import PIXELS
 from aplsmear.params import Backbone
+from aplsmear.sources.published_weights import read_published, row_of, write_weights
 
 RESULTS = ROOT / "benchmarks" / "results" / "parity.json"
 LIMIT = 1e-4

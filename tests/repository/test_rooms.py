@@ -28,6 +28,7 @@ ORDER = [
     "evaluation",
     "params",
     "layers",
+    "dino_variants",
     "secrets",
     "words",
     "tables",

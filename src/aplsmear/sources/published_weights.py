@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from aplsmear.dino_variants import CLASS, PATCHES, VARIANTS, Variant, variant_of
-from aplsmear.features.checkpoints import CheckpointError, Tensor, read_checkpoint
 from aplsmear.files import sha256, whole
+from aplsmear.sources.checkpoints import CheckpointError, Tensor, read_checkpoint
 
 _SHOWN = 10  # names in a message
 _HEAD = 64  # channels of a head in every published variant
@@ -77,7 +77,7 @@ def read_published(path: Path, heads: int = 0) -> Converted:
         heads: of the attention; 0: channels / 64, as in every published network.
 
     Raises:
-        CheckpointError: see `aplsmear.features.checkpoints.read_checkpoint`; unknown or missing names or
+        CheckpointError: see `aplsmear.sources.checkpoints.read_checkpoint`; unknown or missing names or
             wrong shapes, all at once.
     """
     tensors = _merged(_renamed(read_checkpoint(path)))
