@@ -79,8 +79,8 @@ compare: venv  ## write one page about the differences of experiments or commits
 RESOLVE := uv pip compile pyproject.toml --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
   --override requirements.overrides --no-header --no-annotate --quiet $(UPGRADE)
 lock: venv  ## update both lock files after a change of pyproject.toml (all packages: UPGRADE=--upgrade)
-	$(RESOLVE) --extra dev --output-file requirements.lock
-	$(RESOLVE) --override requirements-gpu.overrides --extra dev --extra gpu --constraints requirements.lock \
+	$(RESOLVE) --extra dev --extra slides --output-file requirements.lock
+	$(RESOLVE) --override requirements-gpu.overrides --extra dev --extra slides --extra gpu --constraints requirements.lock \
 	  --output-file requirements-gpu.lock
 
 # uvx runs these tools in environments of their own; they examine the lock file and .venv.

@@ -65,7 +65,9 @@ def locked(name: str, python: str, platform: dict[str, str]) -> dict[str, Versio
 
 @pytest.mark.parametrize("platform", PLATFORMS, ids=lambda platform: platform["sys_platform"])
 @pytest.mark.parametrize("python", MINORS)
-@pytest.mark.parametrize(("lock", "extras"), [(LOCKS[0], ["dev"]), (LOCKS[1], ["dev", "gpu"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [(LOCKS[0], ["dev", "slides"]), (LOCKS[1], ["dev", "slides", "gpu"])]
+)
 def test_lock_holds_what_pyproject_asks_for(
     lock: str, extras: list[str], python: str, platform: dict[str, str]
 ) -> None:
@@ -114,7 +116,8 @@ def test_what_is_imported_is_asked_for() -> None:
     }
     asked_for = {
         canonicalize_name(Requirement(line).name)
-        for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+        for line in PROJECT["dependencies"]
+        + [line for extra in ("dev", "slides") for line in PROJECT["optional-dependencies"][extra]]
     }
     distributions = importlib.metadata.packages_distributions()
     missing = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,3 +181,68 @@ def export(
     cells = [cell for shot in shots for cell in shot.cells]
     scored = f", {sum(cell.score is not None for cell in cells):,} with a score" if predictions else ""
     typer.echo(f"{to}: {len(cells):,} cells in {len(shots):,} pictures{scored}")
+
+
+@app.command(rich_help_panel=_PANEL)
+def fields(
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE", help="Files of a scanner.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
+    count: Annotated[int, typer.Option("--fields", metavar="N", min=1, help="Most fields of a slide.")] = 20,
+    mpp: Annotated[
+        float | None,
+        typer.Option(min=0.02, help="Micrometres per pixel of the fields. Default: of the coarsest slide."),
+    ] = None,
+    size: Annotated[int, typer.Option(metavar="PX", min=128, max=8192, help="Side of a field.")] = 1024,
+    slide_mpp: Annotated[
+        float | None, typer.Option(metavar="X", min=0.02, help="Of slides whose files name no resolution.")
+    ] = None,
+    patient: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of all slides; or REGEX: its group in a path. Default: the slide."
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="CSV file of slides: picture (the slide), patient, diagnosis.")
+    ] = None,
+    column: _Column = None,
+    diagnosis: _Diagnosis = None,
+) -> None:
+    """Take fields of one sharp layer of cells from the slides of a scanner, as smears of a data set.
+
+    Read are .svs, .ndpi, .mrxs, .scn, .bif, .vms, .czi, .ome.tif and pyramids in .tif. DIR then has wsi.csv,
+    the fields (wsi/*.png), fields.csv (where each was taken) and a picture of each slide with its fields.
+    Look at these first. docs/slides.md has a walk.
+
+    Example: `aplsmear fields /data/*.svs --to /data/ours --mpp 0.25 --table slides.csv`
+    """
+    from aplsmear.exchange.found import Found
+    from aplsmear.exchange.importing import FactSources, facts_of
+    from aplsmear.sources import fields as taking
+    from aplsmear.sources.slide import opened
+
+    one = patient if patient and "(" not in patient else None
+    paths = [path.as_posix() for path in slides]
+    names = [re.sub(r"(?i)(\.ome)?\.[^.]*$", "", path.name) for path in slides]
+    if len(set(names)) < len(names):
+        raise UserError("Two slides have the same name, and their fields would, too. Rename one of them.")
+    sources = FactSources(None if one else patient, table, _pairs(column or ()), diagnosis)
+    known = facts_of(Found("the slides", paths), sources)
+    facts = [
+        taking.Facts(name, one or known[path].patient or name, known[path].diagnosis)
+        for name, path in zip(names, paths, strict=True)
+    ]
+    with opened(slides, slide_mpp) as there:
+        scale = taking.resolution(there, mpp)
+        choices = taking.write_fields(there, to, facts, count=count, mpp=scale, size=size)
+    for name, choice in zip(names, choices, strict=True):
+        found = len(choice.fields)
+        typer.echo(f"{name}: {found} fields. Other squares: {taking.reasons(choice.left_out)}")
+        if found < count:
+            typer.echo(f"{name}: only these {found} show one sharp layer of cells; {count} were wanted.")
+    if not (patient or table):
+        typer.echo("Patients: not named, so each slide counts as one. If one has two, correct wsi.csv.")
+    width = f"{size * scale:.0f} micrometres"
+    typer.echo(f"{to}: fields of {size} px, {scale:.4g} micrometres per pixel, so {width} wide")
+    typer.echo(f"Look at {to / names[0]}.png first. Then find the cells:")
+    typer.echo(f"aplsmear cells {to} --micrometres-per-pixel {scale:.4g}")

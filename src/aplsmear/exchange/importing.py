@@ -108,7 +108,7 @@ def planned(
     left_out = defaultdict(list, found.left_out)
     cells = found.cells
     single = bool(cells) and all(cell.box is None for cell in cells)
-    of = _facts(found, facts)
+    of = facts_of(found, facts)
     if single:
         cells = _usable(
             cells, {cell.picture: of[cell.picture].patient for cell in cells}, root, left_out, engine
@@ -136,8 +136,16 @@ def planned(
 # --- patients and diagnoses -----------------------------------------------------------------------
 
 
-def _facts(found: Found, sources: FactSources) -> dict[str, Facts]:
-    """What is known of each picture."""
+def facts_of(found: Found, sources: FactSources) -> dict[str, Facts]:
+    """What is known of each picture.
+
+    Args:
+        found: names the pictures, and what annotations say of them.
+        sources: where else patients, diagnoses and sites are from.
+
+    Raises:
+        ExchangeError: patients or diagnoses are not found, unknown, or there twice.
+    """
     of = {picture: Facts() for picture in found.pictures}
     for what in ("patient", "diagnosis"):
         pairs = {(cell.picture, getattr(cell, what)) for cell in found.cells if getattr(cell, what)}

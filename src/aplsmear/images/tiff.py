@@ -79,7 +79,7 @@ def read(file: IO[bytes], max_pixels: int) -> Picture:
         axes = "".join(axis for axis in series.axes if axis in "CYXS")
         values = series.asarray(maxworkers=1)
         if "C" in axes:
-            order, named = _channel_order(tif, series)
+            order, named = channel_order(tif, series)
             values = np.moveaxis(values, axes.index("C"), -1)[:, :, order]
             notes += () if named else ("3 channels without names were taken as red, green and blue",)
         elif "S" in axes:
@@ -226,7 +226,7 @@ def _similar(one: npt.NDArray[Any], other: npt.NDArray[Any], page: Any, copy: An
     return bool(np.corrcoef(one.ravel(), other.ravel())[0, 1] > _SIMILAR)
 
 
-def _channel_order(tif: Any, series: Any) -> tuple[list[int], bool]:
+def channel_order(tif: Any, series: Any) -> tuple[list[int], bool]:
     """The places of red, green and blue among three channels, and whether the file names them."""
     names, colours = _channels(tif, series)
     for texts in (names, colours):
