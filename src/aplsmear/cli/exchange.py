@@ -216,33 +216,46 @@ def fields(
 
     Example: `aplsmear fields /data/*.svs --to /data/ours --mpp 0.25 --table slides.csv`
     """
-    from aplsmear.exchange.found import Found
-    from aplsmear.exchange.importing import FactSources, facts_of
     from aplsmear.sources import fields as taking
     from aplsmear.sources.slide import opened
 
-    one = patient if patient and "(" not in patient else None
-    paths = [path.as_posix() for path in slides]
-    names = [re.sub(r"(?i)(\.ome)?\.[^.]*$", "", path.name) for path in slides]
-    if len(set(names)) < len(names):
-        raise UserError("Two slides have the same name, and their fields would, too. Rename one of them.")
-    sources = FactSources(None if one else patient, table, _pairs(column or ()), diagnosis)
-    known = facts_of(Found("the slides", paths), sources)
-    facts = [
-        taking.Facts(name, one or known[path].patient or name, known[path].diagnosis)
-        for name, path in zip(names, paths, strict=True)
-    ]
+    facts = _facts_of_slides(slides, patient, table, _pairs(column or ()), diagnosis)
     with opened(slides, slide_mpp) as there:
         scale = taking.resolution(there, mpp)
         choices = taking.write_fields(there, to, facts, count=count, mpp=scale, size=size)
-    for name, choice in zip(names, choices, strict=True):
+    for fact, choice in zip(facts, choices, strict=True):
         found = len(choice.fields)
-        typer.echo(f"{name}: {found} fields. Other squares: {taking.reasons(choice.left_out)}")
+        typer.echo(f"{fact.name}: {found} fields. Other squares: {taking.reasons(choice.left_out)}")
         if found < count:
-            typer.echo(f"{name}: only these {found} show one sharp layer of cells; {count} were wanted.")
+            typer.echo(f"{fact.name}: only these {found} show one sharp layer of cells; {count} were wanted.")
     if not (patient or table):
         typer.echo("Patients: not named, so each slide counts as one. If one has two, correct wsi.csv.")
     width = f"{size * scale:.0f} micrometres"
     typer.echo(f"{to}: fields of {size} px, {scale:.4g} micrometres per pixel, so {width} wide")
-    typer.echo(f"Look at {to / names[0]}.png first. Then find the cells:")
+    typer.echo(f"Look at {to / facts[0].name}.png first. Then find the cells:")
     typer.echo(f"aplsmear cells {to} --micrometres-per-pixel {scale:.4g}")
+
+
+def _facts_of_slides(
+    slides: Sequence[Path],
+    patient: str | None,
+    table: Path | None,
+    columns: dict[str, str],
+    diagnosis: str | None,
+) -> list[Any]:
+    """The name of each slide, its patient (by default this name) and its label."""
+    from aplsmear.exchange.found import Found
+    from aplsmear.exchange.importing import FactSources, facts_of
+    from aplsmear.sources.fields import Facts
+
+    names = [re.sub(r"(?i)(\.ome)?\.[^.]*$", "", path.name) for path in slides]
+    if len(set(names)) < len(names):
+        raise UserError("Two slides have the same name, and their fields would, too. Rename one of them.")
+    one = patient if patient and "(" not in patient else None
+    sources = FactSources(None if one else patient, table, columns, diagnosis)
+    known = facts_of(Found("the slides", [path.as_posix() for path in slides]), sources)
+    found = [known[path.as_posix()] for path in slides]
+    return [
+        Facts(name, one or fact.patient or name, fact.diagnosis)
+        for name, fact in zip(names, found, strict=True)
+    ]

@@ -203,7 +203,7 @@ def _openslide(path: Path, files: ExitStack) -> Slide:
         raise SlideError(
             f"{path}: OpenSlide knows no scanner that writes such a file (its name ends with "
             f"{path.suffix or 'nothing'}), or it is cut off. Copy it again from the scanner. If it opens "
-            f"there: {_CONVERT}. A picture of one field is no slide: put it into the folder wsi of a data set."
+            f"there: {_CONVERT}. Put a picture of one field into the folder wsi of a data set instead."
         ) from error
     facts = file.properties
     back = np.array(
