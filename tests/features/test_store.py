@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from aplsmear.features.store import FeaturesError, read_features, write_features
+from aplsmear.files import rows_of
 
 INDEX = pd.DataFrame({"item": ["a", "a", "007"], "view": [0, 1, 0]})
 ROWS = {
@@ -35,6 +36,23 @@ def test_features_come_back_by_name_memory_mapped(tmp_path):
         "index.csv",
         "late.npy",
     ]
+
+
+def test_features_of_several_backbones_stand_behind_one_another(tmp_path):
+    for name in ("net", "own"):
+        write_features(tmp_path / name, INDEX, ["early", "late"], batches(3))
+    found = read_features(tmp_path, ["net", "own"])
+    joint = found["net/late+own/early"]
+    assert joint.values.shape == (3, 3)
+    np.testing.assert_array_equal(joint.values[0:2], [[7, 1, 2], [8, 3, 4]])
+    np.testing.assert_array_equal(rows_of(joint.values, np.array([[2, 0]])), [[[65504, 5, 6], [7, 1, 2]]])
+    assert "net/late+own/early" not in found  # `any` searches single backbones
+    for name in ("net/late+own/none", "net/none", "net/early+none/early"):
+        with pytest.raises(KeyError, match=name[:8]):
+            found[name]
+    write_features(tmp_path / "own", INDEX[:2], ["early", "late"], batches(2))
+    with pytest.raises(FeaturesError, match=r"net/early\+own/early are of other views"):
+        read_features(tmp_path, ["net", "own"])["net/early+own/early"]
 
 
 def test_the_size_of_batches_changes_no_byte(tmp_path):

@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import pytest
 
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.finetune.finetuning import best_epoch, build_models, finetune, with_weights
-from aplsmear.finetune.inputs import choose_starts, read_inputs
+from aplsmear.finetune.inputs import Start, check_backbones, choose_starts, read_inputs
 from aplsmear.finetune.results import conclude
 from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.finetune.training import History
@@ -113,6 +115,23 @@ def test_finetuning_starts_anew_when_a_module_that_it_uses_changes(tmp_path: Pat
         file.write("_right = auroc\ndef auroc(*given):\n    return 1 - _right(*given)\n")
     np.testing.assert_allclose(values(), 1 - first)
     assert len(list(tmp_path.glob("*/inner_0_1.npz"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("file/x", r"features file/x, of an ONNX file, which is frozen: .* can: net\. Name layers of one"),
+        ("net/x+file/x", r"features net/x\+file/x, of several backbones: they cannot be trained"),
+    ],
+)
+def test_features_that_cannot_be_trained_are_refused_with_the_backbones_that_can(features, message) -> None:
+    net = read_params(ROOT / "params.yaml").backbones["mobilenet"]
+    backbones = {"net": net, "file": net.model_copy(update={"source": "onnx"})}
+    start = Start(0, 0, replace(RECIPE, features=features), 1, None)
+    inputs = SimpleNamespace(backbones=backbones)
+    with pytest.raises(FinetuneError, match=message):
+        check_backbones(inputs, [start])
+    check_backbones(inputs, [replace(start, recipe=replace(RECIPE, features="net/x+y"))])
 
 
 def test_a_task_of_patients_is_refused_with_what_to_choose() -> None:

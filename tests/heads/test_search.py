@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from aplsmear.evaluation.auroc import auroc_within_folds
+from aplsmear.features.store import Features, FeatureTable
 from aplsmear.heads import search
 from aplsmear.heads import task_data as task_data_module
 from aplsmear.heads.head import Head, Job, score
@@ -119,6 +120,25 @@ def test_candidates_come_from_seed_and_number_alone() -> None:
     assert not set(many) & set(draw_candidates(settings(trials=12), names, 4)[0])
     with pytest.raises(TuneError, match=r"'net/god' \(did you mean 'net/good'\?\)"):
         draw_candidates(settings({"features": ["net/god"]}), names, 3)
+
+
+def test_heads_on_features_of_several_backbones_are_those_on_one_array_of_both() -> None:
+    data, name = task_data(), "net/good+net/poor"
+    index = data.features["net/good"].index
+    both = np.hstack([each.values for each in data.features.values()])
+    one_array = replace(data, features={name: Features(name, index, both)})
+    behind = replace(data, features=FeatureTable(data.features))
+    space = settings({"features": [name]})
+    recipe = draw_candidates(space, sorted(behind.features), 3)[0][0]
+    heads = [
+        train_heads([Job(0, recipe, frozenset(), 4)], each.material(space, 1))[0]
+        for each in (one_array, behind)
+    ]
+    assert len(heads[0].kernels[0]) == 12
+    for one, other in zip(heads[0].kernels, heads[1].kernels, strict=True):
+        np.testing.assert_array_equal(one, other)
+    places = np.arange(len(data.table))
+    np.testing.assert_array_equal(one_array.score(heads[0], places, 0), behind.score(heads[1], places, 0))
 
 
 def test_items_of_a_patient_are_limited_by_class_and_chosen_by_name() -> None:

@@ -20,6 +20,7 @@ from scipy.special import logit
 from test_bundle import augment
 from typer.testing import CliRunner
 
+import onnx_files
 from aplsmear.answer.coupling import DIAGNOSES, judge_all, write_answers
 from aplsmear.answer.report import results_of, write_results
 from aplsmear.cli import app
@@ -46,7 +47,7 @@ from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, score, write_heads
 from aplsmear.images.view_store import ViewWriter, read_index, read_views
 from aplsmear.images.views import BOX, all_views
-from aplsmear.params import LEVELS, Backbone
+from aplsmear.params import LEVELS, Backbone, Level
 from aplsmear.prediction import predict as module
 from aplsmear.prediction.predict import Models, judge_patients, judge_together, keep_pictures, verdict_table
 from aplsmear.prediction.view import read_cells
@@ -89,8 +90,9 @@ class Run:
 def random_heads(task: str, features: dict[str, Features]) -> list[Head]:
     """Of every outer fold; on standardised features, so that different items get different scores."""
     random = np.random.default_rng(list(task.encode()))
-    name = sorted(features)[len(task) % 2]
-    values = features[name].values.astype(np.float32)
+    layers = [name for name in sorted(features) if name.startswith("net/")]
+    name = f"{layers[0]}+file/features" if task == "nuclei" else layers[len(task) % 2]
+    values = features[name].values[:].astype(np.float32)
     mean, scale = values.mean(0), values.std(0) + 1e-3
     heads = []
     for _ in range(FOLDS + 1):
@@ -138,6 +140,16 @@ def baseline_of(share: Verdicts, member: pd.DataFrame, patients: pd.Series) -> n
     return share.combinations[-1].probability(last.loc[patients].to_numpy()[:, None])
 
 
+def write_all_features(root: Path, backbones: dict[str, Backbone], level: Level, views: Path) -> None:
+    """The work of the stage `bottleneck` for one level."""
+    for name, row in backbones.items():
+        graph = root / "backbones" / name / f"{level}.onnx"
+        write_graph(graph, row, level, SEED)
+        request = FeatureRequest(name, graph, level, tuple(row.layer), batch_of(row, level))
+        made = features_of(read_views(views, request.batch), request)
+        write_features(root / "features" / level / name, read_index(views), row.layer, made)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Run:
     """The work of the stages, one after another, with heads that were not trained."""
@@ -154,13 +166,10 @@ def trained(tmp_path_factory) -> Run:
         for of_smear in all_views(root / "data", found.smears, found.cells, settings, SEED):
             writer.write(of_smear)
     features = {}
+    backbones = {"net": BACKBONE, "file": onnx_files.backbone(onnx_files.convolutions(root / "own.onnx"))}
     for level in LEVELS:
-        graph = root / "backbones" / "net" / f"{level}.onnx"
-        write_graph(graph, BACKBONE, level, SEED)
-        request = FeatureRequest("net", graph, level, tuple(BACKBONE.layer), batch_of(BACKBONE, level))
-        made = features_of(read_views(views[level], request.batch), request)
-        write_features(root / "features" / level / "net", read_index(views[level]), BACKBONE.layer, made)
-        features[level] = read_features(root / "features" / level, ["net"])
+        write_all_features(root, backbones, level, views[level])
+        features[level] = read_features(root / "features" / level, backbones)
     owner = {
         "cell": found.cells.set_index("cell")["patient"],
         "smear": found.smears.set_index("smear")["patient"],
@@ -200,7 +209,10 @@ def trained(tmp_path_factory) -> Run:
         seed=SEED,
         min_box=8,
         augment=settings,
-        backbones={"net": BACKBONE.model_dump(exclude={"weights", "sha256"})},
+        backbones={
+            name: row.model_dump(exclude={"weights", "sha256"}, exclude_unset=True)
+            for name, row in backbones.items()
+        },
         combinations=[as_json(each) for each in verdicts.combinations],
         reference_level="cell",
         reference_features=chosen.name,

@@ -37,7 +37,7 @@ from aplsmear.features.store import Features
 from aplsmear.files import copy_whole, sha256, write_arrays, write_json
 from aplsmear.heads.head import Head, read_average, read_heads
 from aplsmear.images.view_store import View
-from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel
+from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel, of_backbones
 from aplsmear.words import nearest
 
 VERSION = 5  # of the format
@@ -190,7 +190,7 @@ def write_bundle(
         read |= {(head.features, member.images) for head in read_heads(heads[member.task])}
     if pooled:
         read.add((pooled.layer, "cell"))
-    needed = {(features.split("/")[0], level) for features, level in read}
+    needed = {(part.split("/")[0], level) for features, level in read for part in of_backbones(features)}
     files = {_heads(task): path for task, path in heads.items()}
     files |= {_graph(name, level): backbones / name / f"{level}.onnx" for name, level in needed}
     for name, path in files.items():
@@ -312,7 +312,7 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
     used.add((bundle.model.reference_features, bundle.model.reference_level))
     if bundle.model.pooled_features:
         used.add((bundle.model.pooled_features, "cell"))
-    for features, level in sorted(used):
+    for features, level in sorted({(part, level) for name, level in used for part in of_backbones(name)}):
         name, _, layer = features.partition("/")
         if layer not in bundle.model.backbones.get(name, {}).get("layer", []):
             problems.append(f"there is no backbone with the features {features}")

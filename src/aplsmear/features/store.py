@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.files import give_back, new_array, whole
+from aplsmear.files import give_back, new_array, rows_of, whole
+from aplsmear.params import of_backbones
 from aplsmear.tables import read_table, write_table
 
 INDEX = "index.csv"
@@ -23,18 +25,56 @@ class FeaturesError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Features:
-    """The features of one layer of one backbone at one level.
+    """The features of one layer of one backbone at one level, or of several backbones behind one another.
 
     Attributes:
-        name: ``backbone/layer``.
+        name: ``backbone/layer``, or ``backbone/layer+backbone/layer``.
         index: columns `item` and `view`, one row for each row of `values`; the views of an item are
             consecutive, the plain view (0) first.
-        values: float16, shape (views, channels), memory-mapped.
+        values: float16, shape (views, channels): a memory-mapped array, or `Columns`.
     """
 
     name: str
     index: pd.DataFrame
-    values: np.ndarray
+    values: Any
+
+
+class Columns:
+    """Arrays with the same rows, read as one array with all their columns; nothing is copied before."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        """The arrays, (rows, columns) each."""
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The rows of all parts, (..., columns)."""
+        if isinstance(rows, np.ndarray) and rows.dtype != bool:
+            return np.concatenate([rows_of(part, rows) for part in self.parts], axis=-1)
+        return np.concatenate([part[rows] for part in self.parts], axis=-1)
+
+
+class FeatureTable(dict[str, Features]):
+    """Features by name. It lists those of single backbones, and gives those of several on demand."""
+
+    def __missing__(self, name: str) -> Features:
+        """The features ``backbone/layer+backbone/layer``.
+
+        Raises:
+            KeyError: one of the backbones or layers is not there.
+            FeaturesError: the backbones have seen different views.
+        """
+        names = of_backbones(name)
+        if len(names) == 1 or not self.keys() >= set(names):
+            raise KeyError(name)
+        parts = [self[each] for each in names]
+        if any(not part.index.equals(parts[0].index) for part in parts):
+            raise FeaturesError(f"the features {name} are of other views; run `dvc repro bottleneck` again")
+        return Features(name, parts[0].index, Columns([part.values for part in parts]))
 
 
 def write_features(
@@ -76,7 +116,7 @@ def write_features(
     write_table(folder / INDEX, index)
 
 
-def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Features]:
+def read_features(folder: Path, backbones: Collection[str]) -> FeatureTable:
     """Open all features of one level.
 
     Args:
@@ -84,7 +124,7 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
         backbones: names of the backbones in params.yaml.
 
     Returns:
-        Features by the name ``backbone/layer``.
+        Features by the name ``backbone/layer``; those of several backbones by ``a/layer+b/layer``.
 
     Raises:
         FeaturesError: the folder has a backbone that is not in `backbones` (DVC would hash it as an input),
@@ -106,7 +146,7 @@ def read_features(folder: Path, backbones: Collection[str]) -> dict[str, Feature
     if problems:
         raise FeaturesError(" ".join(problems))
     indices = {name: read_table(folder / name / INDEX) for name in sorted(there)}
-    found = {}
+    found = FeatureTable()
     for path in sorted(folder.glob("*/*.npy")):
         name = f"{path.parent.name}/{path.stem}"
         found[name] = Features(name, indices[path.parent.name], np.load(path, mmap_mode="r"))

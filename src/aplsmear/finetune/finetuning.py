@@ -29,7 +29,7 @@ from scipy.special import expit
 
 from aplsmear.evaluation.splits import outer_set
 from aplsmear.finetune.cache import ViewCache, cache_views
-from aplsmear.finetune.inputs import Inputs, Start
+from aplsmear.finetune.inputs import Inputs, Start, check_backbones
 from aplsmear.finetune.network import HeadDesign, build_network
 from aplsmear.finetune.sampling import FinetuneError, Run
 from aplsmear.finetune.training import History, Trainer
@@ -76,8 +76,9 @@ def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[
 
     Raises:
         BackboneError: see `aplsmear.features.backbones.cut_network`.
-        FinetuneError: see `cache_views`.
+        FinetuneError: see `cache_views`; or a start has features that cannot be trained.
     """
+    check_backbones(inputs, starts)
     return {
         recipe: _build_model(inputs, recipe, folder / recipe.features)
         for recipe in dict.fromkeys(start.recipe for start in starts)

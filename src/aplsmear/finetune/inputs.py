@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from aplsmear.finetune.sampling import FinetuneError, TrainingSet
 from aplsmear.heads.head import Head, Recipe, read_heads
 from aplsmear.heads.task_data import TaskData, read_task_data
-from aplsmear.params import Backbone, Finetune, Level, Task, Tune
+from aplsmear.params import Backbone, Finetune, Level, Task, Tune, of_backbones
 from aplsmear.tables import read_table
 
 TUNED = "tuned"  # in place of the number of a trial
@@ -102,6 +102,24 @@ def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
     heads = read_heads(tuned / "heads.npz")
     *outer_folds, final = choose_starts(best, read_table(tuned / "trials.csv"), heads, settings.trial)
     return [*outer_folds[: settings.folds or None], final]
+
+
+def check_backbones(inputs: Inputs, starts: Sequence[Start]) -> None:
+    """Check that the features of each start are of one backbone, and of one that can be trained.
+
+    Raises:
+        FinetuneError: they are of several backbones, or of an ONNX file.
+    """
+    trainable = [name for name, each in inputs.backbones.items() if each.source != "onnx"]
+    for features in sorted({start.recipe.features for start in starts}):
+        names = [part.split("/")[0] for part in of_backbones(features)]
+        if len(names) > 1 or names[0] not in trainable:
+            why = "several backbones" if len(names) > 1 else "an ONNX file, which is frozen"
+            raise FinetuneError(
+                f"the chosen trial has the features {features}, of {why}: they cannot be trained. "
+                f"These backbones can: {', '.join(trainable) or 'none in params.yaml'}. Name layers of one "
+                "of them in the row of the task in `overrides` (`space: {features: [...]}`), then `dvc repro`"
+            )
 
 
 def choose_starts(

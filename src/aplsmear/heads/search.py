@@ -27,7 +27,7 @@ from aplsmear.heads.head import Head, Job, Recipe
 from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Study
 from aplsmear.heads.task_data import TaskData, TuneError
-from aplsmear.params import Range, Tune
+from aplsmear.params import Range, Tune, of_backbones
 from aplsmear.runs.imports import code_hash
 from aplsmear.words import nearest
 
@@ -119,7 +119,8 @@ def draw_candidates(
     import optuna
 
     wanted = list(features) if settings.space.features == ["any"] else settings.space.features
-    unknown = [f"{name!r}{nearest(name, features)}" for name in wanted if name not in features]
+    single = [part for name in wanted for part in of_backbones(name)]
+    unknown = [f"{name!r}{nearest(name, features)}" for name in single if name not in features]
     if unknown:
         raise TuneError(
             f"tune.space.features: there are no features {', '.join(unknown)}; "

@@ -22,7 +22,7 @@ from aplsmear.files import rows_of
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, Recipe, TrainingItems, mean_over_views, parameters, score
 from aplsmear.heads.stack import Material
-from aplsmear.params import Task, Tune
+from aplsmear.params import Task, Tune, of_backbones
 from aplsmear.tables import read_table
 
 
@@ -65,7 +65,8 @@ class TaskData:
 
     def material(self, settings: Tune, seed: int) -> Material:
         """The features and items that heads train on."""
-        values = {name: each.values for name, each in self.features.items()}
+        joint = (name for name in settings.space.features if len(of_backbones(name)) > 1)
+        values = {name: self.features[name].values for name in [*self.features, *joint]}
         items = self.training_items(settings.items_per_patient, seed)
         bag = settings.cells_per_step if self.bags else 1
         return Material(values, items, seed, settings.memory, bag, settings.restarts)

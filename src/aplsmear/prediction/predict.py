@@ -37,7 +37,7 @@ from aplsmear.heads.head import mean_over_views, score
 from aplsmear.images.reading import decode_jpeg, encode_jpeg, fitting
 from aplsmear.images.view_store import View
 from aplsmear.images.views import Part, parts_of, views_of_parts
-from aplsmear.params import LEVELS, Level
+from aplsmear.params import LEVELS, Level, of_backbones
 from aplsmear.progress import progress
 from aplsmear.tables import as_written
 
@@ -146,8 +146,9 @@ class Models:
             names.add(self.bundle.model.reference_features)
         if self.baselines.pooled and level == "cell":
             names.add(self.baselines.pooled.layer)
-        for backbone in sorted({name.split("/")[0] for name in names}):
-            layers = sorted(name.partition("/")[2] for name in names if name.split("/")[0] == backbone)
+        single = {part for name in names for part in of_backbones(name)}
+        for backbone in sorted({name.split("/")[0] for name in single}):
+            layers = sorted(name.partition("/")[2] for name in single if name.split("/")[0] == backbone)
             yield self.bundle.backbone(backbone, level, layers)
 
     @property
@@ -186,7 +187,7 @@ class Models:
                 for task, values in scores.items():
                     record.scores[task].append(values[item])
                 if level == model.reference_level:
-                    record.features.add(features[f"{level}/{model.reference_features}"][row][None])
+                    record.features.add(_joined(features, level, model.reference_features, [int(row)]))
                     record.stain.add(stain_of(view)[None])
                 if pooled and level == "cell":
                     record.pooled.add(features[f"cell/{pooled.layer}"][row][None])
@@ -200,7 +201,7 @@ class Models:
         patient when all cells are there.
         """
         head = scorer.heads[self.outer_fold]
-        values = features[f"{scorer.member.images}/{head.features}"]
+        values = _joined(features, scorer.member.images, head.features)
         if scorer.member.level == "patient":
             rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
             return np.asarray(values[np.stack(rows, axis=1)])
@@ -390,6 +391,14 @@ def judge_together(
             yield _verdicts(several, patient, records.pop(patient))
     for patient, each in records.items():
         yield _verdicts(several, patient, each)
+
+
+def _joined(
+    features: Mapping[str, np.ndarray], level: Level, name: str, rows: Sequence[int] | slice = slice(None)
+) -> np.ndarray:
+    """Some rows of features by their name in params.yaml: ``backbone/layer``, or of several backbones."""
+    parts = [features[f"{level}/{part}"][rows] for part in of_backbones(name)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
 def _together(requests: Iterable[FeatureRequest]) -> list[FeatureRequest]:
