@@ -126,13 +126,13 @@ def test_scores_are_exported_where_the_program_looks_for_them(kind, tmp_path):
     cells = [("17", "[10, 20, 50, 80]", "{'Blast'}", "", "", ""), ("x", "[1, 2, 30, 40]", "", "", "", "")]
     folder = data_set(tmp_path / "data", cells)
     scores = tmp_path / "scores.csv"
-    scores.write_text("item,probability\nc0,0.25\n")
+    scores.write_text("cell,evidence_apl_aml\nc0,0.25\n")
     to = tmp_path / "out"
-    said = run(folder, "--format", kind, "--to", to, "--predictions", scores)
+    said = run(folder, "--format", kind, "--to", to, "--predictions", scores, "--score", "evidence_apl_aml")
     assert "2 cells in 2 pictures, 1 with a score" in said
     if kind == "geojson":
         feature = json.loads((to / "deep" / "a.png.geojson").read_text())["features"][0]
-        assert feature["properties"]["measurements"] == {"probability": 0.25}
+        assert feature["properties"]["measurements"] == {"evidence_apl_aml": 0.25}
         assert feature["geometry"]["coordinates"] == [[[20, 10], [80, 10], [80, 50], [20, 50], [20, 10]]]
     elif kind == "coco":
         written = json.loads(to.read_text())

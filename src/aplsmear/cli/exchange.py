@@ -163,7 +163,9 @@ def export(
     ],
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="CSV", help="Scores of cells, such as tuned/TASK/predictions.csv."),
+        typer.Option(
+            metavar="CSV", help="Scores of cells: of `predict --cells`, or tuned/TASK/predictions.csv."
+        ),
     ] = None,
     score: Annotated[str, typer.Option(metavar="COLUMN", help="Column of --predictions.")] = "probability",
 ) -> None:
@@ -172,12 +174,14 @@ def export(
     `aplsmear import PATH --images DIR/wsi --table DIR/wsi.csv --to DIR2` gives the same tables again.
 
     Example: `aplsmear export data --format geojson --to /tmp/qupath`
+
+    Example: `aplsmear export new --format geojson --to boxes --predictions cells.csv --score evidence_apl_aml`
     """
     from aplsmear.exchange import export as exporting
 
     folder_to_write(to.parent)
     scores = exporting.scores_of(predictions, score) if predictions else None
-    shots = exporting.export(folder, kind, to, scores)
+    shots = exporting.export(folder, kind, to, scores, score)
     cells = [cell for shot in shots for cell in shot.cells]
     scored = f", {sum(cell.score is not None for cell in cells):,} with a score" if predictions else ""
     typer.echo(f"{to}: {len(cells):,} cells in {len(shots):,} pictures{scored}")

@@ -38,8 +38,8 @@ class Shown:
         box: y0, x0, y1, x1 in px.
         label: its class.
         attributes: the columns `ATTRIBUTES`, labels joined by ``|``.
-        score: probability; None without one.
-        measurements: further numbers, by name, for QuPath.
+        score: None without one.
+        measurements: numbers by name, for QuPath.
         color: red, green, blue of the box in QuPath; None: that of its class.
     """
 
@@ -82,8 +82,10 @@ def scores_of(path: Path, column: str) -> dict[str, float]:
     return scores
 
 
-def shots_of(folder: Path, scores: Mapping[str, float]) -> list[Shot]:
+def shots_of(folder: Path, scores: Mapping[str, float], column: str) -> list[Shot]:
     """The pictures and cells of a data set; cells without a box are left out.
+
+    `scores` are by the id of a cell; their name for QuPath is `column`.
 
     Raises:
         ExchangeError: a table lacks a column, or holds something that is no box or no set of labels.
@@ -116,7 +118,9 @@ def shots_of(folder: Path, scores: Mapping[str, float]) -> list[Shot]:
             box = None
         if box is None or row["wsi"] not in shots:
             raise ExchangeError(f"{folder / CELLS_FILE}, cell {row['id']}: see `aplsmear check {folder}`.")
-        shown = Shown(box, exported_class(kinds), {"id": row["id"]} | kinds, scores.get(row["id"]))
+        score = scores.get(row["id"])
+        measured = {} if score is None else {column: score}
+        shown = Shown(box, exported_class(kinds), {"id": row["id"]} | kinds, score, measured)
         shots[row["wsi"]].cells.append(shown)
     return list(shots.values())
 
@@ -136,9 +140,8 @@ def _feature(shot: Shot, cell: Shown) -> dict[str, Any]:
     properties["classification"] = {"name": cell.label, "color": [200, 0, 0]}
     if cell.color:
         properties["color"] = cell.color
-    measured = ({} if cell.score is None else {"probability": cell.score}) | dict(cell.measurements)
-    if measured:
-        properties["measurements"] = measured
+    if cell.measurements:
+        properties["measurements"] = dict(cell.measurements)
     return {
         "type": "Feature",
         "id": str(uuid5(NAMESPACE_OID, f"{shot.name}/{cell.attributes['id']}")),
@@ -235,7 +238,13 @@ WRITERS: dict[str, Callable[[list[Shot], Path], None]] = {
 }  # fmt: skip
 
 
-def export(folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None = None) -> list[Shot]:
+def export(
+    folder: Path,
+    kind: str,
+    to: Path,
+    scores: Mapping[str, float] | None = None,
+    column: str = "probability",
+) -> list[Shot]:
     """Write the boxes of a data set.
 
     Args:
@@ -243,6 +252,7 @@ def export(folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None
         kind: a key of `WRITERS`.
         to: a file for coco and label-studio, a folder for geojson and yolo; nothing may be there.
         scores: id of a cell -> score.
+        column: what the scores are.
 
     Returns:
         The pictures and cells that were written.
@@ -253,7 +263,7 @@ def export(folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None
     """
     if to.is_file() or (to.is_dir() and any(to.iterdir())):
         raise ExchangeError(f"{to} is there, and nothing is overwritten. Choose another name.")
-    shots = shots_of(folder, scores or {})
+    shots = shots_of(folder, scores or {}, column)
     if scores and all(cell.score is None for shot in shots for cell in shot.cells):
         raise ExchangeError(
             f"No cell of {folder} has a score: the ids of the scores are those of other cells."

@@ -4,7 +4,7 @@ const $ = id => document.getElementById(id);
 const svg = $("picture"), list = $("list"), NS = "http://www.w3.org/2000/svg";
 const most = Math.max(...data.cells.map(cell => Math.abs(cell.values[0])), 1e-9);
 const signed = value => value === null ? "none" : (value > 0 ? "+" : "") + value.toFixed(3);
-const shown = (column, value) => column === 0 ? signed(value) : value === null ? "none" : value.toFixed(3);
+const shown = (column, value) => data.columns[column].startsWith("evidence ") ? signed(value) : value === null ? "none" : value.toFixed(3);
 const CHUNK = 240;
 let order = [], drawn = 0, place = -1, field = -1, full = null, look = null;
 
@@ -38,7 +38,7 @@ function draw(count) {
     const side = cell.values[0] > 0 ? "for" : "against";
     const button = make(list, "button", {type: "button", class: side, title: scores(cell).join("\n"), "aria-label": scores(cell).join(", ")});
     make(button, "img", {src: cell.src, alt: ""});
-    make(button, "span", {}, shown(Number($("sort").value), cell.values[$("sort").value]));
+    make(button, "span", {}, shown($("sort").value, cell.values[$("sort").value]));
     button.addEventListener("click", () => select(at));
   }
 }
