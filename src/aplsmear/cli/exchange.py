@@ -175,7 +175,7 @@ def export(
 
     Example: `aplsmear export data --format geojson --to /tmp/qupath`
 
-    Example: `aplsmear export new --format geojson --to boxes --predictions cells.csv --score evidence_apl_aml`
+    Example: `aplsmear export new --format geojson --to out --predictions cells.csv --score evidence_apl_aml`
     """
     from aplsmear.exchange import export as exporting
 
