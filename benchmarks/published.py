@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TIMM = {  # the variant of facebookresearch -> the entry of timm
@@ -33,7 +33,10 @@ def main(folder: Path, case: dict) -> None:
         network = {"transformers": of_transformers, "timm": of_timm, "dinobloom": of_timm}[case["source"]](
             case
         )
-        for name, value in network.named_parameters():
+        given = folder / "given.safetensors"  # else random ones
+        if given.exists():
+            network.load_state_dict({renamed(key): value for key, value in load_file(given).items()})
+        for name, value in () if given.exists() else network.named_parameters():
             noise = torch.randn(value.shape) * (0.02 if value.ndim > 1 else 0.1)
             value.copy_(noise + (1 if is_scale(name, value) else 0))
         network.eval()
@@ -43,6 +46,13 @@ def main(folder: Path, case: dict) -> None:
         tokens = tokens_of(network, prepared, case)
     first = 1 + case["registers"]
     np.savez(folder / "features.npz", **{"class": tokens[:, 0], "patches": tokens[:, first:].mean(dim=1)})
+
+
+def renamed(name: str) -> str:
+    """The name in transformers 5 of a weight of DINOv2 that a published file names as transformers 4 did."""
+    for part in ("query", "key", "value"):
+        name = name.replace(f"attention.attention.{part}", f"attention.{part[0]}_proj")
+    return name.replace("attention.output.dense", "attention.o_proj")
 
 
 def is_scale(name: str, value: torch.Tensor) -> bool:

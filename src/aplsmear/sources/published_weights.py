@@ -17,6 +17,7 @@ import numpy as np
 
 from aplsmear.dino_variants import CLASS, PATCHES, VARIANTS, Variant, variant_of
 from aplsmear.files import sha256, whole
+from aplsmear.progress import progress
 from aplsmear.sources.checkpoints import CheckpointError, Tensor, read_checkpoint
 
 _SHOWN = 10  # names in a message
@@ -112,18 +113,25 @@ def write_weights(converted: Converted, path: Path) -> str:
     Returns:
         The SHA-256 of the file.
     """
+    import keras
+
     from aplsmear.features.dino import build
 
+    keras.utils.clear_session()  # the numbers in names of layers are part of the file
     variant = converted.variant
     network = build(variant, variant.patch * (variant.grid or 1))
-    for name, read in _keras_weights(converted):
+    tensors = list(_keras_weights(converted))
+    for name, read in progress(tensors, "tensors", len(tensors)):
         layer, _, weight = name.partition("/")
         (own,) = (each for each in network.get_layer(layer).weights if each.path.partition("/")[2] == weight)
         own.assign(read().reshape(own.shape))
     with whole(path) as part:
         scratch = part.with_name(part.name + ".weights.h5")  # Keras asks for this ending
-        network.save_weights(scratch)
-        scratch.replace(part)
+        try:
+            network.save_weights(scratch)
+            scratch.replace(part)
+        finally:
+            scratch.unlink(missing_ok=True)
     return sha256(path)
 
 
