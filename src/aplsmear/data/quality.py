@@ -51,12 +51,14 @@ def measured(rgb: Rgb) -> Quality:
         rgb = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
     red, green, blue = cv2.split(rgb)
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
-    filled = np.cumsum(np.bincount(grey.ravel(), minlength=256)) / grey.size
-    darkest, bright, brightest = np.searchsorted(filled, (0.001, 0.75, 0.999)).tolist()
+    shares = cv2.calcHist([grey], [0], None, [256], [0, 256])[:, 0].astype(np.float64) / grey.size
+    darkest, bright, brightest = np.searchsorted(np.cumsum(shares), (0.001, 0.75, 0.999)).tolist()
+    levels = np.arange(256)
+    variance = float(shares @ (levels - shares @ levels) ** 2)
     clipped = (cv2.min(cv2.min(red, green), blue) >= 254) | (cv2.max(cv2.max(red, green), blue) <= 1)
     stained = cv2.subtract(cv2.min(red, blue), green) > _PURPLE
-    edges = float(cv2.Laplacian(grey, cv2.CV_32F).var()) - _ROUNDING
-    sharpness = max(edges, 0.0) / max(float(grey.var()), 1.0)
+    edges = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_32F))[1].item() ** 2 - _ROUNDING
+    sharpness = max(edges, 0.0) / max(variance, 1.0)
     return Quality(bright, brightest - darkest, float(clipped.mean()), float(stained.mean()), sharpness)
 
 
