@@ -361,6 +361,20 @@ def features_of(whole: PatientTaskData, place: int) -> list[np.ndarray]:
     return [whole.features["net/layer"].values[rows + view] for view in (0, 1)]
 
 
+def test_attention_is_that_of_the_head_that_never_saw_the_patient(peaceful) -> None:
+    """In tuned/TASK/attention.parquet: one row a cell."""
+    whole = task_data()
+    heads, average = peaceful[2], USED.average
+    table = whole.attention(heads, average)
+    assert list(table) == ["cell", "patient", "fold", "attention", "score"]
+    assert table["cell"].tolist() == whole.cell.tolist()
+    np.testing.assert_allclose(table.groupby("patient")["attention"].sum(), 1, atol=1e-5)
+    for place, (patient, fold) in enumerate(zip(whole.table["patient"], whole.table["fold"], strict=True)):
+        views = features_of(whole, place)[: average + 1]
+        expected = np.mean([attend(heads[fold], view)[1] for view in views], axis=0)
+        np.testing.assert_allclose(table["attention"][table["patient"] == patient], expected, rtol=1e-5)
+
+
 def test_a_patient_is_scored_by_the_head_that_did_not_see_them(peaceful: Any) -> None:
     """With `average: 1` the score is the mean over two views of the cells."""
     whole = task_data()

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit, logit, softmax
+from scipy.special import expit, logit
 
 from aplsmear.ensembles.combination import Combination
 from aplsmear.ensembles.pooling import CLIP, LEAK, TOP, UPPER
+from aplsmear.heads.bags import attention_and_logits
 from aplsmear.tables import as_written
 
 EVIDENCE, SCORE, ATTENTION = "evidence_", "score_", "attention_"  # columns of tables, before a name
@@ -92,8 +93,7 @@ def attended(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> Items:
     `seen` has the gates and logits of `aplsmear.heads.bags.gates_and_logits`, once for each view that is
     averaged.
     """
-    attention = np.stack([np.broadcast_to(softmax(gates, axis=0), logits.shape) for gates, logits in seen])
-    logits = np.stack([each for _, each in seen])  # (views, items, heads)
+    attention, logits = attention_and_logits(seen)  # (views, items, heads)
     of_view = (attention * logits).sum(axis=1).mean(axis=1)
 
     def parts(mean: float) -> np.ndarray:

@@ -17,6 +17,8 @@ prevents a head from memorising a patient's set of cells.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import expit, softmax
 
@@ -38,6 +40,19 @@ def attend(head: Head, features: np.ndarray) -> tuple[float, np.ndarray]:
     gates, logits = gates_and_logits(head, features)
     attention = softmax(gates, axis=0)
     return float(expit((attention * logits).sum(axis=0).mean())), attention.mean(axis=1)
+
+
+def attention_and_logits(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The attention on each image of an item, and the logit of each image alone.
+
+    Args:
+        seen: of `gates_and_logits`, once for each view of the images.
+
+    Returns:
+        Both float64 (views, images, heads); the attention adds up to 1 over the images.
+    """
+    attention = [np.broadcast_to(softmax(gates, axis=0), logits.shape) for gates, logits in seen]
+    return np.stack(attention), np.stack([logits for _, logits in seen])
 
 
 def gates_and_logits(head: Head, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

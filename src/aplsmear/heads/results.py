@@ -34,6 +34,7 @@ class Results:
     heads: list[Head]  # of each outer fold
     average: int  # augmented views whose scores are averaged with that of the plain view
     scores: pd.DataFrame  # of `scores_table`
+    attention: pd.DataFrame  # of `TaskData.attention`
     predictions: pd.DataFrame  # of `held_out_predictions`
     metrics: dict[str, Any]  # of `measure`
 
@@ -43,8 +44,9 @@ class Results:
         with whole(folder / "best.yaml") as part:
             part.write_text(yaml.safe_dump(self.best, sort_keys=False, allow_unicode=True), encoding="utf-8")
         write_heads(folder / "heads.npz", self.heads, self.average)
-        with whole(folder / "scores.parquet") as part:
-            self.scores.to_parquet(part, index=False)
+        for name, table in (("scores", self.scores), ("attention", self.attention)):
+            with whole(folder / f"{name}.parquet") as part:
+                table.to_parquet(part, index=False)
         write_table(folder / "predictions.csv", self.predictions)
         curve = roc_curve_table(self.predictions["label"], self.predictions["probability"])
         write_table(folder / "roc.csv", curve)
@@ -74,6 +76,7 @@ def conclude(
         heads=heads,
         average=settings.average,
         scores=scores_table(task_data, scores),
+        attention=task_data.attention(heads, settings.average),
         predictions=predictions,
         metrics=measure(predictions, resamples, seed),
     )

@@ -7,23 +7,26 @@ patient is a bag of cells, one image each.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from aplsmear.data.tasks import task_items, task_labels
 from aplsmear.errors import UserError
 from aplsmear.features.store import Features, read_features
 from aplsmear.files import rows_of
-from aplsmear.heads.bags import attend
+from aplsmear.heads.bags import attend, attention_and_logits, gates_and_logits
 from aplsmear.heads.head import Head, Recipe, TrainingItems, mean_over_views, parameters, score
 from aplsmear.heads.stack import Material
 from aplsmear.params import Task, Tune, of_backbones
-from aplsmear.tables import read_table
+from aplsmear.tables import as_written, read_table
+
+_ATTENTION = {"cell": "str", "patient": "str", "fold": "int64", "attention": "float64", "score": "float64"}
 
 
 class TuneError(UserError, ValueError):
@@ -85,6 +88,19 @@ class TaskData:
             lambda rows: score([head], values, rows)[0], self.row[places], self.views[places], average
         )
 
+    def attention(self, _heads: Sequence[Head], _average: int, /) -> pd.DataFrame:
+        """``cell, patient, fold, attention, score`` of each cell; no rows if items are not patients.
+
+        Args:
+            _heads: of each outer fold; the one of the patient's fold never saw the patient.
+            _average: augmented views that are averaged with the plain view.
+
+        Returns:
+            The attention adds up to 1 over the cells of a patient. The score is the probability of the cell
+            alone. Both have the digits of a table.
+        """
+        return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in _ATTENTION.items()})
+
 
 @dataclass(frozen=True)
 class PatientTaskData(TaskData):
@@ -120,6 +136,22 @@ class PatientTaskData(TaskData):
         images = [slice(ends[place] - self.size[place], ends[place]) for place in places]
         each = [mean_over_views(probability, self.row[i], self.views[i], average) for i in images]
         return np.array(each, np.float32)
+
+    def attention(self, heads: Sequence[Head], average: int, /) -> pd.DataFrame:
+        """As for `TaskData`."""
+        found = np.zeros((2, len(self.cell)))
+        ends = np.cumsum(self.size)
+        for fold, end, size in zip(self.table["fold"], ends, self.size, strict=True):
+            head, images = heads[fold], slice(end - size, end)
+            values, row, views = self.features[head.features].values, self.row[images], self.views[images]
+            rows = [row + np.minimum(view, views) for view in range(average + 1)]
+            seen = [gates_and_logits(head, rows_of(values, each)) for each in rows]
+            attention, logits = attention_and_logits(seen)
+            found[:, images] = attention.mean(axis=(0, 2)), expit(logits.mean(axis=2)).mean(axis=0)
+        numbers = [[as_written(value) for value in each] for each in found]
+        patient, fold = (np.repeat(self.table[name].to_numpy(), self.size) for name in ("patient", "fold"))
+        columns = [self.cell, patient, fold, *numbers]
+        return pd.DataFrame(dict(zip(_ATTENTION, columns, strict=True))).astype(_ATTENTION)
 
 
 def read_task_data(task: Task, backbones: Mapping[str, Any]) -> TaskData:
