@@ -33,7 +33,7 @@ from record import ROOT, commit, machine
 from aplsmear.files import write_json
 from aplsmear.images.reading import read_image
 from aplsmear.sources.cell_size import lengths, ruler
-from aplsmear.sources.drawn import patient_smears
+from aplsmear.sources.drawn import draw_smear, generator, sample_patient
 from aplsmear.sources.fields import choose_fields
 from aplsmear.sources.slide import open_slide
 
@@ -49,6 +49,7 @@ KINDS = ("glass", "one layer", "clumps", "blurred")
 SHARES = (0.3, 0.2, 0.25, 0.25)  # of the kinds on a slide
 TILE, STEP = 512, 4  # px; ratio of two levels
 POOL = 16  # different tiles of each kind
+CELLS = 35  # of a drawn tile
 LAYERS = 3  # of cells in a clump
 
 Rgb = npt.NDArray[np.uint8]
@@ -81,7 +82,9 @@ def main() -> None:
 def pictures(folder: Path | None) -> list[Rgb]:
     """Pictures of cells with one background: of a folder, or drawn of one patient."""
     if folder is None:
-        return [smear.image for _, smear in patient_smears(1, SEED)]
+        patient = sample_patient("apl", generator(SEED))
+        size = (TILE, TILE)
+        return [draw_smear(patient, generator(SEED, n), size, CELLS).image for n in range(POOL)]
     found = [path for name in ("images", "wsi") for path in (folder / name).glob("*")]
     return [read_image(path) for path in sorted(found)[:100]]
 
@@ -144,24 +147,25 @@ def pool(sources: Sequence[Rgb], blur: float, seed: int) -> list[list[Rgb]]:
     rng = np.random.default_rng(seed)
     tiles: list[list[Rgb]] = [[], [], [], []]
     glass = np.median([np.percentile(one, 97, axis=(0, 1)) for one in sources], axis=0)
+    side = min(TILE, *(min(one.shape[:2]) for one in sources))
+    single, others = itertools.cycle(sources), itertools.cycle(sources[::-1])
     for _ in range(POOL):
         noise = rng.normal(0, 1.5, (TILE, TILE, 1)).astype(np.float32)
         tiles[0].append(np.clip(glass + noise, 0, 255).astype(np.uint8))
-        layers = [_patchwork(sources, rng) for _ in range(LAYERS)]
-        tiles[1].append(layers[0])
+        tiles[1].append(_patchwork(single, side, rng))
+        layers = [_patchwork(others, side, rng) for _ in range(LAYERS)]
         light = [layer / np.percentile(layer, 97, axis=(0, 1)) for layer in layers]
         tiles[2].append(np.clip(np.prod(light, axis=0) * glass, 0, 255).astype(np.uint8))
-        soft = cv2.GaussianBlur(_patchwork(sources, rng), (0, 0), blur)
+        soft = cv2.GaussianBlur(_patchwork(others, side, rng), (0, 0), blur)
         tiles[3].append(np.clip(soft + noise, 0, 255).astype(np.uint8))
     return tiles
 
 
-def _patchwork(sources: Sequence[Rgb], rng: np.random.Generator) -> Rgb:
-    """A tile of pictures side by side, each turned and mirrored by lot."""
+def _patchwork(supply: Iterator[Rgb], side: int, rng: np.random.Generator) -> Rgb:
+    """A tile of pictures side by side, each cut to a square, turned and mirrored by lot."""
     tile = np.empty((TILE, TILE, 3), np.uint8)
-    side = min(TILE, *(min(one.shape[:2]) for one in sources))
     for y, x in itertools.product(range(0, TILE, side), repeat=2):
-        one = sources[rng.integers(len(sources))]
+        one = next(supply)
         top, left = (int(rng.integers(length - side + 1)) for length in one.shape[:2])
         part = np.rot90(one[top : top + side, left : left + side], int(rng.integers(4)))
         part = part[:, :: int(rng.choice([-1, 1]))]

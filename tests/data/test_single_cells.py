@@ -1,11 +1,15 @@
 """Data sets in which each cell is a picture of its own."""
 
 import csv
+import io
 import shutil
 from itertools import pairwise
 from pathlib import Path
 
+import imagecodecs
+import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -150,6 +154,70 @@ def test_a_damaged_picture_is_a_problem_or_left_out(crops: Path) -> None:
     assert any(f"cells/{first[1]}" in each for each in problems(crops))
     left_out = read(crops, skip_bad_images=True).report["left_out"]["cells_with_bad_image"]
     assert list(left_out["images"]) == [first[0]]
+
+
+def as_cells_of(folder: Path, files: dict[str, bytes]) -> None:
+    """A data set of these pictures alone, each a cell of another patient."""
+    (first, *_), names = read_rows(folder), dict(zip(HEADER, range(len(HEADER)), strict=True))
+    rows = []
+    for name, data in files.items():
+        row = list(first)
+        row[names["id"]] = row[names["patient"]] = name
+        row[names["imgName"]] = name
+        (folder / "cells" / name).write_bytes(data)
+        rows.append(row)
+    write_rows(folder, rows)
+
+
+def encoded(pixels: np.ndarray, kind: str = "TIFF", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tiff(*pages: object, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for page in pages:
+            writer.write(page, **({"photometric": "rgb", "metadata": None} | options))
+    return buffer.getvalue()
+
+
+CELL = np.random.default_rng(2).integers(0, 250, (40, 56, 3)).astype(np.uint8)
+OPAQUE = np.full((40, 56), 255, np.uint8)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+SAME_CELL = {  # one cell, as cameras and programs save it
+    "plain.png": encoded(CELL, "PNG"),
+    "deep.png": imagecodecs.png_encode(CELL.astype(np.uint16) * 257),
+    "rgba.tif": encoded(np.dstack([CELL, OPAQUE])),
+    "turned.tif": encoded(np.ascontiguousarray(np.rot90(CELL)), exif=TURNED),
+    "planar and deep.tif": tiff(CELL.transpose(2, 0, 1).astype(np.uint16) * 257, planarconfig="separate"),
+    "tiled JPEG.tif": tiff(CELL, tile=(16, 16), compression="jpeg", compressionargs={"lossless": True}),
+    "cmyk.tif": tiff(np.dstack([255 - CELL, 0 * OPAQUE]), photometric="separated"),
+}
+
+
+def test_a_cell_has_the_same_pixels_however_its_picture_was_saved(crops: Path) -> None:
+    as_cells_of(crops, SAME_CELL)
+    found = problems(crops)  # equal pictures of many patients
+    assert len(found) == len(SAME_CELL)
+    assert all("another patient or label" in each for each in found)
+
+
+def test_a_picture_of_several_cells_or_a_slide_is_a_problem_with_a_fix(crops: Path) -> None:
+    pages = tiff(CELL, CELL[::-1])
+    empty = iter([b"x"] * 16)
+    huge = tiff(empty, shape=(13_000, 13_000, 3), dtype=np.uint8, tile=(4096, 4096), compression="zlib")
+    files = {"pages.tif": pages, "huge.tif": huge, "slide.svs": pages, "plain.png": SAME_CELL["plain.png"]}
+    as_cells_of(crops, files)
+    found = "\n".join(problems(crops))
+    assert "'cells/pages.tif': expected a whole picture: a TIFF of 2 planes of the same size" in found
+    assert "save the one that is meant as a file, or each with a row of its own" in found
+    assert "'cells/huge.tif': expected a whole picture: more than 150 million pixels" in found
+    assert "'cells/slide.svs': expected a whole picture: a slide of a scanner" in found
+    assert found.count("aplsmear fields SLIDE --to DIR") == 2
+    assert "plain.png" not in found
 
 
 def copied(folder: Path, **change: str) -> None:

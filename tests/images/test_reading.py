@@ -302,6 +302,15 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
         decode(saved(Image.fromarray(RGB), "PNG"), max_pixels=24 * 40 - 1)
 
 
+def test_a_slide_is_refused_by_its_name_with_the_command_that_takes_its_fields(tmp_path):
+    for name in ("a.svs", "a.NDPI", "a.czi"):
+        (tmp_path / name).write_bytes(saved(Image.fromarray(RGB), "TIFF"))
+        for read in (read_image, image_size, image_bytes):
+            with pytest.raises(ImageError, match="a slide of a scanner") as caught:
+                read(tmp_path / name)
+            assert "aplsmear fields" in caught.value.fix
+
+
 def test_a_file_larger_than_any_picture_is_refused_unread(tmp_path):
     path = tmp_path / "endless.png"
     path.write_bytes(saved(Image.fromarray(RGB), "PNG"))

@@ -19,6 +19,7 @@ from aplsmear.errors import UserError
 Rgb = npt.NDArray[np.uint8]
 
 SAVE_AS_RGB = "save it as 8-bit RGB (PNG), as bright as on the screen"
+CUT = "cut the picture into fields; of a slide: aplsmear fields SLIDE --to DIR"
 _DEPTHS = (8, 10, 12, 14)  # bits that cameras use of 16
 _BURNT_IN = 0.02  # of the pixels may be brighter than the levels of the camera: scale bars, names, hot pixels
 _SAMPLE = 4_000_000  # pixels of the histogram

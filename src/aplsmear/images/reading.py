@@ -21,6 +21,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from aplsmear.images.pixels import (
+    CUT,
     ImageError,
     Picture,
     Rgb,
@@ -37,6 +38,7 @@ __all__ += ["image_size", "is_picture_name", "read_image", "read_picture", "resi
 
 FORMATS = ("JPEG", "PNG")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".czi")  # of scanners
 MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
@@ -167,11 +169,13 @@ def _open_file(path: Path) -> IO[bytes]:
     try:
         if not path.exists():
             raise ImageError(path, "no such file", "put the picture there or remove its row")
+        if path.suffix.lower() in SLIDES:
+            raise ImageError(path, "a slide of a scanner, not a picture of one field", CUT)
         if not path.is_file():
             raise ImageError(path, "not a file", "put a picture there or remove its row")
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise ImageError(path, "a file of more than 2 GiB", "save only its picture, as PNG")
+            raise ImageError(path, "a file of more than 2 GiB", CUT)
         return path.open("rb") if size else io.BytesIO()  # reading a file of /proc may never end
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
@@ -192,7 +196,7 @@ def _decoding(path: str | Path) -> Iterator[None]:
         except ImageError as error:
             raise ImageError(path, error.what, error.fix) from None
         except MemoryError:
-            raise ImageError(path, "does not fit into memory", "cut the picture into fields") from None
+            raise ImageError(path, "does not fit into memory", CUT) from None
         except Exception as error:  # on damaged bytes, a decoder may raise nearly any
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             what = f"truncated or damaged ({reason})"
@@ -266,7 +270,7 @@ def _scans(file: IO[bytes]) -> int:
 
 
 def _too_large(max_pixels: int) -> ImageError:
-    return ImageError("", f"more than {max_pixels // 10**6} million pixels", "cut the picture into fields")
+    return ImageError("", f"more than {max_pixels // 10**6} million pixels", CUT)
 
 
 def _check_frames(picture: ImageFile.ImageFile) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from aplsmear.images.pixels import SAVE_AS_RGB, ImageError, Picture, as_rgb, on_white, scaled, upright
+from aplsmear.images.pixels import CUT, SAVE_AS_RGB, ImageError, Picture, as_rgb, on_white, scaled, upright
 
 _JPEG = 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}  # their decoders stop at a given size
@@ -171,7 +171,7 @@ def _check(pages: Sequence[Any], max_pixels: int) -> None:
         raise ImageError("", "a TIFF whose description names pictures that it does not hold", SAVE_AS_RGB)
     page = pages[0].keyframe
     if _area(page) > max_pixels:
-        raise ImageError("", f"more than {max_pixels // 10**6} million pixels", "cut the picture into fields")
+        raise ImageError("", f"more than {max_pixels // 10**6} million pixels", CUT)
     if sum(each.keyframe.nbytes for each in pages) > _MOST_BYTES:
         raise ImageError("", "more than 2 GiB of pixels", "save it as 8-bit RGB")
     size = page.parent.filehandle.size

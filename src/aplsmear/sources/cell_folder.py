@@ -23,7 +23,7 @@ from aplsmear.data.csvfile import read_csv
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
 from aplsmear.files import whole
-from aplsmear.images.reading import is_picture_name, read_image
+from aplsmear.images.reading import SLIDES, is_picture_name, read_image
 from aplsmear.progress import progress
 from aplsmear.sources.cell_finder import BOX, CellsError, check_size, find_cells, scaled
 from aplsmear.sources.cell_size import Boxes, Estimate, Lengths, boxes_at, choose, ladder, lengths
@@ -145,7 +145,12 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
     """
     table, written = root / SMEARS_FILE, None
     if not table.exists() and (root / IMAGE_FOLDER).is_dir():
-        names = sorted(path.name for path in (root / IMAGE_FOLDER).iterdir() if is_picture_name(path.name))
+        files = sorted((root / IMAGE_FOLDER).iterdir())
+        if slides := [path for path in files if path.suffix.lower() in SLIDES]:
+            raise CellsError(
+                f"{slides[0]} is a slide of a scanner. Take fields of it: aplsmear fields --help"
+            )
+        names = [path.name for path in files if is_picture_name(path.name)]
         if not names:
             raise CellsError(
                 f"{root / IMAGE_FOLDER} contains no PNG, JPEG or TIFF: put the pictures of the smears there"
