@@ -286,7 +286,8 @@ def view(
     from aplsmear.prediction.view import cells_of, read_cells, view_page
     from aplsmear.reports import pages
 
-    to = to or Path(f"{patient}.html")
+    to = to or Path(f"{patient.replace('/', '_')}.html")
+    file_to_write(to)
     _refuse_to_replace([to], overwrite)
     model = read_bundle(ensemble).model
     if data is None:

@@ -2,7 +2,9 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
 const svg = $("picture"), list = $("list"), NS = "http://www.w3.org/2000/svg";
-const most = Math.max(...data.cells.map(cell => Math.abs(cell.values[0])), 1e-9);
+const most = data.columns.map((_, k) => data.cells.reduce((top, cell) => Math.max(top, Math.abs(cell.values[k])), 1e-9));
+const by = () => Number($("sort").value);
+const side = cell => cell.values[by()] > 0 ? "for" : "against";
 const signed = value => value === null ? "none" : (value > 0 ? "+" : "") + value.toFixed(3);
 const shown = (column, value) => data.columns[column].startsWith("evidence ") ? signed(value) : value === null ? "none" : value.toFixed(3);
 const CHUNK = 240;
@@ -21,24 +23,23 @@ function scores(cell) {
 
 /* The list: cells in order, drawn as far as they are needed. */
 function sort() {
-  const by = Number($("sort").value), chosen = order[place];
-  const worth = cell => cell.values[by] === null ? -Infinity : cell.values[by];
+  const chosen = order[place], column = by();
+  const worth = cell => cell.values[column] === null ? -Infinity : cell.values[column];
   order = data.cells.map((_, n) => n).sort((a, b) => worth(data.cells[b]) - worth(data.cells[a]) || a - b);
   if ($("turn").checked) order.reverse();
   list.replaceChildren();
   drawn = 0;
   draw(CHUNK);
-  place = chosen === undefined ? -1 : order.indexOf(chosen);
-  if (place >= 0) select(place);
+  field = -1;  // so that the boxes are drawn anew
+  select(chosen === undefined ? 0 : order.indexOf(chosen));
 }
 
 function draw(count) {
   for (const end = Math.min(order.length, drawn + count); drawn < end; drawn++) {
     const cell = data.cells[order[drawn]], at = drawn;
-    const side = cell.values[0] > 0 ? "for" : "against";
-    const button = make(list, "button", {type: "button", class: side, title: scores(cell).join("\n"), "aria-label": scores(cell).join(", ")});
+    const button = make(list, "button", {type: "button", class: side(cell), title: scores(cell).join("\n"), "aria-label": scores(cell).join(", ")});
     make(button, "img", {src: cell.src, alt: ""});
-    make(button, "span", {}, shown($("sort").value, cell.values[$("sort").value]));
+    make(button, "span", {}, shown(by(), cell.values[by()]));
     button.addEventListener("click", () => select(at));
   }
 }
@@ -55,9 +56,8 @@ function open(number, cell) {
     $("field").value = number;
     data.cells.forEach((each, n) => {
       if (each.field !== number) return;
-      const [y0, x0, y1, x1] = each.box, side = each.values[0] > 0 ? "for" : "against";
-      const opacity = 0.25 + 0.75 * Math.abs(each.values[0]) / most;
-      const rect = make(svg, "rect", {x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: side, "stroke-opacity": opacity, "data-cell": n});
+      const [y0, x0, y1, x1] = each.box, opacity = 0.2 + 0.8 * Math.abs(each.values[by()]) / most[by()];
+      const rect = make(svg, "rect", {x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: side(each), "stroke-opacity": opacity, "data-cell": n});
       make(rect, "title", {}, scores(each).join("\n"));
       rect.addEventListener("click", () => select(order.indexOf(n)));
     });
@@ -139,4 +139,3 @@ document.addEventListener("keydown", event => {
   keys[event.key]();
 });
 sort();
-select(0);
