@@ -82,8 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in BACKBONES:
             keras, file = rows_of_params(name, asked.weights, Path(folder))
-            values, cost[name] = computed(keras, views, Path(folder), len(plain))
-            others, seconds = computed(file, views, Path(folder), len(plain))
+            values, cost[name] = computed(keras, views, Path(folder))
+            others, seconds = computed(file, views, Path(folder))
             difference = max(np.abs(a - b).max() for a, b in zip(values, others, strict=True))
             found[f"{name} as a file"] = seconds | {"largest_difference": float(difference)}
             for layer, each in zip(keras.layer, values, strict=True):
@@ -109,9 +109,7 @@ def rows_of_params(name: str, weights: Path, folder: Path) -> tuple[Backbone, Ba
     return keras, Backbone(source="onnx", weights=str(path), onnx=table, **shared)
 
 
-def computed(
-    settings: Backbone, views: Path, folder: Path, count: int
-) -> tuple[list[np.ndarray], dict[str, float]]:
+def computed(settings: Backbone, views: Path, folder: Path) -> tuple[list[np.ndarray], dict[str, float]]:
     """The features of all plain views by layer, and CPU seconds for 1,000 cells and MB of the graph."""
     graph = folder / "graph.onnx"
     write_graph(graph, settings, "cell", SEED)

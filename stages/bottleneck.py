@@ -22,7 +22,8 @@ def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     backbone = named(params.backbones, name, "backbones")
     views = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
-    start_tensorflow(gpus=False)
+    if backbone.source != "onnx":
+        start_tensorflow(gpus=False)
     if device_note():
         print(device_note(), file=sys.stderr)
     for file in filter(Path.is_file, weight_files(backbone)):
@@ -32,16 +33,18 @@ def main(name: str) -> None:
                 "runs again if the file changes.",
                 file=sys.stderr,
             )
+    graphs = {level: Path(f"backbones/{name}/{level}.onnx") for level in LEVELS}
+    same_bits = [write_graph(graph, backbone, level, params.seed) for level, graph in graphs.items()]
+    if not all(same_bits):
+        print(
+            f"The features of {name} differ between processors in their last digits: its network has "
+            "operations without the same bits everywhere.",
+            file=sys.stderr,
+        )
     with engine_of(params, list(views.values()), networks=True) as engine:
         for level, path in views.items():
-            graph = Path(f"backbones/{name}/{level}.onnx")
-            if not write_graph(graph, backbone, level, params.seed):
-                print(
-                    f"The features of {name} differ between processors in their last digits: its network has "
-                    "operations without the same bits everywhere.",
-                    file=sys.stderr,
-                )
-            request = FeatureRequest(name, graph, level, tuple(backbone.layer), batch_of(backbone, level))
+            layers = tuple(backbone.layer)
+            request = FeatureRequest(name, graphs[level], level, layers, batch_of(backbone, level))
             found = features_of_file(path, request, engine)
             parts = -(-count_views(path) // partition(request))
             features = progress(found, f"partitions of {level}s", parts)

@@ -6,14 +6,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from encoders import write_plain_file
 from onnx import TensorProto, helper
-from onnx_files import backbone, convolutions, transformer
 from processors import INSTALL, can_emulate, output_of
 
+from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.forward import Network
 from aplsmear.features.onnx_graph import is_portable, read_graph
 from aplsmear.files import sha256
+from backbone_graphs import mobilenet
+from onnx_files import backbone, convolutions, transformer
 
 IMAGES = np.random.default_rng(5).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
 
@@ -52,6 +55,22 @@ def test_features_of_a_transformer_are_its_class_token_and_the_mean_of_its_patch
     expected = np.concatenate([parts[each] for each in pooling.split("+")], axis=1)
     assert expected.std() > 0.01
     np.testing.assert_allclose(of_graph(path, pooling=pooling), expected, rtol=2e-3, atol=1e-3)
+
+
+def test_a_network_of_keras_has_the_same_features_from_its_onnx_file(tmp_path):
+    """The file is written by other code than the graph of the Keras network."""
+    start_tensorflow()
+    keras = mobilenet(layer=["conv_pw_2_relu"])
+    write_graph(tmp_path / "keras.onnx", keras, "cell", 1)
+    write_plain_file(tmp_path / "own.onnx", cut_network(keras, "cell", 1)[0], 32)
+    table = {"layout": "NHWC", "mean": [0.5] * 3, "std": [0.5] * 3}
+    file = backbone(tmp_path / "own.onnx", layer=keras.layer, **table)
+    write_graph(tmp_path / "file.onnx", file, "cell", 1)
+    one, other = (
+        Network(tmp_path / name, keras.layer).features(IMAGES)[0] for name in ("keras.onnx", "file.onnx")
+    )
+    assert one.std() > 1e-3
+    np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-5)
 
 
 def test_a_tensor_inside_the_file_is_a_layer_and_several_layers_stand_behind_one_another(tmp_path):
