@@ -117,7 +117,8 @@ def _magnitudes(low: np.ndarray) -> npt.NDArray[np.float16]:
     """Magnitudes of cosine transforms, shape (n, 8, 8), equal in all turns; each row has the length 1."""
     squares = low**2
     folded = np.sqrt(squares + squares.transpose(0, 2, 1))[:, *_FOLDED]
-    return (folded / np.maximum(np.linalg.norm(folded, axis=1, keepdims=True), 1e-9)).astype(np.float16)
+    length = np.maximum(np.linalg.norm(folded, axis=1, keepdims=True), 1e-9)
+    return np.asarray(folded / length, dtype=np.float16)
 
 
 def same_pictures(

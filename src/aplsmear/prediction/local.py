@@ -6,9 +6,12 @@ fitted to the local patients, then the operating points and the alarm are set ag
 - the intercept always; the slope where each diagnosis has at least `ENOUGH` patients (Cox, Biometrika
   1958;45:562; Steyerberg et al., Stat Med 2004;23:2567; Van Calster et al., J Clin Epidemiol 2016;74:167).
   Both are shrunk towards no change, by normal priors of the intercept and the log slope.
-- What is gained is measured nested: each patient is judged by a line fitted to the other local patients.
-- The change is refused unless the gain of log loss is above 0 by the 95 % interval of a paired t test
-  (Student, Biometrika 1908;6:1) over the patients.
+- What is gained is measured nested: each patient is judged by a line fitted to the other local patients. Its
+  interval is Student's (Biometrika 1908;6:1).
+- The change is refused unless log loss gains, and the diagnoses contradict the probabilities as they are by
+  the score test (Rao, Math Proc Camb Philos Soc 1948;44:50), with diagnoses drawn from these probabilities
+  (Barnard, J R Stat Soc B 1963;25:294). The labelled patients must be taken as they come: if positive ones
+  were picked, the test takes that for an error of the ensemble.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ FEWEST = 5  # labelled patients
 FEWEST_EACH = 2  # of each diagnosis
 ENOUGH = 10  # patients of each diagnosis for a slope
 SLOPES = 0.5  # standard deviation of the log slopes of hospitals
+_DRAWS = 10_000  # of the diagnoses of all patients, for the test
 
 
 class LocalError(UserError, ValueError):
@@ -64,7 +68,10 @@ class Gain:
 
 @dataclass(frozen=True)
 class Local:
-    """A recalibration and what it gained, each patient judged without the own diagnosis."""
+    """A recalibration and what it gained, each patient judged without the own diagnosis.
+
+    `p` is that of `score_test`.
+    """
 
     combination: Combination
     line: Line
@@ -72,12 +79,23 @@ class Local:
     positive: int
     log_loss: Gain
     brier: Gain
+    p: float
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether something is gained, and not by chance."""
+        return self.log_loss.gain > 0 and self.p <= 1 - LEVEL
 
     @property
     def record(self) -> dict[str, object]:
         """For model.json."""
         losses = {"log_loss": asdict(self.log_loss), "brier": asdict(self.brier)}
-        return {"patients": self.patients, "positive": self.positive, "line": asdict(self.line)} | losses
+        return {
+            "patients": self.patients,
+            "positive": self.positive,
+            "line": asdict(self.line),
+            "p": self.p,
+        } | losses
 
 
 def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
@@ -100,6 +118,21 @@ def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
 
     intercept, log_slope = minimize(loss, np.zeros(2), jac=True, method="BFGS").x
     return Line(float(np.exp(log_slope)), float(intercept))
+
+
+def score_test(logit: np.ndarray, label: np.ndarray, sloped: bool) -> float:
+    """The p value of these diagnoses, if the calibrated probabilities are right.
+
+    The arguments are as for `fit_line`: the test is against another intercept, and another slope if `sloped`.
+    """
+    probability = expit(logit)
+    slopes = np.stack([np.ones(len(logit)), logit])[: 1 + sloped]
+    weights = np.linalg.pinv((slopes * probability * (1 - probability)) @ slopes.T)
+    rng = np.random.Generator(np.random.Philox(0))
+    drawn = rng.random((_DRAWS, len(logit))) < probability
+    scores = (np.vstack([label, drawn]) - probability) @ slopes.T
+    size = np.einsum("di,ij,dj->d", scores, weights, scores)
+    return float((size >= size[0] - 1e-9).mean())
 
 
 def recalibrated(
@@ -135,7 +168,7 @@ def recalibrated(
     )
     losses = [(-log_expit((2 * label - 1) * each), (expit(each) - label) ** 2) for each in (before, after)]
     log_loss, brier = (_gain(*pair) for pair in zip(*losses, strict=True))
-    return Local(changed, line, n, positive, log_loss, brier)
+    return Local(changed, line, n, positive, log_loss, brier, score_test(before, label, sloped))
 
 
 def adapt(
@@ -170,7 +203,7 @@ def adapt(
     alarm = models.combination.alarm
     logits = np.array([each.logits for each in verdicts]).reshape(len(verdicts), -1)
     local = recalibrated(models.combination, logits, label, (alarm.wanted, alarm.confidence))
-    if local.log_loss.low <= 0:
+    if not local.is_gain:
         raise LocalError(
             f"Nothing was written: by the {local.patients} labelled patients the gain is not distinguishable "
             f"from 0 ({in_words(local)}). Use the ensemble as it is, or label more patients."
@@ -189,7 +222,7 @@ def _check_number(positive: int, negative: int) -> None:
 
 def in_words(local: Local) -> str:
     """The gain of a recalibration."""
-    return "; ".join(
+    return f"p = {local.p:.2g}; " + "; ".join(
         f"{name} {each.before:.3f} before, {each.after:.3f} after, gain {each.gain:+.3f}, "
         f"95 % interval {each.low:+.3f} to {each.high:+.3f}"
         for name, each in (("log loss", local.log_loss), ("Brier score", local.brier))
