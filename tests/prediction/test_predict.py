@@ -654,6 +654,9 @@ def test_the_command_writes_a_table_and_a_page_twice_the_same(trained, data, tmp
     assert page.count("data:image/jpeg;base64,") > 18
     assert not re.findall(r"(?:src|href)=[\"'](?!data:|#patient-)", page)
     assert "research only" in page.lower()
+    assert page.count('class="cell" tabindex="0"') == page.count(": evidence ") > 18
+    assert "score nuclei: " in page
+    assert 'href="#patient-1"' in page
     assert str(data) not in page
     code, output = command("--ensemble", bundle, "--data", data, "--out", tmp_path / "a.csv")
     assert (code, "--overwrite" in output) == (1, True)

@@ -96,6 +96,7 @@ function select(to) {
   const button = list.children[place], rect = svg.querySelector(`[data-cell="${order[place]}"]`);
   button.classList.add("chosen");
   button.scrollIntoView({block: "nearest"});
+  if (list.contains(document.activeElement)) button.focus({preventScroll: true});
   if (rect) { rect.classList.add("chosen"); svg.appendChild(rect); }
   $("scores").replaceChildren();
   scores(cell).forEach((text, n) => make($("scores"), n ? "span" : "b", {}, text));
