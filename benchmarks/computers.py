@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from aplsmear.cli import app
 from aplsmear.compute.runtime import start_tensorflow
+from aplsmear.dino_variants import VARIANTS
 from aplsmear.features.backbones import cut_network
 from aplsmear.params import Backbone
 from aplsmear.sources.drawn import draw_data_set
@@ -159,8 +160,17 @@ def backbones_of_profiles() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted((ROOT / "profiles").glob("*.yaml")):
         for name, row in yaml.safe_load(read_profile(path.parent, path.stem))["backbones"].items():
-            found[f"{path.stem}_{name}"] = row | {"input_size": SIZES, "batch": 16}
+            found[f"{path.stem}_{name}"] = row | {"batch": 16} | small(row)
     return found
+
+
+def small(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a backbone that make it small. A vision transformer keeps two blocks and whole patches."""
+    if row["application"] not in VARIANTS:
+        return {"input_size": SIZES}
+    patch = VARIANTS[row["application"]].patch
+    sides = {level: -(-side // patch) * patch for level, side in SIZES.items()}
+    return {"input_size": sides, "options": row.get("options", {}) | {"depth": 2}}
 
 
 def prepare(folder: Path, backbones: Mapping[str, dict[str, Any]]) -> None:

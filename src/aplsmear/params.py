@@ -224,7 +224,8 @@ class Backbone(Strict):
     """A frozen network: of keras.applications, cut at named layers, or of an ONNX file with named outputs.
 
     `sha256` belongs to the file that `weights` names, if it names a file. DVC tracks parameters and not this
-    file, so the hash makes a changed file visible. Empty: the file is not checked.
+    file, so the hash makes a changed file visible. Empty: the file is not checked. `trained_on` names public
+    data sets whose images trained the weights: `aplsmear evaluate` warns where a folder has such a name.
     """
 
     source: Literal["keras.applications", "onnx"] = "keras.applications"
@@ -236,6 +237,7 @@ class Backbone(Strict):
     weights: str
     sha256: str = Field("", pattern="^([0-9a-f]{64})?$")
     batch: int = Field(ge=1, le=4096)
+    trained_on: list[Name] = []
 
     @model_validator(mode="after")
     def _fits_its_source(self) -> Backbone:

@@ -25,7 +25,7 @@ def test_the_chain_gives_the_same_bytes_on_an_emulated_processor(tmp_path):
 
 def test_all_backbones_of_the_profiles_are_compared():
     assert {row["application"] for row in backbones_of_profiles().values()} == {
-        "MobileNet", "MobileNetV2", "DenseNet121", "EfficientNetB0",
+        "MobileNet", "MobileNetV2", "DenseNet121", "EfficientNetB0", "DINOv2S",
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 from aplsmear.cli.ensembles import _trained_on
 from aplsmear.ensembles.baselines import compare
 from aplsmear.evaluation.curves import curve_tables, decision_table
-from aplsmear.prediction.cohort import Evaluation, labelled_table, measure_cohort, page
+from aplsmear.prediction.cohort import Evaluation, labelled_table, measure_cohort, page, seen_by_backbones
 from aplsmear.reports.pages import study_content
 from aplsmear.runs.checksums import md5
 
@@ -120,3 +120,11 @@ def test_the_training_data_set_of_a_clone_is_compared_without_being_named(tmp_pa
     assert _trained_on(bundle) is None
     monkeypatch.chdir(tmp_path / "dataset")  # outside of a clone
     assert _trained_on(bundle) is None
+
+
+@pytest.mark.parametrize(("folder", "warned"), [("Raabin-WBC", 1), ("dresden", 0), ("AML_LMU_2019", 1)])
+def test_a_cohort_that_trained_a_backbone_is_not_called_held_out(folder, warned, tmp_path) -> None:
+    rows = {"dinobloom": {"trained_on": ["raabin", "aml_lmu"]}, "mobilenet": {}}
+    found = seen_by_backbones(rows, tmp_path / folder)
+    assert len(found) == warned
+    assert all("dinobloom" in each and "not held out" in each for each in found)

@@ -31,8 +31,10 @@ def test_the_stages_that_it_names_exist() -> None:
     assert named <= stages.keys()
 
 
-def test_every_profile_is_named_here_or_in_import_md_and_no_other() -> None:
-    page = (ROOT / "docs" / "import.md").read_text(encoding="utf-8")
+def test_every_profile_is_named_here_or_in_import_md_or_encoders_md_and_no_other() -> None:
+    page = "".join(
+        (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("import", "encoders")
+    )
     named = set(re.findall(r"aplsmear profile (\w+)", README)) | set(
         re.findall(r"profiles/(\w+)\.yaml", page)
     )

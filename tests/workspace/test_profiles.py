@@ -135,7 +135,7 @@ def test_a_setting_with_an_old_name_is_answered_with_the_new_one(monkeypatch: py
 
 
 def test_an_unknown_profile_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ProfileError, match=r"'deepap'.*deepapl.*demo, kaggle"):
+    with pytest.raises(ProfileError, match=r"'deepap'.*deepapl.*demo, dinobloom, dinov2, kaggle"):
         read_profile(PROFILES, "deepap")
 
 

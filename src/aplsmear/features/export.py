@@ -31,6 +31,7 @@ from aplsmear.features.portable import softmax
 OPSET, IR_VERSION = 18, 10  # fixed, so a later release of onnx writes the same bytes
 _ROWS, _COLUMNS = 2, 3  # axes of (images, channels, rows, columns)
 _NONE = (0, 0, 0, 0)
+_LARGEST = 2**31 - 2**20  # bytes of weights; a graph is one protobuf message
 
 Preprocess = Callable[[Any], Any]
 
@@ -111,6 +112,11 @@ class _Graph:
         self._open: list[str] = []  # weights that are inputs as well
 
     def model(self, size: int, outputs: Sequence[str]) -> onnx.ModelProto:
+        if (size_of := sum(len(each.raw_data) for each in self._weights)) > _LARGEST:
+            raise GraphError(
+                f"the weights of the network are {size_of / 2**30:.1f} GiB; a graph holds less than 2 GiB: "
+                "cut at an earlier layer, or take a smaller network"
+            )
         info, shapes = helper.make_tensor_value_info, {each.name: list(each.dims) for each in self._weights}
         graph = helper.make_graph(
             self._nodes,
