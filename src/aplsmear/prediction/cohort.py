@@ -116,14 +116,13 @@ def evaluate(
     table = labelled_table(both[0], both[1], patients, model.positive)
     names = verdicts[0].baselines
     baselines = {name: np.array([each.baselines[name] for each in verdicts]) for name in names}
-    label, probability = table["label"], table["probability"]
-    curves = curve_tables(label, probability, resamples, seed)
+    answers = table["label"], table["probability"]
     return Evaluation(
         bundle=bundle,
         table=table,
         measured=measure_cohort(table, resamples, seed),
-        comparison=compare(table, probability.to_numpy(), baselines),
-        curves=curves | {"decision": decision_table(label, probability)},
+        comparison=compare(table, table["probability"].to_numpy(), baselines),
+        curves=curve_tables(*answers, resamples, seed) | {"decision": decision_table(*answers)},
         study=pages.study_content(table["patient"], smears, cells, found.report["left_out"], logits),
         left_out=found.report["left_out"]
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
