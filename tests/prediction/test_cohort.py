@@ -11,6 +11,7 @@ import pytest
 
 from aplsmear.cli.ensembles import _trained_on
 from aplsmear.ensembles.baselines import compare
+from aplsmear.ensembles.promise import Alarm
 from aplsmear.evaluation.curves import curve_tables, decision_table
 from aplsmear.prediction.cohort import Evaluation, labelled_table, measure_cohort, page, seen_by_backbones
 from aplsmear.reports.pages import study_content
@@ -86,10 +87,10 @@ def test_the_page_shows_the_numbers_of_training_beside_those_of_the_cohort() -> 
     held_out = measured | {"auroc": {"value": 0.987, "low": 0.9, "high": 0.999}}
     model = SimpleNamespace(name="apl_aml", positive="apl", negative="aml", held_out=held_out, inputs={})
     label, probability = table["label"], table["probability"]
+    alarm = Alarm(threshold=0.2, wanted=0.1, confidence=0.9, miss_rate=0.13, patients=16)
+    fitted = SimpleNamespace(thresholds={"balanced": 0.5, "sensitive": 0.4}, alarm=alarm)
     found = Evaluation(
-        bundle=SimpleNamespace(
-            model=model, combinations=[SimpleNamespace(thresholds={"balanced": 0.5, "sensitive": 0.4})]
-        ),
+        bundle=SimpleNamespace(model=model, combinations=[fitted]),
         table=table,
         measured=measured,
         comparison=compare(table, probability.to_numpy(), {}),
@@ -100,6 +101,9 @@ def test_the_page_shows_the_numbers_of_training_beside_those_of_the_cohort() -> 
     row = re.search(r"<tr><th scope=\"row\">AUROC<.*</tr>", page(found)).group()
     assert re.findall(r"<td>([\d.]+)", row) == ["0.987", "0.938", "0.938"]
     assert "8 patients without a score of some member" in page(found)
+    assert "at most 13.0 % of those with APL get no alarm" in page(found)
+    missed = re.search(r"<tr><th scope=\"row\">APL patients without an alarm<.*</tr>", page(found)).group()
+    assert f"<td>{measured['alarm']['missed']['value']:.3f}</td>" in missed
     model.held_out = {}  # a bundle that has none
     row = re.search(r"<tr><th scope=\"row\">AUROC<.*</tr>", page(found)).group()
     assert re.findall(r"<td>([\d.]+)", row) == ["0.938", "0.938"]

@@ -261,6 +261,7 @@ def page(found: Evaluation) -> str:
         comparison=pages.records(found.comparison),
         patients=pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
         thresholds=found.bundle.combinations[-1].thresholds,
+        alarm=found.bundle.combinations[-1].alarm,
         left_out=found.left_out,
         remarks=found.remarks,
         inputs=model.inputs,
