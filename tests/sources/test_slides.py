@@ -44,17 +44,19 @@ def tiled(path: Path, pixels: np.ndarray = PIXELS, described: dict | None = None
     return path
 
 
-def test_fields_lie_where_cells_are_sharp_and_in_one_layer(slide, tmp_path) -> None:
+def test_fields_lie_where_cells_are_sharp_and_in_one_layer_and_no_others_make_up_the_number(
+    slide, tmp_path
+) -> None:
     path, kinds = slide
-    code, said = run(path, "--to", tmp_path / "out", "--size", TILE, "--fields", 8)
+    code, said = run(path, "--to", tmp_path / "out", "--size", TILE, "--fields", 40)
     assert code == 0, said
     fields = pd.read_csv(tmp_path / "out" / "fields.csv")
-    taken = [kinds[y // TILE, x // TILE] for x, y in zip(fields["x"], fields["y"], strict=True)]
-    assert len(taken) == 8
-    assert [KINDS[kind] for kind in taken] == ["one layer"] * 8
-    assert "out of focus" in said
-    assert "several layers" in said
-    assert "each slide counts as one" in said
+    taken = [KINDS[kinds[y // TILE, x // TILE]] for x, y in zip(fields["x"], fields["y"], strict=True)]
+    there = int((kinds == KINDS.index("one layer")).sum())
+    assert set(taken) == {"one layer"}
+    assert 0.75 * there <= len(taken) <= there
+    for what in ("out of focus", "several layers", f"only these {len(taken)}", "each slide counts as one"):
+        assert what in said
 
 
 def test_pictures_show_the_place_that_the_table_names_and_the_folder_is_a_data_set(slide, tmp_path) -> None:
@@ -80,16 +82,6 @@ def test_pictures_show_the_place_that_the_table_names_and_the_folder_is_a_data_s
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_bad_squares_are_never_taken_to_reach_the_number(slide, tmp_path) -> None:
-    path, kinds = slide
-    code, said = run(path, "--to", tmp_path / "out", "--size", TILE, "--fields", 40)
-    there = int((kinds == KINDS.index("one layer")).sum())
-    found = len(pd.read_csv(tmp_path / "out" / "fields.csv"))
-    assert code == 0
-    assert there / 2 <= found <= there
-    assert f"only these {found}" in said
-
-
 def test_a_slide_of_empty_glass_has_no_fields(tmp_path) -> None:
     noise = np.random.default_rng(1).normal(0, 2, (1024, 1024, 3))
     glass = np.clip(235 + noise, 0, 255).astype(np.uint8)
@@ -108,7 +100,9 @@ def write_czi(path: Path, pixels: np.ndarray = PIXELS) -> Path:
 
 
 PLANES = np.ascontiguousarray(PIXELS.transpose(2, 0, 1))
+APERIO = "Aperio Image Library v12\r\n896x640 (128x128)|AppMag = 40|MPP = 0.25"
 SLIDES = {
+    "aperio.svs": lambda path: tiled(path, description=APERIO),
     "plain.tif": lambda path: tiled(path, resolution=(4e4, 4e4), resolutionunit="CENTIMETER"),
     "chunky.ome.tif": lambda path: tiled(path, described={"axes": "YXS"} | OME),
     "planar.ome.tif": lambda path: tiled(path, PLANES, {"axes": "SYX"} | OME, planarconfig="separate"),
