@@ -704,7 +704,7 @@ def test_evidence_of_cells_adds_up_to_the_logit_and_qupath_reads_the_boxes(train
 
 
 def check_feature(feature: dict) -> None:
-    """A feature as QuPath documents it (javadoc of `qupath.lib.io.GsonTools`)."""
+    """A feature as QuPath 0.4 and later reads it (`qupath.lib.io.PathObjectTypeAdapters`)."""
     UUID(feature["id"])
     (ring,) = feature["geometry"]["coordinates"]
     assert (feature["type"], feature["geometry"]["type"]) == ("Feature", "Polygon")
