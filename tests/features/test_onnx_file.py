@@ -151,6 +151,23 @@ def test_a_file_that_cannot_be_used_is_refused_with_what_to_change(tmp_path, cha
     assert not (tmp_path / "cell.onnx").exists()
 
 
+def test_a_damaged_file_ends_with_a_message(tmp_path):
+    content = transformer(tmp_path / "own.onnx").read_bytes()
+    path = tmp_path / "damaged.onnx"
+    random = np.random.default_rng(4)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in random.integers(0, 4000, 3):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            write_graph(tmp_path / "cell.onnx", backbone(path, pooling="class"), "cell", 1)
+        except BackboneError:  # another error would be a mistake of the program
+            refused += 1
+    assert refused > 20
+
+
 def test_other_sizes_and_tokens_than_those_of_the_file_are_refused(tmp_path):
     path = transformer(tmp_path / "own.onnx")
     for row, message in (

@@ -52,7 +52,7 @@ def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto
     Raises:
         GraphError: a layer or the preprocessing cannot be written.
     """
-    graph = _Graph()
+    graph = GraphWriter()
     maps = {id(network.inputs[0]): graph.image(preprocess)}
     _walk(graph, network, maps)
     for layer, tensor in network.output.items():
@@ -65,7 +65,7 @@ def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto
 
 
 @dataclass(frozen=True)
-class _Map:
+class FeatureMap:
     """A feature map in the graph: (images, width, rows, columns), or tokens: (images, tokens, width).
 
     Attributes:
@@ -94,7 +94,7 @@ class _Call:
     """
 
     layer: Any
-    inputs: list[_Map]
+    inputs: list[FeatureMap]
     numbers: list[float]
     sides: tuple[int, int]
     norm: Any = None
@@ -103,15 +103,21 @@ class _Call:
 # --- the graph ------------------------------------------------------------------------------------------
 
 
-class _Graph:
+class GraphWriter:
     """An ONNX graph under construction."""
 
     def __init__(self) -> None:
+        """A graph without operations."""
         self._nodes: list[Any] = []
         self._weights: list[Any] = []
         self._open: list[str] = []  # weights that are inputs as well
 
     def model(self, size: int, outputs: Sequence[str]) -> onnx.ModelProto:
+        """The graph with the input `PIXELS`, images of this size in px, and these outputs.
+
+        Raises:
+            GraphError: its weights are 2 GiB or more.
+        """
         if (size_of := sum(len(each.raw_data) for each in self._weights)) > _LARGEST:
             raise GraphError(
                 f"the weights of the network are {size_of / 2**30:.1f} GiB; a graph holds less than 2 GiB: "
@@ -138,12 +144,14 @@ class _Graph:
         return model
 
     def constant(self, values: Any, dtype: Any = np.float32) -> str:
+        """Write a constant, and return its name. A number becomes an array of one number."""
         name = f"w{len(self._weights)}"
         array = np.asarray(values, dtype, "C") if isinstance(values, np.ndarray) else np.atleast_1d(values)
         self._weights.append(numpy_helper.from_array(array.astype(dtype), name))
         return name
 
     def node(self, kind: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
+        """Write an operation, and return the name of its output."""
         output = output or f"t{len(self._nodes)}"
         self._nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
@@ -161,7 +169,7 @@ class _Graph:
         """Other sides; 0 keeps one, -1 is what is left."""
         return self.node("Reshape", [x, self.constant(shape, np.int64)])
 
-    def image(self, preprocess: Preprocess) -> _Map:
+    def image(self, preprocess: Preprocess) -> FeatureMap:
         """The preprocessed input."""
         factor, offset = _affine(preprocess)
         order = np.abs(factor).argmax(axis=1)  # the channel of the image for each channel of the network
@@ -169,9 +177,9 @@ class _Graph:
         name = self.node("Transpose", [name], perm=[0, 3, 1, 2])
         if order.tolist() != [0, 1, 2]:
             name = self.node("Gather", [name, self.constant(order, np.int64)], axis=1)
-        return self.scaled(_Map(name, np.arange(3), 3), factor[np.arange(3), order], offset)
+        return self.scaled(FeatureMap(name, np.arange(3), 3), factor[np.arange(3), order], offset)
 
-    def scaled(self, x: _Map, factor: np.ndarray, offset: np.ndarray) -> _Map:
+    def scaled(self, x: FeatureMap, factor: np.ndarray, offset: np.ndarray) -> FeatureMap:
         """A factor and an offset for each channel."""
         x = self.stored(x)
         if x.width % BLOCK == 0:  # as a convolution, into which ONNX Runtime fuses an activation function
@@ -183,7 +191,7 @@ class _Graph:
             name = self.node("Add", [name, self.constant(offset.reshape(shape))])
         return replace(x, name=name)
 
-    def stored(self, x: _Map) -> _Map:
+    def stored(self, x: FeatureMap) -> FeatureMap:
         """The map with its surrounding zeros."""
         if x.pads == _NONE:
             return x
@@ -193,14 +201,14 @@ class _Graph:
 
     def convolved(
         self,
-        x: _Map,
+        x: FeatureMap,
         kernel: np.ndarray,
         bias: np.ndarray,
         *,
         depthwise: bool = False,
         pads: tuple[int, int, int, int] = _NONE,
         **attributes: Any,
-    ) -> _Map:
+    ) -> FeatureMap:
         """Write a convolution.
 
         Args:
@@ -230,7 +238,7 @@ class _Graph:
             pads=[sum(each) for each in zip(x.pads, pads, strict=True)],
             **attributes,
         )
-        return _Map(name, places, width)
+        return FeatureMap(name, places, width)
 
     def grouped(self, name: str, kernel: np.ndarray, bias: np.ndarray, group: int, **attributes: Any) -> str:
         """Write a convolution of groups of channels, without blocks; arguments as of `convolved`."""
@@ -247,13 +255,15 @@ class _Graph:
         self._weights += constants
         return output
 
-    def applied(self, kind: str, *inputs: _Map, constants: Sequence[float] = (), **attributes: Any) -> _Map:
+    def applied(
+        self, kind: str, *inputs: FeatureMap, constants: Sequence[float] = (), **attributes: Any
+    ) -> FeatureMap:
         """Write an operation that keeps the channels."""
         first, *others = map(self.stored, inputs)
         names = [first.name, *(self._like(each, first) for each in others), *map(self.constant, constants)]
         return replace(first, name=self.node(kind, names, **attributes))
 
-    def _like(self, x: _Map, other: _Map) -> str:
+    def _like(self, x: FeatureMap, other: FeatureMap) -> str:
         """The map with its channels in the places of another map."""
         if x.width == other.width and np.array_equal(x.places, other.places):
             return x.name
@@ -261,15 +271,15 @@ class _Graph:
         order[other.places] = x.places
         return self.node("Gather", [x.name, self.constant(order, np.int64)], axis=1)
 
-    def joined(self, maps: Sequence[_Map]) -> _Map:
+    def joined(self, maps: Sequence[FeatureMap]) -> FeatureMap:
         """The channels of maps one after another."""
         maps = [self.stored(each) for each in maps]
         starts = np.cumsum([0, *(each.width for each in maps)])
         places = [each.places + start for each, start in zip(maps, starts[:-1], strict=True)]
         name = self.node("Concat", [each.name for each in maps], axis=1)
-        return _Map(name, np.concatenate(places), int(starts[-1]))
+        return FeatureMap(name, np.concatenate(places), int(starts[-1]))
 
-    def feature(self, name: str, x: _Map) -> None:
+    def feature(self, name: str, x: FeatureMap) -> None:
         """Write an output: the mean over a map, in the order of Keras's channels."""
         mean = self.node("GlobalAveragePool", [self.stored(x).name])
         if x.width == len(x.places):
@@ -298,7 +308,7 @@ def _affine(preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray]:
 # --- from Keras -----------------------------------------------------------------------------------------
 
 
-def _walk(graph: _Graph, network: Any, maps: dict[int, _Map]) -> None:
+def _walk(graph: GraphWriter, network: Any, maps: dict[int, FeatureMap]) -> None:
     """Write the layers of a functional or sequential model.
 
     Args:
@@ -336,7 +346,7 @@ def _kind(operation: Any) -> str:
     return type(operation).__name__
 
 
-def _call(node: Any, maps: Mapping[int, _Map]) -> _Call:
+def _call(node: Any, maps: Mapping[int, FeatureMap]) -> _Call:
     tensors = node.arguments.keras_tensors
     numbers = [each for each in node.arguments.args if isinstance(each, (int, float))]
     shape = [*tensors[0].shape, None, None]
@@ -380,7 +390,7 @@ def _window(call: _Call, size: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def _convolution(graph: _Graph, call: _Call) -> _Map:
+def _convolution(graph: GraphWriter, call: _Call) -> FeatureMap:
     """Conv2D and DepthwiseConv2D, with the batch normalisation after them."""
     layer = call.layer
     kernel, depthwise = _float64(layer.kernel), _kind(layer) == "DepthwiseConv2D" or layer.groups > 1
@@ -392,7 +402,7 @@ def _convolution(graph: _Graph, call: _Call) -> _Map:
     return _product(graph, call, call.inputs[0], kernel.transpose(3, 2, 0, 1), depthwise=depthwise, **window)
 
 
-def _separable_convolution(graph: _Graph, call: _Call) -> _Map:
+def _separable_convolution(graph: GraphWriter, call: _Call) -> FeatureMap:
     layer, first = call.layer, _float64(call.layer.depthwise_kernel).transpose(2, 3, 0, 1)
     if first.shape[1] != 1:
         raise _unsupported(layer, "has several filters for each channel")
@@ -401,13 +411,15 @@ def _separable_convolution(graph: _Graph, call: _Call) -> _Map:
     return _product(graph, call, x, _float64(layer.pointwise_kernel).transpose(3, 2, 0, 1))
 
 
-def _dense(graph: _Graph, call: _Call) -> _Map:
+def _dense(graph: GraphWriter, call: _Call) -> FeatureMap:
     return _product(
         graph, call, graph.stored(call.inputs[0]), _float64(call.layer.kernel).T[:, :, None, None]
     )
 
 
-def _product(graph: _Graph, call: _Call, x: _Map, kernel: np.ndarray, **attributes: Any) -> _Map:
+def _product(
+    graph: GraphWriter, call: _Call, x: FeatureMap, kernel: np.ndarray, **attributes: Any
+) -> FeatureMap:
     """A convolution with the bias, the batch normalisation and the activation function of a layer."""
     bias = _float64(call.layer.bias) if call.layer.use_bias else np.zeros(len(kernel))
     if call.norm is not None:
@@ -416,7 +428,7 @@ def _product(graph: _Graph, call: _Call, x: _Map, kernel: np.ndarray, **attribut
     return _activated(graph, call.layer, graph.convolved(x, kernel, bias, **attributes))
 
 
-def _activated(graph: _Graph, layer: Any, x: _Map) -> _Map:
+def _activated(graph: GraphWriter, layer: Any, x: FeatureMap) -> FeatureMap:
     """The map after the activation function of a layer."""
     name = getattr(layer.activation, "__name__", str(layer.activation))
     if name not in _ACTIVATIONS:
@@ -424,18 +436,18 @@ def _activated(graph: _Graph, layer: Any, x: _Map) -> _Map:
     return _ACTIVATIONS[name](graph, x)
 
 
-def _gelu(graph: _Graph, x: _Map) -> _Map:
+def _gelu(graph: GraphWriter, x: FeatureMap) -> FeatureMap:
     """x (erf(x / sqrt(2)) / 2 + 1/2), a form that ONNX Runtime does not replace by a kernel of its own."""
     erf = graph.applied("Erf", graph.applied("Mul", x, constants=[2**-0.5]))
     half = graph.applied("Add", graph.applied("Mul", erf, constants=[0.5]), constants=[0.5])
     return graph.applied("Mul", x, half)
 
 
-def _hard_sigmoid(graph: _Graph, x: _Map) -> _Map:
+def _hard_sigmoid(graph: GraphWriter, x: FeatureMap) -> FeatureMap:
     return graph.applied("HardSigmoid", x, alpha=1 / 6, beta=0.5)
 
 
-_ACTIVATIONS: dict[str, Callable[[_Graph, _Map], _Map]] = {
+_ACTIVATIONS: dict[str, Callable[[GraphWriter, FeatureMap], FeatureMap]] = {
     "linear": lambda _, x: x,
     "relu": lambda graph, x: graph.applied("Relu", x),
     "relu6": lambda graph, x: graph.applied("Clip", x, constants=[0, 6]),
@@ -448,7 +460,7 @@ _ACTIVATIONS: dict[str, Callable[[_Graph, _Map], _Map]] = {
 }
 
 
-def _relu(graph: _Graph, call: _Call) -> _Map:
+def _relu(graph: GraphWriter, call: _Call) -> FeatureMap:
     if call.layer.negative_slope or call.layer.threshold:
         raise _unsupported(call.layer, "is a ReLU with a slope or a threshold")
     limit = call.layer.max_value
@@ -457,15 +469,15 @@ def _relu(graph: _Graph, call: _Call) -> _Map:
     return graph.applied("Clip", call.inputs[0], constants=[0, limit])
 
 
-def _pooling(graph: _Graph, call: _Call) -> _Map:
+def _pooling(graph: GraphWriter, call: _Call) -> FeatureMap:
     kind, size = _kind(call.layer).removesuffix("ing2D"), list(call.layer.pool_size)  # MaxPool, AveragePool
     return graph.applied(kind, call.inputs[0], kernel_shape=size, **_window(call, size))
 
 
-def _binary(kind: str) -> Callable[[_Graph, _Call], _Map]:
+def _binary(kind: str) -> Callable[[GraphWriter, _Call], FeatureMap]:
     """Addition or multiplication of maps, or of a map and numbers."""
 
-    def write(graph: _Graph, call: _Call) -> _Map:
+    def write(graph: GraphWriter, call: _Call) -> FeatureMap:
         found, *others = call.inputs
         for other in others:
             found = graph.applied(kind, found, other)
@@ -478,10 +490,10 @@ def _binary(kind: str) -> Callable[[_Graph, _Call], _Map]:
     return write
 
 
-def _each_channel(of: Callable[[Any], tuple[Any, Any]]) -> Callable[[_Graph, _Call], _Map]:
+def _each_channel(of: Callable[[Any], tuple[Any, Any]]) -> Callable[[GraphWriter, _Call], FeatureMap]:
     """A layer with a factor and an offset for each channel."""
 
-    def write(graph: _Graph, call: _Call) -> _Map:
+    def write(graph: GraphWriter, call: _Call) -> FeatureMap:
         count = len(call.inputs[0].places)
         factor, offset = (np.broadcast_to(_float64(each).ravel(), count) for each in of(call.layer))
         return graph.scaled(call.inputs[0], factor, offset)
@@ -494,7 +506,7 @@ def _standardisation(layer: Any) -> tuple[np.ndarray, np.ndarray]:
     return 1 / spread, -_float64(layer.mean) / spread
 
 
-def _layer_normalisation(graph: _Graph, call: _Call) -> _Map:
+def _layer_normalisation(graph: GraphWriter, call: _Call) -> FeatureMap:
     layer, x = call.layer, graph.stored(call.inputs[0])
     if _kind(layer.input) == "KerasTensor" and len(layer.input.shape) == 3:
         return replace(x, name=graph.normalised(x.name, layer))
@@ -504,7 +516,7 @@ def _layer_normalisation(graph: _Graph, call: _Call) -> _Map:
     return replace(x, name=graph.node("Transpose", [name], perm=[0, 3, 1, 2]))
 
 
-def _patch_tokens(graph: _Graph, call: _Call) -> _Map:
+def _patch_tokens(graph: GraphWriter, call: _Call) -> FeatureMap:
     """A map as tokens with positions, behind the class token and the registers."""
     layer, x = call.layer, graph.stored(call.inputs[0])
     prefix = [_float64(layer.first), *([_float64(layer.extra)] if layer.registers else [])]
@@ -519,7 +531,7 @@ def _patch_tokens(graph: _Graph, call: _Call) -> _Map:
     return replace(x, name=tokens)
 
 
-def _transformer_block(graph: _Graph, call: _Call) -> _Map:
+def _transformer_block(graph: GraphWriter, call: _Call) -> FeatureMap:
     """A block of `aplsmear.features.dino`. Its factors are folded into the products before them."""
     layer, x = call.layer, call.inputs[0]
     for norm, branch, last, scale in (
@@ -532,7 +544,7 @@ def _transformer_block(graph: _Graph, call: _Call) -> _Map:
     return x
 
 
-def _attention(graph: _Graph, call: _Call, x: str) -> str:
+def _attention(graph: GraphWriter, call: _Call, x: str) -> str:
     """Attention up to its last product."""
     layer, count, width = call.layer, call.sides[0], call.inputs[0].width
     channels = width // layer.heads
@@ -557,7 +569,7 @@ def _attention(graph: _Graph, call: _Call, x: str) -> str:
     return graph.reshaped(graph.node("Transpose", [found], perm=[0, 2, 1, 3]), 0, count, width)
 
 
-def _rotated(graph: _Graph, layer: Any, x: str, count: int, channels: int) -> str:
+def _rotated(graph: GraphWriter, layer: Any, x: str, count: int, channels: int) -> str:
     """Queries or keys after rotation by their positions."""
     cosine, sine = layer.rotation(count, channels)
     half = channels // 2
@@ -570,7 +582,7 @@ def _rotated(graph: _Graph, layer: Any, x: str, count: int, channels: int) -> st
     return graph.node("Add", parts)
 
 
-def _perceptron(graph: _Graph, call: _Call, x: str) -> str:
+def _perceptron(graph: GraphWriter, call: _Call, x: str) -> str:
     """The perceptron of a block up to its last product."""
     widen = call.layer.widen
     kernel, bias = _float64(widen.kernel), _float64(widen.bias)
@@ -582,14 +594,14 @@ def _perceptron(graph: _Graph, call: _Call, x: str) -> str:
     return graph.node("Mul", [gate, units])
 
 
-def _part_of_tokens(graph: _Graph, call: _Call) -> _Map:
+def _part_of_tokens(graph: GraphWriter, call: _Call) -> FeatureMap:
     layer, x = call.layer, call.inputs[0]
     bounds = ([layer.start], [layer.start + layer.side**2], [1])
     found = graph.node("Slice", [x.name, *(graph.constant(each, np.int64) for each in bounds)])
     return replace(x, name=graph.node("Transpose", [found], perm=[0, 2, 1]))
 
 
-def _cropping(graph: _Graph, call: _Call) -> _Map:
+def _cropping(graph: GraphWriter, call: _Call) -> FeatureMap:
     (top, bottom), (left, right) = call.layer.cropping
     rows, columns = call.sides
     parts = ([top, left], [rows - bottom, columns - right], [_ROWS, _COLUMNS])
@@ -597,14 +609,14 @@ def _cropping(graph: _Graph, call: _Call) -> _Map:
     return replace(x, name=graph.node("Slice", [x.name, *(graph.constant(each, np.int64) for each in parts)]))
 
 
-def _reshaping(_: _Graph, call: _Call) -> _Map:
+def _reshaping(_: GraphWriter, call: _Call) -> FeatureMap:
     """Means over a map as a map of one pixel, which they already are here."""
     if tuple(call.layer.target_shape) != (1, 1, len(call.inputs[0].places)):
         raise _unsupported(call.layer, f"is a Reshape to {call.layer.target_shape}")
     return call.inputs[0]
 
 
-def _zero_padding(_: _Graph, call: _Call) -> _Map:
+def _zero_padding(_: GraphWriter, call: _Call) -> FeatureMap:
     (top, bottom), (left, right) = call.layer.padding
     before = call.inputs[0].pads
     return replace(
@@ -612,14 +624,14 @@ def _zero_padding(_: _Graph, call: _Call) -> _Map:
     )
 
 
-def _custom_scale(graph: _Graph, call: _Call) -> _Map:
+def _custom_scale(graph: GraphWriter, call: _Call) -> FeatureMap:
     """The CustomScaleLayer of InceptionResNetV2: the first map plus a multiple of the second."""
     first, second = call.inputs
     return graph.applied("Add", first, graph.applied("Mul", second, constants=[call.layer.scale]))
 
 
 _FOLDING = {"Conv2D", "DepthwiseConv2D", "SeparableConv2D"}
-_WRITERS: dict[str, Callable[[_Graph, _Call], _Map]] = {
+_WRITERS: dict[str, Callable[[GraphWriter, _Call], FeatureMap]] = {
     "Activation": lambda graph, call: _activated(graph, call.layer, call.inputs[0]),
     "Add": _binary("Add"),
     "AveragePooling2D": _pooling,

@@ -19,7 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from aplsmear.errors import brief
-from aplsmear.features.export import OPSET, _Graph, _Map
+from aplsmear.features.export import OPSET, FeatureMap, GraphWriter
 from aplsmear.features.onnx_graph import (
     LARGEST,
     OPERATIONS,
@@ -42,6 +42,7 @@ _REWRITTEN = """
 _SMALL = 4096  # numbers of a constant that tells the size of another tensor
 
 
+@np.errstate(over="ignore", invalid="ignore")  # `_check_same` refuses a file that gives such numbers
 def graph_of_file(path: Path, settings: Backbone, size: int) -> onnx.ModelProto:
     """Read an ONNX file and write it as a graph.
 
@@ -97,6 +98,7 @@ def _read(path: Path) -> onnx.ModelProto:
         raise GraphError("the file is larger than 2 GiB, which ONNX does not allow: take a smaller network")
     try:
         model = onnx.load_model_from_string(path.read_bytes())
+        _check_names(model)
     except Exception as error:  # protobuf raises classes of its own
         raise GraphError(f"this is no ONNX file ({brief(error)}): copy it again from its source") from None
     version = _opset(model)
@@ -135,6 +137,20 @@ def _read(path: Path) -> onnx.ModelProto:
     return model
 
 
+def _check_names(model: onnx.ModelProto) -> None:
+    """Check that all names are text: protobuf returns bytes that are no UTF-8 as bytes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    graph = model.graph
+    names = [each.name for each in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+        names += [node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name is no text")
+
+
 def _opset(model: onnx.ModelProto) -> int:
     return max((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), default=0)
 
@@ -171,7 +187,7 @@ def _check_input(model: onnx.ModelProto, settings: OnnxFile, size: int) -> str:
         )
     kind = inputs[0].type.tensor_type
     if kind.elem_type != TensorProto.FLOAT:
-        given = TensorProto.DataType.Name(kind.elem_type)
+        given = {value: name for name, value in TensorProto.DataType.items()}.get(kind.elem_type)
         raise GraphError(f"its input has numbers of the type {given}: export it with float32 numbers")
     sides = [side.dim_value for side in kind.shape.dim]  # 0: any
     if len(sides) != 4:
@@ -213,11 +229,12 @@ class _Importer:
     """Writes the operations of a file, one after another, for one image."""
 
     def __init__(self, model: onnx.ModelProto, settings: OnnxFile, size: int) -> None:
-        self.graph = _Graph()
+        self.graph = GraphWriter()
         self._model, self._settings = model, settings
         self._version = _opset(model)
-        self.constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
-        self.maps: dict[str, _Map] = {}  # what depends on the images, by the name in the file
+        self.constants = _weights(model)
+        self._left = 4 * LARGEST  # numbers that may become constants
+        self.maps: dict[str, FeatureMap] = {}  # what depends on the images, by the name in the file
         self.shapes: dict[str, tuple[int, ...]] = {}  # of these, for one image
         self._written: dict[str, str] = {}  # names in the graph of constants
         name, nchw = _check_input(model, settings, size), settings.layout == "NCHW"
@@ -250,6 +267,12 @@ class _Importer:
             part = shape[ends.get("start", 0) : ends.get("end", len(shape))]
             self.constants[node.output[0]] = part if node.op_type == "Shape" else shape.prod(keepdims=False)
         elif all(name in self.constants for name in given):
+            self._left -= sum(map(math.prod, shapes.values()))
+            if self._left < 0:
+                raise GraphError(
+                    "it computes more than a billion numbers that depend on no image: export it again with "
+                    "`onnxsim`, or with constants folded"
+                )
             self.constants |= _computed(node, self.constants, self._version)
         elif node.output[0] not in self.skipped:
             if any(kind != TensorProto.FLOAT for kind in kinds.values()):
@@ -259,7 +282,9 @@ class _Importer:
                 )
             self.shapes |= shapes
             values = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-            attributes = {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()}
+            attributes = {
+                k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in values.items()
+            }
             _WRITERS.get(node.op_type, _copy)(self, _Call(node, shapes, attributes))
 
     def _infer(self, node: NodeProto) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
@@ -296,7 +321,7 @@ class _Importer:
     def put(self, name: str, tensor: str, shape: tuple[int, ...]) -> None:
         """Keep a tensor whose channels lie as in the file."""
         count = shape[1] if len(shape) > 1 else 0
-        self.maps[name], self.shapes[name] = _Map(tensor, np.arange(count), count), shape
+        self.maps[name], self.shapes[name] = FeatureMap(tensor, np.arange(count), count), shape
 
     def tensor(self, name: str) -> str:
         """The name in the graph of a tensor or a constant, with the channels of the file."""
@@ -310,7 +335,7 @@ class _Importer:
         if found.width != len(found.places):
             picked = self.graph.constant(found.places, np.int64)
             gathered = self.graph.node("Gather", [found.name, picked], axis=1)
-            found = _Map(gathered, np.arange(len(found.places)), len(found.places))
+            found = FeatureMap(gathered, np.arange(len(found.places)), len(found.places))
         self.maps[name] = found
         return found.name
 
@@ -328,7 +353,7 @@ class _Importer:
         self.skipped.add(node.output[0])
         return _normalisation(self, node)
 
-    def give(self, call: _Call, found: _Map) -> None:
+    def give(self, call: _Call, found: FeatureMap) -> None:
         """Keep a map as the output of an operation, and of the normalisation that was folded into it."""
         self.maps[call.output] = found
         node = self._after.get(call.output)
@@ -393,6 +418,13 @@ class _Importer:
 def _preprocessing(settings: OnnxFile) -> Callable[[Any], Any]:
     mean, std = np.array(settings.mean), np.array(settings.std)
     return lambda pixels: (pixels / settings.scale - mean) / std
+
+
+def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    try:
+        return {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    except Exception as error:  # of damaged or unknown numbers, of many classes
+        raise GraphError(f"its weights cannot be read ({brief(error)}): export it again in float32") from None
 
 
 def _computed(node: NodeProto, constants: Mapping[str, np.ndarray], version: int) -> dict[str, np.ndarray]:
@@ -577,7 +609,7 @@ def _convolution(of: _Importer, call: _Call) -> None:
         of.give(call, of.graph.convolved(x, kernel, bias, depthwise=depthwise, **window))
     else:
         found = of.graph.grouped(of.tensor(name), kernel, bias, group, **window)
-        of.give(call, _Map(found, np.arange(len(kernel)), len(kernel)))
+        of.give(call, FeatureMap(found, np.arange(len(kernel)), len(kernel)))
 
 
 def _window(of: _Importer, call: _Call, size: Sequence[int]) -> dict[str, Any]:
@@ -613,7 +645,7 @@ def _product(of: _Importer, call: _Call) -> None:
         if more and more[0]:
             bias = bias + settings["beta"] * of.constants[more[0]].astype(np.float64).ravel()
     channels = kernel.shape[1]
-    pixel = _Map(of.reshaped(of.tensor(name), (1, channels, 1, 1)), np.arange(channels), channels)
+    pixel = FeatureMap(of.reshaped(of.tensor(name), (1, channels, 1, 1)), np.arange(channels), channels)
     found = of.graph.convolved(pixel, kernel[:, :, None, None], bias)
     of.maps[call.output] = found
     of.put(call.output, of.reshaped(of.tensor(call.output), (1, len(kernel))), (1, len(kernel)))
@@ -679,6 +711,11 @@ def _check_same(
     alone = [_run(model, {PIXELS: image[None]}, layers) for image in images]
     found = [np.concatenate(each) for each in zip(*alone, strict=True)]
     for layer, ours, theirs in zip(layers, found, features, strict=True):
+        if not np.isfinite(theirs).all():
+            raise GraphError(
+                f"the file gives numbers of {layer!r} that are infinite or undefined: compare `scale`, "
+                "`mean` and `std` with those that its network was trained with, and take the file in float32"
+            )
         scale = np.abs(theirs).max(initial=1e-6)
         if ours.shape != theirs.shape or not np.abs(ours - theirs).max() <= 1e-3 * scale:
             raise GraphError(
