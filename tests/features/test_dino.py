@@ -1,14 +1,18 @@
 """Vision transformers: features of the published networks, graphs, layers, and training of their blocks."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
 
+import finetunings
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.dino_variants import VARIANTS, layers_of, variant_of
 from aplsmear.features.backbones import BackboneError, cut_network
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import PIXELS, read_graph
+from aplsmear.finetune.finetuning import build_models, finetune, with_weights
 from aplsmear.finetune.network import HeadDesign, block_ends, build_network, set_head
 from aplsmear.heads.head import Head, Recipe
 from aplsmear.params import Backbone
@@ -114,3 +118,27 @@ def test_before_the_first_epoch_the_network_is_the_frozen_model_with_its_head(bl
     assert trained >= {"norm", "block_2"}
     assert ("block_1" in trained) == (blocks > 1)
     assert ("tokens" in trained) == (blocks > 3)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_the_uppermost_block_trains_and_the_others_stay(tmp_path, monkeypatch):
+    layer = "class+patches"
+    backbone = tiny(
+        "DINOv3SPlus", options=TINY | {"patch": 8}, input_size={"cell": 32, "smear": 32}, layer=[layer]
+    )
+    monkeypatch.setattr(finetunings, "BACKBONE", backbone)
+    monkeypatch.setattr(finetunings, "LAYER", layer)
+    monkeypatch.setattr(finetunings, "RECIPE", replace(finetunings.RECIPE, features=f"net/{layer}"))
+    made, starts = finetunings.inputs(tmp_path, epochs=3, rate=0.001, head_rate=0.01)
+    models = build_models(made, starts, tmp_path)
+    *_, last = finetune(made, starts, models, tmp_path)
+    trainer = with_weights(models, last).trainer
+    blocks = trainer.network.backbone.blocks
+    fresh = build_network(backbone, "cell", trainer.network.design, 1, made.seed).backbone.blocks
+    moved = {
+        new.path
+        for old, new in zip(fresh.weights, blocks.weights, strict=True)
+        if np.abs(new.numpy() - old.numpy()).max() > 1e-5
+    }
+    assert {path.split("/")[0] for path in moved} == {"block_2", "norm"}
+    assert len(moved) > 10

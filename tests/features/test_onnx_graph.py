@@ -230,9 +230,19 @@ def test_emulated_processors_give_the_same_bits(keras, tmp_path):
         cut, preprocess, size, _ = family(application, keras)
         graph = as_graph(cut, preprocess, size).SerializeToString()
         (tmp_path / f"{application}.onnx").write_bytes(graph)
+    for application, size in (("DINOv2G", 56), ("DINOv3SPlus", 64)):
+        shape = {"depth": 1, "width": 64, "heads": 2, "hidden": 88}
+        settings = mobilenet(
+            application=application,
+            options=shape,
+            input_size={"cell": size, "smear": size},
+            layer=["class", "patches"],
+        )
+        graph = as_graph(*cut_network(settings, "cell", 1), size).SerializeToString()
+        (tmp_path / f"{application}.onnx").write_bytes(graph)
     graphs = [str(path) for path in sorted(tmp_path.iterdir())]
     here = output_of(DIGESTS, *graphs)
-    assert len(here.split()) == 4
+    assert len(here.split()) == 6
     for processor in ("Haswell", "EPYC-Milan"):
         assert output_of(DIGESTS, *graphs, processor=processor) == here
 
