@@ -8,8 +8,8 @@ The other Python needs an environment of its own with torch, transformers, timm 
 
 For every variant and source of weights, benchmarks/published.py writes a checkpoint and the features by
 PyTorch. `aplsmear weights convert` reads the checkpoint, and the Keras network gives its features and, where
-it fits into a graph, so does ONNX Runtime. The largest differences are written to
-benchmarks/results/parity.json. The whole run takes about an hour and 16 GB; --blocks N cuts the depth.
+it fits into a graph, so does ONNX Runtime. The largest differences are added to
+benchmarks/results/parity.json. The whole run takes hours and 16 GB; --blocks N cuts the depth.
 """
 
 import argparse
@@ -96,28 +96,38 @@ def by_graph(settings: Backbone, images: np.ndarray, folder: Path) -> dict[str, 
     return dict(zip((CLASS, PATCHES), session.run([CLASS, PATCHES], {PIXELS: images}), strict=True))
 
 
+def record(found: dict[str, dict[str, float]]) -> None:
+    """Add differences to those of earlier runs."""
+    earlier = json.loads(RESULTS.read_text(encoding="utf-8"))["differences"] if RESULTS.exists() else {}
+    every = dict(sorted((earlier | found).items()))
+    largest = max(max(each.values()) for each in every.values())
+    RESULTS.write_text(
+        json.dumps(
+            {"largest": largest, "differences": every, "machine": machine(), "commit": commit()}, indent=2
+        )
+        + "\n",
+        encoding="utf-8",
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--python", required=True, help="of the other environment")
     parser.add_argument("--blocks", type=int, default=0, help="depth (default: that of the variant)")
-    parser.add_argument("--only", default="", help="cases whose name begins so; nothing is recorded")
+    parser.add_argument("--only", default="", help="cases whose name begins so")
     asked = parser.parse_args()
     start_tensorflow()
     found = {}
     for name, case in cases(asked.blocks).items():
         if name.startswith(asked.only):
             with tempfile.TemporaryDirectory() as scratch:
-                found[name] = difference(case, asked.python, Path(scratch))
-            print(name, found[name], flush=True)
+                each = difference(case, asked.python, Path(scratch))
+            found[f"{name}, {case['depth']} blocks"] = each
+            print(name, each, flush=True)
+            record(found)
     largest = max(max(each.values()) for each in found.values())
-    if not asked.only:
-        figures = {"largest": largest, "blocks": asked.blocks, "differences": found}
-        RESULTS.write_text(
-            json.dumps(figures | {"machine": machine(), "commit": commit()}, indent=2) + "\n",
-            encoding="utf-8",
-        )
     print(f"largest difference {largest:.2e}, limit {LIMIT:.0e}")
     return int(largest > LIMIT)
 
