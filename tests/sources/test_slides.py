@@ -1,8 +1,10 @@
 """A slide gives fields of one sharp layer of cells; one that cannot be read says so, and the way round."""
 
+import re
 import sys
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,10 +94,27 @@ def test_a_slide_of_empty_glass_has_no_fields(tmp_path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def write_czi(path: Path, pixels: np.ndarray = PIXELS) -> Path:
-    with czi.create_czi(str(path), compression_options="zstd1:ExplicitLevel=2") as file:
+def write_czi(path: Path, pixels: np.ndarray = PIXELS, how: str = "zstd1:ExplicitLevel=2") -> Path:
+    with czi.create_czi(str(path), compression_options=how) as file:
         file.write(data=np.ascontiguousarray(pixels[..., ::-1]), plane={"C": 0}, location=(-30, 7))
         file.write_metadata("", scale_x=2.5e-7, scale_y=2.5e-7)
+    return path
+
+
+def write_jpeg_xr(path: Path) -> Path:
+    """A CZI as scanners of Zeiss write it. libCZI only reads this compression, so its data are put in."""
+    data = write_czi(path, how="uncompressed:").read_bytes()
+    plain = np.ascontiguousarray(PIXELS[..., ::-1]).tobytes()
+    rgb24 = bytes.fromhex(
+        "24C3DD6F034EFE4BB1853D77768DC90D"
+    )  # the name of its kind of pixels; BGR ends with 0C
+    packed = imagecodecs.jpegxr_encode(PIXELS, level=1.0).replace(rgb24, rgb24[:-1] + b"\x0c")
+    changed = bytearray(data.replace(plain, packed.ljust(len(plain), b"\0")))
+    entries = [match.start() for match in re.finditer(b"DV\3\0\0\0", bytes(changed))]
+    for start in entries:
+        changed[start + 18] = 4  # the compression that an entry of the directory names
+    path.write_bytes(changed)
+    assert len(entries) == 2
     return path
 
 
@@ -108,6 +127,7 @@ SLIDES = {
     "planar.ome.tif": lambda path: tiled(path, PLANES, {"axes": "SYX"} | OME, planarconfig="separate"),
     "pages.ome.tif": lambda path: tiled(path, PLANES, {"axes": "CYX"} | OME, photometric="minisblack"),
     "zeiss.czi": write_czi,
+    "jpeg-xr.czi": write_jpeg_xr,
 }
 
 
