@@ -46,9 +46,7 @@ _MPP = 1.0  # micrometres per px of the overview; a red cell has 7 to 8 px
 _SEEN = 0.25  # optical density (sum of three channels) of what lies on the glass
 _UNEVEN = 0.35  # the glass of a square may be darker than that of the slide by this density
 _PARTS = 3  # parts of a square, down and across
-_COVER = (
-    0.2  # least share of a part that is covered; one layer has 0.6 and more, the thin end of a smear less
-)
+_COVER = 0.1  # least share of a part that is covered; one layer has 0.45 and more, few cells have less
 _DEEP = 10  # micrometres from a gap: the radius of the largest cells
 _CLUMPED = 0.2  # most of a part that is deeper: one layer rarely has more, clumps of three layers 0.25 to 0.9
 _NUCLEUS = (4.0, 20.0)  # micrometres, diameters of separate nuclei with their cytoplasm
