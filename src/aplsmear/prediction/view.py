@@ -30,7 +30,7 @@ from aplsmear.tables import read_table
 from aplsmear.words import nearest
 
 _NUMBERS = (EVIDENCE, SCORE, ATTENTION)
-_BUDGET = 33_000_000  # bytes of all pictures; in base64 they take a third more
+_BUDGET = 30_000_000  # bytes of all pictures; in base64 they take a third more
 _FIELD_SIDES = (1600, 1280, 1024, 800, 640, 480, 320)  # px of the longer side of a smear, the first that fits
 _FIELD_BYTES = 400_000  # of a smear, if there are few
 _CELL_SIDES = ((2500, 96), (5000, 64), (12_000, 48))  # up to so many cells: px of a cell
