@@ -147,6 +147,25 @@ def test_each_format_gives_the_pixels_that_were_written(name, tmp_path) -> None:
         assert (outside[40:] == 255).all()
 
 
+def test_a_large_part_is_read_in_pieces_with_the_same_pixels(tmp_path, monkeypatch) -> None:
+    with open_slide(SLIDES["chunky.ome.tif"](tmp_path / "a.ome.tif")) as opened:
+        whole, _ = opened.region(0, 0, 896, 640, (320, 448))
+        monkeypatch.setattr("aplsmear.sources.slide._AT_ONCE", 10_000)
+        parts, _ = opened.region(0, 0, 896, 640, (320, 448))
+    assert np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.ome.tif"])
+def test_damaged_pixels_are_named_by_their_place(name, tmp_path) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, PIXELS.shape).astype(np.uint8)
+    path = tiled(tmp_path / name, noise, {"axes": "YXS"} | OME, compression="zlib")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 5000] = bytes(5000)
+    path.write_bytes(data)
+    with open_slide(path, MPP) as opened, pytest.raises(SlideError, match="near column 0, row 0 are damaged"):
+        opened.region(0, 0, 896, 640, (640, 896))
+
+
 def test_without_a_resolution_a_slide_needs_one_and_more_than_was_scanned_is_refused(tmp_path) -> None:
     screen = tiled(tmp_path / "screen.tif", resolution=(72, 72), resolutionunit="INCH")
     for path, what in ((tiled(tmp_path / "none.tif"), "names no resolution"), (screen, "names 352.8 micro")):

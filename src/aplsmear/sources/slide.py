@@ -43,6 +43,7 @@ _CLOSED = {  # ending of the name -> format that no library here reads
 }
 _MPP = (0.02, 10.0)  # micrometres per pixel; 72 dpi, which programs write without meaning it, are 353
 _TILES = 64  # decoded tiles of each level that are kept: 50 MB if they have 512 px
+_AT_ONCE = 2**26  # px that are read at once: 450 MB
 _UNITS = {"": 1.0, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
@@ -103,6 +104,12 @@ class Slide:
         wanted = min(width / shape[1], height / shape[0]) * 1.01
         level = max(number for number, scale in enumerate(self.scales) if scale <= max(wanted, 1))
         scale = self.scales[level]
+        if width * height > _AT_ONCE * scale**2 and shape[0] > 1:  # a slide without coarse levels
+            upper = shape[0] // 2
+            cut = round(height * upper / shape[0])
+            first, _ = self.region(x, y, width, cut, (upper, shape[1]))
+            second, _ = self.region(x, y + cut, width, height - cut, (shape[0] - upper, shape[1]))
+            return np.concatenate([first, second]), level
         left, top = ((start + first) / scale for start, first in zip((x, y), self.origin, strict=True))
         across, down = (max(round(length / scale), 1) for length in (width, height))
         try:
