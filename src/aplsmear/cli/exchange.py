@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aplsmear.cli.base import app, folder_to_write
+from aplsmear.cli.base import PARAMS, app, folder_to_write
 from aplsmear.cli.data_sets import summary
 from aplsmear.errors import UserError
 
@@ -72,6 +72,10 @@ def import_(
     ] = None,
     cohort: Annotated[str | None, typer.Option(help="Of the layout of DeepAPL.")] = None,
     unsigned: Annotated[bool, typer.Option(help="Of DeepAPL: take unsigned slides, too.")] = False,
+    update: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR2", help="A data set: write it again, with the classes of SOURCE."),
+    ] = None,
     copy: Annotated[bool, typer.Option(help="Copy the pictures. Default: relative links.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print what is found and would be written.")] = False,
 ) -> None:
@@ -86,6 +90,11 @@ def import_(
     from aplsmear.exchange.classes import known_classes
     from aplsmear.exchange.found import named
 
+    if update and (patient or table or diagnosis):
+        raise UserError(
+            "With --update, patients and diagnoses are those of DIR2: leave out the other options."
+        )
+    images = update / "wsi" if update and not images else images
     columns = _pairs(column or ())
     of_source, of_table = ({}, columns) if table else (columns, {})
     known = known_classes(classes)
@@ -93,8 +102,11 @@ def import_(
         source, known, kind=kind, images=images, columns=of_source, size=size,
         class_from=class_from, cohort=cohort, unsigned=unsigned,
     )  # fmt: skip
-    facts = importing.FactSources(patient, table, of_table, diagnosis)
-    plan = importing.planned(found, root, known, facts, keep_unknown=keep_unknown)
+    if update:
+        plan = importing.updated(found, update, known, keep_unknown=keep_unknown)
+    else:
+        facts = importing.FactSources(patient, table, of_table, diagnosis)
+        plan = importing.planned(found, root, known, facts, keep_unknown=keep_unknown)
     _show(plan, to, copy)
     if unknown := [label for label, (meaning, _) in plan.classes.items() if meaning is None]:
         raise UserError(
@@ -263,3 +275,37 @@ def _facts_of_slides(
         Facts(name, one or fact.patient or name, fact.diagnosis)
         for name, fact in zip(names, found, strict=True)
     ]
+
+
+@app.command(rich_help_panel=_PANEL)
+def ask(
+    task: Annotated[str, typer.Option(metavar="TASK", help="A task of cells, in params.yaml.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
+    cells: Annotated[int, typer.Option(min=2, help="How many cells.")] = 50,
+) -> None:
+    """Choose the unlabelled cells whose labels help a task most, and write them for a person to label.
+
+    They are the cells that the heads of the task (`dvc repro tune@TASK`) are least sure of, with few cells of
+    each patient. DIR gets a project of Label Studio (tasks.json, config.xml) and a folder for QuPath. Label
+    the cells in one of them. Then `aplsmear import ANSWERS --update DATA --to DATA2` writes the data set with
+    the new labels. docs/ask.md says what such labels gain, and how an experiment measures it.
+
+    Example: `aplsmear ask --task auer_rod --cells 50 --to asked`
+    """
+    from aplsmear.exchange import asking
+    from aplsmear.params import read_params
+    from aplsmear.tables import read_table
+    from aplsmear.words import nearest
+
+    params = read_params(PARAMS)
+    if task not in params.tasks:
+        raise UserError(f"There is no task {task}{nearest(task, params.tasks)} in {PARAMS}.")
+    if params.dataset.pseudonymise:
+        raise UserError("dataset.pseudonymise hides which cells these are: `ask` works without it only.")
+    chosen = asking.chosen_cells(task, params.tasks[task], cells)
+    answers = asking.answers_to(read_table(Path("dataset/cells.csv")), params.tasks[task])
+    pictures = asking.write_questions(Path(params.dataset.root), to, chosen, answers)
+    typer.echo(
+        f"{to}: {len(chosen):,} cells of {chosen['patient'].nunique():,} patients in {pictures:,} pictures; "
+        f"answers: {', '.join(answers)}"
+    )

@@ -161,10 +161,14 @@ def compare(
 ) -> None:
     """Write one page about the differences of experiments: numbers, parameters, plots, pictures.
 
+    It prints for each task what the AUROC of its heads has gained since A on the same items, with the 95 %
+    interval over patients.
+
     Example: `aplsmear compare main more-trials --out compare.html`
     """
     from aplsmear.workspace.compare_page import write_page
     from aplsmear.workspace.dvc_api import compare as compared
+    from aplsmear.workspace.dvc_api import gains
 
     if len(revisions) < 2:
         raise UserError("A comparison needs two names or more, such as: aplsmear compare main workspace")
@@ -175,6 +179,8 @@ def compare(
             "The workspace has results that its commit lacks, so it is on the page, too. "
             "`git commit --all --message 'Results'` keeps them."
         )
+    for line in gains(Path(), found):
+        typer.echo(line)
     typer.echo(f"{out} is written: open it in a browser")
 
 

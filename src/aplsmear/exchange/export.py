@@ -20,7 +20,7 @@ import yaml
 from aplsmear.data.boxes import numbers_of
 from aplsmear.data.labels import LabelError, parse_labels
 from aplsmear.data.names import image_path
-from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE, leaves_folder
+from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
 from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, named
 from aplsmear.exchange.readers import read_all
 from aplsmear.files import write_json
@@ -177,10 +177,10 @@ def coco(shots: list[Shot], to: Path) -> None:
 
 def label_studio(shots: list[Shot], to: Path) -> None:
     """Write a JSON file for all pictures, which Label Studio shows from its local storage."""
-    write_json(to, [_task(shot) for shot in shots], digits=12)
+    write_json(to, [task_of(shot) for shot in shots], digits=12)
 
 
-def _task(shot: Shot) -> dict[str, Any]:
+def task_of(shot: Shot) -> dict[str, Any]:
     """A task of Label Studio; cells with a score are predictions, too."""
     results, predicted = [], []
     for cell in shot.cells:
@@ -198,7 +198,8 @@ def _task(shot: Shot) -> dict[str, Any]:
         results.append(result)
         if cell.score is not None:
             predicted.append(result | {"score": cell.score})
-    task: dict[str, Any] = {"data": {"image": f"/data/local-files/?d={quote(shot.name)}"}}
+    # Label Studio shows files below its document root only if they are in a folder of it that it was told.
+    task: dict[str, Any] = {"data": {"image": f"/data/local-files/?d={IMAGE_FOLDER}/{quote(shot.name)}"}}
     task["annotations"] = [{"result": results}]
     if predicted:
         task["predictions"] = [{"model_version": "aplsmear", "result": predicted}]

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
+from aplsmear.data.boxes import numbers_of
+from aplsmear.data.labels import parse_labels
 from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
@@ -22,7 +24,7 @@ from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, exp
 from aplsmear.exchange.readers import columns_of, read_all
 from aplsmear.images.reading import ImageError, image_bytes, read_picture
 from aplsmear.progress import progress
-from aplsmear.tables import write_table
+from aplsmear.tables import SEPARATOR, write_table
 
 _LARGEST = 10**9  # px; no picture is as large
 _FACTS = ("patient", "diagnosis", "site")
@@ -118,10 +120,7 @@ def planned(
         raise ExchangeError(f"{found.what}: nothing is left to import. {why}")
     if far := [cell.picture for cell in cells if cell.box and max(map(abs, cell.box)) >= _LARGEST]:
         raise ExchangeError(f"Boxes with numbers above {_LARGEST:,} px are no boxes: in {named(far)}.")
-    counts = Counter(cell.label for cell in cells)
-    classes = {label: (meaning_of(label, known), count) for label, count in sorted(counts.items())}
-    if keep_unknown:
-        classes = {label: (meaning or Meaning(label), count) for label, (meaning, count) in classes.items()}
+    classes = _meanings(cells, known, keep_unknown)
     used = sorted({cell.picture for cell in cells} if single else set(found.pictures))
     names = _names(used)
     of = _with_ids(of, names)
@@ -131,6 +130,76 @@ def planned(
     folder = CELL_FOLDER if single else IMAGE_FOLDER
     kept = {why: listed for why, listed in left_out.items() if listed}
     return Plan(found.what, root, folder, pictures, smears, table, classes, kept)
+
+
+def updated(found: Found, folder: Path, known: Mapping[str, Meaning], *, keep_unknown: bool) -> Plan:
+    """A data set with the classes that annotations give to cells that it has.
+
+    An annotation belongs to the cell whose box it overlaps most (intersection over union of at least half).
+
+    Args:
+        found: the annotations; the paths of their pictures start at the folder of pictures of the data set.
+        folder: the data set.
+        known: plain name of a class -> its labels.
+        keep_unknown: an unknown class becomes a type of cell of the same name.
+
+    Returns:
+        A plan with all smears and cells; it differs from the data set in the labels of annotated cells only.
+
+    Raises:
+        ExchangeError: the data set has no boxes.
+        DataSetError: a table cannot be read.
+    """
+    smears, cells = (read_all(folder / name) for name in (SMEARS_FILE, CELLS_FILE))
+    if not {"id", "wsi", "bbox"} <= set(cells.columns) or not {"id", "imgName"} <= set(smears.columns):
+        raise ExchangeError(
+            f"{folder} has no cells with boxes in smears, so no annotation can belong to one."
+        )
+    titles = list(CELL_LABELS)
+    texts = cells.reindex(columns=titles, fill_value="").to_numpy(str).astype(object)
+    smear = dict(zip(smears["imgName"], smears["id"], strict=True))
+    boxes = np.array([numbers_of(text) or (0, 0, 0, 0) for text in cells["bbox"]], float).reshape(-1, 4)
+    rows: dict[str, np.ndarray] = {
+        str(one): np.asarray(each) for one, each in cells.groupby("wsi").indices.items()
+    }
+    classes = _meanings(found.cells, known, keep_unknown)
+    left_out = defaultdict(list, found.left_out)
+    for cell in found.cells:
+        meaning, box = classes[cell.label][0], cell.box
+        near = rows.get(str(smear.get(cell.picture)), np.zeros(0, np.int64))
+        overlap = _overlaps(boxes[near], box) if box else np.zeros(0)
+        if not overlap.size or overlap.max() < 0.5:
+            left_out[f"boxes that are no cell of {folder}"].append(cell.picture)
+            continue
+        place = int(near[overlap.argmax()])
+        old = {title: SEPARATOR.join(parse_labels(texts[place, n])) for n, title in enumerate(titles)}
+        if meaning and cell.label != exported_class(old):
+            new = old | relabelled(old, meaning)
+            texts[place] = [literal(new[title]) for title in titles]
+    filled = {title: texts[:, n] for n, title in enumerate(titles) if title in cells or texts[:, n].any()}
+    cells = cells.assign(**filled)
+    pictures = {name: name for name in smears["imgName"]}
+    kept = {why: listed for why, listed in left_out.items() if listed}
+    return Plan(found.what, folder / IMAGE_FOLDER, IMAGE_FOLDER, pictures, smears, cells, classes, kept)
+
+
+def _overlaps(boxes: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Intersection over union of boxes (n, 4) with one box, all y0, x0, y1, x1."""
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    shared = np.maximum(sides, 0).prod(axis=1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2] - box[0]) * (box[3] - box[1])
+    return np.asarray(shared / np.maximum(area - shared, 1e-9))
+
+
+def _meanings(
+    cells: Sequence[Cell], known: Mapping[str, Meaning], keep_unknown: bool
+) -> dict[str, tuple[Meaning | None, int]]:
+    """Class -> its meaning and the number of its cells."""
+    counts = Counter(cell.label for cell in cells)
+    found = {label: (meaning_of(label, known), count) for label, count in sorted(counts.items())}
+    if not keep_unknown:
+        return found
+    return {label: (meaning or Meaning(label), count) for label, (meaning, count) in found.items()}
 
 
 # --- patients and diagnoses -----------------------------------------------------------------------

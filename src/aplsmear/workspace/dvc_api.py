@@ -9,18 +9,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
+import pandas as pd
+
 from aplsmear.errors import UserError
 from aplsmear.params import flat
 from aplsmear.runs.mend import leftovers, running_dvc
+from aplsmear.tables import read_table
 from aplsmear.words import nearest
 from aplsmear.workspace import remote as share
 from aplsmear.workspace.compare_page import Compared
 from aplsmear.workspace.experiments import WORKSPACE, Experiment
+from aplsmear.workspace.paired import gain
 
 # Parts of the names of DVC's settings whose values must not be in a file that git shares.
 _SECRETS = (
@@ -198,6 +202,36 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
             raise UserError(f"`dvc plots diff {' '.join(revisions)}` failed:\n{done.stderr}")
         plots, pictures = _drawn(json.loads(done.stdout)["data"], folder)
     return Compared(revisions, metrics, params, plots, pictures)
+
+
+def gains(folder: Path, compared: Compared) -> Iterator[str]:
+    """A line for each task whose heads differ: what was gained since the first revision, with interval.
+
+    Args:
+        folder: the top of a repository; DVC's cache must hold the results of all revisions.
+        compared: of `compare`.
+    """
+    first, *others = compared.revisions
+    for file, numbers in sorted(compared.metrics.items()):
+        folders = PurePosixPath(file).parts
+        values = numbers.get("auroc.value", [])
+        if folders[0] != "tuned" or None in values or len(set(values)) < 2:
+            continue
+        path = str(PurePosixPath(file).with_name("predictions.csv"))
+        tables = [_table(folder, revision, path) for revision in compared.revisions]
+        for other, table in zip(others, tables[1:], strict=True):
+            if text := gain(tables[0], table):
+                yield f"{folders[1]}, {other} beside {first}: {text}"
+
+
+def _table(folder: Path, revision: str, path: str) -> pd.DataFrame:
+    """A table of a revision or of the workspace."""
+    if revision == WORKSPACE:
+        return read_table(folder / path)
+    with TemporaryDirectory(prefix="aplsmear-") as temporary:
+        copy = Path(temporary) / "table.csv"
+        fetch(folder, revision, {path: copy})
+        return read_table(copy)
 
 
 def check_repository(folder: Path) -> None:
