@@ -47,6 +47,10 @@ _Diagnosis = Annotated[
 _Facts = Annotated[
     Path | None, typer.Option(help="CSV file of pictures or patients: patient, diagnosis, site.")
 ]
+_KeepUnknown = Annotated[bool, typer.Option(help="An unknown class becomes a cell type as it is.")]
+_Update = Annotated[
+    Path | None, typer.Option(metavar="DIR2", help="A data set: write it again, with the classes of SOURCE.")
+]
 _Classes = Annotated[
     Path | None, typer.Option(metavar="CSV", help="Your names of classes: columns class, cellType.")
 ]
@@ -63,19 +67,14 @@ def import_(
     column: _Column = None,
     diagnosis: _Diagnosis = None,
     classes: _Classes = None,
-    keep_unknown: Annotated[
-        bool, typer.Option(help="An unknown class becomes a cell type as it is.")
-    ] = False,
+    keep_unknown: _KeepUnknown = False,
     class_from: _ClassFrom = None,
     size: Annotated[
         float | None, typer.Option(metavar="PX", min=1, help="Side of boxes around points.")
     ] = None,
     cohort: Annotated[str | None, typer.Option(help="Of the layout of DeepAPL.")] = None,
     unsigned: Annotated[bool, typer.Option(help="Of DeepAPL: take unsigned slides, too.")] = False,
-    update: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR2", help="A data set: write it again, with the classes of SOURCE."),
-    ] = None,
+    update: _Update = None,
     copy: Annotated[bool, typer.Option(help="Copy the pictures. Default: relative links.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print what is found and would be written.")] = False,
 ) -> None:
