@@ -176,6 +176,27 @@ def test_a_file_that_declares_more_than_it_has_is_refused_before_memory_is_used(
             read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_damaged_file_is_read_or_refused_and_nothing_else(kind, tmp_path, torch):
+    tensors = {"a": np.zeros((3, 4), np.float32), "b": np.ones(5, np.float16)}
+    path = tmp_path / f"a.{kind}"
+    if kind == "pth":
+        save(path, {"teacher": OrderedDict(tensors), "more": [1, 2.5, None, True]}, torch)
+    else:
+        write_safetensors(path, tensors)
+    content, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for number in range(300):
+        damaged = bytearray(content)
+        for place in random.integers(len(damaged), size=random.integers(1, 6)):
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged if number % 5 else damaged[: random.integers(len(damaged))])
+        try:
+            read_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
+
+
 def test_names_and_shapes_that_do_not_fit_are_listed(tmp_path):
     plain = tiny_checkpoints.weights("DINOv2")
 

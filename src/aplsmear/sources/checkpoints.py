@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import math
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,10 @@ from aplsmear.errors import UserError, brief
 _HEADER = 2**26  # largest number of bytes of a header or pickle: names and shapes only
 _DEEP = 6  # largest number of dictionaries inside one another
 _PLACES = ("teacher", "state_dict", "model", "module")  # names of the network in a training checkpoint
+_DAMAGE = (  # what a file that is damaged, or made to do harm, makes the readers raise
+    *(OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 _BFLOAT16 = "bfloat16"  # unknown to NumPy: the upper half of a float32
 _STORAGES = {
     "FloatStorage": "<f4",
@@ -80,15 +86,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             return _read_safetensors(path)
         if path.suffix in (".pth", ".pt", ".bin"):
             return _network_of(_read_zip(path), path)
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _DAMAGE as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(
