@@ -1,14 +1,15 @@
 """Backbones on real cells: AUROC, time and size of each layer, as Keras networks and as ONNX files.
 
-Usage: python benchmarks/encoders.py --run FOLDER --weights FOLDER
+Usage: python benchmarks/encoders.py --run FOLDER --weights FOLDER [--work FOLDER]
 
 `--run` is a finished run of the profile deepapl: its plain views of cells and its folds are used. `--weights`
 has the files of MobileNet named in `BACKBONES`. Each network is also written as an ONNX file by other code
-than the project's (`write_plain_file`) and read as a backbone with `source: onnx`.
+than the project's (`write_plain_file`) and read as a backbone with `source: onnx`. `--work` keeps features.
 
 A logistic regression on the features is trained for each task: on the mean of a patient's cells for APL
 against other AML, on cells for the others. Patients of a fold are scored by a model that never saw them; the
-penalty is chosen on the other folds. Results go to benchmarks/results/encoders.json.
+penalty is chosen on the other folds (of cells: on the next fold). Results go to
+benchmarks/results/encoders.json.
 """
 
 import argparse
@@ -35,10 +36,9 @@ from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.forward import Network, batch_of
 from aplsmear.features.store import Columns, Features
-from aplsmear.files import write_json
+from aplsmear.files import write_arrays, write_json
 from aplsmear.images.view_store import read_index, read_views
 from aplsmear.params import Backbone, read_params
-from aplsmear.progress import progress
 from aplsmear.tables import read_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoders.json"
@@ -71,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="where features stay; otherwise a folder that goes")
     asked = parser.parse_args()
     start_tensorflow(gpus=False)
     views = asked.run / "augmented/cell/views.parquet"
@@ -80,14 +81,19 @@ def main() -> None:
     features: dict[str, Features] = {}
     cost: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        work = asked.work or Path(folder)
         for name in BACKBONES:
             keras, file = rows_of_params(name, asked.weights, Path(folder))
-            values, cost[name] = computed(keras, views, Path(folder))
-            others, seconds = computed(file, views, Path(folder))
-            difference = max(np.abs(a - b).max() for a, b in zip(values, others, strict=True))
-            found[f"{name} as a file"] = seconds | {"largest_difference": float(difference)}
-            for layer, each in zip(keras.layer, values, strict=True):
-                features[f"{name}/{layer}"] = Features(f"{name}/{layer}", plain, each)
+            first, cost[name] = computed(keras, views, Path(folder), IMAGES)
+            others, seconds = computed(file, views, Path(folder), IMAGES)
+            found[f"{name} as a file"] = seconds | {"difference": largest_difference(first, others)}
+            kept = work / f"{name}.npz"
+            if not kept.is_file():
+                every, _ = computed(keras, views, Path(folder), len(plain))
+                write_arrays(kept, dict(zip(keras.layer, every, strict=True)))
+            with np.load(kept, allow_pickle=False) as arrays:
+                for layer in keras.layer:
+                    features[f"{name}/{layer}"] = Features(f"{name}/{layer}", plain, arrays[layer])
     for names in [*([each] for each in features), *JOINT]:
         joint = Columns([features[each].values for each in names])[:]
         used = sorted({each.split("/")[0] for each in names})
@@ -109,21 +115,31 @@ def rows_of_params(name: str, weights: Path, folder: Path) -> tuple[Backbone, Ba
     return keras, Backbone(source="onnx", weights=str(path), onnx=table, **shared)
 
 
-def computed(settings: Backbone, views: Path, folder: Path) -> tuple[list[np.ndarray], dict[str, float]]:
-    """The features of all plain views by layer, and CPU seconds for 1,000 cells and MB of the graph."""
+def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
+    """The largest difference of features (float16), over the largest feature of the layer."""
+    pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(ours, theirs, strict=True)]
+    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
+
+
+def computed(
+    settings: Backbone, views: Path, folder: Path, count: int
+) -> tuple[list[np.ndarray], dict[str, float]]:
+    """The features of the first plain views by layer, and CPU seconds for 1,000 cells and MB of the graph."""
     graph = folder / "graph.onnx"
     write_graph(graph, settings, "cell", SEED)
     network = Network(graph, settings.layer)
     parts: list[list[np.ndarray]] = []
     seconds, measured = 0.0, 0
-    batches = read_views(views, batch_of(settings, "cell"))
-    for batch in progress(batches, f"{settings.source}: batches", None):
-        plain = [view for view in batch if view.view == 0]
+    for batch in read_views(views, batch_of(settings, "cell")):
+        if measured == count:
+            break
+        plain = [view for view in batch if view.view == 0][: count - measured]
+        if not plain:
+            continue
         images = network.pixels(plain)
         start = time.process_time()
         parts.append(network.features(images))
-        if measured < IMAGES:
-            seconds, measured = seconds + time.process_time() - start, measured + len(plain)
+        seconds, measured = seconds + time.process_time() - start, measured + len(plain)
     values = [np.concatenate(each) for each in zip(*parts, strict=True)]
     return values, {
         "cpu_seconds_per_1000_cells": 1000 * seconds / measured,
@@ -153,19 +169,18 @@ def judged(run: Path, features: Features) -> dict[str, Any]:
 
 
 def cell_scores(values: np.ndarray, label: np.ndarray, fold: np.ndarray, patient: pd.Series) -> np.ndarray:
-    """Held-out logits of cells, float64 (cells,); the penalty is chosen on inner folds."""
+    """Held-out logits of cells, float64 (cells,); the penalty is chosen on the next fold."""
     random = np.random.default_rng(SEED).random(len(label))
     order = pd.DataFrame({"patient": patient.to_numpy(), "label": label, "random": random})
     rank = order.groupby(["patient", "label"])["random"].rank().to_numpy()
     trains = (label >= 0) & (rank <= CELLS)
     out = np.zeros(len(label))
     for outer in np.unique(fold):
-        inner = np.full((len(STRENGTHS), len(label)), np.nan)
-        for held in np.unique(fold[fold != outer]):
-            train = trains & (fold != outer) & (fold != held)
-            inner[:, fold == held] = logits(values, label, train, fold == held, STRENGTHS)
-        judges = (label >= 0) & (fold != outer)
-        best = max(range(len(STRENGTHS)), key=lambda n: auroc(label[judges], inner[n, judges]))
+        held = (outer + 1) % (fold.max() + 1)
+        judges = (label >= 0) & (fold == held)
+        train = trains & (fold != outer) & (fold != held)
+        aurocs = [auroc(label[judges], each) for each in logits(values, label, train, judges, STRENGTHS)]
+        best = int(np.argmax(aurocs))
         train = trains & (fold != outer)
         out[fold == outer] = logits(values, label, train, fold == outer, STRENGTHS[best : best + 1])[0]
     return out
