@@ -50,15 +50,19 @@ def write_live_weights(path: Path, settings: Backbone, smear: Path) -> None:
 
 
 def gflop(network: Any) -> float:
-    """Billions of multiplications and additions of the convolutions and dense layers, for one image."""
+    """Billions of multiplications and additions of products, for one image.
+
+    Counted are convolutions, dense layers and blocks of vision transformers.
+    """
     import keras
 
     layers = (keras.layers.Conv2D, keras.layers.DepthwiseConv2D, keras.layers.Dense)
-    return (
-        sum(
-            2 * float(np.prod(layer.kernel.shape)) * float(np.prod(layer.output.shape[1:-1]))
-            for layer in network.layers
-            if isinstance(layer, layers)
-        )
-        / 1e9
-    )
+    found = 0.0
+    for layer in network.layers:
+        if isinstance(layer, layers):
+            found += 2 * float(np.prod(layer.kernel.shape)) * float(np.prod(layer.output.shape[1:-1]))
+        elif type(layer).__name__ == "Block":
+            tokens, width = layer.output.shape[1:]
+            weights = sum(float(np.prod(each.shape)) for each in layer.weights if len(each.shape) == 2)
+            found += 2 * tokens * weights + 4 * tokens**2 * width
+    return found / 1e9
