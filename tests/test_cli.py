@@ -34,6 +34,7 @@ def test_the_help_of_every_command_has_an_example(name: str) -> None:
         ["profile", "nonsense"],
         ["share-check"],
         ["tidy"],
+        ["weights", "convert", "nowhere.pth", "--to", "weights"],
     ],
     ids=lambda words: words[0],
 )

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from aplsmear.cli.base import app, folder_to_write
 
 weights = typer.Typer(
-    help="Use published weights of DINOv2, DINOv3 and DinoBloom. "
+    help="Use published weights of DINOv2, DINOv3 and DinoBloom.\n\n"
     "Example: `aplsmear weights convert DinoBloom-B.pth --to weights`",
     no_args_is_help=True,
 )
