@@ -20,8 +20,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from sklearn.metrics import balanced_accuracy_score
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.tasks import task_items
 from aplsmear.ensembles.combination import Verdicts, draw_candidates, judge, patients_of
+from aplsmear.ensembles.familiarity import Cloud, Moments, make_cloud
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.calibration import calibration_slope_intercept
@@ -61,6 +62,24 @@ RIM = 16  # px around what is cut out of a smear: more than the radius of any bl
 JPEG_BLOCK = 16  # px
 SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, stains, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0}
+
+MARGINS = (-0.2, 0.2)  # of the cells; 0.2 more shows the rims of neighbours on the pages of DeepAPL
+
+IMMATURE = "blast|promyelocyte|myelocyte"
+
+
+def _few_immature(cells: pd.DataFrame) -> pd.Series:
+    immature = cells["cell_type"].str.contains(IMMATURE, case=False)
+    return ~immature | (cells["rank"].map(lambda text: int(text[-1], 16)) % 4 == 0)
+
+
+# Cells that another laboratory might have taken, of those that are measured.
+SELECTIONS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
+    "half_of_the_cells": lambda cells: cells["rank"].map(lambda text: int(text[-1], 16)) % 2 == 0,
+    "other_half_of_the_cells": lambda cells: cells["rank"].map(lambda text: int(text[-1], 16)) % 2 == 1,
+    "a_quarter_of_the_immature_cells": _few_immature,
+    "immature_cells_alone": lambda cells: cells["cell_type"].str.contains(IMMATURE, case=False),
+}
 
 # Changes of training: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -109,6 +128,7 @@ class Bench:
     verdicts: Verdicts
     chosen: Verdicts  # with one summary, chosen among all except `blend`
     kept: Path  # folder for features
+    typical: tuple[Level, str]  # level and name of the features that measure how unfamiliar a patient is
 
 
 Features = Mapping[str, list[np.ndarray]]  # of each view of all items, by level and layer
@@ -144,11 +164,21 @@ def main() -> None:
     for strength in sorted(STRENGTHS, key=lambda name: name != "medium"):
         found[strength] = held(bench, [Condition(strength, number) for number in range(LABORATORIES)])
         record(section, found)
+    home = scored_features(bench, None)
+    found["margins"] = {
+        str(margin): losses(bench, [(other, scored_features(other, None))])
+        for margin in MARGINS
+        for other in [with_margin(bench, margin)]
+    }
+    found["selections"] = {
+        name: losses(bench, [selected(bench, home, wanted)]) for name, wanted in SELECTIONS.items()
+    }
+    record(section, found)
     found["alone"] = {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
     record(section, found)
-    home = home_colours(bench)
+    colours = home_colours(bench)
     found["real_colours"] = {
-        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, home)])
+        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, colours)])
         for name in REAL
     }
     record(section, found)
@@ -198,8 +228,20 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     paths = {task: folder / "tuned" / task / "heads.npz" for task in scores}
     heads = {task: read_heads(path) for task, path in paths.items()}
     averages = {task: read_average(path) for task, path in paths.items()}
+    reference = next(head.features for head in heads[asked.members[0]])
+    typical = (params.tasks[asked.members[0]].images, reference)
     return Bench(
-        params, items, patients, heads, averages, asked.members, asked.weigh_by, verdicts, chosen, kept
+        params,
+        items,
+        patients,
+        heads,
+        averages,
+        asked.members,
+        asked.weigh_by,
+        verdicts,
+        chosen,
+        kept,
+        typical,
     )
 
 
@@ -223,14 +265,19 @@ def summary_of(scores: Mapping[str, pd.DataFrame], task: str, weigh_by: str, par
 
 
 def held(bench: Bench, conditions: Sequence[Condition]) -> dict[str, Any]:
-    """AUROC, balanced accuracy, sensitivity and calibration, as means over laboratories.
+    """`losses` of the same cells under some conditions."""
+    return losses(bench, [(bench, scored_features(bench, condition)) for condition in conditions])
+
+
+def losses(bench: Bench, away: Sequence[tuple[Bench, Features]]) -> dict[str, Any]:
+    """AUROC, balanced accuracy, sensitivity, calibration and warnings, as means over cohorts elsewhere.
 
     ``as_shipped``: views are averaged as in the profile, and a cohort from another laboratory adapts. The
-    other keys: without one of these. Losses are differences from the verdicts on the same cells without
-    changes, which do not adapt. ``home_adapted``: with adaptation there, too.
+    other keys: without one of these. Losses are differences from the verdicts on the cells without changes,
+    which do not adapt. ``home_adapted``: with adaptation there, too.
     """
     home = scored_features(bench, None)
-    away = [scored_features(bench, condition) for condition in conditions]
+    clouds = clouds_of(bench, home)
     treatments: dict[str, dict[str, Any]] = {
         "as_shipped": {},
         "not_adapted": {"adapt": False},
@@ -239,8 +286,8 @@ def held(bench: Bench, conditions: Sequence[Condition]) -> dict[str, Any]:
     }
     found = {}
     for name, treatment in treatments.items():
-        before = measured(bench, home, **(treatment | {"adapt": False}))
-        each = [measured(bench, features, **treatment) for features in away]
+        before = measured(bench, home, clouds, **(treatment | {"adapt": False}))
+        each = [measured(other, features, clouds, **treatment) for other, features in away]
         after = {key: float(np.mean([one[key] for one in each])) for key in before}
         found[name] = {
             "auroc_loss": before["auroc"] - after["auroc"],
@@ -250,23 +297,67 @@ def held(bench: Bench, conditions: Sequence[Condition]) -> dict[str, Any]:
             "lowest_balanced_accuracy": min(one["balanced_accuracy"] for one in each),
             "home": before,
         }
-    home_adapted = measured(bench, home)
+    home_adapted = measured(bench, home, clouds)
     return found.pop("as_shipped") | {"home_adapted": home_adapted} | found
+
+
+def with_margin(bench: Bench, margin: float) -> Bench:
+    """The same cells, cut out with another margin than the heads were trained with."""
+    augment = bench.params.augment.model_copy(update={"margin": margin})
+    return replace(bench, params=bench.params.model_copy(update={"augment": augment}))
+
+
+def selected(
+    bench: Bench, features: Features, wanted: Callable[[pd.DataFrame], pd.Series]
+) -> tuple[Bench, Features]:
+    """Some of the cells, with their features. A patient of whom none is left keeps all cells."""
+    kept = {}
+    for level, items in bench.items.items():
+        chosen = wanted(items) if level == "cell" else pd.Series(True, items.index)
+        kept[level] = np.flatnonzero(chosen | ~chosen.groupby(items["patient"]).transform("any"))
+    items = {level: table.iloc[kept[level]].reset_index(drop=True) for level, table in bench.items.items()}
+    fewer = {name: [view[kept[name.split("/")[0]]] for view in views] for name, views in features.items()}
+    return replace(bench, items=items), fewer
+
+
+def numbers_of(bench: Bench, features: Features) -> np.ndarray:
+    """The features of each patient as `aplsmear.ensembles.familiarity` describes them, of plain views."""
+    level, name = bench.typical
+    of_patient, rows = bench.items[level].groupby("patient").indices, features[f"{level}/{name}"][0]
+    described = []
+    for patient in bench.patients["patient"]:
+        moments = Moments()
+        moments.add(rows[of_patient[patient]])
+        described.append(moments.describe())
+    return np.array(described)
+
+
+def clouds_of(bench: Bench, home: Features) -> dict[int, Cloud]:
+    """For each outer fold, where the patients of the other folds are."""
+    numbers, fold = numbers_of(bench, home), bench.patients["fold"].to_numpy()
+    return {each: make_cloud(numbers[fold != each], fold[fold != each]) for each in np.unique(fold).tolist()}
 
 
 def measured(
     bench: Bench,
     features: Features,
+    clouds: Mapping[int, Cloud],
     adapt: bool = True,
     average: bool = True,
     verdicts: Verdicts | None = None,
 ) -> dict[str, float]:
-    """AUROC, balanced accuracy and calibration slope of the held-out verdicts from these features."""
+    """AUROC, balanced accuracy, calibration slope and warnings of the held-out verdicts from these features.
+
+    ``wrong``: calls at the balanced point; ``wrong_and_unfamiliar``: those whose features are beyond the
+    limit (1) of `clouds`; ``missed``, ``missed_and_unfamiliar``: the same of positive patients at the
+    sensitive point; ``unfamiliar``: all such patients.
+    """
     tasks = dict.fromkeys([*bench.members, bench.weigh_by])
     scores = {task: scores_of(bench, task, features, average) for task in tasks}
     summaries = {task: summary_of(scores, task, bench.weigh_by, bench.params) for task in bench.members}
     fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
-    probability, call, alarm = (np.zeros(len(fold)) for _ in range(3))
+    numbers = numbers_of(bench, features)
+    probability, call, alarm, far = (np.zeros(len(fold)) for _ in range(4))
     for outer_fold in np.unique(fold):
         here = np.flatnonzero(fold == outer_fold)
         combination = (verdicts or bench.verdicts).combinations[outer_fold]
@@ -282,12 +373,19 @@ def measured(
         probability[here] = combination.probability(logits)
         call[here] = probability[here] >= combination.thresholds["balanced"]
         alarm[here] = probability[here] >= combination.thresholds["sensitive"]
+        far[here] = [clouds[int(outer_fold)].distance(each) > 1 for each in numbers[here]]
+    wrong, missed = call != label, (label == 1) & (alarm == 0)
     return {
         "auroc": auroc(label, probability),
         "balanced_accuracy": balanced_accuracy_score(label, call),
         "sensitivity_at_sensitive_point": float(alarm[label == 1].mean()),
         "specificity_at_sensitive_point": float(1 - alarm[label == 0].mean()),
         "calibration_slope": calibration_slope_intercept(label, probability)[0],
+        "unfamiliar": float(far.sum()),
+        "wrong": float(wrong.sum()),
+        "wrong_and_unfamiliar": float(far[wrong].sum()),
+        "missed": float(missed.sum()),
+        "missed_and_unfamiliar": float(far[missed].sum()),
     }
 
 

@@ -55,6 +55,7 @@ def test_a_member_that_judges_whole_patients_sees_each_with_his_own_cells(shift,
         verdicts=None,
         chosen=None,
         kept=Path(),
+        typical=("cell", LAYER),
     )
     table = shift.scores_of(bench, "apl_aml_patient", {f"cell/{LAYER}": shown}, True)
     assert table[["item", "patient", "fold"]].to_numpy().tolist() == [
@@ -75,3 +76,12 @@ def test_what_is_cut_out_around_a_cell_shows_all_that_its_views_need(shift, box)
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + params.augment.margin) * source_factor(params.augment)
     inside = (box[0] - y0, box[1] - x0, box[2] - y0, box[3] - x0)
     assert (cut(image[y0:y1, x0:x1], inside, side, 64) == cut(image, box, side, 64)).all()
+
+
+def test_a_patient_of_whom_a_selection_leaves_no_cell_keeps_all_cells(shift) -> None:
+    cells = pd.DataFrame({"item": list("abcd"), "patient": ["p", "p", "q", "q"], "keep": [1, 0, 0, 0]})
+    bench = shift.Bench(None, {"cell": cells}, None, {}, {}, [], "", None, None, Path(), ("cell", LAYER))
+    features = {f"cell/{LAYER}": [np.arange(4)[:, None]]}
+    fewer, kept = shift.selected(bench, features, lambda table: table["keep"] == 1)
+    assert fewer.items["cell"]["item"].tolist() == ["a", "c", "d"]
+    assert kept[f"cell/{LAYER}"][0].ravel().tolist() == [0, 2, 3]
