@@ -160,6 +160,17 @@ def test_a_list_of_locks_that_was_cut_off_or_belongs_to_the_dead_is_removed(plac
     assert len(list(mend(place))) == 1
 
 
+def test_a_lock_of_a_ref_that_a_killed_dvc_left_is_removed_and_others_stay(place: Path) -> None:
+    lock, other = place / ".git/refs/exps/stash.lock", place / ".git/refs/tags/mine.lock"
+    lock.parent.mkdir(parents=True)
+    for path in (lock, other):
+        path.touch()
+    assert "File exists" in run(place, *EXPERIMENT, ok=False)
+    assert any(str(lock.relative_to(place)) in line for line in mend(place))
+    assert other.exists()
+    run(place, *EXPERIMENT)
+
+
 @pytest.mark.parametrize("again", [EXPERIMENT, ("dvc", "repro")], ids=["the same", "dvc repro"])
 def test_after_a_killed_experiment_a_stage_refuses_and_names_the_command_that_helps(
     place: Path, again: tuple[str, ...]

@@ -140,6 +140,23 @@ def test_a_server_that_stops_is_logged_once(
     assert len(runs(client)) == 2
 
 
+def test_a_run_whose_files_cannot_be_stored_ends_nevertheless(
+    client: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mlartifacts").write_text("a file in the way")
+    (tmp_path / "explanations").mkdir()
+    (tmp_path / "explanations" / "true_positive_1.png").write_bytes(b"picture")
+    tracker = Tracker(Path(), "finetune blast", "abc", TAGS, {})
+    with caplog.at_level(logging.WARNING, "aplsmear"):
+        tracker.log_pictures(tmp_path / "explanations")
+        tracker.close({}, {"auroc": 0.75})
+    (run,) = runs(client)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["auroc"] == 0.75
+    (warning,) = [each.message for each in caplog.records if each.name == "aplsmear.runs.tracking"]
+    assert "cannot store the files" in warning
+
+
 def test_the_names_of_all_experiments_that_a_run_belongs_to_are_kept(client: Any) -> None:
     for name in ("one", "two", "one"):
         study(TAGS | {"DVC_EXP_NAME": name}, 1).close({}, {})

@@ -53,6 +53,7 @@ def mend(folder: Path) -> Iterator[str]:
                     f"DVC is running here (process {process.pid}, {words}): wait until it has ended."
                 )
             yield from _mend_texts(folder)
+            yield from _mend_ref_locks(folder)
             yield from _mend_experiments(folder)
             yield from _mend_locks(folder)
             with Repo(str(folder)) as repo:
@@ -143,6 +144,14 @@ def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
     yield from (
         f"{path} is still there" for path in _beside(folder) if mine is None or path != mine.resolve()
     )
+
+
+def _mend_ref_locks(folder: Path) -> Iterator[str]:
+    """Remove the lock files of DVC's own refs in git; a DVC killed in writing a ref leaves one."""
+    refs = folder / git(folder, "rev-parse", "--git-common-dir") / "refs" / "exps"
+    for path in sorted(refs.rglob("*.lock")):
+        path.unlink()
+        yield f"removed {path}: it belonged to a DVC that no longer runs"
 
 
 def _mend_locks(folder: Path) -> Iterator[str]:

@@ -110,7 +110,7 @@ class Tracker:
             with mlflow.start_run(self._run):
                 mlflow.tensorflow.log_model(model, name="model", signature=signature, pip_requirements=needs)
 
-        self._attempt(action)
+        self._attempt(action, files=True)
 
     def log_ensemble(self, bundle: Path, report: Path) -> None:
         """Log the report of an ensemble, and its bundle as a model (`aplsmear.prediction.mlflow_model`).
@@ -146,11 +146,11 @@ class Tracker:
                     pip_requirements=[f"{name}=={version(name)}" for name in names],
                 )
 
-        self._attempt(action)
+        self._attempt(action, files=True)
 
     def log_pictures(self, folder: Path) -> None:
         """Log the files of a folder."""
-        self._attempt(lambda: self._client.log_artifacts(self._run, str(folder), folder.name))
+        self._attempt(lambda: self._client.log_artifacts(self._run, str(folder), folder.name), files=True)
 
     def close(self, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
         """Log the results of the run, and end it."""
@@ -163,7 +163,8 @@ class Tracker:
 
         self._attempt(action)
 
-    def _attempt(self, action: Callable[[], None]) -> None:
+    def _attempt(self, action: Callable[[], None], *, files: bool = False) -> None:
+        """Log something; a failure is a warning. Only `files` may be missing in a run that goes on."""
         if not self._is_reachable:
             return
         failures: tuple[type[Exception], ...] = (
@@ -177,11 +178,10 @@ class Tracker:
             failures += (MlflowException, SQLAlchemyError)
             action()
         except failures as error:
-            self._is_reachable = False
+            self._is_reachable = files
+            what = "MLflow cannot store the files of this run" if files else "MLflow cannot be reached"
             reason = without_secrets(brief(error))
-            log.warning(
-                "MLflow cannot be reached; this run continues without it and loses nothing. (%s)", reason
-            )
+            log.warning("%s; this run continues without it and loses nothing. (%s)", what, reason)
 
     def _open(self, folder: Path, name: str, key: str, tags: dict[str, str], params: dict[str, Any]) -> None:
         import mlflow
