@@ -105,6 +105,15 @@ def test_a_patient_who_is_not_there_is_named_and_a_table_without_evidence_is_ref
     assert CliRunner().invoke(app, ["view", "P1", "--ensemble", str(tmp_path)]).exit_code == 1
 
 
+def test_under_pseudonyms_the_message_says_how_to_show_a_patient(tmp_path, monkeypatch) -> None:
+    demo = (Path(__file__).parents[2] / "profiles" / "demo.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(demo.replace("pseudonymise: false", "pseudonymise: true"))
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["view", "P1"])
+    assert done.exit_code == 1
+    assert "--cells CSV --data DIR" in " ".join(done.output.split())
+
+
 def test_the_pictures_of_a_large_patient_are_reduced(root: Path, monkeypatch) -> None:
     whole = content(view_page(cells(), root, "apl_aml", "apl"))["fields"][0]["src"]
     monkeypatch.setattr("aplsmear.prediction.view._FIELD_BYTES", 2000)

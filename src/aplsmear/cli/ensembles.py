@@ -289,14 +289,19 @@ def view(
     to = to or Path(f"{patient.replace('/', '_')}.html")
     file_to_write(to)
     _refuse_to_replace([to], overwrite)
-    model = read_bundle(ensemble).model
     if data is None:
         if cells is not None:
             raise UserError("--cells needs --data, the folder of the pictures of these cells.")
         params = params_if_any("dataset")
         if params is None:
             raise UserError("There is no params.yaml here: name the folder of the pictures by --data.")
+        if params.dataset.pseudonymise:
+            raise UserError(
+                "dataset.pseudonymise hides which pictures these are. Show the patient by the table of "
+                "`aplsmear predict --data DIR --cells CSV` and --cells CSV --data DIR."
+            )
         data = Path(params.dataset.root)
+    model = read_bundle(ensemble).model
     mine = cells_of(read_cells(_made(cells or ensemble / "evidence.parquet")), patient)
     pages.write(to, view_page(mine, data, model.name, model.positive))
     typer.echo(f"{to}: {len(mine):,} cells. Open it in a browser.")
