@@ -13,6 +13,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 
 from aplsmear.data.schema import LABELS_OF_CELLS
 from aplsmear.data.tasks import ANY, meets, task_items, task_labels
@@ -24,15 +25,16 @@ from aplsmear.tables import SEPARATOR, read_scores, read_table, write_table
 
 PER_PATIENT = 2  # cells of a patient, before more of each are taken
 NO_CELL = ("Smudge", "Artefact")  # answers about what is not a cell
+_CLIP = 1e-6  # probabilities stay this far from 0 and 1
 _OF_CELLS = {column for column, _ in LABELS_OF_CELLS.values()}
 _NOTHING = {"None": "Nothing special"}  # how a label is shown that is no word of its own
 
 
-def least_sure(logit: np.ndarray, patient: np.ndarray, count: int) -> np.ndarray:
+def least_sure(distance: np.ndarray, patient: np.ndarray, count: int) -> np.ndarray:
     """The cells nearest to the boundary between the classes (Lewis & Gale 1994), of many patients.
 
     Args:
-        logit: float (cells,); at the boundary it is 0.
+        distance: in logits from the boundary, float (cells,).
         patient: of each cell, shape (cells,).
         count: how many cells.
 
@@ -40,7 +42,7 @@ def least_sure(logit: np.ndarray, patient: np.ndarray, count: int) -> np.ndarray
         int64 (count,): at most `PER_PATIENT` cells of each patient. If these are too few, the next
         `PER_PATIENT` of each follow.
     """
-    order = np.argsort(np.abs(logit), kind="stable")
+    order = np.argsort(np.abs(distance), kind="stable")
     turn = pd.Series(order).groupby(patient[order]).cumcount().to_numpy() // PER_PATIENT
     return np.asarray(order[np.argsort(turn, kind="stable")][:count])
 
@@ -106,20 +108,15 @@ def chosen_cells(name: str, task: Task, count: int) -> pd.DataFrame:
             f"Each cell in a smear has a label for the task {name}: there is nothing to ask about."
         )
     each = scores.filter(regex=r"^outer_\d+$").to_numpy(np.float64)
-    logit = _logit(each)
-    own = logit[np.arange(len(each)), scores["fold"]]
+    logits = logit(np.clip(each, _CLIP, 1 - _CLIP))
+    own = logits[np.arange(len(each)), scores["fold"]]
     label = task_labels(items, task)
     boundary = (own[label == 1].mean() + own[label == 0].mean()) / 2
-    mean = logit.mean(axis=1)
+    mean = logits.mean(axis=1)
     found = places[least_sure(mean[places] - boundary, cells["patient"].to_numpy()[places], count)]
     table = pd.DataFrame(cells.iloc[found][["cell", "smear", "patient"]]).reset_index(drop=True)
-    table["probability"] = 1 / (1 + np.exp(-mean[found]))
+    table["probability"] = expit(mean[found])
     return table
-
-
-def _logit(probability: np.ndarray) -> np.ndarray:
-    p = np.clip(probability, 1e-6, 1 - 1e-6)
-    return np.asarray(np.log(p / (1 - p)))
 
 
 def answers_to(cells: pd.DataFrame, task: Task) -> list[str]:
