@@ -3,9 +3,11 @@
 import os
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.files import hold
 from clones import clone, commit, run
 from small import make_small
@@ -29,6 +31,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             commit(folder)
             folder.rename(made)
     return Path(shutil.copytree(made, mine / "first", symlinks=True))
+
+
+@pytest.fixture(scope="module")
+def keras() -> ModuleType:
+    """Keras, on a TensorFlow that has been started as the stages start it."""
+    start_tensorflow()
+    import keras
+
+    return keras
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

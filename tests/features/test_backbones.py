@@ -7,27 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.backbones import BackboneError, cut_network
 from aplsmear.images.reading import decode
 from backbone_graphs import features, mobilenet, views
 
 # Keras 3.15 on NumPy 2, when it saves weights.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("keras"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 SRC = str(Path(__file__).parents[2] / "src")
 # Real weights, where the workplace has them; they are no part of the repository.
 WEIGHTS = Path(os.environ.get("APLSMEAR_TEST_WEIGHTS", Path(__file__).parents[3] / "shared" / "weights"))
 CUT = WEIGHTS / "mobilenet_1_0_224_imagenet_to_conv_pw_12.weights.h5"
 FULL = WEIGHTS / "mobilenet_2_5_224_tf_no_top.h5"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keras():
-    start_tensorflow()
-    import keras
-
-    return keras
 
 
 def by_hand(full: object, layer: str, images: np.ndarray, keras: object) -> np.ndarray:

@@ -7,7 +7,6 @@ import onnxruntime
 import pytest
 
 import finetunings
-from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.dino_variants import VARIANTS, layers_of, variant_of
 from aplsmear.features.backbones import BackboneError, cut_network
 from aplsmear.features.export import as_graph
@@ -18,17 +17,12 @@ from aplsmear.heads.head import Head, Recipe
 from aplsmear.params import Backbone
 from backbone_graphs import pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("keras"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 TINY = {"width": 32, "depth": 3, "heads": 2, "hidden": 48}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keras():
-    start_tensorflow()
-    import keras
-
-    return keras
 
 
 def tiny(application: str = "DINOv2S", **changed: object) -> Backbone:

@@ -10,21 +10,15 @@ import pytest
 from networks import keras_network
 from processors import INSTALL, can_emulate, output_of
 
-from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.features.forward import FeatureRequest, ForwardError, Network, batch_of, features_of
 from aplsmear.features.onnx_graph import GraphError
 from aplsmear.images.reading import decode, resize
 from backbone_graphs import features, mobilenet, pictures, request_of, views
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keras():
-    start_tensorflow()
-    import keras
-
-    return keras
+pytestmark = [
+    pytest.mark.usefixtures("keras"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 
 def test_features_are_those_of_the_plain_keras_network(tmp_path):

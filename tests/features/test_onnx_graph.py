@@ -11,14 +11,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from processors import INSTALL, can_emulate, output_of
 
-from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.cpu import cpuinfo
 from aplsmear.features.backbones import BackboneError, cut_network, write_graph
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import OPERATIONS, PIXELS, GraphError, only, read_graph
 from backbone_graphs import mobilenet, pictures
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("keras"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning"),
+]
 
 # One of each family: a layer in the middle and one near the end.
 FAMILIES = {
@@ -35,14 +37,6 @@ FAMILIES = {
     "VGG16": 32,
     "Xception": 71,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keras():
-    start_tensorflow()
-    import keras
-
-    return keras
 
 
 def trained(network: object) -> None:
