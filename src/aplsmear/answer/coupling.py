@@ -119,26 +119,17 @@ class Judged:
 def probabilities(
     fitted: Fitted, logits: np.ndarray, pairs: Sequence[Pair], prevalence: Sequence[float] | None = None
 ) -> np.ndarray:
-    """Probabilities of `DIAGNOSES`, float64 (patients, 3).
+    """Probabilities of `DIAGNOSES`, float64 (patients, 3), of the ensembles' calibrated logits (patients,
+    ensembles).
 
-    Args:
-        fitted: of one outer fold.
-        logits: calibrated logits of the ensembles, float64 (patients, ensembles).
-        pairs: of the ensembles.
-        prevalence: of `DIAGNOSES`, adding to 1. None: as among the patients of the fit.
+    `prevalence` is of `DIAGNOSES`, adding to 1; None: as among the patients of the fit.
     """
     chances = softmax(fitted.slope * coupled(logits, pairs) + np.array(fitted.offsets), axis=1)
     return chances if prevalence is None else shifted(chances, fitted.shares, prevalence)
 
 
 def shifted(chances: np.ndarray, old: Sequence[float], new: Sequence[float]) -> np.ndarray:
-    """Probabilities for another prevalence (Saerens et al. 2002): float64 (patients, 3).
-
-    Args:
-        chances: probabilities of `DIAGNOSES`, float64 (patients, 3).
-        old: the shares of `DIAGNOSES` that they were fitted with.
-        new: the prevalence of `DIAGNOSES`.
-    """
+    """Probabilities (patients, 3), fitted with the shares `old` of `DIAGNOSES`, for the prevalence `new`."""
     moved = chances * (np.array(new) / np.array(old))
     return np.asarray(moved / moved.sum(axis=1, keepdims=True))
 
@@ -163,10 +154,8 @@ def calls(chances: np.ndarray, sure: float) -> np.ndarray:
 def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
     """Slope and offsets by penalised maximum likelihood.
 
-    Args:
-        logits: float64 (patients, ensembles), held out.
-        pairs: of the ensembles.
-        label: place of each patient's diagnosis in `DIAGNOSES`, int64 (patients,); all three occur.
+    Logits are held out, float64 (patients, ensembles). `label`, int64 (patients,), is the place of each
+    diagnosis in `DIAGNOSES`; all three occur.
     """
     scores = coupled(logits, pairs)
     spread = max(float(scores.std()), _MIN_SPREAD)
@@ -234,13 +223,8 @@ def _refuse(problems: Iterable[str], example: str) -> None:
 def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> list[Judged]:
     """Nested probabilities of every patient, by each set of ensembles that compares all three diagnoses.
 
-    Args:
-        tables: of each ensemble, the table of `aplsmear.ensembles.combination.logits_of_all`; all have the
-            same patients.
-        pairs: of each ensemble.
-
-    Returns:
-        The set of all ensembles first; then by falling number of ensembles. Patients as in the tables.
+    Each ensemble has a table of `aplsmear.ensembles.combination.logits_of_all`; all have the same patients.
+    The set of all ensembles comes first, then the others by falling number of ensembles.
 
     Raises:
         AnswerError: a diagnosis has no patients, or the ensembles do not compare all three.
@@ -292,13 +276,8 @@ def write_answers(
 ) -> None:
     """Write answer.json, for new patients.
 
-    Args:
-        path: of the file.
-        judged: of `judge_all`.
-        pairs: of each ensemble.
-        manifests: of each ensemble the manifest of its bundle.
-        diagnosis: of each patient, in the order of `judged`.
-        sure: a diagnosis is called from this probability on.
+    `manifests` are those of the ensembles' bundles; `diagnosis` is that of each patient, in the order of
+    `judged`; a diagnosis is called from the probability `sure` on.
     """
     answers = [
         Answer(
@@ -343,11 +322,7 @@ def read_answers(path: Path) -> Answers:
 
 
 def check_manifests(answers: Answers, manifests: Mapping[str, Path]) -> None:
-    """Check that the bundles of ensembles are those that the answers were fitted on.
-
-    Raises:
-        AnswerError: one is another.
-    """
+    """Raise AnswerError unless the bundles of ensembles are those that the answers were fitted on."""
     for name, path in manifests.items():
         if answers.manifests[name] != sha256(path):
             raise AnswerError(

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from aplsmear.evaluation.columns import LEVEL, Array, Interval, interval_around
+from aplsmear.evaluation.columns import ENDS, Array, Interval, interval_around
 from aplsmear.evaluation.intervals import summary
-from aplsmear.evaluation.operating_points import rates, wilson_interval
+from aplsmear.evaluation.operating_points import mean_proportion, rates, wilson_interval
 
 UNSURE = -1
 _DRAWS = 4000  # of the rates of calls, for the interval of a predictive value
 _FLOOR = 1e-6  # probabilities are at least this in the log loss
-_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def measure_diagnoses(
@@ -31,23 +30,14 @@ def measure_diagnoses(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The measures for intervals.json, each as ``{value, low, high}``, with its 95 % interval over patients.
+    """The measures for intervals.json: ``{value, low, high}``, the 95 % intervals over patients.
 
-    Args:
-        label: as above; every diagnosis has at least two patients.
-        probability: as above.
-        called: as above.
-        names: of the diagnoses.
-        resamples: of the bootstrap over patients, stratified by diagnosis.
-        seed: of the bootstrap.
-
-    Returns:
-        ``accuracy`` and ``balanced_accuracy`` (mean of the sensitivities) of the most probable diagnosis;
-        ``brier`` (squared differences summed over the diagnoses, 0 to 2; Brier 1950) and ``log_loss``;
-        ``unsure``, the share of patients without a call, and ``accuracy_of_calls``, the share of the calls
-        that are right (left out if there is none). Under ``of``, for each diagnosis against the rest: all of
-        `aplsmear.evaluation.intervals.summary`, and sensitivity, specificity and balanced accuracy of the
-        most probable diagnosis.
+    ``accuracy`` and ``balanced_accuracy`` (mean of the sensitivities) are of the most probable diagnosis;
+    ``brier`` is the sum of squared differences over the diagnoses (0 to 2; Brier 1950), then ``log_loss``.
+    ``unsure`` is the share of patients without a call, ``accuracy_of_calls`` the share of the calls that are
+    right (left out if there is none). Under ``of``, for each diagnosis against the rest: `summary`, and
+    `rates` of the most probable diagnosis. Every diagnosis needs two patients. The bootstrap is stratified by
+    diagnosis.
     """
     first = probability.argmax(axis=1)
     right, sure = first == label, called != UNSURE
@@ -55,7 +45,9 @@ def measure_diagnoses(
     error = ((probability - is_k) ** 2).sum(axis=1)
     measured: dict[str, Any] = {
         "accuracy": wilson_interval(int(right.sum()), len(label)),
-        "balanced_accuracy": _mean_of([wilson_interval(int(right[k].sum()), int(k.sum())) for k in is_k.T]),
+        "balanced_accuracy": mean_proportion(
+            [wilson_interval(int(right[k].sum()), int(k.sum())) for k in is_k.T]
+        ),
         "brier": mean_interval(error, label, resamples, seed),
         "log_loss": mean_interval(surprises(label, probability), label, resamples, seed),
         "unsure": wilson_interval(int((~sure).sum()), len(label)),
@@ -86,30 +78,23 @@ def mean_interval(values: Array, label: np.ndarray, resamples: int, seed: int) -
     for k in np.unique(label):
         mine = np.sort(values[label == k])
         total += rng.choice(mine, (resamples, len(mine))).sum(axis=1)
-    low, high = np.quantile(total / len(label), _ENDS)
+    low, high = np.quantile(total / len(label), ENDS)
     return interval_around(float(values.mean()), float(low), float(high))
 
 
 def predictive_values(
     label: np.ndarray, called: np.ndarray, prevalence: Sequence[float], names: Sequence[str], seed: int
 ) -> pd.DataFrame:
-    """How often a call is right where the diagnoses have a given prevalence (Bayes' rule).
+    """How often a call is right where the diagnoses have a given prevalence (shares that add to 1; Bayes'
+    rule).
 
-    How often patients with each diagnosis are called so is counted; the prevalence is given. The intervals
-    are over 4,000 draws of those rates, from Jeffreys' posterior of each (Brown et al., Stat Sci
+    How often patients with each diagnosis are called so is counted; `UNSURE` is no call of any diagnosis. The
+    intervals are over 4,000 draws of those rates, from Jeffreys' posterior of each (Brown et al., Stat Sci
     2001;16:101): they have a width even where no error was seen.
 
-    Args:
-        label: as above.
-        called: as above. `UNSURE` is no call of any diagnosis.
-        prevalence: of each diagnosis; they add to 1.
-        names: of the diagnoses.
-        seed: of the draws.
-
-    Returns:
-        ``diagnosis, prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high``: of the patients called so,
-        the share with this diagnosis; of the patients not called so, the share without it. NaN: no patient
-        was called so.
+    Returns ``diagnosis, prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high``: of the patients called
+    so, the share with this diagnosis; of the patients not called so, the share without it. NaN: no patient
+    was called so.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     share = np.asarray(prevalence, dtype=np.float64)
@@ -122,7 +107,7 @@ def predictive_values(
         for measure, value, many in zip(
             ("ppv", "npv"), _values(hits / n, share, k), _values(drawn, share, k), strict=True
         ):
-            low, high = np.quantile(many, _ENDS)
+            low, high = np.quantile(many, ENDS)
             known = interval_around(float(value), float(low), float(high)) if np.isfinite(value) else None
             row |= dict(
                 zip((measure, f"{measure}_low", f"{measure}_high"), known or [math.nan] * 3, strict=True)
@@ -137,11 +122,3 @@ def _values(rate: Array, share: Array, k: int) -> tuple[Array, Array]:
     with np.errstate(invalid="ignore", divide="ignore"):
         ppv = called[..., k] / called.sum(axis=-1)
         return ppv, 1 - rest[..., k] / rest.sum(axis=-1)
-
-
-def _mean_of(each: Sequence[Interval]) -> Interval:
-    """The mean of independent proportions with its interval (Zou & Donner, Stat Med 2008;27:1693)."""
-    value = float(np.mean([one.value for one in each]))
-    low = value - math.hypot(*(one.value - one.low for one in each)) / len(each)
-    high = value + math.hypot(*(one.high - one.value for one in each)) / len(each)
-    return interval_around(value, low, high)

@@ -29,7 +29,7 @@ from scipy.stats import rankdata
 from aplsmear.ensembles.combination import Combination, Verdicts
 from aplsmear.ensembles.evidence import Items, attended, scored
 from aplsmear.ensembles.pooling import CLIP, summary_logit
-from aplsmear.evaluation.columns import LEVEL, Z
+from aplsmear.evaluation.columns import ENDS, Z
 from aplsmear.heads.bags import gates_and_logits
 from aplsmear.heads.head import Head
 from aplsmear.params import Strict
@@ -39,7 +39,6 @@ ALL = "all"
 MOST = 1000  # cells of a patient that a laboratory can be asked for
 _DRAWS = 100
 _CLIP = 1e-6  # of the ends of a probability's interval
-_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 Redraw = Callable[[np.ndarray], np.ndarray]  # places of drawn cells (draws, n) -> logits (draws,)
 
@@ -265,5 +264,5 @@ def _aurocs(label: np.ndarray, score: np.ndarray) -> np.ndarray:
 def _with_ends(name: str, values: np.ndarray, resampled: np.ndarray) -> dict[str, float]:
     """The mean over draws of cells, and the 95 % interval over draws of cells and patients."""
     value = float(values.mean())
-    low, high = np.quantile(resampled, _ENDS)
+    low, high = np.quantile(resampled, ENDS)
     return {name: value, f"{name}_low": min(float(low), value), f"{name}_high": max(float(high), value)}

@@ -37,20 +37,11 @@ def average_precision(label: npt.ArrayLike, score: npt.ArrayLike) -> float:
 def delong_interval(label: npt.ArrayLike, score: npt.ArrayLike) -> Interval:
     """AUROC with DeLong's interval, computed on the logit scale so that it stays within [0, 1].
 
-    Where the estimated variance is zero (AUROC exactly 0 or 1, or all scores equal), DeLong's method gives no
-    interval, and the result is the score interval of Newcombe (2006, method 5). At AUROC 1 that interval ends
-    at 1, and it starts lower the fewer patients there are.
-
-    Args:
-        label: 0 or 1, shape (n,).
-        score: any finite numbers, shape (n,).
-
-    Raises:
-        ValueError: fewer than two items of a class.
-
-    References:
-        DeLong, DeLong & Clarke-Pearson, Biometrics 1988;44:837. Sun & Xu, IEEE Signal Process Lett
-        2014;21:1389. Newcombe, Stat Med 2006;25:559.
+    Where the estimated variance is zero (AUROC exactly 0 or 1, or all scores equal), the result is the score
+    interval of Newcombe (Stat Med 2006;25:559, method 5). At AUROC 1 it ends at 1, and it starts lower the
+    fewer patients there are. The arguments are as for `auroc`, with at least two items of each class (else
+    ValueError). DeLong, DeLong & Clarke-Pearson, Biometrics 1988;44:837; Sun & Xu, IEEE Signal Process Lett
+    2014;21:1389.
     """
     y, s = check_columns(label, score)
     value, influence, pairs = _influence(y, s)
@@ -64,20 +55,13 @@ def delong_interval(label: npt.ArrayLike, score: npt.ArrayLike) -> Interval:
 
 
 def delong_test(label: npt.ArrayLike, score_a: npt.ArrayLike, score_b: npt.ArrayLike) -> Comparison:
-    """Compare the AUROC of two scores of the same items (DeLong et al. 1988).
+    """Compare the AUROC of two scores of the same items (DeLong et al. 1988): the first minus the second.
 
     The interval of the difference is Wald's, cut at -1 and 1. Where the variance of the difference is zero
-    but the difference is not (one score is perfect and the other constant), interval and p value come
-    from the intervals of the two scores, taken as independent (Zou & Donner, Stat Med 2008;27:1693): they are
-    finite and cautious. For two scores with the same order of items, the difference is 0 and p is 1.
-
-    Args:
-        label: 0 or 1, shape (n,).
-        score_a: any finite numbers, shape (n,).
-        score_b: likewise; its AUROC is subtracted.
-
-    Raises:
-        ValueError: fewer than two items of a class.
+    but the difference is not (one score is perfect and the other constant), interval and p value come from
+    the intervals of the two scores, taken as independent (Zou & Donner, Stat Med 2008;27:1693): they are
+    finite and cautious. For two scores with the same order of items, the difference is 0 and p is 1. Each
+    class needs two items (else ValueError).
     """
     y, a, b = check_columns(label, score_a, score_b)
     value_a, influence_a, pairs = _influence(y, a)
@@ -112,13 +96,7 @@ def auroc_standard_error(
 ) -> float:
     """DeLong's standard error of `auroc` or, with `fold`, of `auroc_within_folds`; 0 if all are in order.
 
-    Args:
-        label: 0 or 1, shape (n,).
-        score: any finite numbers, shape (n,).
-        fold: of each item, shape (n,). None: all are of one fold.
-
-    Raises:
-        ValueError: fewer than two items of a class have a partner.
+    Raises ValueError if fewer than two items of a class have a partner of the other class.
     """
     y, s = check_columns(label, score)
     _, influence, pairs = _influence(y, s, None if fold is None else np.asarray(fold))

@@ -15,11 +15,9 @@ def calibration_slope_intercept(label: npt.ArrayLike, probability: npt.ArrayLike
     A slope of 1 and an intercept of 0 are ideal; a slope below 1 means overconfident probabilities. Firth's
     penalty removes the small-sample bias of maximum likelihood and keeps both numbers finite under perfect
     separation; a slope far above 1 then means that the probabilities are more cautious than necessary.
-    Probabilities are clipped to [1e-6, 1 - 1e-6]. If all probabilities are equal, there is no slope: it is
-    given as 0, and the intercept is the log odds of the label (half an item added to each class).
-
-    References:
-        Cox, Biometrika 1958;45:562. Firth, Biometrika 1993;80:27. Heinze & Schemper, Stat Med 2002;21:2409.
+    Probabilities are clipped to [1e-6, 1 - 1e-6]. If all are equal, the slope is 0, and the intercept is the
+    log odds of the label (half an item added to each class). Cox, Biometrika 1958;45:562; Firth, Biometrika
+    1993;80:27; Heinze & Schemper, Stat Med 2002;21:2409.
     """
     y, p = check_columns(label, probability, probability=True)
     slope, intercept = calibration_replicates(y, p, np.ones((1, len(y))))
@@ -27,18 +25,10 @@ def calibration_slope_intercept(label: npt.ArrayLike, probability: npt.ArrayLike
 
 
 def calibration_replicates(y: Array, p: Array, weight: Array) -> tuple[Array, Array]:
-    """Slope and intercept for each row of weights, by Fisher's scoring on all rows at once.
+    """Slopes and intercepts, float64 (b,) each, by Fisher's scoring on all rows of `weight` at once.
 
-    Args:
-        y: labels, 0 or 1, shape (n,).
-        p: probabilities, shape (n,).
-        weight: how often each item was drawn, shape (b, n).
-
-    Returns:
-        Slopes and intercepts, shape (b,) each.
-
-    Raises:
-        ArithmeticError: a line was not found in 5000 steps.
+    Labels `y` and probabilities `p` are (n,); `weight` (b, n) is how often each item was drawn. Raises
+    ArithmeticError if a line was not found in 5000 steps.
     """
     x = special.logit(np.clip(p, _CLIP, 1 - _CLIP))
     centre, scale = x.mean(), x.std()

@@ -15,6 +15,7 @@ from scipy import stats
 Array = npt.NDArray[np.float64]
 
 LEVEL = 0.95
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
 Z = float(stats.norm.isf((1 - LEVEL) / 2))  # half the width of a normal interval, in standard errors: 1.96
 
 
@@ -36,14 +37,8 @@ def check_columns(
 ) -> tuple[Array, ...]:
     """Label and scores as float64 arrays of one length, each of shape (n,).
 
-    Args:
-        label: 0 or 1.
-        scores: columns of finite numbers.
-        probability: whether the scores must lie in [0, 1].
-        both: whether both classes are needed.
-
-    Raises:
-        ValueError: the columns are not so; the message lists all problems.
+    Scores must be finite numbers, probabilities lie in [0, 1]; `both`: both classes are needed. Otherwise a
+    ValueError lists all problems.
     """
     name = "probability" if probability else "score"
     y, *columns = (np.asarray(column, dtype=np.float64) for column in (label, *scores))
@@ -65,11 +60,7 @@ def check_columns(
 
 
 def check_call(label: npt.ArrayLike, call: npt.ArrayLike) -> tuple[Array, Array]:
-    """Labels and calls as float64 (n,), each 0 or 1.
-
-    Raises:
-        ValueError: some are not.
-    """
+    """Labels and calls as float64 (n,), each 0 or 1; else ValueError."""
     y, c = check_columns(label, call, both=False)
     if not np.isin(c, (0, 1)).all():
         raise ValueError("call must be 0 or 1: compare probabilities with a threshold first")

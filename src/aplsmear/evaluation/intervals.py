@@ -13,10 +13,9 @@ import pandas as pd
 
 from aplsmear.evaluation.auroc import auroc, average_precision, delong_interval
 from aplsmear.evaluation.calibration import calibration_replicates, calibration_slope_intercept
-from aplsmear.evaluation.columns import LEVEL, Array, Interval, check_columns, interval_around
+from aplsmear.evaluation.columns import ENDS, Array, Interval, check_columns, interval_around
 
 _CHUNK = 1_000_000  # entries of a weight matrix in memory: it does not grow with the data set
-_ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # quantiles at the ends of an interval
 
 Statistic = Callable[[Array, Array], float]
 
@@ -41,8 +40,7 @@ def bootstrap_interval(
         statistic: `auroc` or `average_precision`.
         label: 0 or 1, shape (n,).
         score: any finite numbers, shape (n,).
-        minus: a second score of the same items, shape (n,): the interval is that of the statistic of `score`
-            minus that of `minus`, both on the same resamples. None: there is no second score.
+        minus: a second score of the same items: the interval is that of the difference between the two.
         groups: the patient of each cell, shape (n,): whole patients are then drawn, stratified by whether
             they have a positive cell. None: the items are drawn.
         resamples: how many.
@@ -69,12 +67,7 @@ def roc_band_table(
 ) -> pd.DataFrame:
     """Pointwise percentile band of the ROC curve over stratified bootstrap resamples: ``fpr, low, high``.
 
-    Args:
-        label: 0 or 1, shape (n,).
-        score: any finite numbers, shape (n,).
-        resamples: how many.
-        seed: of the draws.
-        points: evenly spaced places on the axis 1 - specificity.
+    The arguments are as for `bootstrap_interval`; `points` are evenly spaced places of 1 - specificity.
     """
     y, s = check_columns(label, score)
     fpr = np.linspace(0, 1, points)
@@ -87,26 +80,20 @@ def roc_band_table(
             # The highest sensitivity among the thresholds with as few false alarms.
             place = np.searchsorted(alarms, fpr + 1e-12, side="right") - 1
             drawn.append(np.where(place >= 0, tpr[place], 0.0))
-    low, high = np.quantile(drawn, _ENDS, axis=0)
+    low, high = np.quantile(drawn, ENDS, axis=0)
     return pd.DataFrame({"fpr": fpr, "low": low, "high": high})
 
 
 def summary(
     label: npt.ArrayLike, probability: npt.ArrayLike, *, resamples: int = 2000, seed: int
 ) -> dict[str, Any]:
-    """The measures of held-out probabilities, for intervals.json.
+    """The measures of held-out, calibrated probabilities, for intervals.json; each class has two patients or
+    more.
 
-    Args:
-        label: 0 or 1, shape (n,); at least two patients of each class.
-        probability: calibrated, in [0, 1], shape (n,).
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        ``n_patients``, ``n_positive``, and ``{value, low, high}`` of ``auroc`` (DeLong),
-        ``average_precision``, ``brier`` (mean squared difference of probability and label, 0 is best; Brier
-        1950), ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients). The interval of
-        ``auroc`` has a width even where no error was seen; a bootstrap would give none.
+    These are ``n_patients``, ``n_positive``, and ``{value, low, high}`` of ``auroc`` (DeLong),
+    ``average_precision``, ``brier`` (mean squared difference of probability and label, 0 is best; Brier
+    1950), ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients). The interval of
+    ``auroc`` has a width even where no error was seen; a bootstrap would give none.
     """
     y, p = check_columns(label, probability, probability=True)
     order = np.lexsort([p, y])
@@ -181,7 +168,7 @@ def _percentiles(value: float, replicates: Sequence[Array]) -> Interval:
             f"{len(drawn) - len(known)} of {len(drawn)} resamples lack a class: "
             "too few patients for a bootstrap"
         )
-    low, high = np.quantile(known, _ENDS)
+    low, high = np.quantile(known, ENDS)
     return interval_around(value, float(low), float(high))
 
 

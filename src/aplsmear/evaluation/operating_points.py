@@ -1,6 +1,7 @@
 """Thresholds, and how often the calls that they make are right."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,34 +13,31 @@ MIN_SENSITIVITY = 0.95
 
 
 def rates(label: npt.ArrayLike, call: npt.ArrayLike) -> dict[str, dict[str, float]]:
-    """``sensitivity`` and ``specificity`` (Wilson) and ``balanced_accuracy``, their mean.
+    """``sensitivity`` and ``specificity`` (Wilson) and ``balanced_accuracy``, their mean: ``{value, low,
+    high}``.
 
-    Each is ``{value, low, high}``. The interval of the mean follows from the other two (Zou & Donner, Stat
-    Med 2008;27:1693). All have a width even where no error was seen.
-
-    Args:
-        label: 0 or 1, shape (n,); both classes are needed.
-        call: 0 or 1, shape (n,).
+    Labels (both classes) and calls are 0 or 1, shape (n,). All intervals have a width even where no error was
+    seen.
     """
     y, c = check_call(label, call)
     a = wilson_interval(int(c[y == 1].sum()), int(y.sum()))
     b = wilson_interval(int((1 - c)[y == 0].sum()), int((1 - y).sum()))
-    value = (a.value + b.value) / 2
-    low = value - math.hypot(a.value - a.low, b.value - b.low) / 2
-    high = value + math.hypot(a.high - a.value, b.high - b.value) / 2
-    mean = interval_around(value, low, high)
-    found = {"sensitivity": a, "specificity": b, "balanced_accuracy": mean}
+    found = {"sensitivity": a, "specificity": b, "balanced_accuracy": mean_proportion([a, b])}
     return {name: interval._asdict() for name, interval in found.items()}
 
 
 def wilson_interval(successes: int, total: int) -> Interval:
-    """A proportion with Wilson's score interval (JASA 1927;22:209), which has a width at 0 and 1, too.
-
-    Raises:
-        ValueError: this is not a proportion.
-    """
+    """A proportion with Wilson's score interval (JASA 1927;22:209), which has a width at 0 and 1, too."""
     ends = stats.binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
     return interval_around(successes / total, float(ends.low), float(ends.high))
+
+
+def mean_proportion(each: Sequence[Interval]) -> Interval:
+    """The mean of independent proportions with its interval (Zou & Donner, Stat Med 2008;27:1693)."""
+    value = float(np.mean([one.value for one in each]))
+    low = value - math.hypot(*(one.value - one.low for one in each)) / len(each)
+    high = value + math.hypot(*(one.high - one.value for one in each)) / len(each)
+    return interval_around(value, low, high)
 
 
 def operating_points(label: npt.ArrayLike, probability: npt.ArrayLike) -> dict[str, float]:
