@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -195,11 +195,9 @@ def prevalence_of(text: str) -> list[float]:
     parts = [part.partition("=")[::2] for part in text.split(",")]
     names = [name.strip() for name, _ in parts]
     example = f"--prevalence {text}: write for example apl=0.05,aml=0.15"
-    _refuse(
-        (no_such("there is no diagnosis", name, DIAGNOSES) for name in names if name not in DIAGNOSES),
-        example,
-    )
-    _refuse((f"{name} is there twice" for name in DIAGNOSES if names.count(name) > 1), example)
+    strangers = [no_such("there is no diagnosis", name, DIAGNOSES) for name in names if name not in DIAGNOSES]
+    if lines := strangers or [f"{name} is there twice" for name in DIAGNOSES if names.count(name) > 1]:
+        raise AnswerError(f"{example}. {'; '.join(lines)}")
     try:
         found = {name: float(value) for name, (_, value) in zip(names, parts, strict=True)}
     except ValueError:
@@ -215,11 +213,6 @@ def prevalence_of(text: str) -> list[float]:
     return [found[name] for name in DIAGNOSES]
 
 
-def _refuse(problems: Iterable[str], example: str) -> None:
-    if lines := list(problems):
-        raise AnswerError(f"{example}. {'; '.join(lines)}")
-
-
 def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> list[Judged]:
     """Nested probabilities of every patient, by each set of ensembles that compares all three diagnoses.
 
@@ -233,7 +226,7 @@ def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> 
     counts = first["diagnosis"].value_counts().reindex(DIAGNOSES, fill_value=0)
     if absent := [name for name in DIAGNOSES if not counts[name]]:
         raise AnswerError(
-            f"There is no one answer of several ensembles: the data set has no patients with "
+            "There is no one answer of several ensembles: the data set has no patients with "
             f"{' and '.join(absent)}. An ensemble of the other diagnoses can be used alone."
         )
     label, fold = first["diagnosis"].map(DIAGNOSES.index).to_numpy(), first["fold"].to_numpy()

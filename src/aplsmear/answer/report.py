@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import aplsmear
 from aplsmear.answer.coupling import DIAGNOSES, Judged, Pair, calls
 from aplsmear.answer.measures import UNSURE, mean_interval, measure_diagnoses, predictive_values, surprises
 from aplsmear.evaluation.curves import calibration_table, roc_curve_table
@@ -22,28 +21,16 @@ from aplsmear.tables import write_table
 
 @dataclass(frozen=True)
 class Results:
-    """The held-out answers of all patients, and their measures.
+    """The held-out answers of all patients, and their measures."""
 
-    Attributes:
-        judged: of `aplsmear.answer.coupling.judge_all`; the first, with all ensembles, is what the report
-            shows.
-        pairs: of each ensemble.
-        table: ``patient, diagnosis, fold, answer, healthy, aml, apl``.
-        measured: of `aplsmear.answer.measures.measure_diagnoses`.
-        comparison: the log loss of each set of ensembles, and its difference from that of all.
-        sure: a diagnosis is called from this probability on.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-    """
-
-    judged: Sequence[Judged]
-    pairs: Mapping[str, Pair]
-    table: pd.DataFrame
-    measured: Mapping[str, Any]
-    comparison: pd.DataFrame
-    sure: float
-    resamples: int
-    seed: int
+    judged: Sequence[Judged]  # the report shows the first, with all ensembles
+    pairs: Mapping[str, Pair]  # of each ensemble
+    table: pd.DataFrame  # ``patient, diagnosis, fold, answer, healthy, aml, apl``
+    measured: Mapping[str, Any]  # of `measure_diagnoses`
+    comparison: pd.DataFrame  # log loss of each set of ensembles, and its difference from that of all
+    sure: float  # a diagnosis is called from this probability on
+    resamples: int  # of the bootstrap
+    seed: int  # of the bootstrap
 
 
 def results_of(
@@ -64,18 +51,12 @@ def results_of(
     rows = []
     for each, loss in zip(judged, losses, strict=True):
         gain = mean_interval(loss - losses[0], label, resamples, seed)
-        rows.append(
-            {
-                "ensembles": " ".join(each.ensembles),
-                "accuracy": float((each.probability.argmax(axis=1) == label).mean()),
-                "log_loss": float(loss.mean()),
-                "difference": gain.value,
-                "difference_low": gain.low,
-                "difference_high": gain.high,
-            }
-        )
+        accuracy = float((each.probability.argmax(axis=1) == label).mean())
+        rows.append([" ".join(each.ensembles), accuracy, float(loss.mean()), *gain])
+    columns = ["ensembles", "accuracy", "log_loss", "difference", "difference_low", "difference_high"]
+    comparison = pd.DataFrame(rows, columns=columns)
     measured = measure_diagnoses(label, chances, called, DIAGNOSES, resamples, seed)
-    return Results(judged, pairs, table, measured, pd.DataFrame(rows), sure, resamples, seed)
+    return Results(judged, pairs, table, measured, comparison, sure, resamples, seed)
 
 
 def names_of(called: int) -> str:
@@ -88,8 +69,8 @@ def write_results(out: Path, results: Results) -> None:
     table, measured = results.table, results.measured
     write_table(out / "predictions.csv", table)
     write_table(out / "comparison.csv", results.comparison)
-    most = table[list(DIAGNOSES)].to_numpy().argmax(axis=1)
-    confusion = pd.DataFrame({"actual": table["diagnosis"], "predicted": [DIAGNOSES[k] for k in most]})
+    most = table[list(DIAGNOSES)].idxmax(axis=1)
+    confusion = pd.DataFrame({"actual": table["diagnosis"], "predicted": most})
     write_table(out / "confusion.csv", confusion.sort_values(["actual", "predicted"], ignore_index=True))
     write_json(out / "intervals.json", measured)
     short = {name: each["value"] for name, each in measured.items() if name not in {"of", "n_patients"}}
@@ -125,7 +106,6 @@ def page(results: Results) -> str:
         sure=results.sure,
         seed=results.seed,
         resamples=results.resamples,
-        version=aplsmear.__version__,
     )
 
 
@@ -140,8 +120,5 @@ def _row(mine: np.ndarray, most: np.ndarray, called: np.ndarray) -> dict[str, An
 
 def _curves(is_k: np.ndarray, probability: np.ndarray) -> dict[str, Any]:
     """Points of the ROC curve and of the calibration of one diagnosis against the rest."""
-    groups = []
-    for group in pages.records(calibration_table(is_k, probability)):
-        share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
-        groups.append({**group, "low": share.low, "high": share.high})
-    return {"roc": pages.points(roc_curve_table(is_k, probability), "fpr", "tpr"), "calibration": groups}
+    roc = pages.points(roc_curve_table(is_k, probability), "fpr", "tpr")
+    return {"roc": roc, "calibration": pages.with_ends(calibration_table(is_k, probability))}

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import aplsmear
 from aplsmear.answer.coupling import DIAGNOSES, Answers, calls, check_manifests, probabilities, shifted
 from aplsmear.answer.measures import UNSURE, predictive_values
 from aplsmear.answer.report import names_of
@@ -205,6 +204,5 @@ def write_page(
         values=pages.records(panel.values),
         left_out=left_out,
         remarks=remarks,
-        version=aplsmear.__version__,
     )
     pages.write(path, text)

@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-import aplsmear
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.dataset import DataSet, DataSetError, in_both, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms
@@ -265,7 +264,6 @@ def page(found: Evaluation) -> str:
         left_out=found.left_out,
         remarks=found.remarks,
         inputs=model.inputs,
-        version=aplsmear.__version__,
         **pages.curve_content(table, found.curves, found.measured),
         study=found.study,
     )

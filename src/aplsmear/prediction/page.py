@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-import aplsmear
 from aplsmear.ensembles.bundle import Bundle
 from aplsmear.ensembles.combination import Combination
 from aplsmear.prediction.predict import Verdict
@@ -53,6 +52,5 @@ def write_page(
         summary=combination.summary,
         thresholds=combination.thresholds,
         alarm=combination.alarm,
-        version=aplsmear.__version__,
     )
     pages.write(path, text)

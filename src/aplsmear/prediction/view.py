@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-import aplsmear
 from aplsmear.ensembles.evidence import ATTENTION, EVIDENCE, PLACE, SCORE
 from aplsmear.errors import UserError
 from aplsmear.images.reading import read_image
@@ -112,7 +111,6 @@ def view_page(cells: pd.DataFrame, root: Path, ensemble: str, positive: str) -> 
         data=json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=aplsmear.__version__,
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-import aplsmear
 from aplsmear.ensembles.combination import high_is_positive
 from aplsmear.ensembles.promise import smallest_miss_rate
 from aplsmear.ensembles.run import Results
@@ -107,7 +106,6 @@ def content(found: Findings) -> dict[str, Any]:
         "chosen": found.verdicts.chosen,
         "inputs": found.inputs.md5,
         "settings": list(flat(found.settings)),
-        "version": aplsmear.__version__,
     }
 
 

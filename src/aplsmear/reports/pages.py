@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from aplsmear import __version__
 from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.files import whole
 
@@ -66,17 +67,14 @@ def curve_content(
         measured: of `aplsmear.ensembles.combination.measure`. Of the result, ``at`` has the rates
             at both operating points.
     """
-    band, calibration = curves["band"], []
-    for group in records(curves["calibration"]):
-        share = wilson_interval(round(group["observed"] * group["n"]), int(group["n"]))
-        calibration.append({**group, "low": share.low, "high": share.high})
+    band = curves["band"]
     return {
         "at": {"balanced": measured, "sensitive": measured["at_sensitive"]},
         "prevalence": float(table["label"].mean()),
         "roc": points(curves["roc"], "fpr", "tpr"),
         "band": points(band, "fpr", "low") + points(band[::-1], "fpr", "high"),
         "precision_recall": points(curves["precision_recall"], "recall", "precision"),
-        "calibration": calibration,
+        "calibration": with_ends(curves["calibration"]),
         "confusion": {
             point: [
                 [int(((table["label"] == label) & (table[column] == call)).sum()) for call in (1, 0)]
@@ -85,6 +83,13 @@ def curve_content(
             for point, column in (("balanced", "verdict"), ("sensitive", "sensitive"))
         },
     }
+
+
+def with_ends(calibration: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of `aplsmear.evaluation.curves.calibration_table`, with the 95 % interval of each share."""
+    shares = [wilson_interval(round(seen * n), int(n)) for seen, n in points(calibration, "observed", "n")]
+    table = calibration.assign(low=[each.low for each in shares], high=[each.high for each in shares])
+    return records(table)
 
 
 def study_content(
@@ -144,4 +149,5 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_ENVIRONMENT.globals["version"] = __version__
 _ENVIRONMENT.filters |= {"data_uri": _data_uri, "percent": _percent}

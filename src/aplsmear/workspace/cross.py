@@ -17,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 
-import aplsmear
 from aplsmear.data.dataset import DataSet, DataSetError, Problem, in_both, read_data_set
 from aplsmear.data.tasks import patient_rows
 from aplsmear.ensembles.combination import measure
@@ -234,7 +233,6 @@ def write_cross(out: Path, judged: Sequence[Judged], params: Params, ensemble: s
         "trained": list(dict.fromkeys(each.trained_on for each in judged)),
         "judged": {each.judged_on: each.measured for each in judged},
         "found": {(each.trained_on, each.judged_on): each for each in judged},
-        "version": aplsmear.__version__,
     }
     pages.write(out / "report.html", pages.render("workspace/cross.html.j2", **content))
 
