@@ -1,6 +1,7 @@
 """How much accuracy is lost in another laboratory: held-out patients with changed stain, light and camera.
 
-Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N] [--measures [NAME ...]]
+Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N]
+           [--parts NAME ...] [--measures [NAME ...]]
 
 DIR is a folder in which the ensemble has been made (default: this repository, after `make demo`). The smears
 of each patient are changed as another laboratory would show them (laboratories.py). Their cells are cut out,
@@ -65,7 +66,7 @@ COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.
 
 MARGINS = (-0.2, 0.2)  # of the cells; 0.2 more shows the rims of neighbours on the pages of DeepAPL
 
-IMMATURE = "blast|promyelocyte|myelocyte"
+IMMATURE = "myeloblast|promyelocyte|myelocyte|promonocyte"
 
 
 def _few_immature(cells: pd.DataFrame) -> pd.Series:
@@ -80,6 +81,8 @@ SELECTIONS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "a_quarter_of_the_immature_cells": _few_immature,
     "immature_cells_alone": lambda cells: cells["cell_type"].str.contains(IMMATURE, case=False),
 }
+
+PARTS = ("medium", "mild", "strong", "margins", "selections", "alone", "real_colours")  # of the bench
 
 # Changes of training: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -148,40 +151,29 @@ def main() -> None:
         choices=[*MEASURES],
         help=f"also train with these changes, one after another (default: all): {', '.join(MEASURES)}",
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        metavar="NAME",
+        choices=PARTS,
+        help=f"measure these alone and keep the other results: {', '.join(PARTS)}",
+    )
     asked = parser.parse_args()
     os.chdir(asked.workspace)
     start_tensorflow()
-    kept = Path(".shift")
-    bench = open_bench(Path(), asked.ensemble, asked.cells, kept)
-    found: dict[str, Any] = {
+    bench = open_bench(Path(), asked.ensemble, asked.cells, Path(".shift"))
+    section = "demo" if Path().resolve() == ROOT else "real"
+    found: dict[str, Any] = recorded().get(section, {}) if asked.parts else {}
+    found |= {
         "patients": len(bench.patients),
         "cells_per_patient": asked.cells,
         "laboratories": LABORATORIES,
         "machine": machine(),
-        "commit": commit(),
     }
-    section = "demo" if Path().resolve() == ROOT else "real"
-    for strength in sorted(STRENGTHS, key=lambda name: name != "medium"):
-        found[strength] = held(bench, [Condition(strength, number) for number in range(LABORATORIES)])
+    for part in asked.parts or PARTS:
+        found[part] = measure(bench, part)
+        found.setdefault("commits", {})[part] = commit()
         record(section, found)
-    home = scored_features(bench, None)
-    found["margins"] = {
-        str(margin): losses(bench, [(other, scored_features(other, None))])
-        for margin in MARGINS
-        for other in [with_margin(bench, margin)]
-    }
-    found["selections"] = {
-        name: losses(bench, [selected(bench, home, wanted)]) for name, wanted in SELECTIONS.items()
-    }
-    record(section, found)
-    found["alone"] = {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
-    record(section, found)
-    colours = home_colours(bench)
-    found["real_colours"] = {
-        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, colours)])
-        for name in REAL
-    }
-    record(section, found)
     for name in [] if asked.measures is None else asked.measures or MEASURES:
         other = variant(bench, asked.ensemble, asked.cells, name, MEASURES[name])
         found.setdefault("measures", {})[name] = held(
@@ -191,9 +183,33 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
+def measure(bench: Bench, part: str) -> dict[str, Any]:
+    """The `losses` of one of `PARTS`."""
+    if part in STRENGTHS:
+        return held(bench, [Condition(part, number) for number in range(LABORATORIES)])
+    if part == "margins":
+        others = {str(margin): with_margin(bench, margin) for margin in MARGINS}
+        return {name: losses(bench, [(each, scored_features(each, None))]) for name, each in others.items()}
+    if part == "selections":
+        home = scored_features(bench, None)
+        return {name: losses(bench, [selected(bench, home, wanted)]) for name, wanted in SELECTIONS.items()}
+    if part == "alone":
+        return {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
+    colours = home_colours(bench)
+    return {
+        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, colours)])
+        for name in REAL
+    }
+
+
+def recorded() -> dict[str, Any]:
+    """The results so far; empty: there are none."""
+    return dict(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.is_file() else {}
+
+
 def record(section: str, found: Mapping[str, Any]) -> None:
     """Write the results so far. At the top level are those of the real cells, or else those of the demo."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    results = recorded()
     results[section] = found
     if section == "real" or "real" not in results:
         results |= {strength: found[strength] for strength in STRENGTHS if strength in found}
