@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aplsmear.workspace.compare_page import Compared, draw, page, write_page
+from aplsmear.workspace.compare_page import Compared, draw, page
 from browser import EVIL, browse, needs_browser, read
 from clones import commit, run
 
@@ -273,7 +273,7 @@ def test_the_page_fits_a_phone_and_a_desktop_without_a_network(tmp_path: Path, w
         plots={"ROC": BARS, "wide": BARS | {"width": 900}},
         pictures={"a": {"main": wide, "an-experiment-with-a-long-name": wide}},
     )
-    write_page(tmp_path / "compare.html", many)
+    (tmp_path / "compare.html").write_text(page(many), encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         f"""<body><iframe src="compare.html" style="width:{width}px;height:900px;border:0"></iframe>
         <script>document.querySelector("iframe").onload = event => {{

@@ -15,6 +15,7 @@ from aplsmear.params import Params, read_params
 from aplsmear.secrets import without_secrets
 
 PARAMS = Path("params.yaml")
+MIN_BOX = 8  # px; where no params.yaml says otherwise
 
 
 class _Commands(TyperGroup):
@@ -49,11 +50,7 @@ def params_if_any(*used: str) -> Params | None:
 
 
 def file_to_write(path: Path | None) -> Path | None:
-    """The path of a file, checked before the work starts: its folder can be written to, or made.
-
-    Raises:
-        UserError: it cannot, or the path is a folder.
-    """
+    """As `folder_to_write` for the folder of a file, whose own path must not be a folder."""
     if path is None:
         return None
     if path.is_dir():
@@ -62,12 +59,10 @@ def file_to_write(path: Path | None) -> Path | None:
     return path
 
 
-def folder_to_write(path: Path) -> Path:
-    """The path of a folder, checked before the work starts: it can be written to, or made.
-
-    Raises:
-        UserError: it cannot.
-    """
+def folder_to_write(path: Path | None) -> Path | None:
+    """The path of a folder, checked before the work starts: it can be written to, or made; else UserError."""
+    if path is None:
+        return None
     place = path.absolute()
     while not os.path.lexists(place):
         place = place.parent

@@ -10,10 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from aplsmear.cli.base import app, file_to_write, folder_to_write, params_if_any
+from aplsmear.cli.base import MIN_BOX, app, file_to_write, folder_to_write, params_if_any
 from aplsmear.errors import UserError
 
-_MIN_BOX = 8  # px; where no params.yaml says otherwise
 _PANEL = "Data sets"
 _DATA_SET = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the tables and images.")]
 
@@ -37,11 +36,11 @@ def check(
     data_set = read_data_set(
         folder,
         found.tasks if found else {},
-        min_box=found.dataset.min_box if found else _MIN_BOX,
+        min_box=found.dataset.min_box if found else MIN_BOX,
         skip_bad_images=found.dataset.skip_bad_images if found else False,
     )
     if against:
-        other = read_data_set(against, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=False)
+        other = read_data_set(against, {}, min_box=MIN_BOX, skip_bad_images=True, labelled=False)
         if problems := in_both(data_set, other):
             raise DataSetError(problems)
     Console().print(summary(data_set.report))

@@ -72,7 +72,10 @@ def predict(
     ] = False,
     cells: _CELLS = None,
     geojson: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The same for QuPath: a file for each smear.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", callback=folder_to_write, help="The same for QuPath: a file for each smear."
+        ),
     ] = None,
     overwrite: _OVERWRITE = False,
 ) -> None:
@@ -96,10 +99,10 @@ def predict(
 
     Example: `aplsmear predict --data /data/new --out new.csv --report new.html --cells cells.csv`
     """
-    _refuse_to_replace([path for path in (out, report, cells) if path is not None], overwrite)
-    if geojson:
-        folder_to_write(geojson)
-        _refuse_full_folder(geojson, overwrite)
+    files = [path for path in (out, report, cells) if path]
+    if len(set(files)) < len(files):
+        raise UserError("CSV and HTML have the same name")
+    _refuse_to_replace(*files, geojson, overwrite=overwrite)
     if ensemble and len(ensemble) == 1:
         if prevalence:
             raise UserError("--prevalence is for the one answer: leave out --ensemble, or give several.")
@@ -288,7 +291,7 @@ def view(
 
     to = to or Path(f"{patient.replace('/', '_')}.html")
     file_to_write(to)
-    _refuse_to_replace([to], overwrite)
+    _refuse_to_replace(to, overwrite=overwrite)
     if data is None:
         if cells is not None:
             raise UserError("--cells needs --data, the folder of the pictures of these cells.")
@@ -342,8 +345,7 @@ def evaluate(
     from aplsmear.prediction.cohort import evaluate as evaluated
     from aplsmear.prediction.cohort import write_evaluation
 
-    _refuse_full_folder(out, overwrite)
-    _refuse_to_replace([out / "metrics.json"], overwrite)
+    _refuse_to_replace(out, overwrite=overwrite)
     _print_notes()
     bundle = read_bundle(ensemble)
     trained_on = trained_on or _trained_on(bundle)
@@ -444,7 +446,7 @@ def adapt(
     from aplsmear.ensembles.bundle import read_bundle
     from aplsmear.prediction import local
 
-    _refuse_full_folder(out, overwrite)
+    _refuse_to_replace(out, overwrite=overwrite)
     known = local.read_labels(labels)
     _print_notes()
     bundle = read_bundle(ensemble)
@@ -481,22 +483,16 @@ def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
         typer.echo(remark)
 
 
-def _refuse_to_replace(paths: list[Path], overwrite: bool) -> None:
-    """End the command before the long work if a file cannot be written or would be lost."""
-    problems = [f"{path} is a folder" for path in paths if path.is_dir()]
-    problems += ["CSV and HTML have the same name"] if len(set(paths)) < len(paths) else []
-    if not overwrite:
-        problems += [
-            f"{path} exists: choose another name, or add --overwrite" for path in paths if path.is_file()
-        ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def _refuse_full_folder(out: Path, overwrite: bool) -> None:
-    """End the command before the long work if files in its folder could be lost."""
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} exists and is not empty: choose another name, or add --overwrite")
+def _refuse_to_replace(*paths: Path | None, overwrite: bool) -> None:
+    """End the command before the long work if a file, or those of a folder, would be lost."""
+    there = {path: path.is_dir() for path in paths if path and path.exists()}
+    lines = [
+        f"{path} exists{' and is not empty' if is_folder else ''}: choose another name, or add --overwrite"
+        for path, is_folder in there.items()
+        if not is_folder or any(path.iterdir())
+    ]
+    if lines and not overwrite:
+        raise UserError("\n".join(lines))
 
 
 def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: list[str]) -> Combination:

@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from aplsmear.cli.base import PARAMS, app, folder_to_write
+from aplsmear.cli.base import MIN_BOX, PARAMS, app, folder_to_write
 from aplsmear.cli.data_sets import summary
 from aplsmear.errors import UserError
 
 _PANEL = "Data sets"
-_MIN_BOX = 8  # px
 Kind = Literal["voc", "coco", "labelme", "geojson", "label-studio", "yolo", "kitti", "csv"]
 
 
@@ -158,7 +157,7 @@ def _check(plan: Any, folder: Path) -> None:
         "" if labelled else " No smear has a diagnosis, so pictures and boxes are checked, but no labels."
     )
     typer.echo(f"{folder} is written.{unlabelled}")
-    data_set = read_data_set(folder, {}, min_box=_MIN_BOX, skip_bad_images=True, labelled=labelled)
+    data_set = read_data_set(folder, {}, min_box=MIN_BOX, skip_bad_images=True, labelled=labelled)
     Console().print(summary(data_set.report))
 
 

@@ -27,11 +27,11 @@ def profile(
     """
     from aplsmear.files import whole
     from aplsmear.runs.data_root import check_root
-    from aplsmear.workspace.profiles import read_profile, with_full_paths, with_settings, with_sums
+    from aplsmear.workspace.profiles import read_profile, with_files, with_settings
 
     text = read_profile(Path("profiles"), name)
     pairs = dict(_pair(setting) for setting in settings or [])
-    text = with_sums(with_full_paths(with_settings(text, pairs) if pairs else text))
+    text = with_files(with_settings(text, pairs) if pairs else text)
     with whole(PARAMS) as part:
         part.write_text(text, encoding="utf-8")
         check_root(Path(read_params(part).dataset.root), Path())
@@ -166,14 +166,15 @@ def compare(
 
     Example: `aplsmear compare main more-trials --out compare.html`
     """
-    from aplsmear.workspace.compare_page import write_page
+    from aplsmear.reports import pages
+    from aplsmear.workspace.compare_page import page
     from aplsmear.workspace.dvc_api import compare as compared
     from aplsmear.workspace.dvc_api import gains
 
     if len(revisions) < 2:
         raise UserError("A comparison needs two names or more, such as: aplsmear compare main workspace")
     found = compared(Path(), revisions)
-    write_page(out, found)
+    pages.write(out, page(found))
     if len(found.revisions) > len(revisions):
         typer.echo(
             "The workspace has results that its commit lacks, so it is on the page, too. "

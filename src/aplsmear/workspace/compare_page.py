@@ -35,21 +35,13 @@ Values = Mapping[str, Mapping[str, Sequence[Any]]]
 
 @dataclass(frozen=True)
 class Compared:
-    """What DVC has of some revisions.
+    """What DVC has of some revisions."""
 
-    Attributes:
-        revisions: their names, as people typed them; the others are compared with the first.
-        metrics: file -> dotted name of a number -> its value in each revision, None where there is none.
-        params: the same of parameters, with values of any kind.
-        plots: title -> Vega-Lite specification with its data.
-        pictures: title -> revision -> the file's bytes (PNG, JPEG, GIF or SVG).
-    """
-
-    revisions: Sequence[str]
-    metrics: Values
-    params: Values
-    plots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    pictures: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    revisions: Sequence[str]  # as people typed them; the others are compared with the first
+    metrics: Values  # file -> dotted name -> the value in each revision, None where there is none
+    params: Values  # the same, with values of any kind
+    plots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> Vega-Lite with its data
+    pictures: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # title -> revision -> bytes
 
 
 def page(compared: Compared) -> str:
@@ -79,21 +71,10 @@ def page(compared: Compared) -> str:
     )
 
 
-def write_page(path: Path, compared: Compared) -> None:
-    """Write `page`."""
-    pages.write(path, page(compared))
-
-
 def draw(specification: Mapping[str, Any]) -> str:
-    """Draw a Vega-Lite specification as SVG, without a network.
+    """Draw a Vega-Lite specification with its data as SVG, without a network; data from elsewhere is refused.
 
-    Check boxes are switched on: nobody can tick them in a picture.
-
-    Args:
-        specification: with its data; data from elsewhere is refused.
-
-    Raises:
-        ValueError: the specification cannot be drawn.
+    Check boxes are switched on: nobody can tick them in a picture. Raises ValueError if it cannot be drawn.
     """
     import vl_convert
 

@@ -33,41 +33,24 @@ TABLES = ("smears.csv", "cells.csv")  # of the data set
 
 @dataclass(frozen=True)
 class Judged:
-    """The measures of an ensemble on a cohort or site.
+    """The measures of an ensemble on a cohort or site."""
 
-    Attributes:
-        trained_on: name of the cohort of training, or `OTHER_SITES`.
-        judged_on: name of the judged cohort or site. If it is `trained_on`, cross-validation held its
-            patients out.
-        measured: of `aplsmear.ensembles.combination.measure`; empty if a site has too few patients.
-        report: path of a page about it, from the page of the table.
-    """
-
-    trained_on: str
-    judged_on: str
-    measured: Mapping[str, Any]
-    report: str
+    trained_on: str  # name of the cohort, or `OTHER_SITES`
+    judged_on: str  # cohort or site; if it is `trained_on`, cross-validation held its patients out
+    measured: Mapping[str, Any]  # of `measure`; empty if a site has too few patients
+    report: str  # path of a page about it, from the page of the table
 
 
 @dataclass(frozen=True)
 class Training:
-    """One run of the pipeline: an experiment of DVC.
+    """One run of the pipeline: an experiment of DVC."""
 
-    Attributes:
-        name: of the experiment.
-        trained_on: name of the cohort.
-        settings: key of params.yaml -> value, for `dvc exp run -S`.
-        targets: stages.
-        results: name of each cohort that is judged -> folder of its results in the experiment.
-        by_site: each site of the cohort is one fold.
-    """
-
-    name: str
-    trained_on: str
-    settings: Mapping[str, str | int]
-    targets: Sequence[str]
-    results: Mapping[str, str]
-    by_site: bool = False
+    name: str  # of the experiment
+    trained_on: str  # name of the cohort
+    settings: Mapping[str, str | int]  # key of params.yaml -> value
+    targets: Sequence[str]  # stages
+    results: Mapping[str, str]  # name of each judged cohort -> folder of its results in the experiment
+    by_site: bool = False  # each site of the cohort is one fold
 
     def files(self, out: Path) -> dict[str, Path]:
         """Path in the experiment -> its copy in `out`, of the files that `judged` and a reader need."""
@@ -181,12 +164,8 @@ def sites_judged(
 ) -> Iterator[Judged]:
     """Each site, judged by models that were trained on the other sites, then all patients.
 
-    Args:
-        predictions: of the ensemble, trained with `split.by` site.
-        patients: of `aplsmear.data.tasks.patient_rows`.
-        resamples: of the bootstrap over patients.
-        seed: of the bootstrap.
-        report: of `Judged`.
+    `predictions` are of the ensemble, trained with `split.by` site; `patients` of
+    `aplsmear.data.tasks.patient_rows`.
     """
     site = patients.drop_duplicates("patient").set_index("patient")["site"]
     table = predictions.astype({"verdict": int, "sensitive": int})
@@ -216,25 +195,19 @@ def table_of(judged: Sequence[Judged]) -> pd.DataFrame:
 
 
 def write_cross(out: Path, judged: Sequence[Judged], params: Params, ensemble: str) -> None:
-    """Write cross.csv and report.html into a folder.
-
-    Args:
-        out: the folder.
-        judged: each pair.
-        params: of the runs.
-        ensemble: its name.
-    """
+    """Write cross.csv and report.html into a folder."""
     wanted = params.ensembles[ensemble]
     write_table(out / "cross.csv", table_of(judged))
-    content = {
-        "name": ensemble,
-        "positive": pages.diagnosis(wanted.positive),
-        "negative": pages.diagnosis(wanted.negative),
-        "trained": list(dict.fromkeys(each.trained_on for each in judged)),
-        "judged": {each.judged_on: each.measured for each in judged},
-        "found": {(each.trained_on, each.judged_on): each for each in judged},
-    }
-    pages.write(out / "report.html", pages.render("workspace/cross.html.j2", **content))
+    text = pages.render(
+        "workspace/cross.html.j2",
+        name=ensemble,
+        positive=pages.diagnosis(wanted.positive),
+        negative=pages.diagnosis(wanted.negative),
+        trained=list(dict.fromkeys(each.trained_on for each in judged)),
+        judged={each.judged_on: each.measured for each in judged},
+        found={(each.trained_on, each.judged_on): each for each in judged},
+    )
+    pages.write(out / "report.html", text)
 
 
 def _below(root: Path, problems: Sequence[Problem]) -> list[Problem]:

@@ -52,17 +52,9 @@ def _repository(folder: Path) -> Iterator[Any]:
 
 
 def check_remote(folder: Path, name: str | None = None) -> list[str]:
-    """Test a remote of a repository.
+    """Test a remote (None: the default one) of the repository of a folder; lines about a remote that works.
 
-    Args:
-        folder: anywhere in the repository.
-        name: of the remote; None: the default remote.
-
-    Returns:
-        Lines about a remote that works.
-
-    Raises:
-        UserError: the remote does not work; the message says why, and how to fix it.
+    Raises UserError if it does not work; the message says why, and how to fix it.
     """
     from dvc.exceptions import DvcException
     from dvc.fs import ConfigError, RemoteMissingDepsError
@@ -148,16 +140,11 @@ def _counted(repo: Any, place: share.Place) -> str:
 
 
 def compare(folder: Path, revisions: Sequence[str]) -> Compared:
-    """Read what DVC has of experiments, branches, tags or commits, for a page.
+    """Read what DVC has of two or more experiments, branches, tags or commits, for a page.
 
-    The workspace comes last, if it has numbers that the present commit, one of the revisions, lacks.
-
-    Args:
-        folder: the top of a repository; DVC's cache must hold the results of all revisions.
-        revisions: two or more names; ``workspace`` is the present state of the folder.
-
-    Raises:
-        UserError: a name is unknown, or the results of a revision are not in the cache.
+    ``workspace`` is the present state of the folder, the top of a repository. It comes last if it has numbers
+    that the present commit, one of the revisions, lacks. Raises UserError if a name is unknown, or DVC's
+    cache does not hold the results of a revision.
     """
     from dvc.scm import resolve_rev
 
@@ -205,12 +192,7 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
 
 
 def gains(folder: Path, compared: Compared) -> Iterator[str]:
-    """A line for each task whose heads differ: what was gained since the first revision, with interval.
-
-    Args:
-        folder: the top of a repository; DVC's cache must hold the results of all revisions.
-        compared: of `compare`.
-    """
+    """A line for each task whose heads differ: what was gained since the first revision, with interval."""
     first, *others = compared.revisions
     for file, numbers in sorted(compared.metrics.items()):
         folders = PurePosixPath(file).parts
@@ -235,11 +217,7 @@ def _table(folder: Path, revision: str, path: str) -> pd.DataFrame:
 
 
 def check_repository(folder: Path) -> None:
-    """Check that a folder lies in a repository that no killed `dvc exp run` has left in disorder.
-
-    Raises:
-        UserError: it does not; the message says what to type.
-    """
+    """Raise UserError if a folder lies in no repository, or a killed `dvc exp run` left it in disorder."""
     with _repository(folder):
         if (left := list(leftovers(folder))) and not list(running_dvc(folder)):
             raise UserError(
@@ -254,15 +232,8 @@ def run_experiment(
     """Run stages as an experiment in a temporary copy of a repository (`dvc exp run --temp`).
 
     Stages whose results are in DVC's cache are not run again. An older experiment of this name is replaced.
-
-    Args:
-        folder: the top of the repository.
-        name: of the experiment.
-        settings: dotted key of params.yaml -> value; a key that is not there is added.
-        targets: stages.
-
-    Raises:
-        UserError: a stage has failed, or was ended.
+    `settings` are dotted keys of params.yaml with values; a key that is not there is added. Raises UserError
+    if a stage has failed or was ended.
     """
     with _repository(folder) as repo:
         if name in {each for found in repo.experiments.ls().values() for each, _ in found}:
@@ -286,13 +257,7 @@ def _as_hydra(value: str | int) -> str:
 
 
 def fetch(folder: Path, revision: str, paths: Mapping[str, Path]) -> None:
-    """Copy files of a revision out of DVC's cache.
-
-    Args:
-        folder: the top of the repository.
-        revision: an experiment, branch, tag or commit.
-        paths: path in the repository -> where the copy goes.
-    """
+    """Copy files of a revision out of DVC's cache: path in the repository -> path of the copy."""
     from dvc.api import DVCFileSystem
     from dvc.scm import resolve_rev
 
@@ -306,14 +271,8 @@ def fetch(folder: Path, revision: str, paths: Mapping[str, Path]) -> None:
 def experiments(folder: Path, commits: int = 1) -> list[Experiment]:
     """The last commits of the branch, the newest first, each followed by its experiments.
 
-    The newest commit is first followed by the workspace, if this has other parameters or numbers.
-
-    Args:
-        folder: anywhere in a repository.
-        commits: how many commits.
-
-    Raises:
-        UserError: the folder lies in no repository.
+    The newest commit is first followed by the workspace, if this has other parameters or numbers. Raises
+    UserError if the folder lies in no repository.
     """
     with _repository(folder) as repo:
         workspace, *states = repo.experiments.show(num=commits, hide_workspace=False)

@@ -23,33 +23,21 @@ WORKSPACE = "workspace"  # DVC's name for the files as they are now
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment, the commit that it started from, or the workspace.
+    """An experiment, the commit that it started from, or the workspace."""
 
-    Attributes:
-        name: as `dvc exp apply` takes it; of a commit its branch or tag, or else its hash.
-        is_commit: whether it is a commit; the experiments behind it started from it.
-        state: queued, running or failed; empty: done.
-        params: dotted name -> value.
-        metrics: file -> dotted name -> value; empty if there are none yet.
-    """
-
-    name: str
-    is_commit: bool
-    state: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    name: str  # as `dvc exp apply` takes it; of a commit its branch or tag, or else its hash
+    is_commit: bool  # the experiments behind it started from it
+    state: str = ""  # queued, running or failed; empty: done
+    params: Mapping[str, Any] = field(default_factory=dict)  # dotted name -> value
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # file -> dotted name -> value
 
 
 def table(experiments: Sequence[Experiment]) -> Table:
     """A table with a row for each experiment: its name, what it changed, and its AUROC with interval.
 
-    Args:
-        experiments: each commit, followed by its experiments. The workspace is left out if it is as an
-            experiment has left it.
-
-    Returns:
-        Columns of the finetuned model and the ensembles, those that differ between experiments. If none
-        does: those of tuned heads that differ. If none of these does either: all of the first.
+    Each commit is followed by its experiments. The workspace is left out if it is as an experiment has left
+    it. The columns are of the finetuned model and the ensembles, those that differ between experiments. If
+    none does: those of tuned heads that differ. If none of these does either: all of the first.
     """
     experiments = [each for each in experiments if not _is_another(each, experiments)]
     cells = [_cells(experiment.metrics) for experiment in experiments]

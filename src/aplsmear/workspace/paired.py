@@ -13,12 +13,9 @@ _RESAMPLES = 2000
 def gain(before: pd.DataFrame, after: pd.DataFrame) -> str:
     """How much better the held-out scores of a task have become, as text; empty if this cannot be said.
 
-    Only items with the same label in both tables count, so that new labels do not change what is compared.
-    Patients are resampled, and the difference in AUROC is taken within each resample.
-
-    Args:
-        before: ``item, patient, label, probability``: tuned/TASK/predictions.csv.
-        after: the same of another experiment.
+    The tables are two experiments' tuned/TASK/predictions.csv. Only items with the same label in both count,
+    so that new labels do not change what is compared. Patients are resampled, and the difference in AUROC is
+    taken within each resample.
     """
     both = before.merge(
         after[["item", "label", "probability"]], on=["item", "label"], suffixes=("", "_after")

@@ -37,23 +37,15 @@ class ProfileError(UserError, ValueError):
 
 
 def read_profile(folder: Path, name: str) -> str:
-    """The text of params.yaml under a profile.
+    """The text of params.yaml under a profile, the file ``NAME.yaml`` of the folder.
 
     ``demo.yaml`` is a whole params.yaml. Any other profile is a head of remarks, an empty line, and the
     parameters that differ from the demo's. A list replaces the demo's list, and so does a table of
     `REPLACED`; other tables are merged. A task without a row in the profile's `overrides` gets an empty row,
-    because DVC needs one for each task. ``base: NAME`` names a profile that takes the place of the demo's.
+    because DVC needs one for each task. ``base: NAME`` names a profile that takes the place of the demo's. A
+    remark of the demo stays where the profile has none.
 
-    Args:
-        folder: of the profiles.
-        name: file name of the profile without ``.yaml``.
-
-    Returns:
-        The head of the profile, then all parameters; a remark of the demo stays where the profile has none.
-
-    Raises:
-        ProfileError: there is no profile of this name (the message lists those that there are), or it is not
-            a table of parameters.
+    Raises ProfileError if there is no such profile (the message lists the known ones), or it is no table.
     """
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name not in known:
@@ -75,13 +67,9 @@ def read_profile(folder: Path, name: str) -> str:
 def with_settings(text: str, settings: Mapping[str, str]) -> str:
     """Change some values of a params.yaml and keep all remarks. A row of `overrides` may get keys of `tune`.
 
-    Args:
-        text: of the file.
-        settings: dotted key -> value, such as ``{"dataset.root": "data", "split.folds": "10"}``. Where
-            params.yaml takes text, the value is that text, unchanged. Other values (numbers, lists) are YAML.
-
-    Raises:
-        ProfileError: the file does not have some keys, or some values cannot be read; the message lists all.
+    `settings` have dotted keys: ``{"dataset.root": "data", "split.folds": "10"}``. Where params.yaml takes
+    text, the value is that text, unchanged. Other values (numbers, lists) are YAML. Raises ProfileError if
+    some keys are not in the file, or some values cannot be read; the message lists all.
     """
     editor = _editor()
     tree = editor.load(text)
@@ -131,57 +119,35 @@ def _value(key: str, text: str) -> Any:
     raise ProfileError(f"{key}: {text!r} is no value such as 10, 0.5, true or [a, b]")
 
 
-def with_full_paths(text: str) -> str:
-    """Replace relative paths of a data set or of weights outside of git by full paths in a params.yaml.
+def with_files(text: str) -> str:
+    """Full paths of a data set or of weights outside of git in a params.yaml, and the `sha256` of weights.
 
     An experiment of `dvc exp run --temp` or of the queue runs in another folder and does not find relative
-    paths. `data` and `kaggle` stay: the pipeline makes them in that folder.
-
-    Args:
-        text: of the file; paths start from the working directory.
-    """
-    editor = _editor()
-    tree = editor.load(text)
-    rows = [(tree["dataset"], "root"), *((row, "weights") for row in tree["backbones"].values())]
-    changed = False
-    for row, key in rows:
-        path = Path(str(row.get(key, ""))) if isinstance(row, dict) else Path("/")
-        stays = str(path) in MADE if key == "root" else not path.is_file()
-        if not stays and not path.is_absolute():
-            row[key], changed = str(path.resolve() if ".." in path.parts else path.absolute()), True
-    return _text_of(editor, tree) if changed else text
-
-
-def with_sums(text: str) -> str:
-    """Add the `sha256` of each existing file that `weights` of a backbone names to a params.yaml.
-
-    DVC tracks parameters and not these files: a new hash makes the stages that depend on it run again.
-
-    Args:
-        text: of the file; paths start from the working directory.
+    paths (they start from the working directory). `data` and `kaggle` stay: the pipeline makes them in that
+    folder. DVC tracks parameters and not weights: a new hash makes the stages that depend on them run again.
     """
     editor = _editor()
     tree = editor.load(text)
     rows: list[Any] = [each for each in tree["backbones"].values() if isinstance(each, dict)]
-    named = [each for each in rows if Path(str(each.get("weights", ""))).is_file()]
-    for backbone in named:
-        backbone.pop("sha256", None)
-        below = list(backbone).index("weights") + 1
-        backbone.insert(below, "sha256", sha256(Path(backbone["weights"])))
-    return _text_of(editor, tree) if named else text
+    weighted = [each for each in rows if Path(str(each.get("weights", ""))).is_file()]
+    files = [(row, "weights") for row in weighted]
+    if str(Path(str(tree["dataset"].get("root", "")))) not in MADE:
+        files.append((tree["dataset"], "root"))
+    relative = [(row, key) for row, key in files if not Path(str(row.get(key, ""))).is_absolute()]
+    for row, key in relative:
+        path = Path(str(row.get(key, "")))
+        row[key] = str(path.resolve() if ".." in path.parts else path.absolute())
+    for row in weighted:
+        row.pop("sha256", None)
+        row.insert(list(row).index("weights") + 1, "sha256", sha256(Path(row["weights"])))
+    return _text_of(editor, tree) if relative or weighted else text
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:
-    """Outputs of earlier parameters that no stage makes now: features, backbones, tuned tasks, members.
+    """Outputs of earlier parameters that no stage makes now: features, backbones, tuned tasks, members;
+    sorted.
 
     They must be removed: for a stage that depends on a folder, DVC takes everything in it as input.
-
-    Args:
-        root: the workspace.
-        params: the present parameters.
-
-    Returns:
-        Folders and files, sorted.
     """
     owned = {root / "features" / level / name for level in ("cell", "smear") for name in params.backbones}
     owned |= {root / "tuned" / task for task in params.tasks}

@@ -89,19 +89,12 @@ class ShareError(UserError):
 
 @dataclass(frozen=True)
 class Place:
-    """A remote, as messages name it.
-
-    Attributes:
-        name: of the remote.
-        url: its address, without credentials.
-        endpoint: address of the store's server; empty for a folder on a disk.
-        key_from: where the credentials come from; empty for a folder on a disk.
-    """
+    """A remote, as messages name it."""
 
     name: str
-    url: str
-    endpoint: str = ""
-    key_from: str = ""
+    url: str  # without credentials
+    endpoint: str = ""  # address of the store's server; empty for a folder on a disk
+    key_from: str = ""  # where the credentials come from; empty for a folder on a disk
 
     @property
     def rename(self) -> str:
@@ -115,15 +108,10 @@ class Place:
 
 
 def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
-    """The result of a function, or the exception that it raises.
+    """The result of a function, or the exception that it raises; TimeoutError after `seconds`.
 
-    Args:
-        act: called in a thread that does not keep the process from ending, because a call to a dead network
-            drive or to a silent server cannot be interrupted.
-        seconds: how long to wait.
-
-    Raises:
-        TimeoutError: there is no result in this time.
+    It runs in a thread that does not keep the process from ending, because a call to a dead network drive or
+    to a silent server cannot be interrupted.
     """
     answer: Future[T] = Future()
 
@@ -140,12 +128,7 @@ def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
 def look_for_folder(place: Place, folder: Path) -> bool:
     """Whether the folder of a remote exists. If it does not, the first `dvc push` can make it.
 
-    Args:
-        place: the remote.
-        folder: its folder.
-
-    Raises:
-        ShareError: the disk is missing or refuses to write, or the folder is a file.
+    Raises ShareError if the disk is missing or refuses to write, or the folder is a file.
     """
     try:
         if within(folder.is_dir):
@@ -168,14 +151,10 @@ def look_for_folder(place: Place, folder: Path) -> bool:
 
 
 def look_for_server(place: Place, verify: bool | str = True) -> None:
-    """Check that the server at `place.endpoint` answers and that this machine's clock is right.
+    """Check that the server at `place.endpoint` answers and that this machine's clock is right; else
+    ShareError.
 
-    Args:
-        place: the remote.
-        verify: whether to check the server's certificate, or a file of certificates to check it against.
-
-    Raises:
-        ShareError: there is no answer, or the clocks differ by more than `SKEW`.
+    `verify`: whether to check the server's certificate, or a file of certificates to check it against.
     """
     address = "check the network (VPN, proxy, firewall) and the address: "
     address += f"`dvc remote modify {place.name} endpointurl URL`."
@@ -202,13 +181,8 @@ def look_for_server(place: Place, verify: bool | str = True) -> None:
 def try_out(place: Place, files: Any, folder: str) -> None:
     """Write a small object of a new name into a folder, read it back, compare it and delete it.
 
-    Args:
-        place: the remote.
-        files: its file system (fsspec), signed in.
-        folder: path of the remote in this file system.
-
-    Raises:
-        ShareError: one of these steps failed; the message follows from the error code.
+    `files` is the file system (fsspec), signed in; `folder` is the path of the remote in it. Raises
+    ShareError if one of these steps failed; the message follows from the error code.
     """
     path = f"{folder.rstrip('/')}/.share-check-{uuid.uuid4().hex}"
     try:
@@ -239,12 +213,8 @@ def _readable(files: Any, folder: str) -> bool:
 
 
 def explained(place: Place, error: Exception, *, readable: bool = False) -> ShareError:
-    """The error that explains a failure.
-
-    Args:
-        place: the remote.
-        error: the exception of its file system.
-        readable: whether the folder can be read, although writing failed.
+    """The error that explains an exception of a remote's file system; `readable`: reading works, writing
+    failed.
     """
     code = _code(error)
     if readable and code in f"{_DENIED} {_DISK_DENIED} {_SILENT}".split():
