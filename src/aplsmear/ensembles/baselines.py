@@ -95,14 +95,8 @@ def pooled_baseline(patients: pd.DataFrame, pooled: Mapping[str, np.ndarray]) ->
     """Held-out probabilities of a ridge regression on mean-pooled features, and the one for new patients.
 
     The layer and the strength of the penalty with the best AUROC on the inner folds are chosen. A patient
-    without items gets the mean features of the training patients.
-
-    Args:
-        patients: of `aplsmear.ensembles.combination.patients_of`.
-        pooled: of `pooled_features`.
-
-    Returns:
-        float64 (patients,), and the model that was fitted to all patients.
+    without items gets the mean features of the training patients. `pooled` is of `pooled_features`. The
+    probabilities are float64 (patients,); the model is fitted to all patients.
     """
     label, fold = patients["label"].to_numpy(), patients["fold"].to_numpy()
     out = np.zeros(len(patients))

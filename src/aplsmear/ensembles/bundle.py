@@ -134,10 +134,8 @@ class Bundle:
     reference: Reference
 
     def outer_fold_of(self, fold: int | None) -> int:
-        """The outer fold whose models never saw this fold; None: the last one, for new patients.
-
-        Raises:
-            BundleError: there is no such fold.
+        """The outer fold whose models never saw this fold (else BundleError); None: the last, for new
+        patients.
         """
         last = len(self.combinations) - 1
         if fold is not None and not 0 <= fold < last:
@@ -218,9 +216,8 @@ def write_changed(folder: Path, bundle: Bundle, model: Model) -> None:
 def read_bundle(folder: Path) -> Bundle:
     """Read and check a bundle, or the one in ``<folder>/model``.
 
-    Raises:
-        BundleError: there is none; it has another version; files are missing, changed, or lead out of the
-            folder (all of them are named); or the contents do not fit together.
+    Raises BundleError if there is none; it has another version; files are missing, changed, or lead out of
+    the folder (all of them are named); or the contents do not fit together.
     """
     folder = next((each for each in (folder / "model", folder) if (each / MANIFEST).is_file()), folder)
     manifest = _checked(folder)

@@ -60,12 +60,8 @@ class CellCurve(Strict):
     def more_cells(self, margin: float, cells: int) -> int | None:
         """How many more cells are expected to settle the call of a patient with `cells` cells.
 
-        Args:
-            margin: distance of the patient's logit from that of the threshold.
-            cells: number of the patient's cells.
-
-        Returns:
-            0: the interval does not reach the threshold. None: that would still be so with `MOST` cells.
+        `margin` is the distance of the patient's logit from that of the threshold. 0: the interval does not
+        reach the threshold. None: it would still reach it with `MOST` cells.
         """
         margin, cells = abs(margin), max(cells, 1)
         if self.half_width(cells) <= margin:
@@ -168,14 +164,10 @@ class AttendedCells:
 def cell_curve(
     verdicts: Verdicts, members: Mapping[str, CellMember], owner: np.ndarray, seed: int, draws: int = _DRAWS
 ) -> Curve:
-    """Draw cells of every held-out patient.
+    """Draw cells of every held-out patient, `draws` times for each number of cells.
 
-    Args:
-        verdicts: of `aplsmear.ensembles.combination.judge`.
-        members: those that read cells.
-        owner: str (cells,): the patient of each cell, cells in the order of the members' arrays.
-        seed: of the draws.
-        draws: number of draws for each number of cells.
+    `members` are those that read cells; `owner`, str (cells,), is the patient of each cell, in the order of
+    the members' arrays.
     """
     table, names = verdicts.table, verdicts.combinations[-1].members
     part = np.zeros((len(SIZES) + 1, draws, len(table)))  # logits from different cells; last: all cells

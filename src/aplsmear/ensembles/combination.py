@@ -192,8 +192,7 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
 def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFrame:
     """The patients of an ensemble: ``patient, diagnosis, fold, label``, sorted by patient.
 
-    Raises:
-        EnsembleError: a diagnosis has no patients.
+    Raises EnsembleError if a diagnosis has no patients.
     """
     counts = folds["diagnosis"].value_counts().sort_index()
     absent = [diagnosis for diagnosis in (positive, negative) if diagnosis not in counts]
@@ -212,19 +211,14 @@ def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFra
 def read_members(
     folder: Path, levels: Mapping[str, TaskLevel], weights: Mapping[TaskLevel, pd.DataFrame]
 ) -> dict[str, pd.DataFrame]:
-    """Summaries of the scores of each member, by `aplsmear.ensembles.pooling.summarise_patients`.
+    """Summaries (`aplsmear.ensembles.pooling.summarise_patients`) of the scores of each member in `levels`.
 
     They are rounded to the digits of a table, as `predict` does: this removes the effect of the order in
-    which cells were added up.
+    which cells were added up. The folder, ``members/<ensemble>``, has ``<task>.scores.parquet`` of each
+    member. `weights` are the scores that weigh the items of a level; items of other levels have weight 1.
 
-    Args:
-        folder: ``members/<ensemble>``, with ``<task>.scores.parquet`` of each member.
-        levels: of each member, in their order.
-        weights: level -> scores that are the weights of its items; items of other levels have weight 1.
-
-    Raises:
-        EnsembleError: the folder lacks a member, or has one that is not named (DVC would take it for an
-        input).
+    Raises EnsembleError if the folder lacks a member, or has one that is not named (DVC would take it for an
+    input).
     """
     there = sorted(path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}"))
     strangers = [name for name in there if name not in levels]
@@ -262,21 +256,13 @@ def judge(
 ) -> Verdicts:
     """Nested verdicts on every patient; see the scheme at the top of this module.
 
-    Args:
-        patients: of `patients_of`.
-        members: of each member, the table of `aplsmear.ensembles.pooling.summarise_patients`, rows in any
-            order; a patient without items for a member has no rows there.
-        candidates: of `draw_candidates`.
-        refits: bootstrap refits of the combination for the interval of each probability; 0: no width.
-        seed: of the refits, and of the first weights of networks.
-        promise: of the alarm.
+    `members` have the tables of `aplsmear.ensembles.pooling.summarise_patients`, rows in any order; a patient
+    without items for a member has no rows there. `refits` is the number of bootstrap refits for the interval
+    of each probability; 0: no width. The seed is that of the refits and of the first weights of networks.
 
-    Returns:
-        The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive, alarm``:
-        the 95 % interval of the probability over refits on resampled patients, and `Combination.calls`.
-
-    Raises:
-        EnsembleError: a member has scored none of the patients.
+    The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive, alarm``: the
+    95 % interval of the probability over refits on resampled patients, and `Combination.calls`. Raises
+    EnsembleError if a member has scored none of the patients.
     """
     without = [
         name for name, table in members.items() if not patients["patient"].isin(table["patient"]).any()
@@ -321,14 +307,8 @@ def logits_of_all(
     without their own fold, with the calibration of outer fold w. Patients with another diagnosis than the two
     of the ensemble take no part in any fit, and are scored in the same way.
 
-    Args:
-        verdicts: of `judge`.
-        everyone: ``patient, diagnosis, fold`` of all patients of the data set.
-        members: as for `judge`, with rows of all patients.
-        seed: as for `judge`.
-
-    Returns:
-        ``patient, diagnosis, fold, outer_0 ... outer_K``, sorted by patient.
+    `everyone` has ``patient, diagnosis, fold`` of all patients; `members` and `seed` are as for `judge`. The
+    result has ``patient, diagnosis, fold, outer_0 ... outer_K``, sorted by patient.
     """
     table = everyone.sort_values("patient", ignore_index=True)
     label = table["patient"].map(verdicts.table.set_index("patient")["label"]).to_numpy(np.float64)
@@ -358,12 +338,8 @@ def high_is_positive(verdicts: Verdicts, member: str) -> bool:
 def measure(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
     """The measures for intervals.json, each with its 95 % interval over patients.
 
-    Those at the sensitive operating point are in the group ``at_sensitive``.
-
-    Args:
-        table: ``label, probability, verdict, sensitive`` of each patient, such as `Verdicts.table`.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+    The table has ``label, probability, verdict, sensitive`` of each patient. Measures at the sensitive
+    operating point are in the group ``at_sensitive``.
     """
     measured = summary(table["label"], table["probability"], resamples=resamples, seed=seed)
     balanced, sensitive = (rates(table["label"], table[column]) for column in ("verdict", "sensitive"))
@@ -374,11 +350,9 @@ def importance(verdicts: Verdicts, repeats: int, seed: int) -> pd.DataFrame:
     """Permutation importance of each member for the held-out AUROC (Breiman, Mach Learn 2001;45:5).
 
     The summaries of a member are permuted among the patients of a fold. The combination that never saw these
-    patients then gives new probabilities.
-
-    Returns:
-        ``member, auroc_drop, low, high``, in the order of the members: mean drop of the AUROC and the central
-        95 % of the permutations (`repeats`). Below 0: the verdicts are better without the member.
+    patients then gives new probabilities. The table has ``member, auroc_drop, low, high``, in the order of
+    the members: mean drop of the AUROC and the central 95 % of the permutations. Below 0: the verdicts are
+    better without the member.
     """
     label, fold = verdicts.table["label"].to_numpy(), verdicts.table["fold"].to_numpy()
     whole = auroc(label, verdicts.table["probability"].to_numpy())
@@ -411,11 +385,10 @@ def null_check(
     Diagnoses are permuted among the patients of a fold, so that the folds stay stratified. The scores of the
     members stay the same; the choice of the combination, its weights and its calibration are made again.
 
-    Yields:
-        For each permutation, the AUROC of the held-out probabilities over all pairs of patients, and over the
-        pairs of patients who were judged by the same combination. Without a leak, the expectation of the
-        second is exactly 0.5. The first may be a little lower: two similar patients with different folds and
-        labels push each other's probability in the wrong direction.
+    Yields for each permutation the AUROC of the held-out probabilities over all pairs of patients, and over
+    the pairs of patients who were judged by the same combination. Without a leak, the expectation of the
+    second is exactly 0.5. The first may be a little lower: two similar patients with different folds and
+    labels push each other's probability in the wrong direction.
     """
     fold = patients["fold"].to_numpy()
     for repeat in range(repeats):
@@ -480,8 +453,7 @@ def as_json(combination: Combination) -> dict[str, Any]:
 def combination_of(model: Mapping[str, Any]) -> Combination:
     """The combination of an object of `as_json`, also after a trip through JSON.
 
-    Raises:
-        EnsembleError: something is missing or does not fit together.
+    Raises EnsembleError if something is missing or does not fit together.
     """
     try:
         members = tuple(str(member) for member in model["members"])

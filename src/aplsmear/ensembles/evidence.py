@@ -66,12 +66,10 @@ class Evidence:
 
 
 def scored(score: np.ndarray, weight: np.ndarray | None, summary: str) -> Items:
-    """The items of a member that scores each alone.
+    """The items (at least one) of a member that scores each alone.
 
-    Args:
-        score: probabilities, float (items,), at least one.
-        weight: float (items,), 0 to 1, as for `aplsmear.ensembles.pooling.summary_logit`. None: 1 for each.
-        summary: one of `aplsmear.ensembles.pooling.SUMMARIES`.
+    `score`, float (items,), are probabilities; `weight` and `summary` are as for
+    `aplsmear.ensembles.pooling.summary_logit`.
     """
     score = score.astype(np.float64)
     ones = np.ones(len(score))
@@ -107,13 +105,10 @@ def attended(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> Items:
 def evidence_of(
     names: Sequence[str], items: Mapping[str, Items], combination: Combination, logits: np.ndarray
 ) -> Evidence:
-    """The evidence of the cells of a patient, or that of the smears.
+    """The evidence of the cells `names` of a patient, or that of the smears.
 
-    Args:
-        names: ids of the items.
-        items: what the members that read these items computed; in all others the items have no part.
-        combination: of all members.
-        logits: of each member of the combination for this patient, float64 (members,).
+    `items` are of the members that read these items; in all other members the items have no part. `logits`
+    are of each member of the combination for this patient, float64 (members,).
     """
     slopes = member_slopes(combination, logits)
     evidence, columns = np.zeros(len(names)), {}
@@ -146,17 +141,13 @@ def evidence_table(
 ) -> pd.DataFrame:
     """One row for each cell: where it lies, and what the members of the ensembles computed.
 
-    Args:
-        smears: ``smear, image`` of each smear.
-        cells: ``patient, smear, cell, y0, x0, y1, x1`` of each cell, and ``image`` of one with a picture of
-            its own.
-        found: of each ensemble, by its name, the evidence of the cells of some patients.
+    `smears` have ``smear, image``; `cells` have ``patient, smear, cell, y0, x0, y1, x1``, and ``image`` of
+    one with a picture of its own; `found` has the evidence of the cells of some patients, by ensemble.
 
-    Returns:
-        `PLACE`, then ``score_TASK`` of each member (probability; of a head on bags, that of the cell alone),
-        ``attention_TASK`` of each head on bags (adds up to 1 over the cells of a patient) and
-        ``evidence_ENSEMBLE``, with the digits of a table. Sorted by patient, then as in `cells`. A cell that
-        no ensemble judged has no numbers.
+    Returns `PLACE`, then ``score_TASK`` of each member (probability; of a head on bags, that of the cell
+    alone), ``attention_TASK`` of each head on bags (adds up to 1 over the cells of a patient) and
+    ``evidence_ENSEMBLE``, with the digits of a table. Sorted by patient, then as in `cells`. A cell that no
+    ensemble judged has no numbers.
     """
     image = cells["smear"].map(dict(zip(smears["smear"], smears["image"], strict=True)))
     table = cells.assign(image=image.where(image.notna(), cells.get("image", image)))[list(PLACE)]

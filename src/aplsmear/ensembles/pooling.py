@@ -26,16 +26,13 @@ def summarise(
 ) -> dict[str, np.ndarray | np.float64]:
     """Summaries of the scores of one patient's items, each a probability-like number in [0, 1].
 
-    Args:
-        score: float (..., items), at least one item. Leading axes are draws of cells of the same patient.
-        weight: float (..., items), above 0 and up to 1: how much each item counts. None: 1 for each.
-        top: `top` is the mean of this many highest scores.
+    `score`, float (..., items), has at least one item; leading axes are draws of cells of the same patient.
+    `weight`, of the same shape, above 0 and up to 1, is how much each item counts; None: 1 for each. Each
+    summary has the shape of the leading axes:
 
-    Returns:
-        ``mean``; ``logits``, the probability whose logit is the mean of the logits; ``upper``, the 0.9
-        quantile; ``top``, the mean of the highest; ``share`` of those above 0.5, with half a cell added
-        to either side; ``noisy_or``, the chance that at least one item is positive. Each has the shape of
-        the leading axes.
+    ``mean``; ``logits``, the probability whose logit is the mean of the logits; ``upper``, the 0.9 quantile;
+    ``top``, the mean of that many highest; ``share`` of those above 0.5, with half a cell added to either
+    side; ``noisy_or``, the chance that at least one item is positive.
     """
     weight = np.ones(score.shape) if weight is None else weight.astype(np.float64)
     order = np.lexsort((weight, score))
@@ -70,17 +67,15 @@ def _quantile(at: float, ordered: np.ndarray, share: np.ndarray) -> np.ndarray:
 def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None) -> pd.DataFrame:
     """Summaries of every patient in every outer fold.
 
-    Args:
-        scores: ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.results.scores_table`).
-        weights: a table like it, of the task whose scores are the weights of the items in each outer fold
-            (an immature cell is more informative than a lymphocyte). None: all weights are 1.
+    `scores` are ``item, patient, fold, outer_0 ... outer_K`` (of `aplsmear.heads.results.scores_table`).
+    `weights` is a table like it, of the task whose scores are the weights of the items in each outer fold (an
+    immature cell is more informative than a lymphocyte); None: all weights are 1.
 
-    Returns:
-        ``patient, fold, outer_fold, items``, `SUMMARIES`, ``highest, lowest``: one row per patient and outer
-        fold, sorted by both. The summaries are logits, clipped to probabilities of 0.0001 to 0.9999.
-        ``highest`` and ``lowest`` are JSON lists of the `ENDS` items with the highest and the lowest scores,
-        the most extreme first, by the heads that never saw the patient's fold; both are empty in the other
-        outer folds. Where no patient has more than one item, all summaries are that item's score.
+    Returns ``patient, fold, outer_fold, items``, `SUMMARIES`, ``highest, lowest``: one row per patient and
+    outer fold, sorted by both. The summaries are logits, clipped to probabilities of 0.0001 to 0.9999.
+    ``highest`` and ``lowest`` are JSON lists of the `ENDS` items with the highest and the lowest scores, the
+    most extreme first, by the heads that never saw the patient's fold; both are empty in the other outer
+    folds. Where no patient has more than one item, all summaries are that item's score.
     """
     outer_folds = [column for column in scores.columns if column.startswith("outer_")]
     weighting = None if weights is None else weights.set_index("item").loc[scores["item"], outer_folds]
@@ -104,15 +99,11 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
 
 
 def summary_logits(score: np.ndarray, weight: np.ndarray | None = None) -> dict[str, np.ndarray | np.float64]:
-    """`SUMMARIES` of the scores of one patient's items, as logits.
+    """`SUMMARIES` of the scores of one patient's items, as logits; the arguments are as for `summarise`.
 
     ``blend`` is the mean of four: the plain and the weighted mean, of the scores and of their logits. With
-    few patients, chance decides which single summary is best, and in another laboratory the weights are
-    wrong too; the mean of four depends less on either.
-
-    Args:
-        score: float (..., items), at least one item. Leading axes are draws of cells of the same patient.
-        weight: float (..., items), 0 to 1, for the weighted summaries. None: all weights are 1.
+    few patients, chance decides which single summary is best, and in another laboratory the weights are wrong
+    too; the mean of four depends less on either.
     """
     weight = np.ones(score.shape) if weight is None else weight
     plain, weighted = (

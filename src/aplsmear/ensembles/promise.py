@@ -45,11 +45,8 @@ def smallest_miss_rate(patients: int, confidence: float) -> float:
 def alarm(probability: np.ndarray, miss_rate: float, confidence: float) -> Alarm:
     """The highest threshold that keeps a promise; of too few patients the promise that they allow.
 
-    Args:
-        probability: float (patients,), at least one: of positive patients who took no part in fitting the
-            model.
-        miss_rate: wanted, between 0 and 1.
-        confidence: between 0 and 1.
+    `probability`, float (patients,), is of one or more positive patients who took no part in fitting the
+    model. `miss_rate` is wanted, `confidence` asked for; both lie between 0 and 1.
     """
     ordered = np.sort(probability)
     n = len(ordered)
