@@ -40,8 +40,7 @@ _Pattern = Annotated[
     str | None, typer.Option(metavar="REGEX", help="Its group, in the path of a picture, is the patient.")
 ]
 _Diagnosis = Annotated[
-    str | None,
-    typer.Option(help="Of all: healthy, aml, apl, {'aml', 'm2'}; or REGEX: its group in a path."),
+    str | None, typer.Option(help="Of all: healthy, aml, apl, {'aml', 'm2'}; or REGEX: its group in a path.")
 ]
 _Facts = Annotated[
     Path | None, typer.Option(help="CSV file of pictures or patients: patient, diagnosis, site.")

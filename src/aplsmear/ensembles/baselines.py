@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
-from aplsmear.ensembles.combination import Candidate, Combination, Verdicts, judge
+from aplsmear.ensembles.combination import Candidate, Combination, Verdicts, judge, standardised
 from aplsmear.ensembles.familiarity import describe_features
 from aplsmear.ensembles.pooling import SUMMARIES
 from aplsmear.evaluation.auroc import auroc_within_folds, delong_interval, delong_test
@@ -148,9 +148,6 @@ def _holm(p: np.ndarray) -> np.ndarray:
 
 def _regressed(layer: str, values: np.ndarray, label: np.ndarray, C: float) -> Pooled:
     """A ridge regression on the standardised features of some patients, float64 (patients, channels)."""
-    known = ~np.isnan(values)
-    mean = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    centred = np.where(known, values, mean) - mean
-    scale = np.maximum(centred.std(axis=0), 1e-9)
-    model = LogisticRegression(C=C, max_iter=1000).fit(centred / scale, label)
+    mean, scale, inputs = standardised(values, 1e-9)
+    model = LogisticRegression(C=C, max_iter=1000).fit(inputs, label)
     return Pooled(layer, mean, scale, model.coef_[0], np.asarray(model.intercept_[0]))

@@ -84,16 +84,14 @@ class CellCurve(Strict):
 class Curve:
     """The curve of one ensemble.
 
-    Attributes:
-        table: a row for each of `SIZES`, and one for all cells: ``drawn`` (5 ... all); ``cells``, their
-            number, for all cells the median; ``patients`` that have so many; ``auroc``, ``sensitivity`` and
-            ``specificity`` at the balanced point, each with ``..._low`` and ``..._high``, the 95 % interval
-            over draws of cells and patients; ``width``, the mean width of the patients' 95 % intervals.
-        bundled: for new patients.
+    The table has a row for each of `SIZES`, and one for all cells: ``drawn`` (5 ... all); ``cells``, their
+    number, for all cells the median; ``patients`` that have so many; ``auroc``, ``sensitivity`` and
+    ``specificity`` at the balanced point, each with ``..._low`` and ``..._high``, the 95 % interval over
+    draws of cells and patients; ``width``, the mean width of the patients' 95 % intervals.
     """
 
     table: pd.DataFrame
-    bundled: CellCurve
+    bundled: CellCurve  # for new patients
 
 
 class CellMember(Protocol):
@@ -202,7 +200,7 @@ def _logits(
     logits = np.tile(own, (len(drawn), 1))
     for member, redraw in redraws.items():
         logits[:, member] = redraw(drawn)
-    return np.asarray(combination.slope * combination.fitted.logit(logits) + combination.offset)
+    return combination.logit(logits)
 
 
 def _curve(verdicts: Verdicts, part: np.ndarray, spread: np.ndarray, count: np.ndarray, seed: int) -> Curve:

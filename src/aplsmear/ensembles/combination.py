@@ -531,11 +531,7 @@ def _cross_fitted(
 
 def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int) -> Weights:
     """The weights of a candidate on members' logits; these are standardised, and the mean replaces gaps."""
-    known = ~np.isnan(logits)
-    mean = np.where(known, logits, 0).sum(0) / np.maximum(known.sum(0), 1)
-    centred = np.where(known, logits, mean) - mean
-    scale = np.maximum(centred.std(0), _MIN_SCALE)
-    inputs = centred / scale
+    mean, scale, inputs = standardised(logits, _MIN_SCALE)
     hidden, hidden_intercept = np.zeros((inputs.shape[1], 0)), np.zeros(0)
     if candidate.model == "average":
         weights = np.sign(np.round(inputs.T @ (label - label.mean()), 9)) / inputs.shape[1]
@@ -555,6 +551,15 @@ def _fit(candidate: Candidate, logits: np.ndarray, label: np.ndarray, seed: int)
         (hidden, outer), (hidden_intercept, last) = network.coefs_, network.intercepts_
         weights, intercept = outer[:, 0], last[0]
     return Weights(mean, scale, hidden, hidden_intercept, weights, np.asarray(intercept))
+
+
+def standardised(values: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means of columns, their standard deviations (at least `floor`), and standardised values; NaN: mean."""
+    known = ~np.isnan(values)
+    mean = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    centred = np.where(known, values, mean) - mean
+    scale = np.maximum(centred.std(axis=0), floor)
+    return mean, scale, centred / scale
 
 
 def _calibrated(

@@ -36,33 +36,22 @@ _STEP = 1e-6  # a shorter way to the mean patient gets the slope of a way of thi
 
 @dataclass(frozen=True)
 class Items:
-    """What one member computed of the cells or smears of one patient.
+    """What one member computed of the cells or smears of one patient."""
 
-    Attributes:
-        score: float64 (items,): the probability that the member gives to each item alone.
-        parts: logit of the mean training patient -> the item's part of the member's logit, float64 (items,).
-            The parts add up to the member's logit minus this number.
-        attention: float64 (items,), adding up to 1; None: the member has none.
-    """
-
-    score: np.ndarray
+    score: np.ndarray  # float64 (items,): the probability that the member gives to each item alone
+    # Logit of the mean training patient -> each item's part of the member's logit, float64 (items,). They
+    # add up to the member's logit minus this number.
     parts: Callable[[float], np.ndarray]
-    attention: np.ndarray | None = None
+    attention: np.ndarray | None = None  # float64 (items,), adding up to 1; None: the member has none
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence of the cells of one patient, or that of the smears.
+    """The evidence of the cells of one patient, or that of the smears."""
 
-    Attributes:
-        items: ids.
-        columns: ``score_TASK`` and ``attention_TASK`` of the members that read these items, float64 (items,).
-        evidence: float64 (items,), as this module defines it, summed over the members.
-    """
-
-    items: Sequence[str]
-    columns: Mapping[str, np.ndarray]
-    evidence: np.ndarray
+    items: Sequence[str]  # ids
+    columns: Mapping[str, np.ndarray]  # ``score_TASK``, ``attention_TASK`` of the members: float64 (items,)
+    evidence: np.ndarray  # float64 (items,), as this module defines it, summed over the members
 
 
 def scored(score: np.ndarray, weight: np.ndarray | None, summary: str) -> Items:

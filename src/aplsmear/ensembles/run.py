@@ -245,22 +245,13 @@ def write_results(out: Path, results: Results) -> None:
 
 
 def write_model(
-    out: Path,
-    results: Results,
-    backbones: Mapping[str, Backbone],
-    augment: Augment,
-    min_box: int,
-    seed: int,
+    out: Path, results: Results, backbones: Mapping[str, Backbone], augment: Augment, min_box: int, seed: int
 ) -> None:
     """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder."""
     inputs, pictured_by = results.inputs, results.pictured_by
     ensemble = inputs.ensemble
     members = {
-        task: Member(
-            task=task,
-            level=level,
-            one_each=one_item_each(inputs, task),
-        )
+        task: Member(task=task, level=level, one_each=one_item_each(inputs, task))
         for task, level in inputs.levels.items()
     }
     mine = [members[task] for task in ensemble.members]

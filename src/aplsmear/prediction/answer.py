@@ -25,19 +25,12 @@ CARDS = 100  # patients with a card of cells, those with the highest probability
 
 @dataclass(frozen=True)
 class PatientAnswer:
-    """The one answer for a patient.
+    """The one answer for a patient."""
 
-    Attributes:
-        verdicts: of each ensemble, without pictures.
-        chances: probabilities of `DIAGNOSES`, float64 (3,).
-        shown: the two diagnoses that `pictures` compare.
-        pictures: of the ensemble that compares them.
-    """
-
-    verdicts: tuple[Verdict, ...]
-    chances: np.ndarray
-    shown: tuple[str, str]
-    pictures: Pictures
+    verdicts: tuple[Verdict, ...]  # of each ensemble, without pictures
+    chances: np.ndarray  # probabilities of `DIAGNOSES`, float64 (3,)
+    shown: tuple[str, str]  # the two diagnoses that `pictures` compare
+    pictures: Pictures  # of the ensemble that compares them
 
     @property
     def probability(self) -> float:
@@ -77,18 +70,11 @@ class Panel:
         prevalence: Sequence[float] | None = None,
         cells: bool = False,
     ) -> None:
-        """Choose the fit.
+        """Choose the fit; bundles in any order.
 
-        Args:
-            bundles: of the ensembles, in any order.
-            answers: of `aplsmear.answer.coupling.read_answers`.
-            fold: as for `Bundle.outer_fold_of`.
-            prevalence: of `DIAGNOSES`. None: that of the training patients.
-            cells: as for `Models`.
-
-        Raises:
-            AnswerError: there is no answer of these ensembles, or they are of another run.
-            BundleError: there is no such fold.
+        `answers` are of `read_answers`, `fold` is as for `Bundle.outer_fold_of`, `prevalence` that of
+        `DIAGNOSES` (None: of the training patients), `cells` as for `Models`. Raises AnswerError if there is
+        no answer of these ensembles, or they are of another run; BundleError if there is no such fold.
         """
         answer = answers.of([bundle.model.name for bundle in bundles])
         named = {bundle.model.name: bundle for bundle in bundles}

@@ -17,11 +17,7 @@ _FOR, _AGAINST = [168, 50, 107], [43, 111, 148]  # the colours of the pages, as 
 
 
 def check_boxes(found: DataSet) -> None:
-    """Check that there are boxes for QuPath.
-
-    Raises:
-        PredictError: all cells have a picture each.
-    """
+    """Check that there are boxes for QuPath; PredictError: all cells have a picture each."""
     if found.smears.empty:
         raise PredictError(
             "These cells have a picture each, so there are no boxes in smears for --geojson. Use --cells: "
@@ -30,15 +26,10 @@ def check_boxes(found: DataSet) -> None:
 
 
 def write_boxes(folder: Path, found: DataSet, table: pd.DataFrame) -> None:
-    """Write a GeoJSON file for each smear into a folder, for QuPath.
+    """Write a GeoJSON file for each smear, ``PICTURE.geojson``, into a folder, for QuPath.
 
-    Scores, attention and evidence are measurements. The colour of a box says to which side the evidence of
-    the first ensemble points.
-
-    Args:
-        folder: of the files ``PICTURE.geojson``.
-        found: the data set.
-        table: of `aplsmear.ensembles.evidence.evidence_table`.
+    Scores, attention and evidence (`aplsmear.ensembles.evidence.evidence_table`) are measurements. The colour
+    of a box says to which side the evidence of the first ensemble points.
     """
     numbers = list(table.columns[len(PLACE) :])
     evidence = next((column for column in numbers if column.startswith(EVIDENCE)), None)

@@ -50,27 +50,16 @@ class CohortError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The verdicts of an ensemble on a labelled cohort, and its measures.
-
-    Attributes:
-        bundle: the ensemble.
-        table: of `labelled_table`.
-        measured: of `measure_cohort`.
-        comparison: of `aplsmear.ensembles.baselines.compare`.
-        curves: of `aplsmear.evaluation.curves`, by name: roc, band, precision_recall, calibration, decision.
-        left_out: what was left out of the data set, and how much of it.
-        study: of `aplsmear.reports.pages.study_content`.
-        remarks: for the head of the page.
-    """
+    """The verdicts of an ensemble on a labelled cohort, and its measures."""
 
     bundle: Bundle
-    table: pd.DataFrame
-    measured: Mapping[str, Any]
-    comparison: pd.DataFrame
-    curves: Mapping[str, pd.DataFrame]
-    left_out: Mapping[str, Any]
-    study: Mapping[str, Any]
-    remarks: Sequence[str] = ()
+    table: pd.DataFrame  # of `labelled_table`
+    measured: Mapping[str, Any]  # of `measure_cohort`
+    comparison: pd.DataFrame  # of `aplsmear.ensembles.baselines.compare`
+    curves: Mapping[str, pd.DataFrame]  # roc, band, precision_recall, calibration, decision
+    left_out: Mapping[str, Any]  # what was left out of the data set, and how much of it
+    study: Mapping[str, Any]  # of `aplsmear.reports.pages.study_content`
+    remarks: Sequence[str] = ()  # for the head of the page
 
 
 def evaluate(
@@ -84,19 +73,11 @@ def evaluate(
 ) -> Evaluation:
     """Judge the patients of a data set that have one of the two diagnoses of an ensemble.
 
-    Args:
-        bundle: of `aplsmear.ensembles.bundle.read_bundle`.
-        root: the folder of the data set, with diagnoses.
-        resamples: of the bootstrap over patients.
-        seed: of the bootstrap.
-        engine: makes the views and runs the networks; it changes no result.
-        pseudonyms: replace the names of patients, smears and cells.
-        trained_on: the folder of the training data set. None: it is not compared, and a remark says so.
-
-    Raises:
-        DataSetError: the data set has problems, or shares patients or pictures with the training data set.
-        CohortError: there are too few patients of a diagnosis.
-        PredictError: members need cells and there are none.
+    `root` is the folder of the data set, with diagnoses. Pseudonyms replace the names of patients, smears and
+    cells. `trained_on` is the folder of the training data set; None: it is not compared, and a remark says
+    so. Raises DataSetError if the data set has problems, or shares patients or pictures with the training
+    data set; CohortError if there are too few patients of a diagnosis; PredictError if members need cells and
+    there are none.
     """
     model = bundle.model
     found = _read(root, model.min_box, engine, pseudonyms, trained_on)
@@ -138,9 +119,8 @@ def evaluate(
 def seen_by_backbones(backbones: Mapping[str, Mapping[str, Any]], root: Path) -> list[str]:
     """A warning for each backbone whose weights were trained on images of this data set, as far as known.
 
-    Args:
-        backbones: rows of params.yaml, by name; `trained_on` names public data sets.
-        root: the folder of the data set. Its name is compared, without capitals and signs.
+    `backbones` are rows of params.yaml, by name; their `trained_on` names public data sets. The name of the
+    folder is compared, without capitals and signs.
     """
     name = re.sub(r"[^a-z0-9]", "", root.resolve().name.lower())
     return [
@@ -158,15 +138,11 @@ def labelled_table(
 ) -> pd.DataFrame:
     """The verdicts beside the diagnoses.
 
-    Args:
-        verdicts: of `aplsmear.prediction.predict.verdict_table`, by the combination of the training run.
-        shifted: the same by the adapted combination.
-        patients: of `aplsmear.data.tasks.patient_rows`.
-        positive: diagnosis with label 1.
+    `verdicts` (of `verdict_table`) are by the combination of the training run, `shifted` by the adapted one;
+    `patients` are of `aplsmear.data.tasks.patient_rows`; `positive` is the diagnosis with label 1.
 
-    Returns:
-        ``patient, site, diagnosis, label``, the columns of `verdicts`, and ``adapted, adapted_verdict,
-        adapted_sensitive``: probability and calls of `shifted`.
+    Returns ``patient, site, diagnosis, label``, the columns of `verdicts`, and ``adapted, adapted_verdict,
+    adapted_sensitive``: probability and calls of `shifted`.
     """
     known = patients.drop_duplicates("patient").set_index("patient").loc[verdicts["patient"]]
     diagnosis = known["diagnosis"].to_numpy()
@@ -177,19 +153,13 @@ def labelled_table(
 
 
 def measure_cohort(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
-    """The measures for intervals.json.
+    """The measures of a table of `labelled_table`, for intervals.json.
 
-    Args:
-        table: of `labelled_table`.
-        resamples: of the bootstrap over patients.
-        seed: of the bootstrap.
-
-    Returns:
-        Those of `aplsmear.ensembles.combination.measure`, and the groups ``adapted``: the same after the
-        adaptation; ``sites``: the same for each site, if there are several, without a site that has fewer
-        than two patients of a diagnosis; ``unfamiliar``: how many patients and how many wrong calls (at the
-        balanced operating point) carried a warning, and Spearman's rank correlation of each distance with the
-        error of the probability, with its interval (Bonett & Wright, Psychometrika 2000;65:23).
+    They are those of `aplsmear.ensembles.combination.measure`, and the groups ``adapted``: the same after the
+    adaptation; ``sites``: the same for each site, if there are several, without a site that has fewer than
+    two patients of a diagnosis; ``unfamiliar``: how many patients and how many wrong calls (at the balanced
+    operating point) carried a warning, and Spearman's rank correlation of each distance with the error of the
+    probability, with its interval (Bonett & Wright, Psychometrika 2000;65:23).
     """
     names = {new: old for old, new in _ADAPTED.items()}
     shifted = table[["label", *names]].rename(columns=names)
@@ -218,12 +188,7 @@ def measure_cohort(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, 
 
 
 def write_evaluation(out: Path, found: Evaluation) -> None:
-    """Write the tables, the measures and the page into a folder.
-
-    Args:
-        out: for example ``evaluated/<name>``.
-        found: of `evaluate`.
-    """
+    """Write the tables, the measures and the page into a folder, such as ``evaluated/<name>``."""
     model, measured = found.bundle.model, found.measured
     write_table(out / "predictions.csv", found.table)
     write_table(out / "comparison.csv", found.comparison)

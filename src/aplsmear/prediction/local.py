@@ -99,12 +99,9 @@ class Local:
 
 
 def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
-    """The most probable line for these patients.
+    """The most probable line for these patients; `sloped`: a slope is fitted, otherwise it is 1.
 
-    Args:
-        logit: float64 (patients,), calibrated.
-        label: 0 or 1, (patients,).
-        sloped: whether a slope is fitted; otherwise it is 1.
+    `logit` is calibrated, float64 (patients,); `label` 0 or 1, (patients,).
     """
     sign = 2 * label - 1
 
@@ -138,20 +135,14 @@ def score_test(logit: np.ndarray, label: np.ndarray, sloped: bool) -> float:
 def recalibrated(
     combination: Combination, logits: np.ndarray, label: np.ndarray, wanted: tuple[float, float]
 ) -> Local:
-    """A combination recalibrated to local patients, and what that gained.
+    """A calibrated combination, recalibrated to local patients, and what that gained.
 
-    Args:
-        combination: calibrated, of the training run.
-        logits: float64 (patients, members), as for `Weights.logit`.
-        label: 0 or 1, (patients,).
-        wanted: miss rate and confidence of the alarm.
-
-    Raises:
-        LocalError: too few patients.
+    `logits` are float64 (patients, members), as for `Weights.logit`; `label` is 0 or 1, (patients,); `wanted`
+    is the miss rate and the confidence of the alarm. Raises LocalError for too few patients.
     """
     n, positive = len(label), int(label.sum())
     _check_number(positive, n - positive)
-    before = combination.slope * combination.fitted.logit(logits) + combination.offset
+    before = combination.logit(logits)
     after, sloped = np.zeros(n), min(positive, n - positive) >= ENOUGH
     for place in range(n):
         others = np.arange(n) != place
@@ -176,17 +167,9 @@ def adapt(
 ) -> Local:
     """Judge the labelled patients of a data set and recalibrate the ensemble to them.
 
-    Args:
-        bundle: of `aplsmear.ensembles.bundle.read_bundle`.
-        found: the data set, of `aplsmear.data.dataset.read_data_set`.
-        root: its folder.
-        labels: patient -> diagnosis. Patients with another diagnosis than the two of the ensemble are left
-            out.
-        engine: changes no result.
-
-    Raises:
-        LocalError: a patient is not in the data set, there are too few, or nothing is gained.
-        PredictError: members need cells and there are none.
+    `labels` are diagnoses by patient; patients with another diagnosis than the two of the ensemble are left
+    out. Raises LocalError if a patient is not in the data set, there are too few, or nothing is gained;
+    PredictError if members need cells and there are none.
     """
     model = bundle.model
     known = set(found.smears["patient"]) | set(found.cells["patient"])
@@ -245,9 +228,7 @@ def write_adapted(out: Path, bundle: Bundle, local: Local) -> None:
 def read_labels(path: Path) -> dict[str, str]:
     """Patient -> diagnosis, of the columns ``patient`` and ``diagnosis`` of a CSV file.
 
-    Raises:
-        DataSetError: the file has problems.
-        LocalError: a patient has two diagnoses.
+    Raises DataSetError if the file has problems, LocalError if a patient has two diagnoses.
     """
     problems: list[Problem] = []
     table = read_csv(path, {"patient": True, "diagnosis": True}, problems, [])

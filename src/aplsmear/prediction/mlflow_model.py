@@ -27,18 +27,12 @@ class EnsembleModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self._bundle = read_bundle(Path(context.artifacts["bundle"]))
 
     def predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
-        """Judge the patients of each folder.
+        """Judge the patients of each folder in the column ``folder``, which holds ``wsi.csv``; no labels
+        needed.
 
-        Args:
-            model_input: with the column ``folder``, text: folders that hold ``wsi.csv``; no labels needed.
-
-        Returns:
-            A row for each patient of each folder: ``folder``, then the columns of
-            `aplsmear.prediction.predict.verdict_table`.
-
-        Raises:
-            DataSetError: a folder is no valid data set; the message lists all problems.
-            PredictError: a folder does not have what the ensemble needs.
+        Returns a row for each patient of each folder: ``folder``, then the columns of `verdict_table`. Raises
+        DataSetError if a folder is no valid data set, PredictError if it does not have what the ensemble
+        needs.
         """
         models = Models(self._bundle, self._bundle.outer_fold_of(None))
         tables = []

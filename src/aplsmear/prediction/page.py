@@ -32,11 +32,7 @@ def write_page(
     """
     members = [member.task for member in bundle.members]
     patients = [
-        {
-            **row,
-            "pictures": each.pictures,
-            "scores": pages.member_scores(members, each.logits),
-        }
+        {**row, "pictures": each.pictures, "scores": pages.member_scores(members, each.logits)}
         for each, row in zip(verdicts, pages.records(table), strict=True)
     ]
     text = pages.render(

@@ -230,9 +230,7 @@ class Models:
         if evidence is None:
             return found
         return replace(
-            found,
-            pictures=_pictures(evidence, record.pictures),
-            evidence=evidence if self.cells else None,
+            found, pictures=_pictures(evidence, record.pictures), evidence=evidence if self.cells else None
         )
 
     def _evidence(self, record: _Record, logits: np.ndarray) -> Evidence | None:

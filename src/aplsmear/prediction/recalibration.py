@@ -30,9 +30,8 @@ def adapted(combination: Combination, logits: np.ndarray) -> Combination:
     screening of healthy people, do not adapt. `logits` are float64 (patients, members), as for
     `Weights.logit`: all patients of the cohort.
     """
-    calibrated = combination.slope * combination.fitted.logit(logits) + combination.offset
-    expected = combination.thresholds["balanced"]
-    return replace(combination, offset=combination.offset + shift_of(calibrated, expected))
+    shift = shift_of(combination.logit(logits), combination.thresholds["balanced"])
+    return replace(combination, offset=combination.offset + shift)
 
 
 def in_words(before: Combination, after: Combination, whom: str) -> str:
@@ -42,14 +41,12 @@ def in_words(before: Combination, after: Combination, whom: str) -> str:
 
 
 def shift_of(logit: np.ndarray, share: float) -> float:
-    """What to add to the calibrated logits of a cohort, given its expected share of positives.
+    """What to add to the calibrated logits, float64 (patients,), of a cohort with an expected share of
+    positives.
 
-    The most probable shift, if the mean probability is normal around `share`, with the variance of a share
-    among these patients plus that among `TRUST` patients, and the shift itself is normal around 0.
-
-    Args:
-        logit: float64 (patients,).
-        share: expected share of positives, between 0 and 1.
+    The most probable shift, if the mean probability is normal around `share` (between 0 and 1), with the
+    variance of a share among these patients plus that among `TRUST` patients, and the shift itself is normal
+    around 0.
     """
     variance = share * (1 - share) * (1 / len(logit) + 1 / TRUST)
 

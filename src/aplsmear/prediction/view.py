@@ -79,17 +79,10 @@ def cells_of(table: pd.DataFrame, patient: str) -> pd.DataFrame:
 
 
 def view_page(cells: pd.DataFrame, root: Path, ensemble: str, positive: str) -> str:
-    """The page of a patient.
+    """The page of a patient, with the cells of `cells_of` and pictures below the folder `root`.
 
-    Args:
-        cells: of `cells_of`.
-        root: the folder that the column ``image`` starts from.
-        ensemble: whose evidence colours the boxes.
-        positive: its positive diagnosis.
-
-    Raises:
-        ViewPageError: the table has no evidence of this ensemble.
-        ImageError: a picture cannot be read.
+    The evidence of `ensemble`, for its diagnosis `positive`, colours the boxes. Raises ViewPageError if the
+    table has none of this ensemble, ImageError if a picture cannot be read.
     """
     if (evidence := EVIDENCE + ensemble) not in cells:
         there = [name.removeprefix(EVIDENCE) for name in _starting(cells, EVIDENCE)]

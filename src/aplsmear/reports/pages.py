@@ -61,11 +61,8 @@ def curve_content(
 ) -> dict[str, Any]:
     """What `curves.html.j2` draws: points of the charts, and numbers of patients (is, called).
 
-    Args:
-        table: ``label, verdict, sensitive`` of each patient.
-        curves: of `aplsmear.evaluation.curves.curve_tables`.
-        measured: of `aplsmear.ensembles.combination.measure`. Of the result, ``at`` has the rates
-            at both operating points.
+    The table has ``label, verdict, sensitive`` of each patient; `curves` are of `curve_tables`, `measured` of
+    `aplsmear.ensembles.combination.measure`. ``at`` has the rates at both operating points.
     """
     band = curves["band"]
     return {
@@ -99,14 +96,11 @@ def study_content(
     left_out: Mapping[str, Any],
     logits: np.ndarray,
 ) -> dict[str, Any]:
-    """What study.j2 needs about the patients of a page.
+    """What study.j2 needs about the patients of a page, given their names.
 
-    Args:
-        patients: their names.
-        smears: ``patient, site`` of each smear, also of other patients.
-        cells: ``patient`` of each cell.
-        left_out: what was left out of the data set: what -> ``count`` (`aplsmear.data.dataset`).
-        logits: summaries of the members, float64 (patients, members), NaN where there is none.
+    `smears` (``patient, site``) and `cells` (``patient``) may be of other patients, too. `left_out`: what ->
+    ``count`` (`aplsmear.data.dataset`). `logits` are summaries of the members, float64 (patients, members),
+    NaN where there is none.
     """
     smears, cells = (each[each["patient"].isin(set(patients))] for each in (smears, cells))
     counts = {what.replace("_", " "): int(left["count"]) for what, left in left_out.items()}
