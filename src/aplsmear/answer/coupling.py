@@ -92,11 +92,7 @@ class Answers(Strict):
     checksum: str = ""  # of all the rest
 
     def of(self, names: Sequence[str]) -> Answer:
-        """The answer of a set of ensembles.
-
-        Raises:
-            AnswerError: there is none.
-        """
+        """The answer of a set of ensembles; AnswerError if there is none."""
         for each in self.answers:
             if set(each.ensembles) == set(names):
                 return each
@@ -187,10 +183,8 @@ def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
 
 
 def prevalence_of(text: str) -> list[float]:
-    """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15``; the third is the rest.
-
-    Raises:
-        AnswerError: it is no such text, or the numbers are no shares that add to 1.
+    """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15`` (else AnswerError); the third
+    is the rest.
     """
     parts = [part.partition("=")[::2] for part in text.split(",")]
     names = [name.strip() for name, _ in parts]
@@ -235,7 +229,10 @@ def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> 
         for name, table in tables.items()
     }
     found = []
-    for names in _sets(pairs):
+    sets = (names for size in range(len(pairs), 1, -1) for names in combinations(pairs, size))
+    for names in sets:
+        if len({diagnosis for name in names for diagnosis in pairs[name]}) < len(DIAGNOSES):
+            continue  # it does not compare all three
         mine, of = np.stack([logits[name] for name in names], axis=1), [pairs[name] for name in names]
         chances, folds = np.zeros((len(label), 3)), []
         for outer_fold in range(fold.max() + 2):
@@ -250,13 +247,6 @@ def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> 
             "Set `positive` and `negative` of an ensemble in params.yaml."
         )
     return found
-
-
-def _sets(pairs: Mapping[str, Pair]) -> list[tuple[str, ...]]:
-    """The sets of ensembles that connect all three diagnoses, the largest first."""
-    sizes = range(len(pairs), 1, -1)
-    sets = [names for size in sizes for names in combinations(pairs, size)]
-    return [names for names in sets if len({d for name in names for d in pairs[name]}) == len(DIAGNOSES)]
 
 
 def write_answers(
@@ -290,11 +280,7 @@ def write_answers(
 
 
 def read_answers(path: Path) -> Answers:
-    """Read and check answer.json.
-
-    Raises:
-        AnswerError: it is not there, was changed, or has another version.
-    """
+    """Read answer.json. AnswerError if it is not there, was changed, or has another version."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("version") != VERSION:

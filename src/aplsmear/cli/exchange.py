@@ -129,7 +129,8 @@ def _show(plan: Any, to: Path, copy: bool) -> None:
     Console().print(rows)
     for why, names in plan.left_out.items():
         typer.echo(f"Left out: {len(names):,} {why}: {named(names)}")
-    patients = _patients(plan)
+    tables = [table for table in (plan.smears, plan.cells) if "patient" in table]
+    patients = {name for table in tables for name in table["patient"]} - {""}
     typer.echo(
         f"Patients: {len(patients):,}"
         if patients
@@ -140,11 +141,6 @@ def _show(plan: Any, to: Path, copy: bool) -> None:
         if len(rows_of):
             typer.echo(f"{to / name}: {len(rows_of):,} rows")
     typer.echo(f"{to / plan.folder}: {len(plan.pictures):,} {'copies' if copy else 'links'}")
-
-
-def _patients(plan: Any) -> set[str]:
-    tables = [table for table in (plan.smears, plan.cells) if "patient" in table]
-    return {name for table in tables for name in table["patient"]} - {""}
 
 
 def _check(plan: Any, folder: Path) -> None:

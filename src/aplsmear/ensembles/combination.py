@@ -290,7 +290,12 @@ def judge(
         if len(outside):
             combinations.append(combination)
             used[outside] = mine[outside]
-            columns = _verdicts(replace(combination, refits=refitted), mine[outside])
+            probability = combination.probability(mine[outside])
+            columns = {"probability": probability, "low": probability, "high": probability}
+            if refits:
+                ends = replace(combination, refits=refitted).interval(mine[outside])
+                columns |= dict(zip(("low", "high"), ends, strict=True))
+            columns |= combination.calls(probability)
             table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
         else:  # the last one, for new patients
             combinations.append(replace(combination, refits=refitted))
@@ -626,13 +631,6 @@ def _refitted(
     for _ in range(refits):
         rows = np.concatenate([rng.choice(each, len(each)) for each in classes])
         yield _fit(candidate, logits[rows], label[rows], seed[0])
-
-
-def _verdicts(combination: Combination, logits: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of the table of `judge` for held-out patients."""
-    probability = combination.probability(logits)
-    low, high = combination.interval(logits) if combination.refits else (probability, probability)
-    return {"probability": probability, "low": low, "high": high} | combination.calls(probability)
 
 
 def _permuted_within(fold: np.ndarray, rng: np.random.Generator) -> np.ndarray:

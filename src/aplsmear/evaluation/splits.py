@@ -39,21 +39,14 @@ class SplitError(UserError, ValueError):
 def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patient") -> pd.DataFrame:
     """Divide patients into folds with similar shares of every diagnosis (as far as whole sites allow).
 
-    Args:
-        patients: rows with ``patient`` and ``diagnosis`` (and ``site``, if `by` is site). A patient can have
-            several rows, one for each smear.
-        folds: number of folds. If `by` is site and this is the number of sites, each fold is one site.
-        seed: seed of the shuffle.
-        by: unit that stays in one fold.
+    `patients` has rows with ``patient`` and ``diagnosis`` (and ``site``, if `by` is site), one or several for
+    each patient. If `by` is site and `folds` is the number of sites, each fold is one site. Returns
+    ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any order of the
+    rows.
 
-    Returns:
-        ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any order of
-        the rows of `patients`.
-
-    Raises:
-        SplitError: with all problems: a diagnosis with fewer patients than folds, a patient with two
-            diagnoses, no patient; by site also a patient without a site or with two, fewer sites than folds,
-            a fold without a diagnosis.
+    Raises SplitError with all problems: a diagnosis with fewer patients than folds, a patient with two
+    diagnoses, no patient; by site also a patient without a site or with two, fewer sites than folds, a fold
+    without a diagnosis.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
     problems = _unsplittable(unique, folds)
@@ -145,11 +138,7 @@ def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
 
 
 def _folds_of_sites(diagnosis: pd.Series, site: pd.Series, folds: int, seed: int) -> np.ndarray:
-    """The fold of each patient, int64 (patients,); all patients of a site are in one fold.
-
-    Raises:
-        SplitError: a fold has no patient of some diagnosis.
-    """
+    """The fold of each patient, int64 (patients,); SplitError if a fold has no patient of some diagnosis."""
     fold = np.zeros(len(site), dtype=np.int64)
     if site.nunique() == folds:
         fold[:] = site.astype("category").cat.codes

@@ -305,11 +305,7 @@ class Models:
 
 
 def check_input(bundle: Bundle, smears: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> None:
-    """Check that the data set of a folder has cells and smears if members need them.
-
-    Raises:
-        PredictError: members need cells or smears, and there are none.
-    """
+    """Raise PredictError if members need cells or smears, and the data set of a folder has none."""
     of_smears, of_cells = (
         [scorer.task for scorer in bundle.members if scorer.member.images == level]
         for level in ("smear", "cell")

@@ -42,10 +42,8 @@ class ViewPageError(UserError, ValueError):
 
 
 def read_cells(path: Path) -> pd.DataFrame:
-    """The table of cells that `predict --cells` or the stage of an ensemble writes.
-
-    Raises:
-        ViewPageError: it lacks columns.
+    """The table of cells that `predict --cells` or an ensemble's stage writes; ViewPageError if it lacks
+    columns.
     """
     table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
     missing = [name for name in PLACE if name not in table]
@@ -63,11 +61,7 @@ def _starting(table: pd.DataFrame, *starts: str) -> list[str]:
 
 
 def cells_of(table: pd.DataFrame, patient: str) -> pd.DataFrame:
-    """The rows of one patient.
-
-    Raises:
-        ViewPageError: there are none.
-    """
+    """The rows of one patient; ViewPageError if there are none."""
     mine = table[table["patient"] == patient]
     if mine.empty:
         known = table["patient"].unique().tolist()

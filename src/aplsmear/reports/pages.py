@@ -28,8 +28,7 @@ _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": 
 def render(template: str, **content: Any) -> str:
     """Fill in a template: a path below ``aplsmear``, such as ``reports/templates/ensemble.html.j2``.
 
-    Raises:
-        jinja2.UndefinedError: the template names something that `content` lacks.
+    Raises jinja2.UndefinedError if it names something that `content` lacks.
     """
     return _ENVIRONMENT.get_template(template).render(content)
 

@@ -77,10 +77,8 @@ class Training:
 
 
 def cohorts_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Full path of each cohort by its name: that of its folder, in small letters, digits and _.
-
-    Raises:
-        UserError: two folders have the same name.
+    """Full path of each cohort by the name of its folder, in small letters, digits and _; UserError for equal
+    names.
     """
     found: dict[str, Path] = {}
     for folder in folders:
@@ -97,11 +95,7 @@ def cohorts_of(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def read_cohorts(cohorts: Mapping[str, Path], params: Params) -> dict[str, DataSet]:
-    """Read all cohorts, and check that no patient and no picture is in two of them.
-
-    Raises:
-        DataSetError: data sets have problems, or share patients or pictures: all of them.
-    """
+    """Read all cohorts. DataSetError with all problems, also if a patient or a picture is in two of them."""
     found: dict[str, DataSet] = {}
     problems: list[Problem] = []
     for name, root in cohorts.items():
@@ -126,8 +120,7 @@ def plan(
 ) -> list[Training]:
     """The runs of the pipeline: one for each cohort. A single cohort: one, in which each fold is a site.
 
-    Raises:
-        UserError: a single cohort has too few sites, or a cohort lacks a diagnosis of the ensemble.
+    Raises UserError if a single cohort has too few sites, or a cohort lacks a diagnosis of the ensemble.
     """
     wanted = params.ensembles[ensemble]
     for name, each in read.items():
