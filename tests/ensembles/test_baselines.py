@@ -12,7 +12,7 @@ from aplsmear.features.store import Features
 
 def test_the_ensemble_is_compared_with_members_and_plain_baselines() -> None:
     patients, members = cohort(n=12, folds=3, strength=1.5)
-    judged = baselines_of(patients, members, ["m1", "not a member"], 1)
+    judged = baselines_of(patients, members, {"m1": members["m1"]}, 1)
     baselines = {name: each.table["probability"].to_numpy() for name, each in judged.items()}
     assert list(baselines) == ["m0 alone", "m1 alone", "m2 alone", "share of m1 cells", "plain average"]
     table = compare(

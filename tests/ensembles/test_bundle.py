@@ -76,8 +76,6 @@ def make(folder: Path) -> Path:
         reference_features="net/a",
         cell_curve=CellCurve(cells=[5, 10], spread=[1.0, 0.5], models=0.2),
         min_items=4.0,
-        pictured_by="m0",
-        high_is_positive=True,
         shares={"share of m0 cells": as_json(share.combinations[-1])},
         pooled_features="net/b",
         inputs={"splits/folds.csv": "0123"},

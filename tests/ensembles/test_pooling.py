@@ -62,7 +62,7 @@ def test_patients_by_hand() -> None:
         }
     )
     table = summarise_patients(scores)
-    assert list(table.columns) == ["patient", "fold", "outer_fold", "items", *SUMMARIES, "highest", "lowest"]
+    assert list(table.columns) == ["patient", "fold", "outer_fold", "items", *SUMMARIES]
     assert table[["patient", "fold", "outer_fold", "items"]].to_numpy().tolist() == [
         ["p1", 0, 0, 1],
         ["p1", 0, 1, 1],
@@ -70,13 +70,6 @@ def test_patients_by_hand() -> None:
         ["p2", 1, 1, 2],
     ]
     assert expit(table["mean"]).tolist() == pytest.approx([1e-4, 1 - 1e-4, 0.5, 0.5])
-    assert table["highest"].tolist() == [
-        "[]",
-        "[]",
-        "[]",
-        '["c1"]',
-    ]  # only in the patient's own outer fold; one cell alone is at neither end
-    assert table["lowest"].tolist() == ["[]", "[]", "[]", '["c3"]']
     assert table["top"][2] == pytest.approx(0.0)  # a logit
     assert all(math.isfinite(value) for value in table[list(SUMMARIES)].to_numpy().ravel())
 
@@ -88,7 +81,6 @@ def test_a_score_of_a_patient_is_not_summarised() -> None:
     table = summarise_patients(scores)
     for name in SUMMARIES:
         assert expit(table[name]).tolist() == pytest.approx([1e-4, 0.9, 0.25, 0.5])
-    assert set(table["highest"]) == set(table["lowest"]) == {"[]"}
 
 
 def test_the_order_of_the_cells_does_not_matter() -> None:

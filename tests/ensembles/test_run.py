@@ -10,7 +10,7 @@ import pytest
 from test_combination import cohort, combine, people
 
 from aplsmear.ensembles.pooling import summarise_patients
-from aplsmear.ensembles.run import Inputs, Results, cell_evidence, judge_and_compare, write_results
+from aplsmear.ensembles.run import Inputs, Results, judge_and_compare, write_results
 from aplsmear.params import Ensemble
 
 
@@ -28,6 +28,7 @@ def results_of(levels: dict[str, str]) -> Results:
         everyone=people(10, 5),
         patients=patients,
         members=members,
+        weighing=members["m1"],
         items={"cell": nothing, "smear": nothing[["item", "patient", "image"]]},
         features={"cell": {}, "smear": {}},
         heads={},
@@ -36,18 +37,6 @@ def results_of(levels: dict[str, str]) -> Results:
         md5={"splits/folds.csv": "0123"},
     )
     return judge_and_compare(inputs, combine(shares=["m0"]), 1)
-
-
-@pytest.mark.parametrize(
-    ("levels", "pictured_by"),
-    [
-        ({"m0": "cell", "m1": "cell", "m2": "smear"}, "m0"),
-        ({"m0": "smear", "m1": "cell", "m2": "smear"}, "m1"),
-        ({"m0": "smear", "m1": "smear", "m2": "smear"}, ""),
-    ],
-)
-def test_the_most_important_member_that_scores_cells_chooses_the_pictures(levels, pictured_by) -> None:
-    assert results_of(levels).pictured_by == pictured_by
 
 
 def test_the_tables_and_measures_are_those_of_the_results(tmp_path: Path) -> None:
@@ -89,7 +78,7 @@ def test_evidence_of_the_cells_adds_up_to_the_held_out_logit() -> None:
         scores=scores,
     )
     results = judge_and_compare(inputs, combine(shares=[]), 1)
-    table, verdicts = cell_evidence(results), results.verdicts
+    table, verdicts = results.evidence, results.verdicts
     assert table["cell"].tolist() == cells["item"].tolist()
     assert list(table)[-3:] == ["score_m0", "score_m1", "evidence_apl_aml"]
     of_patient = table.groupby("patient")["evidence_apl_aml"].sum()

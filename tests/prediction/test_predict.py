@@ -72,6 +72,7 @@ KNOBS = augment().model_copy(update={"margin": 0.1, "rotate": 30.0, "brightness"
 TASKS = {"nuclei": ("cell", 1), "granules": ("cell", 0), "field": ("smear", 0), "gate": ("cell", 0)}
 TASKS |= {"crowd": ("patient", 1)}
 MEMBERS = ("nuclei", "granules", "field", "crowd")
+SHARES = ("nuclei", "gate")  # a member, and the task that weighs the cells
 RIDGE = [Candidate(0, "logistic", "blend", 1.0, 0)]
 
 
@@ -181,14 +182,16 @@ def trained(tmp_path_factory) -> Run:
         mine = random_heads(task, features[images])
         write_heads(heads[task], mine, average)
         scores[task] = scores_of(task, mine, features[images][mine[0].features], owner[images], fold)
-    members = {}
-    for task in MEMBERS:
+    summaries = {}
+    for task in (*MEMBERS, "gate"):
         gate = scores["gate"] if TASKS[task][0] == "cell" else None
         write_table(root / f"{task}.csv", summarise_patients(scores[task], gate))
-        members[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
+        summaries[task] = pd.read_csv(root / f"{task}.csv", dtype={"patient": str}, keep_default_na=False)
+    members = {task: summaries[task] for task in MEMBERS}
     patients = patients_of(folds, "apl", "aml")
     verdicts = judge(patients, members, RIDGE, 20, SEED)
-    share = baselines_of(patients, members, ["nuclei"], SEED)[share_of("nuclei")]
+    counted = {share_of(task): (task, summaries[task]) for task in SHARES}
+    judged = baselines_of(patients, members, dict(counted.values()), SEED)
     plain = pooled_features(features["cell"].values(), found.cells.rename(columns={"cell": "item"}), patients)
     _, pooled = pooled_baseline(patients, plain)
     items = {level: getattr(found, f"{level}s").rename(columns={level: "item"}) for level in LEVELS}
@@ -218,14 +221,14 @@ def trained(tmp_path_factory) -> Run:
         reference_features=chosen.name,
         cell_curve=CellCurve(cells=[5, 10], spread=[1.0, 0.5], models=0.2),
         min_items=float(np.quantile(mine["patient"].value_counts(), 0.01)),
-        pictured_by="nuclei",
-        high_is_positive=True,
-        shares={share_of("nuclei"): as_json(share.combinations[-1])},
+        shares={name: as_json(judged[name].combinations[-1]) for name in counted},
         pooled_features=pooled.layer,
         inputs={},
     )
     write_bundle(root / "apl_aml" / "model", model, heads, root / "backbones", reference, pooled)
-    expected = {share_of("nuclei"): baseline_of(share, members["nuclei"], patients["patient"])}
+    expected = {
+        name: baseline_of(judged[name], table, patients["patient"]) for name, (_, table) in counted.items()
+    }
     expected[POOLED] = pooled.probability(plain[pooled.layer])
     write_table(root / "baselines.csv", pd.DataFrame({"patient": patients["patient"], **expected}))
     write_table(root / "apl_aml" / "predictions.csv", verdicts.table)
@@ -251,7 +254,6 @@ def write_ensembles(root, model, members, folds, heads, reference, pooled) -> No
         row = {"name": name, "positive": positive, "negative": negative, "shares": {}}
         row["members"] = [each for each in model.members if each.task in mine]
         row["combinations"] = [as_json(each) for each in verdicts.combinations]
-        row |= {"pictured_by": "" if "nuclei" not in mine else "nuclei"}
         own = {task: heads[task] for task in (*mine, "gate")}
         bundle = root / "ensembles" / name / "model"
         write_bundle(bundle, model.model_copy(update=row), own, root / "backbones", reference, pooled)
@@ -264,7 +266,7 @@ def write_ensembles(root, model, members, folds, heads, reference, pooled) -> No
 @pytest.fixture(scope="module")
 def final(trained) -> Models:
     bundle = read_bundle(trained.ensemble)
-    return Models(bundle, bundle.outer_fold_of(None))
+    return Models(bundle, bundle.outer_fold_of(None), evidence=True)
 
 
 @pytest.fixture
@@ -347,8 +349,9 @@ def test_the_baselines_of_training_judge_the_same_patients(trained, evaluated) -
     held = pd.read_csv(trained.root / "baselines.csv", dtype={"patient": str}).set_index("patient")
     label = pd.read_csv(evaluated / "predictions.csv", dtype={"patient": str}).set_index("patient")["label"]
     compared = pd.read_csv(evaluated / "comparison.csv").set_index("against")["auroc"]
-    assert list(compared.index) == ["the ensemble", share_of("nuclei"), POOLED]
-    for name in (share_of("nuclei"), POOLED):
+    baselines = [*map(share_of, SHARES), POOLED]
+    assert set(compared.index) == {"the ensemble", *baselines}
+    for name in baselines:
         scores = held.loc[label.index, name].to_numpy()
         assert compared[name] == pytest.approx(auroc(label.to_numpy(), scores), abs=1e-6)
 
@@ -448,6 +451,17 @@ def test_a_member_that_also_gives_weights_is_used_where_no_summary_is_weighted(t
         "crowd",
         "gate",
     ]
+
+
+def test_the_task_that_weighs_cells_scores_them_for_its_baseline_in_any_case(
+    trained,
+) -> None:
+    bundle = read_bundle(trained.ensemble)
+    plain = replace(bundle, combinations=[replace(each, summary="mean") for each in bundle.combinations])
+    scored = [
+        {each.task for each in Models(plain, 0, baselines=wanted).scorers["cell"]} for wanted in (True, False)
+    ]
+    assert scored[0] - scored[1] == {"gate"}
 
 
 # --- warnings -------------------------------------------------------------------------------------
@@ -589,6 +603,8 @@ def test_only_the_patients_with_the_highest_probabilities_keep_their_pictures(tr
     kept = keep_pictures(iter(judged), 3)
     assert [each.patient for each in kept] == [each.patient for each in judged]
     pictured = {each.patient for each in kept if each.pictures != ([], [])}
+    bare = Models(final.bundle, final.outer_fold)  # as `evaluate` and `adapt` judge
+    assert next(judge_patients(bare, trained.data, found.smears, found.cells)).evidence is None
     assert pictured == {each.patient for each in sorted(judged, key=lambda each: -each.probability)[:3]}
 
 

@@ -30,6 +30,10 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
     verdicts = judge(patients, members, candidates, 20, 1)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
     baselines = {"m0 alone": verdicts.logits[:, 0], EVIL: verdicts.logits[:, 1]}
+    # Of each patient six cells, half of them with evidence for APL.
+    values = np.tile(range(-5, 6, 2), len(patients))
+    evidence = pd.DataFrame({"patient": patients["patient"].repeat(6), "evidence_apl_aml": values})
+    evidence["cell"] = [f"cell{n}" for n in range(len(evidence))]
     inputs = Inputs(
         name="apl_aml",
         ensemble=Ensemble(positive="apl", negative="aml", members=list(members), weigh_by="m0"),
@@ -37,6 +41,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         everyone=patients,
         patients=patients,
         members=members,
+        weighing=members["m0"],
         items={
             "smear": pd.DataFrame({"patient": patients["patient"], "site": "Dresden"}),
             "cell": pd.DataFrame({"patient": [*patients["patient"], "of another ensemble"]}),
@@ -58,7 +63,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         cells=cell_curve(verdicts, {}, np.array([]), 1, draws=5),
         curves=curve_tables(label, probability, 100, 1),
         pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
-        pictured_by="m1" if pictured else "",
+        evidence=evidence if pictured else evidence[["patient", "cell"]],
         settings={"seed": 1, "combine": {"space": {"C": [0.1, 1.0]}}},
     )
 
@@ -165,13 +170,10 @@ def test_the_page_can_show_a_network_and_a_member_without_scores() -> None:
 def test_a_card_shows_the_cells_that_count_most_for_and_against_the_diagnosis(html) -> None:
     found = findings()
     wanted = wanted_cells(found)
+    evidence = found.evidence.set_index("cell")["evidence_apl_aml"]
     for most, least in wanted.values():
-        assert len(most) == len(least) == len({*most, *least}) / 2 == 3  # of six cells
-    # Patients who have APL score lower: high scores count against it.
-    low = dataclasses.replace(found.verdicts, logits=-found.verdicts.logits)
-    assert wanted_cells(dataclasses.replace(found, verdicts=low)) == {
-        patient: (least, most) for patient, (most, least) in wanted.items()
-    }
+        assert evidence[most].tolist() == [5, 3, 1]
+        assert evidence[least].tolist() == [-5, -3, -1]
     shown = [each["alt"] for name, each in read(html).tags if name == "img"]
     assert {f"cell {cell}" for ends in wanted.values() for end in ends for cell in end} == set(shown)
     assert "img" not in {name for name, _ in read(page(findings(pictured=False))).tags}

@@ -124,7 +124,7 @@ class _Extras(NamedTuple):
     @property
     def of_cells(self) -> bool:
         """Whether the evidence of the cells is needed."""
-        return bool(self.cells or self.geojson)
+        return bool(self.report or self.cells or self.geojson)
 
     def write_cells(self, found: DataSet, judged: Mapping[str, Sequence[Verdict]]) -> None:
         """Write the table and the boxes of the cells that are wanted."""
@@ -132,7 +132,7 @@ class _Extras(NamedTuple):
         from aplsmear.prediction.cells import write_boxes
         from aplsmear.tables import write_table
 
-        if not self.of_cells:
+        if not (self.cells or self.geojson):
             return
         evidence = {name: [each.evidence for each in verdicts] for name, verdicts in judged.items()}
         table = evidence_table(found.smears, found.cells, evidence)
@@ -156,7 +156,7 @@ def _predict_by_one(
 
     _print_notes()
     bundle = read_bundle(ensemble)
-    models = Models(bundle, bundle.outer_fold_of(fold), cells=extras.of_cells)
+    models = Models(bundle, bundle.outer_fold_of(fold), evidence=extras.of_cells)
     with _new_patients([bundle], data, extras.geojson is not None) as (found, engine):
         each = judge_patients(models, data, found.smears, found.cells, engine)
         verdicts = keep_pictures(each, CARDS if extras.report else 0)

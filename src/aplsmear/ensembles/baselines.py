@@ -6,7 +6,7 @@ Every baseline is judged on the same held-out patients by the same nested scheme
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -51,24 +51,24 @@ class Baselines:
     pooled: Pooled | None  # None: the ensemble has no cells
 
 
-def share_of(member: str) -> str:
-    """The name of the baseline that is the share of a member's positive cells."""
-    return f"share of {member} cells"
+def share_of(task: str) -> str:
+    """The name of the baseline that is the share of cells that a task calls positive."""
+    return f"share of {task} cells"
 
 
 def baselines_of(
-    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Sequence[str], seed: int
+    patients: pd.DataFrame, members: Mapping[str, pd.DataFrame], shares: Mapping[str, pd.DataFrame], seed: int
 ) -> dict[str, Verdicts]:
     """Held-out verdicts of simpler models than the ensemble.
 
-    ``<member> alone``, by the summary that is best on the inner folds; `share_of` each member in `shares`
-    (other names are ignored); and ``plain average`` of the members' standardised logits (Dawes, Am Psychol
-    1979;34:571).
+    ``<member> alone``, by the summary that is best on the inner folds; `share_of` each task in `shares`; and
+    ``plain average`` of the members' standardised logits (Dawes, Am Psychol 1979;34:571). Members and shares
+    are tables of `aplsmear.ensembles.pooling.summarise_patients`, by task.
     """
     average = [Candidate(n, "average", summary, 0.0, 0) for n, summary in enumerate(SUMMARIES)]
     share = [candidate for candidate in average if candidate.summary == "share"]
     models = {f"{name} alone": ({name: table}, average) for name, table in members.items()}
-    models |= {share_of(name): ({name: members[name]}, share) for name in shares if name in members}
+    models |= {share_of(name): ({name: table}, share) for name, table in shares.items()}
     models["plain average"] = (dict(members), average)
     return {
         name: judge(patients, tables, candidates, 0, seed) for name, (tables, candidates) in models.items()

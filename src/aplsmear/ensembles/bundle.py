@@ -40,7 +40,7 @@ from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel, of_backbones
 from aplsmear.words import nearest
 
-VERSION = 5  # of the format
+VERSION = 6  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
@@ -80,9 +80,8 @@ class Model(Strict):
     reference_features: str  # backbone/layer whose features describe the training patients
     cell_curve: CellCurve  # how the spread of a patient's logit falls with the number of cells
     min_items: float  # 99 % of the training patients had at least so many cells or smears of that level
-    pictured_by: str  # the member whose scores choose the cells that are shown; empty: there is none
-    high_is_positive: bool  # whether a high score of that member points to the positive diagnosis
-    shares: dict[str, dict[str, Any]]  # plain baselines on the share of positive cells, by `as_json`
+    # Plain baselines on the share of positive cells, of members or of `weigh_by`, by `as_json`.
+    shares: dict[str, dict[str, Any]]
     pooled_features: str  # backbone/layer of the baseline on mean-pooled features; empty: there is none
     held_out: dict[str, Any] = Field({})  # of `aplsmear.ensembles.combination.measure`; empty: not kept
     # How `aplsmear adapt` recalibrated it, and the gain; empty: it did not.
@@ -303,8 +302,8 @@ def _misfits(bundle: Bundle, listed: set[str]) -> list[str]:
         if len(each.heads) != outer_folds
     ]
     problems += ["a combination is of other members" for each in bundle.combinations if each.members != names]
-    shares = bundle.baselines.shares.items()
-    problems += [f"{name} is of another member" for name, each in shares if {*each.members} - {*names}]
+    shares, tasks = bundle.baselines.shares.items(), {each.task for each in scorers}
+    problems += [f"{name} is of another task" for name, each in shares if {*each.members} - tasks]
     used = {(head.features, each.member.images) for each in scorers for head in each.heads}
     used.add((bundle.model.reference_features, bundle.model.reference_level))
     if bundle.model.pooled_features:

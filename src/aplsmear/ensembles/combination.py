@@ -211,11 +211,10 @@ def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFra
 def read_members(
     folder: Path, levels: Mapping[str, TaskLevel], weights: Mapping[TaskLevel, pd.DataFrame]
 ) -> dict[str, pd.DataFrame]:
-    """Summaries (`aplsmear.ensembles.pooling.summarise_patients`) of the scores of each member in `levels`.
+    """`rounded_summaries` of the scores of each member in `levels`.
 
-    They are rounded to the digits of a table, as `predict` does: this removes the effect of the order in
-    which cells were added up. The folder, ``members/<ensemble>``, has ``<task>.scores.parquet`` of each
-    member. `weights` are the scores that weigh the items of a level; items of other levels have weight 1.
+    The folder, ``members/<ensemble>``, has ``<task>.scores.parquet`` of each member. `weights` are the scores
+    that weigh the items of a level; items of other levels have weight 1.
 
     Raises EnsembleError if the folder lacks a member, or has one that is not named (DVC would take it for an
     input).
@@ -236,14 +235,19 @@ def read_members(
         )
     if problems:
         raise EnsembleError(" ".join(problems))
-    tables = {
-        name: summarise_patients(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
+    return {
+        name: rounded_summaries(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
         for name, level in levels.items()
     }
-    return {
-        name: table.assign(**{column: table[column].map(as_written) for column in SUMMARIES})
-        for name, table in tables.items()
-    }
+
+
+def rounded_summaries(scores: pd.DataFrame, weights: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`aplsmear.ensembles.pooling.summarise_patients`, rounded to the digits of a table, as `predict` does.
+
+    This removes the effect of the order in which cells were added up.
+    """
+    table = summarise_patients(scores, weights)
+    return table.assign(**{column: table[column].map(as_written) for column in SUMMARIES})
 
 
 def judge(
@@ -329,15 +333,6 @@ def logits_of_all(
             found[there] = combination.logit(mine[there], fitted)
         table[f"outer_{outer_fold}"] = found
     return table
-
-
-def high_is_positive(verdicts: Verdicts, member: str) -> bool:
-    """Whether patients with the positive diagnosis have the higher scores of a member, on average.
-
-    Of `blast` against other AML they have the lower ones.
-    """
-    logits = verdicts.logits[:, verdicts.combinations[-1].members.index(member)]
-    return bool(np.nansum((logits - np.nanmean(logits)) * verdicts.table["label"]) >= 0)
 
 
 def measure(table: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:

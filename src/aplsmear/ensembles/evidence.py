@@ -110,6 +110,17 @@ def evidence_of(
     return Evidence(names, columns, evidence)
 
 
+def most_evidence(evidence: np.ndarray, count: int) -> tuple[list[int], list[int]]:
+    """The places of the items that count most for the positive diagnosis, and most against it.
+
+    Of each at most `count`, the most evidence first; `evidence` is float64 (items,).
+    """
+    order = np.argsort(-evidence, kind="stable")
+    most = [int(n) for n in order if evidence[n] > 0]
+    least = [int(n) for n in order[::-1] if evidence[n] < 0]
+    return most[:count], least[:count]
+
+
 def member_slopes(combination: Combination, logits: np.ndarray) -> np.ndarray:
     """How much the patient's logit changes with the logit of each member, float64 (members,).
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
@@ -18,7 +14,6 @@ CLIP = 1e-4
 LEAK = 0.05
 TOP = 5  # scores whose mean is `top`
 UPPER = 0.9  # the quantile of `upper`
-ENDS = 4  # items with the highest and with the lowest scores of a patient that are named
 
 
 def summarise(
@@ -71,11 +66,9 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
     `weights` is a table like it, of the task whose scores are the weights of the items in each outer fold (an
     immature cell is more informative than a lymphocyte); None: all weights are 1.
 
-    Returns ``patient, fold, outer_fold, items``, `SUMMARIES`, ``highest, lowest``: one row per patient and
-    outer fold, sorted by both. The summaries are logits, clipped to probabilities of 0.0001 to 0.9999.
-    ``highest`` and ``lowest`` are JSON lists of the `ENDS` items with the highest and the lowest scores, the
-    most extreme first, by the heads that never saw the patient's fold; both are empty in the other outer
-    folds. Where no patient has more than one item, all summaries are that item's score.
+    Returns ``patient, fold, outer_fold, items``, `SUMMARIES`: one row per patient and outer fold, sorted by
+    both. The summaries are logits, clipped to probabilities of 0.0001 to 0.9999. Where no patient has more
+    than one item, all summaries are that item's score.
     """
     outer_folds = [column for column in scores.columns if column.startswith("outer_")]
     weighting = None if weights is None else weights.set_index("item").loc[scores["item"], outer_folds]
@@ -86,15 +79,8 @@ def summarise_patients(scores: pd.DataFrame, weights: pd.DataFrame | None = None
         for outer_fold, column in enumerate(outer_folds):
             score = mine[column].to_numpy()
             weight = None if weighting is None else weighting[column].loc[mine["item"]].to_numpy()
-            row: dict[str, Any] = {
-                "patient": patient,
-                "fold": fold,
-                "outer_fold": outer_fold,
-                "items": len(mine),
-            }
-            row |= same_logits(score[0]) if one_each else summary_logits(score, weight)
-            ends = ends_of(mine["item"], score) if outer_fold == fold else ([], [])
-            rows.append(row | dict(zip(("highest", "lowest"), map(json.dumps, ends), strict=True)))
+            place = {"patient": patient, "fold": fold, "outer_fold": outer_fold, "items": len(mine)}
+            rows.append(place | (same_logits(score[0]) if one_each else summary_logits(score, weight)))
     return pd.DataFrame(rows)
 
 
@@ -128,11 +114,3 @@ def same_logits(score: float) -> dict[str, float]:
     """`SUMMARIES` of a patient who has one item, as logits: each is the score of the item."""
     # In float64, also for a score of float32: `predict` must give the same digits.
     return dict.fromkeys(SUMMARIES, float(logit(np.clip(float(score), CLIP, 1 - CLIP))))
-
-
-def ends_of(items: Iterable[str], score: np.ndarray) -> tuple[list[str], list[str]]:
-    """The items with the highest and with the lowest scores, the most extreme first; none is in both."""
-    mine = pd.DataFrame({"item": list(items), "score": score})
-    order = mine.sort_values(["score", "item"], ascending=[False, True])["item"].astype(str).tolist()
-    half = min(ENDS, len(order) // 2)
-    return order[:half], order[::-1][:half]

@@ -26,7 +26,6 @@ from aplsmear.ensembles.combination import (
     Verdicts,
     as_json,
     draw_candidates,
-    high_is_positive,
     importance,
     judge,
     logits_of_all,
@@ -34,6 +33,7 @@ from aplsmear.ensembles.combination import (
     measure_alarm,
     patients_of,
     read_members,
+    rounded_summaries,
 )
 from aplsmear.ensembles.evidence import Evidence, evidence_of, evidence_table
 from aplsmear.ensembles.familiarity import COMMON
@@ -60,12 +60,18 @@ class Inputs:
     everyone: pd.DataFrame  # ``patient, diagnosis, fold`` of all patients of the data set
     patients: pd.DataFrame  # of `aplsmear.ensembles.combination.patients_of`
     members: Mapping[str, pd.DataFrame]  # of `aplsmear.ensembles.combination.read_members`
+    weighing: pd.DataFrame  # the same of `Ensemble.weigh_by`
     items: Mapping[Level, pd.DataFrame]  # all cells and all smears, with ``item`` and ``patient``
     features: Mapping[Level, Mapping[str, Features]]  # of all cells and all smears, by ``backbone/layer``
     heads: Mapping[str, Path]  # of each member and of `Ensemble.weigh_by`
     scores: Mapping[str, pd.DataFrame]  # of the items of each member, and of `Ensemble.weigh_by`
     md5: Mapping[str, str]  # of the tables, by file, as dvc.lock has it
     left_out: Mapping[str, Any]  # of the whole data set: what -> ``count``
+
+    @property
+    def summaries(self) -> dict[str, pd.DataFrame]:
+        """Those of the members, and of `Ensemble.weigh_by`."""
+        return {self.ensemble.weigh_by: self.weighing, **self.members}
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,7 @@ class Results:
     cells: Curve  # of `aplsmear.ensembles.cell_curve`
     # Of `aplsmear.evaluation.curves`, by name: roc, band (of the ROC curve), precision_recall, calibration.
     curves: Mapping[str, pd.DataFrame]
-    # Whose scores choose the cells that reports show: of the members that score cells, the one with the
-    # highest importance. Empty: no member scores cells.
-    pictured_by: str
+    evidence: pd.DataFrame  # of `cell_evidence`
     settings: Mapping[str, Any]  # the parameters that shaped the results
 
 
@@ -112,6 +116,7 @@ def read_inputs(
         everyone=everyone,
         patients=patients_of(everyone, ensemble.positive, ensemble.negative),
         members=members,
+        weighing=rounded_summaries(weights),
         items={level: read_table(path).rename(columns={level: "item"}) for level, path in tables.items()},
         features={level: read_features(Path(f"features/{level}"), backbones) for level in LEVELS},
         heads={ensemble.weigh_by: weighting / "heads.npz"}
@@ -164,14 +169,17 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     patients, members = inputs.patients, inputs.members
     verdicts = judge(patients, members, draw_candidates(combine, seed), combine.refits, seed, combine.promise)
     label, probability = verdicts.table["label"], verdicts.table["probability"]
-    judged = baselines_of(patients, members, combine.shares, seed)
+    tables = inputs.summaries
+    shares = {
+        task: tables[task]
+        for task in combine.shares
+        if task in tables and patients["patient"].isin(tables[task]["patient"]).any()
+    }
+    judged = baselines_of(patients, members, shares, seed)
     held_out = {name: each.table["probability"].to_numpy() for name, each in judged.items()}
     regression = None
     if pooled := pooled_features(inputs.features["cell"].values(), inputs.items["cell"], patients):
         held_out[POOLED], regression = pooled_baseline(patients, pooled)
-    important = importance(verdicts, combine.shuffles, seed)
-    drops = dict(zip(important["member"], important["auroc_drop"], strict=True))
-    of_cells = [task for task in drops if inputs.levels[task] == "cell"]
     return Results(
         inputs=inputs,
         verdicts=verdicts,
@@ -179,13 +187,12 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
         measured=measure(verdicts.table, combine.resamples, seed) | {"alarm": measure_alarm(verdicts.table)},
         comparison=compare(patients, probability.to_numpy(), held_out),
         baselines=Baselines(
-            {name: judged[name].combinations[-1] for name in map(share_of, combine.shares) if name in judged},
-            regression,
+            {name: judged[name].combinations[-1] for name in map(share_of, shares)}, regression
         ),
-        importance=important,
+        importance=importance(verdicts, combine.shuffles, seed),
         cells=cell_curve(verdicts, cell_members(inputs), inputs.items["cell"]["patient"].to_numpy(), seed),
         curves=curve_tables(label, probability, combine.resamples, seed),
-        pictured_by=max(of_cells, key=lambda task: drops[task], default=""),
+        evidence=cell_evidence(inputs, verdicts),
         settings={
             "seed": seed,
             "combine": combine.model_dump(),
@@ -194,12 +201,11 @@ def judge_and_compare(inputs: Inputs, combine: Combine, seed: int) -> Results:
     )
 
 
-def cell_evidence(results: Results) -> pd.DataFrame:
+def cell_evidence(inputs: Inputs, verdicts: Verdicts) -> pd.DataFrame:
     """The table `aplsmear.ensembles.evidence.evidence_table` of the patients of an ensemble.
 
     Scores, attention and evidence of a cell are those of the models that never saw its patient.
     """
-    inputs, verdicts = results.inputs, results.verdicts
     names = inputs.items["cell"]["item"].to_numpy()
     members = cell_members(inputs)
     places = inputs.items["cell"].groupby("patient").indices
@@ -222,8 +228,8 @@ def cell_evidence(results: Results) -> pd.DataFrame:
 
 
 def one_item_each(inputs: Inputs, task: str) -> bool:
-    """Whether no patient has more than one item of this member."""
-    return task in inputs.members and bool((inputs.members[task]["items"] == 1).all())
+    """Whether no patient has more than one item of this task."""
+    return bool((inputs.summaries[task]["items"] == 1).all())
 
 
 def write_results(out: Path, results: Results) -> None:
@@ -234,7 +240,7 @@ def write_results(out: Path, results: Results) -> None:
     write_table(out / "comparison.csv", results.comparison)
     write_table(out / "cells.csv", results.cells.table)
     with whole(out / "evidence.parquet") as part:
-        cell_evidence(results).to_parquet(part, index=False)
+        results.evidence.to_parquet(part, index=False)
     drawn = {name: curve.to_dict("records") for name, curve in results.curves.items() if name != "band"}
     write_json(out / "curves.json", drawn)
     names = [ensemble.negative, ensemble.positive]
@@ -248,8 +254,7 @@ def write_model(
     out: Path, results: Results, backbones: Mapping[str, Backbone], augment: Augment, min_box: int, seed: int
 ) -> None:
     """Write the bundle that judges new patients (`aplsmear.ensembles.bundle`) into a folder."""
-    inputs, pictured_by = results.inputs, results.pictured_by
-    ensemble = inputs.ensemble
+    inputs, ensemble = results.inputs, results.inputs.ensemble
     members = {
         task: Member(task=task, level=level, one_each=one_item_each(inputs, task))
         for task, level in inputs.levels.items()
@@ -280,8 +285,6 @@ def write_model(
         reference_features=chosen,
         cell_curve=results.cells.bundled,
         min_items=float(np.quantile(owner.value_counts(), 1 - COMMON)),
-        pictured_by=pictured_by,
-        high_is_positive=bool(pictured_by) and high_is_positive(results.verdicts, pictured_by),
         held_out=results.measured,
         inputs=dict(inputs.md5),
         shares={name: as_json(each) for name, each in results.baselines.shares.items()},

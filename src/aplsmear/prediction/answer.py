@@ -68,19 +68,21 @@ class Panel:
         answers: Answers,
         fold: int | None = None,
         prevalence: Sequence[float] | None = None,
-        cells: bool = False,
+        evidence: bool = False,
     ) -> None:
         """Choose the fit; bundles in any order.
 
         `answers` are of `read_answers`, `fold` is as for `Bundle.outer_fold_of`, `prevalence` that of
-        `DIAGNOSES` (None: of the training patients), `cells` as for `Models`. Raises AnswerError if there is
-        no answer of these ensembles, or they are of another run; BundleError if there is no such fold.
+        `DIAGNOSES` (None: of the training patients), `evidence` as for `Models`. Raises AnswerError if there
+        is no answer of these ensembles, or they are of another run; BundleError if there is no such fold.
         """
         answer = answers.of([bundle.model.name for bundle in bundles])
         named = {bundle.model.name: bundle for bundle in bundles}
         check_manifests(answers, {name: bundle.folder / MANIFEST for name, bundle in named.items()})
         self.bundles = [named[name] for name in answer.ensembles]
-        self.models = [Models(bundle, bundle.outer_fold_of(fold), cells=cells) for bundle in self.bundles]
+        self.models = [
+            Models(bundle, bundle.outer_fold_of(fold), evidence=evidence) for bundle in self.bundles
+        ]
         self.pairs = [answers.pairs[name] for name in answer.ensembles]
         self.fitted = answer.folds[self.models[0].outer_fold]
         self.prevalence = list(prevalence or self.fitted.shares)

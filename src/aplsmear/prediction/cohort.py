@@ -30,7 +30,7 @@ from aplsmear.evaluation.columns import Z
 from aplsmear.evaluation.curves import confusion_table, curve_tables, decision_table
 from aplsmear.evaluation.intervals import headline
 from aplsmear.files import write_json
-from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures, verdict_table
+from aplsmear.prediction.predict import Models, check_input, judge_patients, verdict_table
 from aplsmear.prediction.recalibration import adapted, in_words
 from aplsmear.reports import pages
 from aplsmear.tables import write_table
@@ -89,7 +89,7 @@ def evaluate(
     check_input(bundle, smears, cells, root)
     models = Models(bundle, bundle.outer_fold_of(None), baselines=True)
     files = pseudonyms.files(root, smears, cells) if pseudonyms else None
-    verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine, files), 0)
+    verdicts = list(judge_patients(models, root, smears, cells, engine, files))
     logits = np.array([each.logits for each in verdicts])
     shifted = adapted(models.combination, logits)
     both = [verdict_table(verdicts, each, model.cell_curve) for each in (models.combination, shifted)]

@@ -33,7 +33,7 @@ from aplsmear.ensembles.bundle import Bundle, write_changed
 from aplsmear.ensembles.combination import Combination, as_json, operating_points_of
 from aplsmear.errors import UserError
 from aplsmear.evaluation.columns import LEVEL
-from aplsmear.prediction.predict import Models, check_input, judge_patients, keep_pictures
+from aplsmear.prediction.predict import Models, check_input, judge_patients
 from aplsmear.prediction.recalibration import SPREAD
 
 FEWEST = 5  # labelled patients
@@ -181,7 +181,7 @@ def adapt(
     smears, cells = (each[each["patient"].isin(asked)] for each in (found.smears, found.cells))
     check_input(bundle, smears, cells, root)
     models = Models(bundle, bundle.outer_fold_of(None))
-    verdicts = keep_pictures(judge_patients(models, root, smears, cells, engine), 0)
+    verdicts = list(judge_patients(models, root, smears, cells, engine))
     label = np.array([int(labels[each.patient] == model.positive) for each in verdicts])
     alarm = models.combination.alarm
     logits = np.array([each.logits for each in verdicts]).reshape(len(verdicts), -1)

@@ -27,7 +27,7 @@ from aplsmear.ensembles.baselines import POOLED, Baselines
 from aplsmear.ensembles.bundle import Bundle, Scorer
 from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Combination
-from aplsmear.ensembles.evidence import Evidence, Items, attended, evidence_of, scored
+from aplsmear.ensembles.evidence import Evidence, Items, attended, evidence_of, most_evidence, scored
 from aplsmear.ensembles.familiarity import Mean, Moments, how_stained, stain_of
 from aplsmear.ensembles.pooling import PLAIN, same_logits, summary_logit
 from aplsmear.errors import UserError
@@ -96,7 +96,7 @@ class Verdict:
     warnings: dict[str, str]  # by what they are about: items, stain, distance
     baselines: Mapping[str, float]  # probability by each plain baseline; empty if they are not wanted
     pictures: Pictures
-    evidence: Evidence | None  # of the cells; None: not kept
+    evidence: Evidence | None  # of the cells; None: not wanted, or no member reads cells
 
 
 @dataclass
@@ -116,17 +116,20 @@ class _Record:
 class Models:
     """The models of one outer fold of a bundle."""
 
-    def __init__(self, bundle: Bundle, outer_fold: int, baselines: bool = False, cells: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, outer_fold: int, baselines: bool = False, evidence: bool = False
+    ) -> None:
         """Collect what the models need; networks are built later, where they run.
 
-        With `baselines`, the plain baselines of the bundle judge, too. With `cells`, verdicts keep the
-        evidence of all cells.
+        With `baselines`, the plain baselines of the bundle judge, too. With `evidence`, verdicts have the
+        evidence of all cells, and pictures.
         """
-        self.bundle, self.outer_fold, self.cells = bundle, outer_fold, cells
+        self.bundle, self.outer_fold, self.evidence = bundle, outer_fold, evidence
         self.baselines = bundle.baselines if baselines else Baselines({}, None)
         self.combination = bundle.combinations[outer_fold]
         scorers = {scorer.task: scorer for scorer in bundle.members}
-        if any(self._is_weighted(scorer) for scorer in bundle.members):
+        shares = {task for share in self.baselines.shares.values() for task in share.members}
+        if bundle.weigh_by.task in shares or any(self._is_weighted(scorer) for scorer in bundle.members):
             scorers[bundle.weigh_by.task] = bundle.weigh_by
         # Of each level, the tasks whose heads score its items.
         self.scorers: dict[Level, list[Scorer]] = {
@@ -182,7 +185,7 @@ class Models:
             for item, row in enumerate(plain):
                 record, view = owners[row]
                 record.items[level].append(view.item)
-                if level == "cell":
+                if self.evidence and level == "cell":
                     record.pictures[view.item] = view.image
                 for task, values in scores.items():
                     record.scores[task].append(values[item])
@@ -226,12 +229,10 @@ class Models:
             evidence=None,
         )
         found.warnings.update(self._warnings(found, record))
-        evidence = self._evidence(record, logits)
+        evidence = self._evidence(record, logits) if self.evidence else None
         if evidence is None:
             return found
-        return replace(
-            found, pictures=_pictures(evidence, record.pictures), evidence=evidence if self.cells else None
-        )
+        return replace(found, pictures=_pictures(evidence, record.pictures), evidence=evidence)
 
     def _evidence(self, record: _Record, logits: np.ndarray) -> Evidence | None:
         """The evidence of the cells; None: no member reads cells, or there are none."""
@@ -255,7 +256,7 @@ class Models:
 
     def _baselines(self, record: _Record) -> Iterator[tuple[str, float]]:
         """The probability by each plain baseline."""
-        scorers = {scorer.task: scorer for scorer in self.bundle.members}
+        scorers = {scorer.task: scorer for scorer in [self.bundle.weigh_by, *self.bundle.members]}
         for name, share in self.baselines.shares.items():
             logits = [self._summary(scorers[member], record, share.summary) for member in share.members]
             yield name, float(share.probability(np.array([logits]))[0])
@@ -447,11 +448,6 @@ def verdict_table(verdicts: Sequence[Verdict], combination: Combination, curve: 
 
 def _pictures(evidence: Evidence, jpeg: Mapping[str, bytes]) -> Pictures:
     """The cells with the most evidence for the positive diagnosis, and with the most against it."""
-    order = np.argsort(-evidence.evidence, kind="stable")
-    sides = [
-        [n for n in order if evidence.evidence[n] > 0],
-        [n for n in order[::-1] if evidence.evidence[n] < 0],
-    ]
     most, least = (
         [
             Picture(
@@ -460,9 +456,9 @@ def _pictures(evidence: Evidence, jpeg: Mapping[str, bytes]) -> Pictures:
                 float(evidence.evidence[n]),
                 [(name, float(values[n])) for name, values in evidence.columns.items()],
             )
-            for n in side[:SHOWN]
+            for n in side
         ]
-        for side in sides
+        for side in most_evidence(evidence.evidence, SHOWN)
     )
     return most, least
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from aplsmear.ensembles.combination import high_is_positive
+from aplsmear.ensembles.evidence import EVIDENCE, most_evidence
 from aplsmear.ensembles.promise import smallest_miss_rate
 from aplsmear.ensembles.run import Results
 from aplsmear.images.view_store import plain_views
@@ -19,6 +18,7 @@ from aplsmear.reports import pages
 
 _CONFIDENCES = (0.8, 0.9, 0.95)
 _CARDS = 3  # patients that get a card, for each reason
+_SHOWN = 4  # cells on a card for the positive diagnosis, and against it
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,20 @@ def with_pictures(results: Results, views: Path) -> Findings:
 
 
 def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
-    """The cells on the cards: patient -> cells that count most for and most against the positive diagnosis.
+    """The cells on the cards: patient -> cells with the most evidence for and against the positive diagnosis.
 
-    The member `Results.pictured_by` scores the cells; patients without a score of it are left out.
+    Patients without cells are left out. If no member reads cells, there is nobody.
     """
-    verdicts, name = results.verdicts, results.pictured_by
-    if not name:
+    column, table = EVIDENCE + results.inputs.name, results.verdicts.table
+    places = {place for shown in _patients_with_a_card(table).values() for place in shown}
+    cells = results.evidence[results.evidence["patient"].isin(table["patient"].iloc[sorted(places)])]
+    if column not in cells:
         return {}
-    member = results.inputs.members[name]
-    own = {row["patient"]: row for row in pages.records(member[member["outer_fold"] == member["fold"]])}
-    places = {place for shown in _patients_with_a_card(verdicts.table).values() for place in shown}
-    ends = ("highest", "lowest") if high_is_positive(verdicts, name) else ("lowest", "highest")
-    return {
-        patient: (json.loads(own[patient][ends[0]]), json.loads(own[patient][ends[1]]))
-        for patient in verdicts.table["patient"].iloc[sorted(places)]
-        if patient in own
-    }
+    found = {}
+    for patient, mine in cells.groupby("patient"):
+        most, least = most_evidence(mine[column].to_numpy(), _SHOWN)
+        found[str(patient)] = (mine["cell"].iloc[most].tolist(), mine["cell"].iloc[least].tolist())
+    return found
 
 
 def content(found: Findings) -> dict[str, Any]:
@@ -94,7 +92,6 @@ def content(found: Findings) -> dict[str, Any]:
         "patients": pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
         "thresholds_of": {fold: found.verdicts.combinations[fold].thresholds for fold in folds},
         **_cards(found),
-        "pictured_by": found.pictured_by,
         **_importance(found.importance),
         "linear": not last.fitted.hidden.shape[1],
         "members": list(_members(found)),
