@@ -152,36 +152,22 @@ def compare(folder: Path, revisions: Sequence[str]) -> Compared:
         _check_revisions(repo, revisions)
         # With the workspace hidden, DVC leaves it out if it has the numbers of its branch.
         read = list(dict.fromkeys([*revisions, WORKSPACE]))
-        metrics, params = (
-            _by_name(shown.show(revs=read, hide_workspace=False), read)
-            for shown in (repo.metrics, repo.params)
-        )
+        shown = [kind.show(revs=read, hide_workspace=False) for kind in (repo.metrics, repo.params)]
         head = repo.scm.get_rev()
-        is_head = [name != WORKSPACE and resolve_rev(repo.scm, name) == head for name in read]
-    columns = [
-        [values[place] for numbers in metrics.values() for values in numbers.values()]
-        for place in range(len(read))
-    ]
+        present = {name for name in read if name != WORKSPACE and resolve_rev(repo.scm, name) == head}
+    numbers = {name: _numbers(shown[0], name) for name in read}
+    *others, here = (numbers[name] for name in read)
     uncommitted = WORKSPACE not in revisions and any(
-        value is None and here is not None
-        for present, column in zip(is_head, columns, strict=True)
-        if present and columns[-1] not in columns[:-1]
-        for value, here in zip(column, columns[-1], strict=True)
+        here.keys() - numbers[name].keys() for name in present if here not in others
     )
-    for place, revision in enumerate(revisions):
-        if not any(value is not None for value in columns[place]) and not (uncommitted and is_head[place]):
+    for revision in revisions:
+        if not numbers[revision] and not (uncommitted and revision in present):
             raise UserError(
                 f"the results of {revision} are not here: `dvc exp pull REMOTE {revision}` brings those of "
                 "an experiment, `dvc fetch --all-commits` those of commits."
             )
     revisions = read if uncommitted else list(revisions)
-    metrics, params = (
-        {
-            file: {name: values[: len(revisions)] for name, values in found.items()}
-            for file, found in kind.items()
-        }
-        for kind in (metrics, params)
-    )
+    metrics, params = (_side_by_side(kind, revisions) for kind in shown)
     with TemporaryDirectory(prefix="aplsmear-") as temporary:
         command = [sys.executable, "-m", "dvc", "plots", "diff", "--json", "--out", temporary, *revisions]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -322,14 +308,18 @@ def _check_revisions(repo: Any, revisions: Sequence[str]) -> None:
         )
 
 
-def _by_name(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """What DVC shows, turned around: file -> dotted name -> a value for each revision, in order."""
+def _numbers(shown: dict[str, Any], revision: str) -> dict[tuple[str, str], Any]:
+    """What DVC shows of a revision: (file, dotted name) -> value."""
+    files = shown.get(revision, {}).get("data", {}).items()
+    return {(file, name): value for file, read in files for name, value in flat(read.get("data", {}))}
+
+
+def _side_by_side(shown: dict[str, Any], revisions: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """What DVC shows: file -> dotted name -> a value for each revision, in order."""
+    columns = [_numbers(shown, revision) for revision in revisions]
     found: dict[str, dict[str, list[Any]]] = {}
-    for place, revision in enumerate(revisions):
-        for file, read in shown.get(revision, {}).get("data", {}).items():
-            for name, value in flat(read.get("data", {})):
-                values = found.setdefault(file, {}).setdefault(name, [None] * len(revisions))
-                values[place] = value
+    for file, name in dict.fromkeys(key for column in columns for key in column):
+        found.setdefault(file, {})[name] = [column.get((file, name)) for column in columns]
     return found
 
 
