@@ -115,8 +115,7 @@ class Judged:
 def probabilities(
     fitted: Fitted, logits: np.ndarray, pairs: Sequence[Pair], prevalence: Sequence[float] | None = None
 ) -> np.ndarray:
-    """Probabilities of `DIAGNOSES`, float64 (patients, 3), of the ensembles' calibrated logits (patients,
-    ensembles).
+    """Probabilities of `DIAGNOSES`, float64 (patients, 3), of calibrated logits (patients, ensembles).
 
     `prevalence` is of `DIAGNOSES`, adding to 1; None: as among the patients of the fit.
     """
@@ -148,10 +147,9 @@ def calls(chances: np.ndarray, sure: float) -> np.ndarray:
 
 
 def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
-    """Slope and offsets by penalised maximum likelihood.
+    """Slope and offsets by penalised maximum likelihood, on held-out logits, float64 (patients, ensembles).
 
-    Logits are held out, float64 (patients, ensembles). `label`, int64 (patients,), is the place of each
-    diagnosis in `DIAGNOSES`; all three occur.
+    `label`, int64 (patients,), is the place of each diagnosis in `DIAGNOSES`; all three occur.
     """
     scores = coupled(logits, pairs)
     spread = max(float(scores.std()), _MIN_SPREAD)
@@ -183,8 +181,9 @@ def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
 
 
 def prevalence_of(text: str) -> list[float]:
-    """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15`` (else AnswerError); the third
-    is the rest.
+    """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15``; the third is the rest.
+
+    Raises AnswerError if it is no such text, or the numbers are no shares that add to 1.
     """
     parts = [part.partition("=")[::2] for part in text.split(",")]
     names = [name.strip() for name, _ in parts]

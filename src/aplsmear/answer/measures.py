@@ -85,12 +85,12 @@ def mean_interval(values: Array, label: np.ndarray, resamples: int, seed: int) -
 def predictive_values(
     label: np.ndarray, called: np.ndarray, prevalence: Sequence[float], names: Sequence[str], seed: int
 ) -> pd.DataFrame:
-    """How often a call is right where the diagnoses have a given prevalence (shares that add to 1; Bayes'
-    rule).
+    """How often a call is right where the diagnoses have a given prevalence, by Bayes' rule.
 
     How often patients with each diagnosis are called so is counted; `UNSURE` is no call of any diagnosis. The
-    intervals are over 4,000 draws of those rates, from Jeffreys' posterior of each (Brown et al., Stat Sci
-    2001;16:101): they have a width even where no error was seen.
+    prevalence is a share for each of `names`; they add to 1. The intervals are over 4,000 draws of the
+    counted rates, from Jeffreys' posterior of each (Brown et al., Stat Sci 2001;16:101): they have a width
+    even where no error was seen.
 
     Returns ``diagnosis, prevalence, ppv, ppv_low, ppv_high, npv, npv_low, npv_high``: of the patients called
     so, the share with this diagnosis; of the patients not called so, the share without it. NaN: no patient

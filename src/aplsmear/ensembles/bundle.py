@@ -133,8 +133,9 @@ class Bundle:
     reference: Reference
 
     def outer_fold_of(self, fold: int | None) -> int:
-        """The outer fold whose models never saw this fold (else BundleError); None: the last, for new
-        patients.
+        """The outer fold whose models never saw this fold; None: the last one, for new patients.
+
+        Raises BundleError if there is no such fold.
         """
         last = len(self.combinations) - 1
         if fold is not None and not 0 <= fold < last:

@@ -87,13 +87,12 @@ def roc_band_table(
 def summary(
     label: npt.ArrayLike, probability: npt.ArrayLike, *, resamples: int = 2000, seed: int
 ) -> dict[str, Any]:
-    """The measures of held-out, calibrated probabilities, for intervals.json; each class has two patients or
-    more.
+    """The measures of held-out, calibrated probabilities, for intervals.json.
 
     These are ``n_patients``, ``n_positive``, and ``{value, low, high}`` of ``auroc`` (DeLong),
     ``average_precision``, ``brier`` (mean squared difference of probability and label, 0 is best; Brier
-    1950), ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients). The interval of
-    ``auroc`` has a width even where no error was seen; a bootstrap would give none.
+    1950), ``calibration_slope`` and ``calibration_intercept`` (bootstrap over patients, two or more of each
+    class). The interval of ``auroc`` has a width even where no error was seen; a bootstrap would give none.
     """
     y, p = check_columns(label, probability, probability=True)
     order = np.lexsort([p, y])

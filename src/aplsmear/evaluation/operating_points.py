@@ -13,10 +13,10 @@ MIN_SENSITIVITY = 0.95
 
 
 def rates(label: npt.ArrayLike, call: npt.ArrayLike) -> dict[str, dict[str, float]]:
-    """``sensitivity`` and ``specificity`` (Wilson) and ``balanced_accuracy``, their mean: ``{value, low,
-    high}``.
+    """``{value, low, high}`` of ``sensitivity``, ``specificity`` (Wilson) and ``balanced_accuracy``, their
+    mean.
 
-    Labels (both classes) and calls are 0 or 1, shape (n,). All intervals have a width even where no error was
+    Labels (both classes) and calls are 0 or 1, shape (n,). Intervals have a width even where no error was
     seen.
     """
     y, c = check_call(label, call)

@@ -27,7 +27,7 @@ class EnsembleModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self._bundle = read_bundle(Path(context.artifacts["bundle"]))
 
     def predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
-        """Judge the patients of each folder in the column ``folder``, which holds ``wsi.csv``; no labels
+        """Judge the patients of the folders in the column ``folder``; each holds ``wsi.csv``, labels are not
         needed.
 
         Returns a row for each patient of each folder: ``folder``, then the columns of `verdict_table`. Raises

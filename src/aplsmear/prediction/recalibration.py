@@ -41,7 +41,7 @@ def in_words(before: Combination, after: Combination, whom: str) -> str:
 
 
 def shift_of(logit: np.ndarray, share: float) -> float:
-    """What to add to the calibrated logits, float64 (patients,), of a cohort with an expected share of
+    """What to add to a cohort's calibrated logits, float64 (patients,), given its expected share of
     positives.
 
     The most probable shift, if the mean probability is normal around `share` (between 0 and 1), with the

@@ -42,9 +42,7 @@ class ViewPageError(UserError, ValueError):
 
 
 def read_cells(path: Path) -> pd.DataFrame:
-    """The table of cells that `predict --cells` or an ensemble's stage writes; ViewPageError if it lacks
-    columns.
-    """
+    """The table of cells that `predict --cells` or an ensemble's stage writes; else ViewPageError."""
     table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
     missing = [name for name in PLACE if name not in table]
     if missing or not _starting(table, EVIDENCE):

@@ -77,8 +77,9 @@ class Training:
 
 
 def cohorts_of(folders: Sequence[Path]) -> dict[str, Path]:
-    """Full path of each cohort by the name of its folder, in small letters, digits and _; UserError for equal
-    names.
+    """Full path of each cohort by its name, that of its folder in small letters, digits and _.
+
+    Raises UserError if two folders have the same name.
     """
     found: dict[str, Path] = {}
     for folder in folders:

@@ -144,7 +144,7 @@ def with_files(text: str) -> str:
 
 
 def leftovers(root: Path, params: Params) -> list[Path]:
-    """Outputs of earlier parameters that no stage makes now: features, backbones, tuned tasks, members;
+    """Outputs of earlier parameters that no stage makes now (features, backbones, tuned tasks, members),
     sorted.
 
     They must be removed: for a stage that depends on a folder, DVC takes everything in it as input.

@@ -151,10 +151,10 @@ def look_for_folder(place: Place, folder: Path) -> bool:
 
 
 def look_for_server(place: Place, verify: bool | str = True) -> None:
-    """Check that the server at `place.endpoint` answers and that this machine's clock is right; else
-    ShareError.
+    """Check that the server at `place.endpoint` answers and that this machine's clock is right.
 
-    `verify`: whether to check the server's certificate, or a file of certificates to check it against.
+    `verify`: whether to check the server's certificate, or a file of certificates to check it against. Raises
+    ShareError if there is no answer, or the clocks differ by more than `SKEW`.
     """
     address = "check the network (VPN, proxy, firewall) and the address: "
     address += f"`dvc remote modify {place.name} endpointurl URL`."
@@ -213,8 +213,8 @@ def _readable(files: Any, folder: str) -> bool:
 
 
 def explained(place: Place, error: Exception, *, readable: bool = False) -> ShareError:
-    """The error that explains an exception of a remote's file system; `readable`: reading works, writing
-    failed.
+    """The error that explains an exception of a remote's file system; `readable`: it can be read, not
+    written.
     """
     code = _code(error)
     if readable and code in f"{_DENIED} {_DISK_DENIED} {_SILENT}".split():
