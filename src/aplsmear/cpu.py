@@ -38,27 +38,23 @@ def opencv_disable(cpuinfo: str) -> str:
     """The value of OPENCV_CPU_DISABLE: names, joined by commas, of what this processor has and others lack.
 
     OpenCV complains on stderr about names of what the processor does not have.
-
-    Args:
-        cpuinfo: from /proc/cpuinfo, at least the lines of the first processor; empty where there is none.
     """
-    flags = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
-    has = set(flags[1].split()) if flags else set()
-    return ",".join(name for name, parts in _OPENCV.items() if parts <= has)
+    return ",".join(name for name, parts in _OPENCV.items() if parts <= _flags(cpuinfo))
 
 
 def lacking(cpuinfo: str) -> list[str]:
-    """Those of AVX2 and FMA that the processor does not have; without them no result is the same bit by bit.
+    """Those of AVX2 and FMA that the processor lacks; without them no result is the same bit by bit."""
+    flags = _flags(cpuinfo)  # empty: nothing is known, so nothing is lacking
+    return [name for name in ("avx2", "fma") if flags and name not in flags]
 
-    Args:
-        cpuinfo: as for `opencv_disable`; empty: nothing is known, so nothing is lacking.
-    """
-    flags = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
-    return [name for name in ("avx2", "fma") if flags and name not in flags[1].split()]
+
+def _flags(cpuinfo: str) -> set[str]:
+    found = re.search(r"^flags\s*:(.*)", cpuinfo, re.MULTILINE)
+    return set(found[1].split()) if found else set()
 
 
 def cpuinfo() -> str:
-    """What Linux says of the processor; empty elsewhere."""
+    """The text of /proc/cpuinfo; empty where there is none."""
     path = Path("/proc/cpuinfo")  # Linux alone; a processor of a Mac has no AVX-512
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
@@ -77,18 +73,9 @@ PINNED = {
 
 # Settings of these libraries in the user's environment: they change results, print text, or end the process.
 _OTHERS = (
-    "GOMP_",
-    "KERAS_MAX_",
-    "KERAS_NNX_",
-    "KMP_",
-    "MKL_",
-    "NPY_",
-    "OMP_",
-    "ONEDNN_",
-    "OPENBLAS_",
-    "OPENCV_",
+    "GOMP_", "KERAS_MAX_", "KERAS_NNX_", "KMP_", "MKL_", "NPY_", "OMP_", "ONEDNN_", "OPENBLAS_", "OPENCV_",
     "TQDM_",
-)
+)  # fmt: skip
 
 _late: set[str] = set()
 

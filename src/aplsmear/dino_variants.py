@@ -15,29 +15,17 @@ PATCHES, CLASS = "patches", "class"  # layers: normalised patch tokens as a map;
 
 @dataclass(frozen=True)
 class Variant:
-    """The shape of a vision transformer. The option of a backbone with the name of a field replaces it.
+    """The shape of a vision transformer. The option of a backbone with the name of a field replaces it."""
 
-    Attributes:
-        width: channels of a token.
-        depth: number of transformer blocks.
-        heads: of the attention in each block.
-        hidden: hidden units of the perceptron in each block.
-        gated: the perceptron is SwiGLU (two products, one of which gates the other), else GELU.
-        patch: side of a patch, in px.
-        registers: number of register tokens.
-        grid: patches along a side of the stored position embedding; 0: rotary positions, nothing is stored.
-        epsilon: of the layer normalisations.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    hidden: int
-    gated: bool = False
-    patch: int = 14
-    registers: int = 0
-    grid: int = 37
-    epsilon: float = 1e-6
+    width: int  # channels of a token
+    depth: int  # number of transformer blocks
+    heads: int  # of the attention in each block
+    hidden: int  # units of the perceptron in each block
+    gated: bool = False  # the perceptron is SwiGLU (two products, one of which gates the other), else GELU
+    patch: int = 14  # side of a patch, in px
+    registers: int = 0  # number of register tokens
+    grid: int = 37  # patches along a side of the stored position embedding; 0: rotary, nothing is stored
+    epsilon: float = 1e-6  # of the layer normalisations
 
     def problems(self) -> list[str]:
         """What does not fit together; empty: nothing."""
@@ -71,11 +59,7 @@ OPTIONS = [each.name for each in fields(Variant)]
 
 
 def variant_of(application: str, options: Mapping[str, Any]) -> Variant:
-    """The variant of a backbone.
-
-    Args:
-        application: one of `VARIANTS`.
-        options: fields of `Variant` that differ, such as ``{"registers": 4}``.
+    """The variant of a backbone; `options` are fields of `Variant` that differ, such as ``{"registers": 4}``.
 
     Raises:
         ValueError: an unknown option, or values that do not fit together.

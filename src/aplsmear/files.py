@@ -10,8 +10,8 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZipFile, ZipInfo
@@ -56,6 +56,33 @@ def new_array(path: Path, kind: Any, shape: tuple[int, ...]) -> np.memmap:
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def write_rows(paths: Sequence[Path], count: int, chunks: Iterable[Sequence[np.ndarray]]) -> None:
+    """Write .npy files of `count` rows that come in chunks, one array for each file: all files or none.
+
+    Raises:
+        ValueError: there are more or fewer rows.
+        OSError: the disk is full.
+    """
+    with ExitStack() as stack:
+        parts = [stack.enter_context(whole(path)) for path in paths]
+        arrays: list[np.memmap] = []
+        end = 0
+        for chunk in chunks:
+            if not arrays:
+                each = zip(parts, chunk, strict=True)
+                arrays = [new_array(part, rows.dtype, (count, *rows.shape[1:])) for part, rows in each]
+            start, end = end, end + len(chunk[0])
+            if end > count:
+                break
+            for array, rows in zip(arrays, chunk, strict=True):
+                array[start:end] = rows
+                give_back(array)
+        if end != count:
+            raise ValueError(f"{end} rows or more, not {count}")
+        for array in arrays:
+            array.flush()
 
 
 def give_back(array: np.ndarray) -> None:

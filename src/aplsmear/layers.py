@@ -36,9 +36,7 @@ def smallest_side(application: str) -> int:
 def layers_of(application: str, options: Mapping[str, Any]) -> list[str]:
     """The layers of a network whose output is a map of height, width and channels.
 
-    Args:
-        application: one of `applications`.
-        options: of this network; of keras.applications only options that are true or false change the layers.
+    Of the options of keras.applications, only those that are true or false change the layers.
 
     Raises:
         ValueError: options of a vision transformer that do not fit together.

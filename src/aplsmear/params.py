@@ -201,23 +201,17 @@ class Augment(Strict):
 class OnnxFile(Strict):
     """How the network of an ONNX file takes images and gives features.
 
-    Attributes:
-        layout: of the images: N images, C colours, H rows, W columns.
-        scale: pixels, 0 to 255, are divided by it; then `mean` is subtracted, and then divided by `std`.
-        mean: of red, green and blue.
-        std: of red, green and blue.
-        pooling: what becomes the features of an image: ``class``: the first token; ``patches``: the mean of
-            the tokens of patches; ``class+patches``: both, one after the other; ``map``: the mean of a map;
-            ``none``: the output as it is, (images, channels).
-        tokens: number of tokens before those of patches: the class token and the registers.
+    Pixels, 0 to 255, are divided by `scale`; then `mean` is subtracted, and the rest divided by `std`. The
+    `pooling` makes the features of an image: ``class``, the first token; ``patches``, the mean of the tokens
+    of patches; ``class+patches``, both in this order; ``map``, the mean of a map; ``none``, the output.
     """
 
-    layout: Literal["NCHW", "NHWC"]
+    layout: Literal["NCHW", "NHWC"]  # N images, C colours, H rows, W columns
     scale: float = Field(gt=0)
-    mean: list[float] = Field(min_length=3, max_length=3)
+    mean: list[float] = Field(min_length=3, max_length=3)  # of red, green and blue
     std: list[Annotated[float, Field(gt=0)]] = Field(min_length=3, max_length=3)
     pooling: Literal["class", "patches", "class+patches", "map", "none"]
-    tokens: int = Field(1, ge=0, le=64)
+    tokens: int = Field(1, ge=0, le=64)  # before those of patches: the class token and the registers
 
 
 class Backbone(Strict):
@@ -532,10 +526,11 @@ def read_params(path: Path, *used: str) -> Params:
     if not isinstance(raw, dict):
         raise ParamsError(f"{path} holds {_shown(raw)}, expected a table of keys such as `seed: 1`")
     tasks, backbones = (_table(raw.get(key)) for key in ("tasks", "backbones"))
+    layers = {name: _table(row).get("layer") for name, row in backbones.items()}
     known = {
         "tasks": list(tasks),
         "level": _table(tasks.get(str(raw.get("task")))).get("level"),
-        "layers": [f"{name}/{layer}" for name, row in backbones.items() for layer in _layers(row)],
+        "layers": [f"{name}/{each}" for name, of in layers.items() if isinstance(of, list) for each in of],
     }
     try:
         if not used:
@@ -602,7 +597,7 @@ def flat(nested: Any, above: str = "", *, tables: bool = False) -> Iterator[tupl
 def changes(base: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that are not as in `base`: dotted name -> value; None: the parameter is gone."""
     before, after = dict(flat(base)), dict(flat(params))
-    names = sorted(before.keys() | after.keys())
+    names = sorted(before | after)
     return {name: after.get(name) for name in names if after.get(name) != before.get(name)}
 
 
@@ -622,11 +617,6 @@ def _merge(base: Mapping[str, Any], over: Any) -> Any:
 
 def _table(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _layers(backbone: Any) -> list[str]:
-    layers = _table(backbone).get("layer")
-    return [each for each in layers if isinstance(each, str)] if isinstance(layers, list) else []
 
 
 def _lines(error: ValidationError) -> list[str]:

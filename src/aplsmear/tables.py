@@ -52,13 +52,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    for column in table.columns:
-        if column in INTEGERS:
-            table[column] = table[column].astype(np.int64)
-        elif column in FLOATS:
-            table[column] = table[column].astype(np.float64)
-        else:
-            table[column] = _mapped(table[column], unguarded)
+    kinds = dict.fromkeys(INTEGERS, np.int64) | dict.fromkeys(FLOATS, np.float64)
+    for name in table.columns:
+        column = table[name]
+        table[name] = column.astype(kinds[name]) if name in kinds else _mapped(column, unguarded)
     return table
 
 

@@ -281,10 +281,9 @@ def _agreed(client: Any, terms: Terms) -> Terms:
         if not isinstance(answer, _Answer):
             problems[f"cannot run aplsmear ({brief(answer)})"].append(worker)
             continue
-        found = list(answer.problems)
-        if answer.device and len(devices) > 1:
-            found.append(f"{_RUNS_ON} {answer.device}, and all must run on the same")
-        for problem in found:
+        unlike = answer.device and len(devices) > 1
+        more = [f"{_RUNS_ON} {answer.device}, and all must run on the same"] if unlike else []
+        for problem in [*answer.problems, *more]:
             problems[problem].append(f"{worker} on {answer.host}")
     if problems:
         raise EngineError(_unfit(problems))
@@ -370,8 +369,7 @@ def _done(work: _Work) -> Any:
     terms = work.terms
     if terms.token not in _met:
         worker = get_worker()
-        problems = list(_problems(terms, worker))
-        if problems:
+        if problems := list(_problems(terms, worker)):
             where = f"{worker.address} on {platform.node()}, which joined"
             return _Failure(EngineError(_unfit({problem: [where] for problem in problems})))
         _met.add(terms.token)
@@ -385,8 +383,7 @@ def _done(work: _Work) -> Any:
 def _problems(terms: Terms, worker: Any) -> Iterator[str]:
     if worker.state.nthreads != 1:
         yield f"runs {worker.state.nthreads} partitions at once in one process (start it with --nthreads 1)"
-    late = cpu.late()
-    if late:
+    if late := cpu.late():
         yield f"loaded NumPy before {', '.join(late)} was set (start it with --preload-nanny aplsmear)"
     yield from _differences(fingerprint(), terms.sameness)
     try:

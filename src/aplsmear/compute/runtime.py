@@ -18,23 +18,16 @@ _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"  # read when TensorFlow is imported; 0: all 
 
 
 def start_tensorflow(threads: int | None = None, *, gpus: bool = True) -> Any:
-    """Import TensorFlow with deterministic kernels, and print one line that names its devices.
+    """Import TensorFlow with deterministic kernels, print one line that names its devices; the module.
 
-    TensorFlow's own messages are not shown, unless its import fails or the environment sets
-    TF_CPP_MIN_LOG_LEVEL: what goes wrong later is raised as an exception all the same.
-
-    Args:
-        threads: of TensorFlow's operations; None: as many as there are cores. Another number changes the last
-            bits of a training.
-        gpus: whether it may use GPUs; a process that only builds networks leaves their memory to others.
-
-    Returns:
-        The module.
+    Its own messages are not shown, unless its import fails or the environment sets TF_CPP_MIN_LOG_LEVEL: what
+    goes wrong later is raised as an exception all the same. Another number of `threads` (None: one per core)
+    changes the last bits of a training. A process that only builds networks needs no `gpus`: their memory is
+    left to others.
     """
     quiet = os.environ.setdefault(_LOG_LEVEL, "3") == "3"
-    with (
-        _held_back() if quiet else nullcontext()
-    ):  # the first messages come before TensorFlow reads its level
+    # The first messages come before TensorFlow reads its level.
+    with _held_back() if quiet else nullcontext():
         tf = _imported()
         if not gpus:
             tf.config.set_visible_devices([], "GPU")

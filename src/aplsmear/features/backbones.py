@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,7 @@ def weight_files(settings: Backbone) -> list[Path]:
 def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool:
     """Build or read the network of `settings` and write it as a graph for `aplsmear.features.forward`.
 
-    Args:
-        path: of the graph, ``.onnx``; the same bytes for the same weights.
-        settings: the backbone.
-        level: its input size is taken.
-        seed: of untrained filters.
+    The same weights give the same bytes. Arguments as of `cut_network`.
 
     Returns:
         Whether the graph gives the same bits on every processor. Only that of an ONNX file may not.
@@ -91,7 +87,13 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool
         GraphError: a layer that cannot be written.
     """
     if settings.source == "onnx":
-        graph = _graph_of_file(settings, level)
+        file = Path(settings.weights)
+        _check_content(file, settings.sha256)
+        try:
+            graph = graph_of_file(file, settings, settings.input_size[level])
+        except GraphError as error:
+            where = f"the network in {str(file)!r} cannot be used for {level}s"
+            raise BackboneError(f"{where}:\n  {error}") from None
     else:
         import keras
 
@@ -101,15 +103,6 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool
     with whole(path) as part:
         part.write_bytes(graph.SerializeToString(deterministic=True))
     return is_portable(graph)
-
-
-def _graph_of_file(settings: Backbone, level: Level) -> Any:
-    path = Path(settings.weights)
-    _check_content(path, settings.sha256)
-    try:
-        return graph_of_file(path, settings, settings.input_size[level])
-    except GraphError as error:
-        raise BackboneError(f"the network in {str(path)!r} cannot be used for {level}s:\n  {error}") from None
 
 
 def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
@@ -128,11 +121,7 @@ def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
 
 
 def _dino(name: str, *, weights: str | None, input_shape: Sequence[int], **options: Any) -> Any:
-    """A vision transformer, called as a builder of keras.applications.
-
-    Raises:
-        ValueError: options or a size that do not fit, or weights that cannot be downloaded.
-    """
+    """A vision transformer, called as a builder of keras.applications; a ValueError: options do not fit."""
     from aplsmear.features import dino
 
     options.pop("include_top")
@@ -144,16 +133,9 @@ def _dino(name: str, *, weights: str | None, input_shape: Sequence[int], **optio
 
 
 def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) -> Any:
-    """The whole network without its top.
-
-    Raises:
-        BackboneError: Keras refuses the options or the size, or cannot download the weights.
-    """
-    fixed = {
-        "include_top": False,
-        "weights": IMAGENET if settings.weights == IMAGENET else None,
-        "input_shape": (size, size, 3),
-    }
+    """The whole network without its top, or a BackboneError if Keras refuses the options or the size."""
+    weights = IMAGENET if settings.weights == IMAGENET else None
+    fixed = {"include_top": False, "weights": weights, "input_shape": (size, size, 3)}
     taken = sorted(fixed.keys() & settings.options.keys())
     if taken:
         raise BackboneError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline sets it")
@@ -185,27 +167,25 @@ def _check_content(path: Path, expected: str) -> None:
 def _load(path: Path, full: Any, cut: Any) -> None:
     """Load weights of the whole network without its top, or of the network up to the deepest layer used.
 
-    The number of its tensors tells which of the two a file has.
-
-    Raises:
-        BackboneError: it has neither.
+    The number of its tensors tells which of the two a file has; a BackboneError: it has neither.
     """
+    import h5py
+
     try:
-        tensors, numbers = _count_tensors(path)
-        if _refers_elsewhere(path):
-            raise ValueError("it reads data from another file")
+        with h5py.File(path) as file:
+            sizes = list(_sizes_of_arrays(file))
         whole, part = (
             [math.prod(each.shape) for each in of.weights if len(each.shape)] for of in (full, cut)
         )
         networks = {len(whole): (full, sum(whole)), len(part): (cut, sum(part))}
-        if tensors not in networks:
+        if len(sizes) not in networks:
             raise ValueError(
-                f"it has {tensors} tensors; the whole network has {len(whole)}, up to the deepest layer "
+                f"it has {len(sizes)} tensors; the whole network has {len(whole)}, up to the deepest layer "
                 f"used {len(part)}"
             )
-        network, own = networks[tensors]
-        if numbers != own:  # a file of a kilobyte can declare terabytes
-            raise ValueError(f"it has {numbers:,} numbers, the network has {own:,}")
+        network, own = networks[len(sizes)]
+        if sum(sizes) != own:  # a file of a kilobyte can declare terabytes
+            raise ValueError(f"it has {sum(sizes):,} numbers, the network has {own:,}")
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             network.load_weights(path)
@@ -219,35 +199,20 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         ) from error
 
 
-def _count_tensors(path: Path) -> tuple[int, int]:
-    """How many arrays an HDF5 file has, and how many numbers they declare; single numbers are not counted."""
+def _sizes_of_arrays(group: Any) -> Iterator[int]:
+    """The size of each array in an open HDF5 file; single numbers are left out.
+
+    Raises:
+        ValueError: it refers to another file: a stranger's file could show any file of this machine.
+    """
     import h5py
 
-    sizes: list[int] = []
-
-    def count(_: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and node.ndim > 0:
-            sizes.append(int(node.size))
-
-    with h5py.File(path) as file:
-        file.visititems(count)
-    return len(sizes), sum(sizes)
-
-
-def _refers_elsewhere(path: Path) -> bool:
-    """Whether an HDF5 file refers to another file: a stranger's file could show any file of this machine."""
-    import h5py
-
-    def refers(group: Any) -> bool:
-        for name in group:
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                return True
-            node = group[name]
-            if isinstance(node, h5py.Group) and refers(node):
-                return True
-            if isinstance(node, h5py.Dataset) and (node.is_virtual or node.external):
-                return True
-        return False
-
-    with h5py.File(path) as file:
-        return refers(file)
+    for name in group:
+        is_here = isinstance(group.get(name, getlink=True), h5py.HardLink)
+        node = group[name] if is_here else None
+        if isinstance(node, h5py.Group):
+            yield from _sizes_of_arrays(node)
+        elif not is_here or (isinstance(node, h5py.Dataset) and (node.is_virtual or node.external)):
+            raise ValueError("it reads data from another file")
+        elif isinstance(node, h5py.Dataset) and node.ndim:
+            yield int(node.size)

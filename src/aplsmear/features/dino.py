@@ -13,7 +13,6 @@ import numpy as np
 from keras import layers, ops
 
 from aplsmear.dino_variants import CLASS, PATCHES, Variant
-from aplsmear.features.interpolation import bicubic
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as both were trained
 _ROTARY_BASE = 100.0
@@ -21,18 +20,12 @@ _OFFSET = 0.1  # patches; DINOv2 without registers was published with it
 
 
 def build(variant: Variant, size: int) -> keras.Model:
-    """The network of a variant.
+    """The network of a variant: preprocessed float32 (batch, size, size, 3) -> its layers as maps.
 
-    Args:
-        variant: its shape.
-        size: side of an image in px, a multiple of the side of a patch.
-
-    Returns:
-        keras.Model: preprocessed float32 (batch, size, size, 3) -> the last layer; its layers have the names
-        of `aplsmear.dino_variants.layers_of`.
+    The layers have the names of `aplsmear.dino_variants.layers_of`.
 
     Raises:
-        ValueError: the side is no multiple.
+        ValueError: the size, in px, is no multiple of the side of a patch.
     """
     if size % variant.patch or size < variant.patch:
         raise ValueError(f"input_size {size} must be a multiple of {variant.patch}, the side of a patch")
@@ -214,3 +207,37 @@ class Part(layers.Layer):
 def _turned(x: Any) -> Any:
     first, second = ops.split(x, 2, axis=-1)
     return ops.concatenate([-second, first], axis=-1)
+
+
+def bicubic(old: int, new: int, *, antialias: bool = False, scale: float = 0.0) -> np.ndarray:
+    """PyTorch's `interpolate` as the matrix that resizes one axis: float64 (new, old); each row sums to 1.
+
+    With `antialias` the kernel is wider where the axis shrinks (Keys' a = -0.5); else it has four points
+    (a = -0.75). `scale`: points after per point before, where it is not new / old.
+    """
+    step = 1 / scale if scale else old / new
+    centres = (np.arange(new) + 0.5) * step
+    if antialias:
+        wide = max(step, 1.0)
+        points = np.arange(old) + 0.5
+        found = _cubic((points[None] - centres[:, None]) / wide, -0.5)
+        # PyTorch takes whole points within the kernel: int(centre -+ support + 0.5).
+        low = np.floor(centres - 2 * wide + 0.5).clip(min=0)[:, None]
+        high = np.floor(centres + 2 * wide + 0.5).clip(max=old)[:, None]
+        number = np.arange(old)[None]
+        found = np.where((number >= low) & (number < high), found, 0.0)
+        return np.asarray(found / found.sum(axis=1, keepdims=True))
+    found = np.zeros((new, old))
+    whole = np.floor(centres - 0.5).astype(int)
+    for shift in (-1, 0, 1, 2):
+        columns = (whole + shift).clip(0, old - 1)  # the edge is repeated
+        np.add.at(found, (np.arange(new), columns), _cubic(centres - 0.5 - whole - shift, -0.75))
+    return found
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    """Keys' cubic convolution kernel."""
+    x = np.abs(x)
+    inner = ((a + 2) * x - (a + 3)) * x * x + 1
+    outer = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, inner, np.where(x < 2, outer, 0.0))

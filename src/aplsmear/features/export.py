@@ -11,7 +11,7 @@ them. So a network is built by Keras once and written here by three rules:
 - Batch normalisation is folded into the convolution before it, by NumPy in float64: the estimates of 1/sqrt
   that processors make differ between manufacturers.
 
-Vision transformers are written with the operations that `aplsmear.features.portable` names.
+Vision transformers are written with the operations that `aplsmear.features.onnx_graph` names.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from aplsmear.features.onnx_graph import BLOCK, PIXELS, GraphError
-from aplsmear.features.portable import softmax
 
 OPSET, IR_VERSION = 18, 10  # fixed, so a later release of onnx writes the same bytes
-_ROWS, _COLUMNS = 2, 3  # axes of (images, channels, rows, columns)
 _NONE = (0, 0, 0, 0)
 _LARGEST = 2**31 - 2**20  # bytes of weights; a graph is one protobuf message
 
+Ints = Sequence[int]
 Preprocess = Callable[[Any], Any]
 
 
@@ -66,38 +65,23 @@ def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto
 
 @dataclass(frozen=True)
 class FeatureMap:
-    """A feature map in the graph: (images, width, rows, columns), or tokens: (images, tokens, width).
+    """A feature map in the graph: (images, width, rows, columns), or tokens: (images, tokens, width)."""
 
-    Attributes:
-        name: of its tensor.
-        places: position of each channel of Keras among the stored channels; other positions are unused.
-        width: number of stored channels.
-        pads: rows and columns of zeros that surround it but are not stored: top, left, bottom, right.
-    """
-
-    name: str
-    places: np.ndarray
-    width: int
-    pads: tuple[int, int, int, int] = _NONE
+    name: str  # of its tensor
+    places: np.ndarray  # position of each channel of Keras among the stored ones; other positions are unused
+    width: int  # number of stored channels
+    pads: tuple[int, int, int, int] = _NONE  # zeros around it, not stored: top, left, bottom, right
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One use of a Keras layer.
-
-    Attributes:
-        layer: the layer.
-        inputs: its maps.
-        numbers: constants among its arguments.
-        sides: rows and columns of its first map.
-        norm: the batch normalisation that is folded into it.
-    """
+    """One use of a Keras layer."""
 
     layer: Any
     inputs: list[FeatureMap]
-    numbers: list[float]
-    sides: tuple[int, int]
-    norm: Any = None
+    numbers: list[float]  # constants among its arguments
+    sides: tuple[int, int]  # rows and columns of its first map
+    norm: Any = None  # the batch normalisation that is folded into it
 
 
 # --- the graph ------------------------------------------------------------------------------------------
@@ -143,9 +127,9 @@ class GraphWriter:
         onnx.checker.check_model(model)
         return model
 
-    def constant(self, values: Any, dtype: Any = np.float32) -> str:
+    def constant(self, values: Any, dtype: Any = np.float32, name: str = "") -> str:
         """Write a constant, and return its name. A number becomes an array of one number."""
-        name = f"w{len(self._weights)}"
+        name = name or f"w{len(self._weights)}"
         array = np.asarray(values, dtype, "C") if isinstance(values, np.ndarray) else np.atleast_1d(values)
         self._weights.append(numpy_helper.from_array(array.astype(dtype), name))
         return name
@@ -247,13 +231,14 @@ class GraphWriter:
         names = [name, weights, self.constant(bias)]
         return self.node("Conv", names, group=group, kernel_shape=kernel.shape[2:], **attributes)
 
-    def softmax(self, name: str, length: int) -> str:
-        """Write a softmax over the last axis, of this length."""
+    def softmax(self, x: str, length: int) -> str:
+        """Write a softmax over the last axis, of this length: the operation Softmax has no fixed bits."""
         output = f"t{len(self._nodes)}"
-        nodes, constants = softmax(name, output, length)
-        self._nodes += nodes
-        self._weights += constants
-        return output
+        axis = self.constant([-1], np.int64, f"{output}_axis")
+        ones = self.constant(np.ones((length, 1)), name=f"{output}_ones")
+        largest = self.node("ReduceMax", [x, axis], f"{output}_max", keepdims=1)
+        raised = self.node("Exp", [self.node("Sub", [x, largest], f"{output}_shifted")], f"{output}_exp")
+        return self.node("Div", [raised, self.node("MatMul", [raised, ones], f"{output}_sum")], output)
 
     def applied(
         self, kind: str, *inputs: FeatureMap, constants: Sequence[float] = (), **attributes: Any
@@ -285,9 +270,24 @@ class GraphWriter:
         if x.width == len(x.places):
             self.node("Flatten", [mean], name)
         else:
-            self.node(
-                "Gather", [self.node("Flatten", [mean]), self.constant(x.places, np.int64)], name, axis=1
-            )
+            flat = self.node("Flatten", [mean])
+            self.node("Gather", [flat, self.constant(x.places, np.int64)], name, axis=1)
+
+
+def window_of(sides: Ints, size: Ints, strides: Ints, dilations: Ints, pads: str | Ints) -> dict[str, Any]:
+    """Strides, dilations and pads of a window of this size on a map with these sides, as ONNX names them.
+
+    `pads`: top, left, bottom, right, or ``SAME_UPPER`` (an odd zero comes last) or ``SAME_LOWER`` (first).
+    """
+    if isinstance(pads, str):
+        totals = [
+            max((-(-side // stride) - 1) * stride + (span - 1) * dilation + 1 - side, 0)
+            for side, stride, span, dilation in zip(sides, strides, size, dilations, strict=True)
+        ]
+        less, more = [each // 2 for each in totals], [each - each // 2 for each in totals]
+        pads = [*less, *more] if pads == "SAME_UPPER" else [*more, *less]
+    found = {"strides": list(strides), "pads": tuple(pads)}
+    return found if list(dilations) == [1, 1] else found | {"dilations": list(dilations)}
 
 
 def _affine(preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray]:
@@ -376,18 +376,8 @@ def _normalisation(layer: Any) -> tuple[np.ndarray, np.ndarray]:
 def _window(call: _Call, size: Sequence[int]) -> dict[str, Any]:
     """Strides, dilations and pads of a layer with a window, as ONNX names them."""
     layer = call.layer
-    strides, dilations = list(layer.strides), list(getattr(layer, "dilation_rate", (1, 1)))
-    found: dict[str, Any] = {"strides": strides, "pads": _NONE}
-    if dilations != [1, 1]:
-        found["dilations"] = dilations
-    if layer.padding == "same":
-        spans = [(each - 1) * dilation + 1 for each, dilation in zip(size, dilations, strict=True)]
-        rows, columns = (
-            max((-(-side // stride) - 1) * stride + span - side, 0)
-            for side, stride, span in zip(call.sides, strides, spans, strict=True)
-        )
-        found["pads"] = (rows // 2, columns // 2, rows - rows // 2, columns - columns // 2)
-    return found
+    pads = "SAME_UPPER" if layer.padding == "same" else _NONE
+    return window_of(call.sides, size, layer.strides, getattr(layer, "dilation_rate", (1, 1)), pads)
 
 
 def _convolution(graph: GraphWriter, call: _Call) -> FeatureMap:
@@ -412,9 +402,8 @@ def _separable_convolution(graph: GraphWriter, call: _Call) -> FeatureMap:
 
 
 def _dense(graph: GraphWriter, call: _Call) -> FeatureMap:
-    return _product(
-        graph, call, graph.stored(call.inputs[0]), _float64(call.layer.kernel).T[:, :, None, None]
-    )
+    kernel = _float64(call.layer.kernel).T[:, :, None, None]
+    return _product(graph, call, graph.stored(call.inputs[0]), kernel)
 
 
 def _product(
@@ -550,18 +539,12 @@ def _attention(graph: GraphWriter, call: _Call, x: str) -> str:
     channels = width // layer.heads
     kernels = np.split(_float64(layer.qkv.kernel), 3, axis=1)
     biases = np.split(_float64(layer.qkv.bias), 3)
-    query, key, value = (
-        graph.node(
-            "Transpose",
-            [
-                graph.reshaped(
-                    graph.product(x, kernel * factor, bias * factor), 0, count, layer.heads, channels
-                )
-            ],
-            perm=[0, 2, 1, 3],
-        )
-        for kernel, bias, factor in zip(kernels, biases, (channels**-0.5, 1, 1), strict=True)
-    )
+    parts = []
+    for kernel, bias, factor in zip(kernels, biases, (channels**-0.5, 1, 1), strict=True):
+        tokens = graph.product(x, kernel * factor, bias * factor)
+        tokens = graph.reshaped(tokens, 0, count, layer.heads, channels)
+        parts.append(graph.node("Transpose", [tokens], perm=[0, 2, 1, 3]))
+    query, key, value = parts
     if layer.rotary_side:
         query, key = (_rotated(graph, layer, each, count, channels) for each in (query, key))
     scores = graph.node("MatMul", [query, graph.node("Transpose", [key], perm=[0, 1, 3, 2])])
@@ -576,10 +559,8 @@ def _rotated(graph: GraphWriter, layer: Any, x: str, count: int, channels: int) 
     signed = np.concatenate([-sine[:, :half], sine[:, half:]], axis=1)
     order = np.roll(np.arange(channels), -half)
     turned = graph.node("Gather", [x, graph.constant(order, np.int64)], axis=3)
-    parts = [
-        graph.node("Mul", [name, graph.constant(factor)]) for name, factor in ((x, cosine), (turned, signed))
-    ]
-    return graph.node("Add", parts)
+    pairs = ((x, cosine), (turned, signed))
+    return graph.node("Add", [graph.node("Mul", [name, graph.constant(factor)]) for name, factor in pairs])
 
 
 def _perceptron(graph: GraphWriter, call: _Call, x: str) -> str:
@@ -604,7 +585,7 @@ def _part_of_tokens(graph: GraphWriter, call: _Call) -> FeatureMap:
 def _cropping(graph: GraphWriter, call: _Call) -> FeatureMap:
     (top, bottom), (left, right) = call.layer.cropping
     rows, columns = call.sides
-    parts = ([top, left], [rows - bottom, columns - right], [_ROWS, _COLUMNS])
+    parts = ([top, left], [rows - bottom, columns - right], [2, 3])  # from, to, axes
     x = graph.stored(call.inputs[0])
     return replace(x, name=graph.node("Slice", [x.name, *(graph.constant(each, np.int64) for each in parts)]))
 

@@ -59,15 +59,9 @@ def partition(request: FeatureRequest) -> int:
 def features_of_file(
     path: Path, request: FeatureRequest, engine: Engine = HERE
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over all views of a file, partition by partition.
+    """One forward pass over all views of a file of `ViewWriter`, as `features_of`, `partition` views each.
 
-    Args:
-        path: of `aplsmear.images.view_store.ViewWriter`.
-        request: the backbone and its layers.
-        engine: where the partitions are computed; it changes no result.
-
-    Yields:
-        As `features_of`, of `partition` views each.
+    The engine changes no result.
     """
     size, count = partition(request), count_views(path)
     parts = (range(start, min(start + size, count)) for start in range(0, count, size))
@@ -120,11 +114,7 @@ class Network:
     """Some layers of a frozen backbone, ready to run; several threads may use it at once."""
 
     def __init__(self, graph: Path, layers: Sequence[str]) -> None:
-        """Read a graph.
-
-        Args:
-            graph: file of `aplsmear.features.export.as_graph`.
-            layers: wanted ones; ``a+b`` puts the features of two layers behind one another.
+        """Read the file of a graph; the layer ``a+b`` has the features of two layers behind one another.
 
         Raises:
             GraphError: the file is no such graph, or lacks a layer.

@@ -19,7 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from aplsmear.errors import brief
-from aplsmear.features.export import OPSET, FeatureMap, GraphWriter
+from aplsmear.features.export import IR_VERSION, OPSET, FeatureMap, GraphWriter, window_of
 from aplsmear.features.onnx_graph import (
     LARGEST,
     OPERATIONS,
@@ -28,6 +28,7 @@ from aplsmear.features.onnx_graph import (
     GraphError,
     is_portable,
     mark_as_not_portable,
+    needed_for,
 )
 from aplsmear.params import JOINT, Backbone, OnnxFile
 from aplsmear.words import nearest
@@ -89,11 +90,7 @@ def graph_of_file(path: Path, settings: Backbone, size: int) -> onnx.ModelProto:
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    """Read and check a file that may come from a stranger; nothing of it is run.
-
-    Raises:
-        GraphError: see `graph_of_file`.
-    """
+    """Read and check a file that may come from a stranger; nothing of it is run."""
     if path.stat().st_size > _BYTES:
         raise GraphError("the file is larger than 2 GiB, which ONNX does not allow: take a smaller network")
     try:
@@ -101,11 +98,10 @@ def _read(path: Path) -> onnx.ModelProto:
         _check_names(model)
     except Exception as error:  # protobuf raises classes of its own
         raise GraphError(f"this is no ONNX file ({brief(error)}): copy it again from its source") from None
-    version = _opset(model)
-    problems = [
-        f"it has opset {version}: export it with an opset from {_OPSETS[0]} to {_OPSETS[-1]}, best {OPSET}"
-        for _ in range(version not in _OPSETS)
-    ]
+    problems = []
+    if (version := _opset(model)) not in _OPSETS:
+        most = f"from {_OPSETS[0]} to {_OPSETS[-1]}, best {OPSET}"
+        problems.append(f"it has opset {version}: export it with an opset {most}")
     tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute)]
     if any(each.data_location == TensorProto.EXTERNAL for each in tensors):
         problems.append(
@@ -138,11 +134,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _check_names(model: onnx.ModelProto) -> None:
-    """Check that all names are text: protobuf returns bytes that are no UTF-8 as bytes.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Raise a ValueError unless all names are text: protobuf returns bytes that are no UTF-8 as bytes."""
     graph = model.graph
     names = [each.name for each in (*graph.input, *graph.output, *graph.initializer)]
     for node in graph.node:
@@ -156,11 +148,7 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _wanted(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, str]:
-    """The tensor of the file for each layer, whose name has a dot for each slash.
-
-    Raises:
-        GraphError: the file has no such tensor.
-    """
+    """The tensor of the file for each layer, whose name has a dot for each slash."""
     there = [output for node in model.graph.node for output in node.output if output]
     known = {name.strip("/").replace("/", "."): name for name in there}
     outputs = [output.name.strip("/").replace("/", ".") for output in model.graph.output]
@@ -173,11 +161,7 @@ def _wanted(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, str]:
 
 
 def _check_input(model: onnx.ModelProto, settings: OnnxFile, size: int) -> str:
-    """The name of the input.
-
-    Raises:
-        GraphError: the file takes something else than images of this size and layout.
-    """
+    """The name of the input, after a check that it takes images of this size and layout."""
     weights = {each.name for each in model.graph.initializer}
     inputs = [each for each in model.graph.input if each.name not in weights]
     if len(inputs) != 1:
@@ -240,22 +224,17 @@ class _Importer:
         name, nchw = _check_input(model, settings, size), settings.layout == "NCHW"
         image = self.graph.image(_preprocessing(settings))
         if nchw:
-            self.maps[name] = image
+            self.maps[name], self.shapes[name] = image, (1, 3, size, size)
         else:
             self.put(name, self.graph.node("Transpose", [image.name], perm=[0, 2, 3, 1]), (1, size, size, 3))
-        self.shapes[name] = (1, 3, size, size) if nchw else (1, size, size, 3)
         self.skipped: set[str] = set()  # outputs of normalisations that are folded into a convolution
 
     def walk(self, wanted: Sequence[str]) -> None:
         """Write all operations that some tensors need."""
-        needed, nodes = set(wanted), []
-        for node in reversed(self._model.graph.node):
-            if needed & set(node.output):
-                needed.update(node.input)
-                nodes.append(node)
+        nodes = needed_for(wanted, self._model.graph)
         self._uses = Counter([*(name for node in nodes for name in node.input), *wanted])
-        self._after = {name: node for node in nodes for name in node.input}
-        for node in nodes[::-1]:
+        self._after = {name: node for node in reversed(nodes) for name in node.input}
+        for node in nodes:
             self._add(node)
 
     def _add(self, node: NodeProto) -> None:
@@ -361,11 +340,7 @@ class _Importer:
             self.maps[node.output[0]], self.shapes[node.output[0]] = found, self.shapes[call.output]
 
     def feature(self, layer: str, name: str) -> None:
-        """Write an output: the pooled features of a tensor of the file.
-
-        Raises:
-            GraphError: the pooling does not fit the shape of this tensor.
-        """
+        """Write an output: the pooled features of a tensor of the file, if the pooling fits its shape."""
         if name not in self.shapes:
             raise GraphError(f"the output {layer!r} does not depend on the images: choose another `layer`")
         shape, pooling, graph = self.shapes[name], self._settings.pooling, self.graph
@@ -436,19 +411,13 @@ def _computed(node: NodeProto, constants: Mapping[str, np.ndarray], version: int
     ]
     names = [name for name in node.output if name]
     graph = helper.make_graph([node], "one", info, [onnx.ValueInfoProto(name=name) for name in names])
-    return dict(zip(names, _run(_model(graph, version), given, names), strict=True))
-
-
-def _model(graph: onnx.GraphProto, version: int) -> onnx.ModelProto:
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=10)
+    opsets = [helper.make_opsetid("", version)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    return dict(zip(names, _run(model, given, names), strict=True))
 
 
 def _run(model: onnx.ModelProto, given: Mapping[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-    """The outputs of a model of plain operations.
-
-    Raises:
-        GraphError: ONNX Runtime cannot compute it.
-    """
+    """The outputs of a model, or a GraphError if ONNX Runtime cannot compute it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -489,29 +458,24 @@ def _reshape(of: _Importer, call: _Call) -> None:
 def _by_channel(of: _Importer, call: _Call) -> None:
     """An operation on each number; stored channels that the file does not have stay unused."""
     others = call.node.input[1:]
-    maps = [of.maps.get(name) for name in call.node.input]
+    maps = [of.maps[name] for name in call.node.input if name in of.maps]
     shapes = {of.shapes.get(name, ()) for name in call.node.input if name}
     scalars = all(name in of.constants and of.constants[name].size == 1 for name in others)
     alike = len({shape[1:2] for shape in shapes}) == 1 and all(len(shape) == 4 for shape in shapes)
-    if (
-        maps[0] is None
-        or maps[0].width == len(maps[0].places)
-        or not (scalars or (alike and None not in maps))
-    ):
+    if call.node.input[0] not in of.maps or maps[0].width == len(maps[0].places):
         _copy(of, call)
-        return
-    if scalars:
+    elif scalars:
         values = [float(of.constants[name].item()) for name in others]
         of.give(call, of.graph.applied(call.node.op_type, maps[0], constants=values, **call.attributes))
+    elif alike and len(maps) == len(call.node.input):
+        of.give(call, of.graph.applied(call.node.op_type, *maps))
     else:
-        of.give(call, of.graph.applied(call.node.op_type, *[each for each in maps if each is not None]))
+        _copy(of, call)
 
 
 def _expand(of: _Importer, call: _Call) -> None:
-    if call.shapes[call.output] == of.shapes[call.node.input[0]]:
-        _same(of, call)
-    else:
-        _copy(of, call)
+    is_same = call.shapes[call.output] == of.shapes[call.node.input[0]]
+    (_same if is_same else _copy)(of, call)
 
 
 def _split(of: _Importer, call: _Call) -> None:
@@ -563,11 +527,11 @@ def _reduce_mean(of: _Importer, call: _Call) -> None:
 
 def _softmax(of: _Importer, call: _Call) -> None:
     """A softmax over the last axis by operations with the same bits on every processor."""
-    name, shape = call.node.input[0], call.shapes[call.output]
+    shape = call.shapes[call.output]
     if call.attributes.get("axis", -1) % len(shape) != len(shape) - 1:
         _copy(of, call)
     else:
-        of.put(call.output, of.graph.softmax(of.tensor(name), shape[-1]), shape)
+        of.put(call.output, of.graph.softmax(of.tensor(call.node.input[0]), shape[-1]), shape)
 
 
 def _normalisation(of: _Importer, node: NodeProto) -> tuple[np.ndarray, np.ndarray]:
@@ -602,7 +566,11 @@ def _convolution(of: _Importer, call: _Call) -> None:
     if normalisation := of.normalisation_after(call):
         factor, offset = normalisation
         kernel, bias = kernel * factor[:, None, None, None], bias * factor + offset
-    window = _window(of, call, kernel.shape[2:])
+    strides, dilations = (call.attributes.get(key, [1, 1]) for key in ("strides", "dilations"))
+    pads = call.attributes.get("auto_pad", "NOTSET")
+    if not pads.startswith("SAME"):
+        pads = call.attributes.get("pads", [0, 0, 0, 0])
+    window = window_of(of.shapes[name][2:], kernel.shape[2:], strides, dilations, pads)
     x, group = of.maps[name], call.attributes.get("group", 1)
     depthwise = group == len(kernel) == len(x.places) and x.width % 16 == 0
     if group == 1 or depthwise:
@@ -610,22 +578,6 @@ def _convolution(of: _Importer, call: _Call) -> None:
     else:
         found = of.graph.grouped(of.tensor(name), kernel, bias, group, **window)
         of.give(call, FeatureMap(found, np.arange(len(kernel)), len(kernel)))
-
-
-def _window(of: _Importer, call: _Call, size: Sequence[int]) -> dict[str, Any]:
-    """Strides, dilations and pads of a convolution."""
-    attributes, sides = call.attributes, of.shapes[call.node.input[0]][2:]
-    strides, dilations = (attributes.get(key, [1, 1]) for key in ("strides", "dilations"))
-    pads, auto = attributes.get("pads", [0, 0, 0, 0]), attributes.get("auto_pad", "NOTSET")
-    if auto.startswith("SAME"):
-        totals = [
-            max((-(-side // stride) - 1) * stride + (span - 1) * dilation + 1 - side, 0)
-            for side, stride, span, dilation in zip(sides, strides, size, dilations, strict=True)
-        ]
-        less, more = [each // 2 for each in totals], [each - each // 2 for each in totals]
-        pads = [*less, *more] if auto == "SAME_UPPER" else [*more, *less]
-    found = {"strides": list(strides), "pads": tuple(pads)}
-    return found if list(dilations) == [1, 1] else found | {"dilations": list(dilations)}
 
 
 def _product(of: _Importer, call: _Call) -> None:
@@ -702,11 +654,7 @@ def _pooled(values: np.ndarray, settings: OnnxFile) -> np.ndarray:
 def _check_same(
     model: onnx.ModelProto, expected: tuple[np.ndarray, list[np.ndarray]], layers: Sequence[str]
 ) -> None:
-    """Check that the graph gives the features of the file; fix its batch at 1 unless it may be free.
-
-    Raises:
-        GraphError: the features differ.
-    """
+    """Check that the graph gives the features of the file; fix its batch at 1 unless it may be free."""
     images, features = expected
     alone = [_run(model, {PIXELS: image[None]}, layers) for image in images]
     found = [np.concatenate(each) for each in zip(*alone, strict=True)]

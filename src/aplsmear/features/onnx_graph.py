@@ -11,8 +11,11 @@ from onnx import TensorProto, helper
 from aplsmear.errors import UserError, brief
 
 PIXELS = "pixels"  # name of the input: uint8 (images, side, side, 3), RGB
-# Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax, for one, does not: see
-# `aplsmear.features.portable`.
+# Each gives the same bits on every x86-64 processor with AVX2 and FMA. Softmax does not: with AVX-512 it has
+# others. ReduceSum over the last axis and ReduceMean over tokens have other bits for another batch, so
+# `GraphWriter.softmax` sums by a product with ones, and tokens are pooled by GlobalAveragePool. Measured with
+# ONNX Runtime 1.32: an AMD EPYC with AVX-512, 1 and 2 threads, against an emulated Haswell and EPYC-Milan
+# without it; several images in one call against one by one; 17, 50 and 257 tokens.
 _SAME_BITS = """
     Abs Add AveragePool Cast Celu Clip Concat Conv Cos DepthToSpace Div Einsum Elu Erf Exp Expand Flatten
     Gather Gelu Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish
@@ -32,11 +35,7 @@ class GraphError(UserError, ValueError):
 
 
 def only(model: onnx.ModelProto, layers: Sequence[str]) -> onnx.ModelProto:
-    """The part of a graph that some layers need; the rest is not computed.
-
-    Args:
-        model: of `aplsmear.features.export.as_graph`.
-        layers: wanted outputs.
+    """The part of a graph of `aplsmear.features.export` that these outputs need; the rest is not computed.
 
     Raises:
         GraphError: the graph has no such output.
@@ -44,19 +43,26 @@ def only(model: onnx.ModelProto, layers: Sequence[str]) -> onnx.ModelProto:
     outputs = {output.name: output for output in model.graph.output}
     if unknown := [layer for layer in layers if layer not in outputs]:
         raise GraphError(f"the graph gives no {', '.join(unknown)}; it gives {', '.join(outputs)}")
-    wanted, nodes = {PIXELS, *layers}, []
-    for node in reversed(model.graph.node):
+    nodes = needed_for(layers, model.graph)
+    read = {PIXELS, *layers, *(name for node in nodes for name in node.input)}
+    graph = helper.make_graph(
+        nodes,
+        model.graph.name,
+        [each for each in model.graph.input if each.name in read],
+        [outputs[layer] for layer in layers],
+        [each for each in model.graph.initializer if each.name in read],
+    )
+    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def needed_for(tensors: Sequence[str], graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The operations of a graph that some of its tensors need, in their order."""
+    wanted, nodes = set(tensors), []
+    for node in reversed(graph.node):
         if wanted & set(node.output):
             wanted.update(node.input)
             nodes.append(node)
-    graph = helper.make_graph(
-        nodes[::-1],
-        model.graph.name,
-        [each for each in model.graph.input if each.name in wanted],
-        [outputs[layer] for layer in layers],
-        [each for each in model.graph.initializer if each.name in wanted],
-    )
-    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    return nodes[::-1]
 
 
 def read_graph(content: bytes) -> onnx.ModelProto:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.errors import UserError
-from aplsmear.files import give_back, new_array, rows_of, whole
+from aplsmear.files import rows_of, write_rows
 from aplsmear.params import of_backbones
 from aplsmear.tables import read_table, write_table
 
@@ -27,16 +26,12 @@ class FeaturesError(UserError, ValueError):
 class Features:
     """The features of one layer of one backbone at one level, or of several backbones behind one another.
 
-    Attributes:
-        name: ``backbone/layer``, or ``backbone/layer+backbone/layer``.
-        index: columns `item` and `view`, one row for each row of `values`; the views of an item are
-            consecutive, the plain view (0) first.
-        values: float16, shape (views, channels): a memory-mapped array, or `Columns`.
+    The views of an item are consecutive, the plain view (0) first.
     """
 
-    name: str
-    index: pd.DataFrame
-    values: Any
+    name: str  # backbone/layer, or backbone/layer+backbone/layer
+    index: pd.DataFrame  # item, view: one row for each row of `values`
+    values: Any  # float16 (views, channels): a memory-mapped array, or `Columns`
 
 
 class Columns:
@@ -80,51 +75,22 @@ class FeatureTable(dict[str, Features]):
 def write_features(
     folder: Path, index: pd.DataFrame, layers: list[str], batches: Iterable[list[np.ndarray]]
 ) -> None:
-    """Write batches of features while they are computed.
+    """Write ``index.csv`` and, for each layer, ``<layer>.npy``: batches of features while they are computed.
 
-    Args:
-        folder: receives ``index.csv`` and, for each layer, ``<layer>.npy``.
-        index: columns `item` and `view`.
-        layers: names of the layers.
-        batches: for each batch one float16 array (views, channels) per layer.
+    `index` has the columns `item` and `view`; a batch is one float16 array (views, channels) per layer.
 
     Raises:
         ValueError: the batches have more or fewer rows in total than `index`.
     """
-    with ExitStack() as stack:
-        there = layers if len(index) else []  # without views: an index without rows, and no array
-        parts = [stack.enter_context(whole(folder / f"{layer}.npy")) for layer in there]
-        row = 0
-        arrays: list[np.memmap] = []
-        for batch in batches:
-            if not arrays:
-                arrays = [
-                    new_array(part, np.float16, (len(index), values.shape[1]))
-                    for part, values in zip(parts, batch, strict=True)
-                ]
-            end = row + len(batch[0])
-            if end > len(index):
-                raise ValueError(f"more than {len(index)} rows of features for {len(index)} views")
-            for array, values in zip(arrays, batch, strict=True):
-                array[row:end] = values
-                give_back(array)
-            row = end
-        if row != len(index):
-            raise ValueError(f"{row} rows of features for {len(index)} views")
-        for array in arrays:
-            array.flush()
+    there = layers if len(index) else []  # without views: an index without rows, and no array
+    write_rows([folder / f"{layer}.npy" for layer in there], len(index), batches)
     write_table(folder / INDEX, index)
 
 
 def read_features(folder: Path, backbones: Collection[str]) -> FeatureTable:
-    """Open all features of one level.
+    """Open the features of one level, ``<backbone>/<layer>.npy`` in its folder, by ``backbone/layer``.
 
-    Args:
-        folder: of the level, with ``<backbone>/<layer>.npy``.
-        backbones: names of the backbones in params.yaml.
-
-    Returns:
-        Features by the name ``backbone/layer``; those of several backbones by ``a/layer+b/layer``.
+    `backbones` are those in params.yaml.
 
     Raises:
         FeaturesError: the folder has a backbone that is not in `backbones` (DVC would hash it as an input),

@@ -7,14 +7,13 @@ the whole network runs then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aplsmear.files import new_array, whole
+from aplsmear.files import write_rows
 from aplsmear.finetune.network import Network
 from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.heads.head import padded_deviation
@@ -29,9 +28,7 @@ class ViewCache:
     """What networks that share a frozen part read of the views of a level."""
 
     row: np.ndarray  # int64 (views of the level,): the row of each view in `arrays`; -1: not cached
-    arrays: list[
-        np.ndarray
-    ]  # (rows, ...): float16 outputs of the frozen part, or uint8 images; memory-mapped
+    arrays: list[np.ndarray]  # (rows, ...), mapped: float16 outputs of the frozen part, or uint8 images
     features: np.ndarray  # float16 (views of the level, channels): what the tuned head reads
     centre: np.ndarray | None = None  # float16 (rows, channels): features of the centre crop
 
@@ -87,19 +84,12 @@ def cache_views(
     """
     import tensorflow as tf
 
-    trunk = network.backbone.trunk
-    shapes = [each.shape[1:] for each in ([trunk.input] if online else trunk.outputs)]
-    paths = [folder / f"{number}.npy" for number in range(len(shapes))]
+    trunk, count = network.backbone.trunk, int(wanted.sum())
+    paths = [folder / f"{number}.npy" for number in range(1 if online else len(trunk.outputs))]
     rows = np.where(wanted, np.cumsum(wanted) - 1, -1)
     if not all(path.is_file() for path in paths):
         graph = tf.function(lambda images: trunk(images, training=False))
-        found = _outputs(None if online else graph, batches, wanted, trunk.input.shape[1])
-        _write(
-            paths,
-            [(int(wanted.sum()), *shape) for shape in shapes],
-            np.uint8 if online else np.float16,
-            found,
-        )
+        write_rows(paths, count, _outputs(None if online else graph, batches, wanted, trunk.input.shape[1]))
     cache = ViewCache(rows, [np.load(path, mmap_mode="r") for path in paths], features)
     if network.centre is None:
         return cache
@@ -110,8 +100,7 @@ def cache_views(
     path = folder / "centre.npy"
     if not path.is_file():
         chunks = cache.forward(tf.function(centre), np.flatnonzero(wanted))
-        shape = int(wanted.sum()), network.centre.output_shape[1]
-        _write([path], [shape], np.float16, ([each] for each in chunks))
+        write_rows([path], count, ([_float16(each)] for each in chunks))
     return replace(cache, centre=np.load(path, mmap_mode="r"))
 
 
@@ -134,25 +123,14 @@ def _outputs(
                 images[number] = fitting(decode(batch[place].image), size)
             found = graph(images) if graph else images
             arrays = found if isinstance(found, list | tuple) else [found]
-            yield [np.asarray(each)[: len(here)] for each in arrays]
+            kept = [np.asarray(each)[: len(here)] for each in arrays]
+            yield [_float16(each) for each in kept] if graph else kept
 
 
-def _write(
-    paths: Sequence[Path], shapes: Sequence[tuple[int, ...]], kind: Any, chunks: Iterable[list[np.ndarray]]
-) -> None:
-    """Write arrays that come in chunks of rows to .npy files, all of them or none."""
-    with ExitStack() as stack:
-        parts = [stack.enter_context(whole(path)) for path in paths]
-        arrays = [new_array(part, kind, shape) for part, shape in zip(parts, shapes, strict=True)]
-        start = 0
-        for chunk in chunks:
-            for array, values in zip(arrays, chunk, strict=True):
-                if kind == np.float16 and not (np.abs(values) <= np.finfo(np.float16).max).all():
-                    raise FinetuneError(
-                        "outputs of the frozen part are beyond float16 "
-                        f"(largest: {np.abs(values).max():.3g}): choose another number of finetune.blocks"
-                    )
-                array[start : start + len(values)] = values
-            start += len(chunk[0])
-        for array in arrays:
-            array.flush()
+def _float16(values: np.ndarray) -> np.ndarray:
+    if not (np.abs(values) <= np.finfo(np.float16).max).all():
+        raise FinetuneError(
+            f"outputs of the frozen part are beyond float16 (largest: {np.abs(values).max():.3g}): choose "
+            "another number of finetune.blocks"
+        )
+    return values.astype(np.float16)

@@ -9,7 +9,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,13 @@ def occlusion(score: Callable[[np.ndarray], np.ndarray], image: np.ndarray, patc
         stride: px between patches; the last ones touch the lower and the right edge.
 
     Returns:
-        float32 (height, width): the score without a patch minus the score with it, as the mean over the
-        patches that hide the pixel. Above 0: the pixel raises the score.
+        float32 (height, width): the score without a patch minus that with it, the mean over the patches that
+        hide the pixel. Above 0: the pixel raises the score.
     """
     height, width = image.shape[:2]
     colour = np.round(image.reshape(-1, 3).mean(axis=0)).astype(np.uint8)
-    places = [(top, left) for top in _steps(height, patch, stride) for left in _steps(width, patch, stride)]
+    tops, lefts = ([*range(0, side - patch, stride), max(side - patch, 0)] for side in (height, width))
+    places = [(top, left) for top in tops for left in lefts]
     base = float(score(image[None])[0])
     lost, hidden = np.zeros((2, height, width))
     for start in range(0, len(places), BATCH):
@@ -188,10 +189,3 @@ def draw(
         axes.set_axis_off()
     with whole(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None})
-
-
-def _steps(size: int, patch: int, stride: int) -> Iterator[int]:
-    """Where patches start along a side."""
-    last = max(size - patch, 0)
-    yield from range(0, last, stride)
-    yield last

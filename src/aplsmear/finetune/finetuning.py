@@ -30,7 +30,7 @@ from scipy.special import expit
 from aplsmear.evaluation.splits import outer_set
 from aplsmear.finetune.cache import ViewCache, cache_views
 from aplsmear.finetune.inputs import Inputs, Start, check_backbones
-from aplsmear.finetune.network import HeadDesign, build_network
+from aplsmear.finetune.network import HeadDesign, Network, build_network
 from aplsmear.finetune.sampling import FinetuneError, Run
 from aplsmear.finetune.training import History, Trainer
 from aplsmear.heads.head import Head, Job, Recipe, read_heads, write_heads
@@ -79,10 +79,8 @@ def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[
         FinetuneError: see `cache_views`; or a start has features that cannot be trained.
     """
     check_backbones(inputs, starts)
-    return {
-        recipe: _build_model(inputs, recipe, folder / recipe.features)
-        for recipe in dict.fromkeys(start.recipe for start in starts)
-    }
+    recipes = dict.fromkeys(start.recipe for start in starts)
+    return {recipe: _build_model(inputs, recipe, folder / recipe.features) for recipe in recipes}
 
 
 def finetune(
@@ -171,26 +169,18 @@ def _build_model(inputs: Inputs, recipe: Recipe, folder: Path) -> Model:
     """See `build_models`."""
     settings, head, task_data = inputs.settings, inputs.settings.head, inputs.task_data
     features = task_data.features[recipe.features].values
-    design = HeadDesign(
-        # Heads of several restarts are averaged, which is one head with the units of all.
-        replace(recipe, width=recipe.width * inputs.tune.restarts, dropout=head.dropout or recipe.dropout),
-        features.shape[1],
-        inputs.training_set.subclasses,
-    )
-    if head.epochs:
-        design = replace(
-            design, extra_heads=head.members, extra_units=head.units, centre_crop=head.centre_crop
-        )
+    # Heads of several restarts are averaged, which is one head with the units of all.
+    wide = replace(recipe, width=recipe.width * inputs.tune.restarts, dropout=head.dropout or recipe.dropout)
+    extra = (head.members, head.units, head.centre_crop) if head.epochs else ()
+    design = HeadDesign(wide, features.shape[1], inputs.training_set.subclasses, *extra)
     backbone = inputs.backbones[recipe.features.split("/")[0]]
-    trainer = Trainer(
-        lambda: build_network(backbone, inputs.level, design, settings.blocks, inputs.seed),
-        settings,
-        inputs.brightness,
-    )
-    batches = read_views(inputs.views, BATCH)
-    views = cache_views(
-        folder, batches, _wanted_views(inputs), trainer.network, features, online=settings.online
-    )
+
+    def build() -> Network:
+        return build_network(backbone, inputs.level, design, settings.blocks, inputs.seed)
+
+    trainer = Trainer(build, settings, inputs.brightness)
+    batches, wanted = read_views(inputs.views, BATCH), _wanted_views(inputs)
+    views = cache_views(folder, batches, wanted, trainer.network, features, online=settings.online)
     return Model(trainer, views)
 
 

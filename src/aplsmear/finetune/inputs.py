@@ -105,11 +105,7 @@ def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
 
 
 def check_backbones(inputs: Inputs, starts: Sequence[Start]) -> None:
-    """Check that the features of each start are of one backbone, and of one that can be trained.
-
-    Raises:
-        FinetuneError: they are of several backbones, or of an ONNX file.
-    """
+    """Raise a FinetuneError unless the features of each start are of one backbone that can be trained."""
     trainable = [name for name, each in inputs.backbones.items() if each.source != "onnx"]
     for features in sorted({start.recipe.features for start in starts}):
         names = [part.split("/")[0] for part in of_backbones(features)]
@@ -139,19 +135,14 @@ def choose_starts(
     Raises:
         FinetuneError: there is no such trial, or it failed.
     """
-    rows = {row["trial"]: row for row in trials.to_dict("records")}
-    final = len(heads) - 1
-    numbers = [int(best["chosen_without_fold"][outer_fold]) for outer_fold in range(final)]
-    numbers.append(int(best["trial"] if picked == TUNED else picked))
-    scored = [number for number, row in rows.items() if not row["failure"]]
-    if numbers[final] not in scored:
-        known = ", ".join(map(str, scored))
+    rows = {row["trial"]: row for row in trials.to_dict("records") if not row["failure"]}
+    *of_folds, tuned = heads
+    last = int(best["trial"] if picked == TUNED else picked)
+    if last not in rows:
+        known = ", ".join(map(str, rows))
         raise FinetuneError(f"finetune.trial: there is no trial {picked} with scores; there are: {known}")
-    recipe = TypeAdapter(Recipe)
-    trained = [*heads[:final], heads[final] if numbers[final] == int(best["trial"]) else None]
-    return [
-        Start(
-            outer_fold, trial, recipe.validate_python(rows[trial]), int(rows[trial]["trained_epochs"]), head
-        )
-        for outer_fold, (trial, head) in enumerate(zip(numbers, trained, strict=True))
-    ]
+    numbers = [*(int(best["chosen_without_fold"][fold]) for fold in range(len(of_folds))), last]
+    recipes = [TypeAdapter(Recipe).validate_python(rows[trial]) for trial in numbers]
+    epochs = [int(rows[trial]["trained_epochs"]) for trial in numbers]
+    trained = [*of_folds, tuned if last == int(best["trial"]) else None]
+    return list(map(Start, range(len(numbers)), numbers, recipes, epochs, trained))

@@ -112,16 +112,15 @@ def measure(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, see
         raise FinetuneError(
             "tuned/ lacks the scores of some items: run `dvc repro` on the stage `tune` again"
         )
-    label, patient = paired["label"], paired["patient"]
-    scores, before = paired["probability"], paired["probability_frozen"]
-    drawn: dict[str, Any] = {"groups": patient, "resamples": resamples, "seed": seed}
+    label, scores, before = (paired[name] for name in ("label", "probability", "probability_frozen"))
+    drawn: dict[str, Any] = {"groups": paired["patient"], "resamples": resamples, "seed": seed}
     return {
         "auroc": bootstrap_interval(auroc, label, scores, **drawn)._asdict(),
         "frozen": {"auroc": auroc(label, before)},
         "difference": bootstrap_interval(auroc, label, scores, before, **drawn)._asdict(),
         "average_precision": average_precision(label, scores),
         "n_items": len(paired),
-        "n_patients": int(patient.nunique()),
+        "n_patients": int(paired["patient"].nunique()),
         "n_positive": int(label.sum()),
     }
 
@@ -129,7 +128,7 @@ def measure(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, see
 def epochs_table(trained: Sequence[Trained]) -> pd.DataFrame:
     """``run, epoch, loss, auroc`` of each inner model. The loss of epoch 0, the frozen model, is empty."""
     rows = [
-        {"run": each.run.name, "epoch": epoch, "loss": loss, "auroc": value}
+        (each.run.name, epoch, loss, value)
         for each in trained
         if each.run.judged is not None
         for epoch, (loss, value) in enumerate(

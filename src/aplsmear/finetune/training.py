@@ -237,11 +237,7 @@ class Trainer:
 
 
 def check_precision(precision: Precision) -> None:
-    """Check that half precision is not asked for without a GPU; a CPU lacks kernels for it.
-
-    Raises:
-        FinetuneError: it is.
-    """
+    """Raise a FinetuneError if half precision is asked for without a GPU; a CPU lacks kernels for it."""
     import tensorflow as tf
 
     if precision == "on" and not tf.config.list_logical_devices("GPU"):

@@ -87,7 +87,7 @@ class Network:
         dropout: Callable[[tuple[int, ...]], np.ndarray] | None = None,
         lanes: slice = slice(None),
     ) -> tuple[np.ndarray, Tape]:
-        """The logits of items.
+        """The logits of items, float32 (lanes, items), and the tape.
 
         Args:
             x: float32 (lanes, rows, channels), standardised.
@@ -95,9 +95,6 @@ class Network:
             mix: applied behind the first product, which is linear: as if applied to `x`.
             dropout: factors for an array of the given shape; None: no dropout.
             lanes: of which `x` is.
-
-        Returns:
-            float32 (lanes, items), and the tape.
         """
         weights = [weight[lanes] for weight in self.weights]
         signal = _affine(x, *weights[:2])
@@ -135,17 +132,10 @@ class Network:
     def backward(
         self, back: np.ndarray, tape: Tape, mix: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> list[np.ndarray]:
-        """The gradient of a loss by all weights, from its gradient by the logits of the items.
+        """The gradient of a loss by all weights, from its gradient by the logits: float32 (lanes, items).
 
-        Args:
-            back: float32 (lanes, items).
-            tape: of `forward`.
-            mix: as given to `forward`; it is its own adjoint.
-
-        Returns:
-            One array for each of `weights`, valid until the next call.
+        One array for each of `weights`, valid until the next call. `mix` is its own adjoint.
         """
-        found = self._gradients
         into_hidden = None
         if tape.bags is not None:
             each = np.repeat(back, tape.bags.size, axis=1)
@@ -160,7 +150,7 @@ class Network:
                 back += into_hidden
             back *= tape.slopes[layer - 1]
         self._product_gradients(0, mix(back) if mix else back, tape)
-        return found
+        return self._gradients
 
     def _product_gradients(self, layer: int, back: np.ndarray, tape: Tape) -> None:
         inputs, kernel, bias = tape.inputs[layer], *self._gradients[2 * layer : 2 * layer + 2]

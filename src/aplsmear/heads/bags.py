@@ -27,15 +27,10 @@ from aplsmear.heads.head import Head
 
 
 def attend(head: Head, features: np.ndarray) -> tuple[float, np.ndarray]:
-    """The score of one item by a head on bags, and the attention on each of its images.
+    """The probability of the positive class of one item, and the attention on each of its images.
 
-    Args:
-        head: trained on bags.
-        features: float (images, channels), of one image at least, not standardised.
-
-    Returns:
-        The probability of the positive class, and the attention, float64 (images,): numbers of at least 0
-        that sum to 1. For a mean of heads it is the mean of their attentions.
+    `features` are float (images, channels), of one image at least, not standardised. The attention is float64
+    (images,): numbers of at least 0 that sum to 1; for a mean of heads, the mean of their attentions.
     """
     gates, logits = gates_and_logits(head, features)
     attention = softmax(gates, axis=0)
@@ -43,13 +38,9 @@ def attend(head: Head, features: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def attention_and_logits(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """The attention on each image of an item, and the logit of each image alone.
+    """The attention on each image of an item, which adds up to 1 over the images, and its logit alone.
 
-    Args:
-        seen: of `gates_and_logits`, once for each view of the images.
-
-    Returns:
-        Both float64 (views, images, heads); the attention adds up to 1 over the images.
+    `seen` is of `gates_and_logits`, once for each view. Both are float64 (views, images, heads).
     """
     attention = [np.broadcast_to(softmax(gates, axis=0), logits.shape) for gates, logits in seen]
     return np.stack(attention), np.stack([logits for _, logits in seen])
@@ -58,14 +49,9 @@ def attention_and_logits(seen: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple
 def gates_and_logits(head: Head, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a head on bags computes of each image alone, before the images of an item are compared.
 
-    Args:
-        head: trained on bags.
-        features: float (images, channels), not standardised.
-
-    Returns:
-        The arguments of the softmax and the logits, float64 (images, heads) of a mean of heads. Any images,
-        also repeated ones, make an item: its logit is the mean over the heads of the sum over the images of
-        softmax times logit.
+    `features` are float (images, channels), not standardised. Returned are the arguments of the softmax and
+    the logits, float64 (images, heads) of a mean of heads. Any images, also repeated ones, make an item: its
+    logit is the mean over the heads of the sum over the images of softmax times logit.
     """
     signal = features.astype(np.float64)
     gates = np.zeros((len(signal), 1))

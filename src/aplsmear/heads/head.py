@@ -89,10 +89,9 @@ class TrainingItems:
 
 
 def padded_deviation(deviation: np.ndarray) -> np.ndarray:
-    """What features are divided by, from the standard deviation of each channel.
+    """What features are divided by: the deviation of each channel plus a part of the mean deviation.
 
-    A part of the mean deviation is added, so that a channel that hardly varies is not enlarged to the size of
-    the others.
+    So a channel that hardly varies is not enlarged to the size of the others.
     """
     return np.asarray(deviation + 0.05 * deviation.mean() + 1e-6)
 
@@ -115,12 +114,11 @@ def mean_head(heads: Sequence[Head]) -> Head:
 
     Their hidden layers are side by side and independent (block-diagonal products).
     """
-    first = heads[0]
+    first, depth = heads[0], len(heads[0].kernels) - 1
     if len(heads) == 1:
         return first
-    depth = len(first.kernels) - 1
-    kernels = [[head.kernels[layer] for head in heads] for layer in range(depth + 1)]
-    biases = [[head.biases[layer] for head in heads] for layer in range(depth + 1)]
+    kernels = list(zip(*(head.kernels for head in heads), strict=True))  # by layer
+    biases = list(zip(*(head.biases for head in heads), strict=True))
     if not depth:
         return replace(first, kernels=(np.mean(kernels[0], axis=0),), biases=(np.mean(biases[0], axis=0),))
     wide = [np.concatenate(kernels[0], axis=1), *(block_diag(*layer) for layer in kernels[1:depth])]
@@ -130,30 +128,22 @@ def mean_head(heads: Sequence[Head]) -> Head:
         joined.append(np.mean(biases[depth], axis=0))
         return replace(first, kernels=tuple(wide), biases=tuple(joined))
     gates, offsets, weights = zip(*(head.attention for head in heads), strict=True)
-    halves = [[np.split(each, 2, axis=-1)[half] for each in gates] for half in range(2)]
+    halves = zip(*(np.split(each, 2, axis=1) for each in gates), strict=True)
     shifts = [np.split(each, 2)[half] for half in range(2) for each in offsets]
+    joint_gates = np.concatenate([block_diag(*half) for half in halves], axis=1)
     return replace(
         first,
         kernels=(*wide, block_diag(*kernels[depth])),
         biases=(*joined, np.concatenate(biases[depth])),
-        attention=(
-            np.concatenate([block_diag(*half) for half in halves], axis=1),
-            np.concatenate(shifts),
-            block_diag(*weights),
-        ),
+        attention=(joint_gates, np.concatenate(shifts), block_diag(*weights)),
     )
 
 
 def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class. That of an item does not depend on the other items.
+    """Probabilities of the positive class by heads that are not on bags: float32 (heads, items).
 
-    Args:
-        heads: that read these features; not on bags.
-        values: float16 (views, channels).
-        rows: int64 (items,), the views to score.
-
-    Returns:
-        float32 (heads, items).
+    `values` are the features that the heads read, float16 (views, channels); `rows`, int64 (items,), the
+    views to score. The probability of an item does not depend on the other items.
     """
     scores = np.zeros((len(heads), len(rows)), dtype=np.float32)
     for start in range(0, len(rows), CHUNK):
@@ -178,11 +168,8 @@ def mean_over_views(
 ) -> np.ndarray:
     """The mean of the scores of the plain view and of `average` augmented views of each image.
 
-    Args:
-        score: takes rows of the features, int64 (images,).
-        row: int64 (images,), of the plain views; the augmented views follow.
-        views: int64 (images,), how many follow. An image with fewer than `average` repeats its last view.
-        average: number of augmented views.
+    `score` takes rows of the features, int64 (images,); `row` has those of the plain views. As many augmented
+    views follow as `views` says, int64 (images,). An image with fewer than `average` repeats its last view.
     """
     each = [score(row + np.minimum(view, views)) for view in range(average + 1)]
     return np.asarray(np.mean(each, axis=0))

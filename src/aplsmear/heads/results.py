@@ -103,20 +103,17 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
             standing = "failed"
         else:
             standing = "within one standard error" if value >= bar else "other"
-        rows.append(
-            {
-                "trial": trial.number,
-                **asdict(trial.recipe),
-                "trained_epochs": 0 if trial.failure else trial.epochs(final),
-                "parameters": trial.parameters,
-                "auroc": value,
-                "standard_error": trial.standard_error(final),
-                "best_so_far": so_far,
-                "standing": standing,
-                **{f"auroc_outer_{outer_fold}": trial.auroc(outer_fold) for outer_fold in range(final)},
-                "failure": trial.failure,
-            }
-        )
+        row = {"trial": trial.number} | asdict(trial.recipe)
+        row |= {
+            "trained_epochs": 0 if trial.failure else trial.epochs(final),
+            "parameters": trial.parameters,
+            "auroc": value,
+            "standard_error": trial.standard_error(final),
+            "best_so_far": so_far,
+            "standing": standing,
+        }
+        row |= {f"auroc_outer_{outer_fold}": trial.auroc(outer_fold) for outer_fold in range(final)}
+        rows.append(row | {"failure": trial.failure})
     return pd.DataFrame(rows)
 
 
@@ -159,16 +156,14 @@ def held_out_predictions(task_data: TaskData, scores: np.ndarray) -> pd.DataFram
 
 def measure(predictions: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
     """AUROC and average precision with bootstrap intervals over patients, and counts."""
-    label, probability = predictions["label"], predictions["probability"]
-    groups = predictions["patient"]
-    measured = {
-        name: bootstrap_interval(statistic, label, probability, groups=groups, resamples=resamples, seed=seed)
-        for name, statistic in (("auroc", auroc), ("average_precision", average_precision))
-    }
-    return {name: interval._asdict() for name, interval in measured.items()} | {
+    scored = predictions["label"], predictions["probability"]
+    drawn: dict[str, Any] = {"groups": predictions["patient"], "resamples": resamples, "seed": seed}
+    return {
+        "auroc": bootstrap_interval(auroc, *scored, **drawn)._asdict(),
+        "average_precision": bootstrap_interval(average_precision, *scored, **drawn)._asdict(),
         "n_items": len(predictions),
-        "n_positive": int(label.sum()),
-        "n_patients": int(groups.nunique()),
+        "n_positive": int(predictions["label"].sum()),
+        "n_patients": int(predictions["patient"].nunique()),
     }
 
 
@@ -176,11 +171,9 @@ def explain_choice(
     trials: Sequence[Trial], choices: Sequence[Choice], shares: Mapping[str, float]
 ) -> dict[str, Any]:
     """The trial of the final model, why it was chosen, how all others compare, and `shares` if there are."""
-    last = len(choices) - 1
-    final = choices[-1].trial
-    ranked = sorted(
-        (trial for trial in trials if not trial.failure), key=lambda trial: (-trial.auroc(last), trial.number)
-    )
+    last, final = len(choices) - 1, choices[-1].trial
+    sound = [trial for trial in trials if not trial.failure]
+    ranked = sorted(sound, key=lambda trial: (-trial.auroc(last), trial.number))
     explained: dict[str, Any] = {
         "trial": final.number,
         "why": choices[-1].why,

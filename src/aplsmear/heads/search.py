@@ -27,9 +27,9 @@ from aplsmear.heads.head import Head, Job, Recipe
 from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Study
 from aplsmear.heads.task_data import TaskData, TuneError
-from aplsmear.params import Range, Tune, of_backbones
+from aplsmear.params import ANY_FEATURES, Range, Tune, of_backbones
 from aplsmear.runs.imports import code_hash
-from aplsmear.words import nearest
+from aplsmear.words import no_such
 
 Judge = Callable[[Sequence[Job], Material, int], list[Judged]]
 POLL = 0.5  # seconds between two looks at the results of other workers
@@ -118,23 +118,18 @@ def draw_candidates(
     """
     import optuna
 
-    wanted = list(features) if settings.space.features == ["any"] else settings.space.features
-    single = [part for name in wanted for part in of_backbones(name)]
-    unknown = [f"{name!r}{nearest(name, features)}" for name in single if name not in features]
-    if unknown:
-        raise TuneError(
-            f"tune.space.features: there are no features {', '.join(unknown)}; "
-            f"there are: {', '.join(features)}"
-        )
+    wanted = list(features) if settings.space.features == [ANY_FEATURES] else settings.space.features
+    for name in (part for joint in wanted for part in of_backbones(joint)):
+        if name not in features:
+            raise TuneError(no_such("tune.space.features: there are no features", name, features))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space: dict[str, Any] = {}
     for name, knob in settings.space:
-        choices = wanted if name == "features" else knob
-        space[name] = (
-            optuna.distributions.FloatDistribution(knob.low, knob.high, log=knob.log)
-            if isinstance(knob, Range)
-            else optuna.distributions.CategoricalDistribution(choices)
-        )
+        if isinstance(knob, Range):
+            space[name] = optuna.distributions.FloatDistribution(knob.low, knob.high, log=knob.log)
+        else:
+            choices = wanted if name == "features" else knob
+            space[name] = optuna.distributions.CategoricalDistribution(choices)
     recipes = []
     for number in range(settings.trials):
         entropy = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -227,19 +222,18 @@ def choose(trials: Sequence[Trial], outer_fold: int) -> Choice:
     Simplest: fewest parameters, then fewest hidden layers, then fewest views, then the better AUROC, then the
     lower number. Failed trials are left out.
     """
-    sound = [trial for trial in trials if not trial.failure]
-    best = max(sound, key=lambda trial: (trial.auroc(outer_fold), -trial.number))
-    bar = best.auroc(outer_fold) - best.standard_error(outer_fold)
-    simplest = min(
-        (trial for trial in sound if trial.auroc(outer_fold) >= bar),
-        key=lambda trial: (
-            trial.parameters, trial.recipe.depth, trial.recipe.views, -trial.auroc(outer_fold), trial.number
-        ),
-    )  # fmt: skip
+    scored = [(trial.auroc(outer_fold), trial) for trial in trials if not trial.failure]
+    highest, best = max(scored, key=lambda each: (each[0], -each[1].number))
+    error = best.standard_error(outer_fold)
+
+    def complexity(each: tuple[float, Trial]) -> tuple[float, ...]:
+        auroc, trial = each
+        return trial.parameters, trial.recipe.depth, trial.recipe.views, -auroc, trial.number
+
+    auroc, simplest = min((each for each in scored if each[0] >= highest - error), key=complexity)
     why = (
-        f"best: trial {best.number} with inner AUROC {best.auroc(outer_fold):.4f}, standard error "
-        f"{best.standard_error(outer_fold):.4f}; chosen: the simplest within one standard error, "
-        f"with {simplest.auroc(outer_fold):.4f}"
+        f"best: trial {best.number} with inner AUROC {highest:.4f}, standard error {error:.4f}; "
+        f"chosen: the simplest within one standard error, with {auroc:.4f}"
     )
     return Choice(simplest, why)
 

@@ -77,9 +77,7 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
     the lowest loss on it (class weights as in training). A head stops after `patience` epochs without a gain
     on any fold; with 0 it trains all epochs, and the last one is the result.
 
-    Returns:
-        One for each job. A head whose loss is not finite, or that does not fit into memory, has a `failure`
-        instead of results.
+    A head whose loss is not finite, or that does not fit into memory, has a `failure` instead of results.
 
     Raises:
         ValueError: a job is left with one class only.
@@ -153,11 +151,7 @@ class Lane:
         self.dropout = np.random.PCG64(np.random.SeedSequence(own, spawn_key=(1,)))
 
     def draw(self, count: int, images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw the next items, some images of each, and a view of each image.
-
-        Args:
-            count: number of items.
-            images: of an item at most.
+        """Draw the next `count` items, at most `images` of each, and a view of each image.
 
         Returns:
             int64 (count, images), rows of views; int64 (count,), how many of these an item has (the first
@@ -318,16 +312,10 @@ class Stack:
     def _step(
         self, x: np.ndarray, bags: Bags | None, positive: np.ndarray, share: np.ndarray, rate: float
     ) -> None:
-        """Train all lanes for one step.
+        """Train all lanes for one step on float32 (lanes, rows, channels), at a learning rate.
 
         The loss of an item is a softplus(logit) - b logit: cross-entropy of weight a with the label b / a.
-
-        Args:
-            x: float32 (lanes, rows, channels).
-            bags: the rows of each item, if they are bags.
-            positive: bool (lanes, items).
-            share: float32 (lanes, 1), what an item keeps of itself in mixup.
-            rate: learning rate.
+        `positive` is bool (lanes, items); `share`, float32 (lanes, 1), what an item keeps of itself in mixup.
         """
         recipe, network = self.recipe, self.network
 
@@ -343,9 +331,8 @@ class Stack:
         logits, tape = network.forward(self._standardised(x), bags, inside, dropout)
         class_weights = np.array([lane.weights for lane in self.lanes], np.float32)
         weight = np.where(positive, class_weights[:, :1], class_weights[:, 1:])
-        aimed = weight * np.where(
-            positive, np.float32(1 - recipe.smoothing / 2), np.float32(recipe.smoothing / 2)
-        )
+        low, high = np.float32(recipe.smoothing / 2), np.float32(1 - recipe.smoothing / 2)
+        aimed = weight * np.where(positive, high, low)
         if recipe.mixup:
             weight, aimed = mix(weight), mix(aimed)
         error = (weight * sigmoid(outside(logits)) - aimed) / np.float32(recipe.batch)
@@ -388,20 +375,16 @@ class Stack:
         """The head of a lane, for features as they are: (x - m) s @ k + b = x @ (s k) + (b - m s k)."""
         weights = [weight[lane].copy() for weight in self.network.weights]
         end = 2 * self.recipe.depth + 2
-        kernels, biases, (*attention,) = (
-            weights[:end:2],
-            [bias[0] for bias in weights[1:end:2]],
-            weights[end:],
-        )
+        kernels, biases = weights[:end:2], [bias[0] for bias in weights[1:end:2]]
+        attention = weights[end:]
         kernels[0] *= self.scale[lane].T
         biases[0] -= self.mean[lane, 0] @ kernels[0]
         if not all(np.isfinite(weight).all() for weight in weights):
             raise FloatingPointError(f"trial {self.lanes[lane].job.trial} has weights that are not finite")
         if attention:
             attention[1] = attention[1][0]
-        return Head(
-            self.recipe.features, tuple(kernels), tuple(biases), self.recipe.activation, tuple(attention)
-        )
+        recipe = self.recipe
+        return Head(recipe.features, tuple(kernels), tuple(biases), recipe.activation, tuple(attention))
 
 
 def _by_step(array: np.ndarray, size: int) -> np.ndarray:

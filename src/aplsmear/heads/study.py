@@ -17,7 +17,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from aplsmear.errors import UserError
 
@@ -46,23 +46,13 @@ def _storage_errors() -> Iterator[None]:
         ) from None
 
 
-class Locks(Protocol):
-    """Numbered locks that end with the process that holds them."""
-
-    def take(self, number: int, wait: bool) -> bool:
-        """Take a lock. False, never with `wait`: another process holds it."""
-
-    def give(self, number: int) -> None:
-        """Release a lock."""
-
-
 class Study:
     """The trials of one task, in a storage that survives a kill.
 
     Each method raises StudyError if the database does not answer.
     """
 
-    def __init__(self, name: str, storage: Any, locks: Locks) -> None:
+    def __init__(self, name: str, storage: Any, locks: _DatabaseLocks | _FileLocks) -> None:
         """Open the study of this name, or create it."""
         import optuna
 
@@ -170,7 +160,7 @@ def _open_database(name: str, url: str) -> Study:
 
 
 class _DatabaseLocks:
-    """PostgreSQL's advisory locks, on a connection of their own that is kept alive."""
+    """Numbered locks as of `_FileLocks`: PostgreSQL's advisory locks, on a connection that is kept alive."""
 
     def __init__(self, name: str, url: str) -> None:
         import sqlalchemy
@@ -198,9 +188,10 @@ class _DatabaseLocks:
 
 
 class _FileLocks:
-    """POSIX locks on single bytes of a file beside the journal; WRITING is Optuna's own lock of the journal.
+    """POSIX locks on single bytes of a file beside the journal; they end with the process that holds them.
 
-    Optuna's own lock blocks others for half a minute after a kill. It also cannot read a journal in which a
+    `take` returns False if another process holds the lock, never with `wait`. WRITING is Optuna's own lock of
+    the journal, which blocks others for half a minute after a kill. It also cannot read a journal in which a
     killed process wrote half a line and another process went on; here half a line is removed.
     """
 

@@ -91,13 +91,9 @@ class TaskData:
     def attention(self, _heads: Sequence[Head], _average: int, /) -> pd.DataFrame:
         """``cell, patient, fold, attention, score`` of each cell; no rows if items are not patients.
 
-        Args:
-            _heads: of each outer fold; the one of the patient's fold never saw the patient.
-            _average: augmented views that are averaged with the plain view.
-
-        Returns:
-            The attention adds up to 1 over the cells of a patient. The score is the probability of the cell
-            alone. Both have the digits of a table.
+        The head of the patient's fold never saw the patient; `_average` augmented views are averaged with the
+        plain view. The attention adds up to 1 over the cells of a patient. The score is the probability of
+        the cell alone. Both have the digits of a table.
         """
         return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in _ATTENTION.items()})
 
@@ -176,14 +172,10 @@ def make_task_data(
     features: Mapping[str, Features],
     cells: pd.DataFrame | None = None,
 ) -> TaskData:
-    """Bring together items, their labels, folds and features.
+    """Bring together items, their labels (int8) of `task_labels`, ``splits/folds.csv`` and features.
 
-    Args:
-        items: ``item, patient`` of every cell, smear or patient (with the same name in both columns).
-        label: int8 (items,), of `aplsmear.data.tasks.task_labels`.
-        folds: ``splits/folds.csv``.
-        features: of the images, of `aplsmear.features.store.read_features`.
-        cells: ``item, patient`` of every cell, if the items are patients.
+    `items` are ``item, patient`` of every cell, smear or patient (with the same name in both columns);
+    `cells` the same of every cell, if the items are patients.
 
     Raises:
         TuneError: features are missing or belong to other items, or too few folds have both classes.
@@ -232,22 +224,15 @@ def _random_rank(names: Iterable[str], groups: pd.DataFrame, seed: int) -> np.nd
 
 
 def _check_classes(task_data: TaskData) -> None:
-    """Each head needs both classes to train on, and each outer fold an inner fold with both classes.
-
-    Raises:
-        TuneError: some would not have them.
-    """
+    """Each head needs both classes to train on, and each outer fold an inner fold with both classes."""
     fold, label = task_data.table["fold"].to_numpy(), task_data.label
-    counts = {
-        name: np.bincount(fold[label == value], minlength=task_data.folds)
-        for name, value in (("positive", 1), ("negative", 0))
-    }
-    has = np.array(list(counts.values())) > 0
+    counts = [np.bincount(fold[label == value], minlength=task_data.folds) for value in (1, 0)]
+    has = np.array(counts) > 0
     if has.all(axis=0).sum() >= 2 and (has.sum(axis=1) >= 3).all():
         return
-    listed = {name: ", ".join(f"fold {f}: {n}" for f, n in enumerate(each)) for name, each in counts.items()}
+    positive, negative = (", ".join(f"fold {f}: {n}" for f, n in enumerate(each)) for each in counts)
     raise TuneError(
         "at least three folds must have positive items, three negative ones, and two both. Positive items, "
-        f"{listed['positive']}; negative items, {listed['negative']}. "
+        f"{positive}; negative items, {negative}. "
         "Add labelled items, lower split.folds, or remove the task from `tasks` and `ensembles`."
     )

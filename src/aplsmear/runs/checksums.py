@@ -32,13 +32,11 @@ def is_sound(path: Path, expected: str) -> bool:
 
 
 def unsound(outs: Mapping[str, str], record: Path, run: str) -> list[str]:
-    """The outs that exist and do not have their hash.
+    """The outs (path -> hash, as in dvc.lock) that exist and do not have their hash.
 
-    Args:
-        outs: path -> hash, as in dvc.lock.
-        record: a file with the outs that were found sound in a run. Those whose size, time and inode have not
-            changed since are not read again in the same run.
-        run: a name of the run; empty: everything is read, and nothing is recorded.
+    The file `record` gets the outs that were found sound in the run of this name. Those whose size, time and
+    inode have not changed since are not read again in the same run. Without a name, everything is read, and
+    nothing is recorded.
     """
     states = {path: _state(Path(path), expected) for path, expected in outs.items() if Path(path).exists()}
     kept = record.read_text(encoding="utf-8").splitlines() if run and record.is_file() else []
@@ -66,10 +64,6 @@ def _names(folder: Path) -> list[str]:
 
 def _state(path: Path, expected: str) -> str:
     """A hash of path, expected hash, and size, time and inode of each file: in one line."""
-    names = _names(path) if path.is_dir() else [""]
-    stats = [
-        (name, each.st_size, each.st_mtime_ns, each.st_ino)
-        for name in names
-        for each in [(path / name).stat()]
-    ]
-    return hashlib.sha256(repr((str(path), expected, stats)).encode()).hexdigest()
+    stats = [(name, (path / name).stat()) for name in (_names(path) if path.is_dir() else [""])]
+    seen = [(name, each.st_size, each.st_mtime_ns, each.st_ino) for name, each in stats]
+    return hashlib.sha256(repr((str(path), expected, seen)).encode()).hexdigest()

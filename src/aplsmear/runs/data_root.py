@@ -18,15 +18,10 @@ class DataRootError(UserError):
 
 
 def check_root(root: Path, top: Path, name: str = "dataset.root") -> None:
-    """Check that git stores no file of a data set.
+    """Check that git stores no file of a data set; `name` is the parameter that names its folder.
 
-    Only .gitignore counts. DVC does not read `.git/info/exclude` in a worktree, and the folder of
-    `dvc exp run --temp` does not have it.
-
-    Args:
-        root: the folder of the data set.
-        top: of the repository; without `.git` in it, nothing is checked.
-        name: of the parameter that names the folder.
+    Nothing is checked if `top`, the top of the repository, has no `.git`. Only .gitignore counts. DVC does
+    not read `.git/info/exclude` in a worktree, and the folder of `dvc exp run --temp` does not have it.
 
     Raises:
         DataRootError: git has files of the data set, or would store them with `git add`.

@@ -16,22 +16,11 @@ class GitError(UserError):
 def git(folder: Path, *words: str, fails: int = 0) -> Any:
     """The output of a git command without blanks at its end; None where it ends with the exit code `fails`.
 
-    Args:
-        folder: where it runs.
-        words: of the command, after ``git``.
-        fails: the exit code that means "no".
-
     Raises:
         GitError: it ends with another code than 0 and `fails`.
     """
-    done = subprocess.run(
-        ["git", *words],
-        cwd=folder,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        check=False,
-    )
+    texts: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, check=False, **texts)
     if done.returncode not in {0, fails}:
         raise GitError(f"`git {' '.join(words)}` failed in {folder.resolve()}:\n{done.stderr.rstrip()}")
     return None if done.returncode else done.stdout.rstrip()

@@ -28,13 +28,9 @@ _STASHING = 10  # seconds at most from `git stash` to the detached HEAD, on a bu
 
 
 def mend(folder: Path) -> Iterator[str]:
-    """Repair what a kill, a full disk or a failing disk has left; everything else stays as it is.
+    """Repair what a kill, a full disk or a failing disk has left; yield what was done, in lines.
 
-    Args:
-        folder: the top of a repository.
-
-    Yields:
-        What was done, in lines.
+    `folder` is the top of a repository. Everything else in it stays as it is.
 
     Raises:
         UserError: there is no repository, git does not work in it, or DVC is running in it.
@@ -128,9 +124,7 @@ def _listed(tree: Path) -> set[int]:
 def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
     """What a killed `dvc exp run` has left that would disturb the next one, in words.
 
-    Args:
-        folder: the top of a repository.
-        mine: the folder in which an experiment runs that is alive; None: none runs.
+    `mine` is the folder in which an experiment runs that is alive; None: none runs.
 
     Raises:
         GitError: git does not work here.
@@ -249,26 +243,17 @@ def _beside(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Left:
-    """How a killed `dvc exp run` left a worktree off its branch.
-
-    Attributes:
-        branch: the branch.
-        has_merge: whether `_MERGE` holds the changes of this worktree, and not those of another one.
-    """
+    """How a killed `dvc exp run` left a worktree off its branch."""
 
     branch: str
-    has_merge: bool
+    has_merge: bool  # whether `_MERGE` holds the changes of this worktree, and not those of another one
 
 
 def _left(folder: Path, alive: bool = False) -> _Left | None:
-    """Whether a killed `dvc exp run` took git off its branch.
+    """Whether a killed `dvc exp run` took git off its branch in a worktree.
 
-    Args:
-        folder: the top of a worktree.
-        alive: an experiment runs in the workspace, which takes git off its branch as long as it does.
-
-    Returns:
-        None: git is on a branch, a person took it off, or commits were made since.
+    None: git is on a branch, a person took it off, or commits were made since; or an experiment that is
+    `alive` runs in the workspace, which takes git off its branch as long as it does.
     """
     if git(folder, "symbolic-ref", "--quiet", "HEAD", fails=1):
         return None
@@ -358,12 +343,10 @@ def _mend_outs(repo: Any, folder: Path) -> Iterator[str]:
             yield f"object {expected} is there again, from {file.relative_to(folder.resolve())}"
     for file, expected in damaged.items():
         file.unlink()
-        kept = Path(cache.oid_to_path(expected))
+        kept, now = Path(cache.oid_to_path(expected)), "removed, `dvc repro` makes it again"
         if kept.is_file():
             copy_whole(kept, file)
-        now = (
-            "it is here again, from DVC's cache" if kept.is_file() else "removed, `dvc repro` makes it again"
-        )
+            now = "it is here again, from DVC's cache"
         yield f"damaged: {file.relative_to(folder.resolve())}; {now}"
 
 

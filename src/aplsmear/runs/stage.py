@@ -6,7 +6,6 @@ import errno
 import inspect
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from aplsmear.errors import UserError, brief
 from aplsmear.params import flat
 from aplsmear.runs.checksums import unsound
 from aplsmear.runs.data_root import check_root
-from aplsmear.runs.git import GitError
+from aplsmear.runs.git import GitError, git
 from aplsmear.runs.mend import is_dvc, leftovers, running_dvc
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
@@ -45,10 +44,6 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
     Exit code 0 or the number that `main` returns; 1 after a `UserError` or an error of disk or memory, with a
     message instead of a traceback; 2 if the arguments are not those of `main`, with the docstring of its
     module. Any other exception is raised. Messages and tracebacks show no secrets (`aplsmear.secrets`).
-
-    Args:
-        main: takes each argument as a positional one.
-        arguments: None: those of this process.
     """
     hide_in_tracebacks()
     if note := cpu.note():
@@ -80,13 +75,10 @@ def run(main: Callable[..., int | None], arguments: Sequence[str] | None = None)
 
 
 def check_repository(top: Path) -> None:
-    """Check that no killed `dvc exp run` has left git off its branch, or a user's changes in git's stash.
+    """Raise a UserError if a killed `dvc exp run` has left git off its branch, or changes in git's stash.
 
     There is no check if DVC was not started as a command, if another DVC runs in the repository (`top` is its
     folder), or if git does not work.
-
-    Raises:
-        UserError: a killed run has left something; the message names the command that repairs it.
     """
     if _dvc() is None:
         return
@@ -103,13 +95,7 @@ def check_repository(top: Path) -> None:
 
 
 def check_data_root() -> None:
-    """Check that git stores no file of the data sets that params.yaml names (`aplsmear.runs.data_root`).
-
-    Nothing is checked where git does not work.
-
-    Raises:
-        UserError: git does.
-    """
+    """Check that git stores no file of the data sets in params.yaml (`check_root`), where git works."""
     for name, root in flat(_loaded(Path("params.yaml"))):
         if re.fullmatch(r"dataset\.root|external\..*\.root", name) and isinstance(root, str):
             with suppress(GitError):
@@ -118,20 +104,15 @@ def check_data_root() -> None:
 
 
 def check_inputs(stage: str) -> None:
-    """Check that the inputs of a stage have the hashes in dvc.lock.
+    """Raise a UserError if inputs of a stage (``tune@blast``) do not have the hashes in dvc.lock.
 
     Each file is read once in a run of DVC, however many stages depend on it (`aplsmear.runs.checksums`).
-    `stage` is a name of DVC, such as ``tune@blast``.
-
-    Raises:
-        UserError: some have another hash; the message names all of them.
     """
-    pipeline, lock, dvc = Path("dvc.yaml"), Path("dvc.lock"), _dvc()
-    if not lock.is_file():
+    if not (locked := _locked_stages()):
         return
     template, _, item = stage.partition("@")
     values = dict(flat(_loaded(Path("params.yaml"))))
-    declared = _loaded(pipeline)["stages"][template]
+    declared = _loaded(Path("dvc.yaml"))["stages"][template]
     if table := declared.get("foreach"):  # `${item.root}` is in the row of that name
         row = f"{table[2:-1]}.{item}."
         values |= {
@@ -141,14 +122,14 @@ def check_inputs(stage: str) -> None:
         PurePosixPath(re.sub(r"\$\{([^}]+)\}", lambda found: str(values.get(found[1], item)), dep))
         for dep in declared.get("do", declared)["deps"]  # `${item.task}` is in no params.yaml
     ]
-    made = [out for entry in _loaded(lock).get("stages", {}).values() for out in entry.get("outs", [])]
     inputs = {
         out["path"]: out["md5"]
-        for out in made
+        for out in (out for entry in locked.values() for out in entry.get("outs", []))
         for dep in wanted
         if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
         if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
     }
+    dvc = _dvc()
     damaged = unsound(inputs, Path(".dvc/tmp/sound"), f"{dvc.pid} {dvc.create_time()}" if dvc else "")
     if damaged:
         raise UserError(
@@ -178,6 +159,11 @@ def _loaded(path: Path) -> Any:
     return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)  # ten times as fast
 
 
+def _locked_stages() -> Any:
+    lock = Path("dvc.lock")
+    return _loaded(lock).get("stages", {}) if lock.is_file() else {}
+
+
 def home() -> Path:
     """The folder for files that are kept after a run, beside its outs: MLflow, studies, unfinished trainings.
 
@@ -194,12 +180,8 @@ def origin(stage: str, task: str) -> dict[str, str]:
     found = {"stage": stage, "task": task}
     if "DVC_EXP_NAME" in os.environ:
         found["DVC_EXP_NAME"] = os.environ["DVC_EXP_NAME"]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if git.returncode == 0:
-        found["git_commit"] = git.stdout.strip()
-    lock = Path("dvc.lock")
-    if lock.is_file():
-        stages = _loaded(lock).get("stages", {})
-        for out in stages.get("download", {}).get("outs", []):
-            found["data_version"] = out.get("md5", "")
+    if commit := git(Path(), "rev-parse", "HEAD", fails=128):
+        found["git_commit"] = commit
+    for out in _locked_stages().get("download", {}).get("outs", []):
+        found["data_version"] = out.get("md5", "")
     return found

@@ -9,12 +9,14 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from aplsmear.errors import brief
 from aplsmear.files import hold
+from aplsmear.runs.imports import PACKAGE
 from aplsmear.secrets import without_secrets
 
 log = logging.getLogger(__name__)
@@ -46,14 +48,10 @@ class Tracker:
     def __init__(
         self, folder: Path, name: str, key: str, tags: Mapping[str, str], params: Mapping[str, Any]
     ) -> None:
-        """Open the run with this key; continue it if an earlier process has begun it.
+        """Open the run with this key, a hash of all its inputs; continue it if another process has begun it.
 
-        Args:
-            folder: for mlflow.db and mlartifacts, unless MLFLOW_TRACKING_URI names a server.
-            name: of the run, for people.
-            key: a hash of all inputs of the run: the same key is the same run.
-            tags: replace those of an earlier process; names of DVC experiments are added.
-            params: that all trials have in common.
+        The folder gets mlflow.db and mlartifacts, unless MLFLOW_TRACKING_URI names a server. Tags replace
+        those of an earlier process; names of DVC experiments are added. All trials have `params` in common.
         """
         self._client: Any
         self._is_reachable = True
@@ -97,8 +95,6 @@ class Tracker:
         """Log a keras.Model that takes uint8 images, with its signature."""
 
         def action() -> None:
-            from importlib.metadata import version
-
             import mlflow
             import numpy as np
             from mlflow.models import infer_signature
@@ -119,9 +115,6 @@ class Tracker:
         """
 
         def action() -> None:
-            from importlib.metadata import requires, version
-            from importlib.resources import as_file, files
-
             import mlflow
             from mlflow.models import ModelSignature
             from mlflow.types import ColSpec, Schema
@@ -131,17 +124,13 @@ class Tracker:
             needs = [line for line in requires("aplsmear") or [] if "extra ==" not in line]
             names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needs]
             self._client.log_artifact(self._run, str(report))
-            with (
-                mlflow.start_run(self._run),
-                as_file(files("aplsmear")) as package,
-                warnings.catch_warnings(),
-            ):
+            with mlflow.start_run(self._run), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it asks for an example, which it would judge at once
                 mlflow.pyfunc.log_model(
                     name="model",
-                    python_model=str(package / "prediction" / "mlflow_model.py"),
+                    python_model=str(PACKAGE / "prediction" / "mlflow_model.py"),
                     artifacts={"bundle": str(bundle)},
-                    code_paths=[str(package)],
+                    code_paths=[str(PACKAGE)],
                     signature=signature,
                     pip_requirements=[f"{name}=={version(name)}" for name in names],
                 )
@@ -170,7 +159,7 @@ class Tracker:
         failures: tuple[type[Exception], ...] = (
             OSError,
             ValueError,
-        )  # of a bad MLFLOW_* variable: ValueError
+        )  # ValueError: of a bad MLFLOW_* variable
         try:
             from mlflow.exceptions import MlflowException
             from sqlalchemy.exc import SQLAlchemyError
@@ -207,7 +196,7 @@ class Tracker:
             for tag, value in tags.items():
                 client.set_tag(self._run, tag, value)
         else:
-            tags |= {"key": key}
+            tags["key"] = key
             self._run = client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
             _log(client, self._run, params, {})
         nested = f"tags.mlflow.parentRunId = '{self._run}'"
