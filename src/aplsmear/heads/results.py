@@ -97,12 +97,9 @@ def trials_table(trials: Sequence[Trial], choices: Sequence[Choice]) -> pd.DataF
     for trial in trials:
         value = trial.auroc(final)
         so_far = np.fmax(so_far, value)
-        if trial.number == choices[-1].trial.number:
-            standing = "chosen"
-        elif trial.failure:
-            standing = "failed"
-        else:
-            standing = "within one standard error" if value >= bar else "other"
+        standing = "within one standard error" if value >= bar else "other"
+        standing = "failed" if trial.failure else standing
+        standing = "chosen" if trial.number == choices[-1].trial.number else standing
         row = {"trial": trial.number} | asdict(trial.recipe)
         row |= {
             "trained_epochs": 0 if trial.failure else trial.epochs(final),
