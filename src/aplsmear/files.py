@@ -127,11 +127,7 @@ def sha256(path: Path) -> str:
 
 
 def hold(path: Path) -> IO[Any]:
-    """Wait until no other process holds the lock of this name, and hold it.
-
-    Returns:
-        The open file. The lock ends when the file is closed or the process ends.
-    """
+    """Wait for the lock of this name, and hold it until the file is closed or the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("ab")
     fcntl.flock(file, fcntl.LOCK_EX)

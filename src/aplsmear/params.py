@@ -505,10 +505,7 @@ class Params(Strict):
 def read_params(path: Path, *used: str) -> Params:
     """Read and check params.yaml, in YAML 1.2, as DVC reads it.
 
-    Args:
-        path: of the file.
-        used: the top-level keys that the caller needs, such as ``engine``. Only these are checked, and only
-            these are in the result. None: all keys.
+    If top-level keys are given as `used`, such as ``engine``, only these are checked and in the result.
 
     Raises:
         ParamsError: the message lists every problem: a file that is missing or not valid YAML, a key given
@@ -567,11 +564,7 @@ def named(rows: Mapping[str, T], name: str, where: str) -> T:
 
 
 def renamed(raw: Mapping[Any, Any]) -> dict[str, str]:
-    """The parameters of params.yaml whose names are those of an earlier version (`RENAMED`).
-
-    Returns:
-        Dotted name -> a sentence: the name now, or why it is gone.
-    """
+    """Parameters with the names of an earlier version: dotted name -> the name now, or why it is gone."""
     found = {}
     for name, _ in flat(raw, tables=True):
         row = re.sub(r"(^overrides\.[^.]+\.)?.*", r"\1", name, count=1, flags=re.DOTALL)

@@ -9,10 +9,7 @@ from collections.abc import Collection, Iterable
 def misspelt(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """The known word that was probably meant, without regard to capital letters; None if none is similar.
 
-    Args:
-        word: the word that was found.
-        known: the correct words.
-        likeness: least similarity (`difflib.SequenceMatcher.ratio`), from 0 to 1 for the same word.
+    `likeness` is the least similarity (`difflib.SequenceMatcher.ratio`), from 0 to 1 for the same word.
     """
     by_folded = {each.casefold(): each for each in known}
     close = difflib.get_close_matches(word.casefold(), by_folded, n=1, cutoff=likeness)

@@ -27,12 +27,9 @@ class BackboneError(UserError, ValueError):
 
 
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
-    """Build the network of `settings` up to its layers, frozen, with its preprocessing.
+    """Build the frozen network of `settings` up to its layers, for images of a level, and its preprocessing.
 
-    Args:
-        settings: application, its options, the layers to cut at, the weights.
-        level: its input size is taken.
-        seed: of untrained filters.
+    `seed` is that of untrained filters.
 
     Returns:
         keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, each part of a joint

@@ -36,17 +36,12 @@ Preprocess = Callable[[Any], Any]
 
 
 def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto:
-    """Write a Keras network as an ONNX graph.
+    """Write a Keras network as a graph: `PIXELS` -> the means of its maps, float32 (images, channels) each.
 
     Args:
-        network: keras.Model of `aplsmear.features.backbones.cut_network`: float32 (images, size, size, 3) ->
-            {layer: feature map}.
-        preprocess: from float32 RGB, 0 to 255, to the input of the network: a factor and an offset for each
-            channel, perhaps in another order.
+        network: of `aplsmear.features.backbones.cut_network`.
+        preprocess: as there: a factor and an offset for each channel, perhaps in another order.
         size: side of an image in px.
-
-    Returns:
-        The graph: `PIXELS` -> for each layer float32 (images, channels), the mean of its map over the image.
 
     Raises:
         GraphError: a layer or the preprocessing cannot be written.
@@ -193,15 +188,10 @@ class GraphWriter:
         pads: tuple[int, int, int, int] = _NONE,
         **attributes: Any,
     ) -> FeatureMap:
-        """Write a convolution.
+        """Write a convolution with a kernel (filters, channels of a filter, rows, columns).
 
-        Args:
-            x: its input.
-            kernel: (filters, channels of a filter, rows, columns).
-            bias: (filters,).
-            depthwise: each filter has one channel, that of its own number.
-            pads: of zeros: top, left, bottom, right.
-            attributes: strides and dilations.
+        If it is `depthwise`, each filter has one channel, that of its own number. `pads` are of zeros: top,
+        left, bottom, right; other attributes: strides and dilations.
         """
         count, _, *window = kernel.shape
         width = x.width if depthwise else -(-count // BLOCK) * BLOCK
@@ -309,13 +299,7 @@ def _affine(preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _walk(graph: GraphWriter, network: Any, maps: dict[int, FeatureMap]) -> None:
-    """Write the layers of a functional or sequential model.
-
-    Args:
-        graph: receives the nodes.
-        network: the model.
-        maps: map of each Keras tensor, by `id`: has those of the inputs, receives those of the layers.
-    """
+    """Write the layers of a model. `maps`, by `id` of a Keras tensor, has its inputs and gets its layers."""
     network = getattr(network, "_functional", network)
     nodes = [node for _, each in sorted(network._nodes_by_depth.items(), reverse=True) for node in each]
     uses = Counter(id(tensor) for node in nodes for tensor in node.arguments.keras_tensors)

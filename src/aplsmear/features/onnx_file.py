@@ -45,17 +45,10 @@ _SMALL = 4096  # numbers of a constant that tells the size of another tensor
 
 @np.errstate(over="ignore", invalid="ignore")  # `_check_same` refuses a file that gives such numbers
 def graph_of_file(path: Path, settings: Backbone, size: int) -> onnx.ModelProto:
-    """Read an ONNX file and write it as a graph.
+    """Read the ONNX file of a backbone and write it as a graph (`export.as_graph`) for images of `size` px.
 
-    Args:
-        path: of the file.
-        settings: a backbone with ``source: onnx``.
-        size: side of an image in px.
-
-    Returns:
-        A graph as of `aplsmear.features.export.as_graph`. Its batch is free if each image then has the same
-        features as alone; otherwise it takes one image. It is marked if its bits depend on the processor
-        (`aplsmear.features.onnx_graph.is_portable`).
+    The batch of the graph is free if each image then has the same features as alone; otherwise it takes one
+    image. It is marked if its bits depend on the processor (`onnx_graph.is_portable`).
 
     Raises:
         GraphError: the file cannot be used; the message says why and what to change.

@@ -43,11 +43,7 @@ class ViewCache:
         return np.asarray(rows[0][rows[1]])
 
     def standardisation(self, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and scale of the features over some views, and then of those of the centre crop.
-
-        Returns:
-            Two arrays, float32 (channels,) each, or (2 channels,) with a centre crop.
-        """
+        """Mean and scale of the features over some views, then of those of the centre crop, if any: float32."""
         seen = [self.features[views]] + ([self.extra_features(views)] if self.centre is not None else [])
         mean = np.concatenate([values.mean(axis=0, dtype=np.float64) for values in seen])
         scale = np.concatenate([padded_deviation(values.std(axis=0, dtype=np.float64)) for values in seen])
@@ -71,13 +67,9 @@ def cache_views(
 ) -> ViewCache:
     """Compute what the part that trains reads, and keep it. Files that an earlier process wrote are used.
 
-    Args:
-        folder: gets one .npy file for each array.
-        batches: all views of the level, in their order.
-        wanted: bool (views,): the views to cache.
-        network: whose frozen part is used; not trained yet.
-        features: float16 (views, channels): what the tuned head reads.
-        online: keep images instead of outputs of the frozen part.
+    The folder gets one .npy file for each array. `batches` are all views of the level, in their order;
+    `wanted`, bool (views,), those to cache; `features` as in `ViewCache`. `online`: images are kept instead
+    of outputs of the frozen part of the network, which must not be trained yet.
 
     Raises:
         FinetuneError: an output of the frozen part does not fit into float16.

@@ -57,13 +57,10 @@ class Trainer:
         brightness: float = 0.0,
         strategy: Any = None,
     ) -> None:
-        """Build and compile the network.
+        """Build the network by a call of `network`, within the scope of the strategy, and compile it.
 
-        Args:
-            network: builds it; it is called within the scope of the strategy.
-            settings: of the training.
-            brightness: largest relative change of the brightness in online augmentation.
-            strategy: tf.distribute.Strategy; None: all GPUs, each with a part of a batch, or the CPU.
+        `brightness` is its largest relative change in online augmentation. The strategy is one of
+        tf.distribute; None: all GPUs, each with a part of a batch, or the CPU.
         """
         import tensorflow as tf
         from keras import Model
