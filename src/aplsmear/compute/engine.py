@@ -29,7 +29,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import joblib
 
@@ -57,8 +57,11 @@ class EngineError(UserError, RuntimeError):
     """The cluster cannot give the results that this machine would give."""
 
 
-class Engine(Protocol):
-    """Processes partitions."""
+@dataclass(frozen=True)
+class Here:
+    """This machine."""
+
+    workers: int = -1  # processes; -1: one per core (LOKY_MAX_CPU_COUNT may lower it)
 
     def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
         """The function of each part, in order.
@@ -69,16 +72,6 @@ class Engine(Protocol):
             processes: False if the function itself uses all cores, as TensorFlow does: this machine then
                 processes one part after another, in this process.
         """
-
-
-@dataclass(frozen=True)
-class Here:
-    """This machine."""
-
-    workers: int = -1  # processes; -1: one per core (LOKY_MAX_CPU_COUNT may lower it)
-
-    def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
-        """See `Engine.map`."""
         if not processes:
             return map(function, parts)
         parallel = joblib.Parallel(self.workers, return_as="generator", pre_dispatch=f"{AHEAD} * n_jobs")
@@ -125,7 +118,7 @@ class Cluster:
         self._client, self._terms = client, terms
 
     def map(self, function: Callable[[P], R], parts: Iterable[P], *, processes: bool = True) -> Iterator[R]:
-        """See `Engine.map`; a worker always processes one part at a time, in one process.
+        """See `Here.map`; a worker always processes one part at a time, in one process.
 
         Raises:
             EngineError: a worker that joined does not meet the conditions, a part has killed several workers,
@@ -185,6 +178,9 @@ class Cluster:
         return EngineError(
             f"the scheduler at {address} is gone ({brief(error)}): start it again, then the same command"
         )
+
+
+Engine = Here | Cluster
 
 
 @contextmanager
