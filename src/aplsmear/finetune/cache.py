@@ -43,7 +43,7 @@ class ViewCache:
         return np.asarray(rows[0][rows[1]])
 
     def standardisation(self, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and scale of features over some views, and then of those of the centre crop, if any: float32."""
+        """Mean and scale of features over some views, then of those of the centre crop, if any: float32."""
         seen = [self.features[views]] + ([self.extra_features(views)] if self.centre is not None else [])
         mean = np.concatenate([values.mean(axis=0, dtype=np.float64) for values in seen])
         scale = np.concatenate([padded_deviation(values.std(axis=0, dtype=np.float64)) for values in seen])
