@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,12 +15,11 @@ from aplsmear.compute.runtime import device_note
 from aplsmear.errors import UserError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from aplsmear.compute.engine import Engine
     from aplsmear.data.dataset import DataSet
     from aplsmear.ensembles.bundle import Bundle
-    from aplsmear.ensembles.combination import Combination
+    from aplsmear.prediction.answer import Panel
+    from aplsmear.prediction.page import Alone
     from aplsmear.prediction.predict import Verdict
 
 _PANEL = "Ensembles"
@@ -103,120 +102,82 @@ def predict(
     if len(set(files)) < len(files):
         raise UserError("CSV and HTML have the same name")
     _refuse_to_replace(*files, geojson, overwrite=overwrite)
-    if ensemble and len(ensemble) == 1:
-        if prevalence:
-            raise UserError("--prevalence is for the one answer: leave out --ensemble, or give several.")
-        _predict_by_one(ensemble[0], data, out, _Extras(report, cells, geojson), fold, adapt)
-    else:
-        if adapt:
-            raise UserError("--adapt works with one ensemble: give one --ensemble.")
-        extras = _Extras(report, cells, geojson)
-        _predict_one_answer(ensemble or [], answer, prevalence, data, out, extras, fold)
+    panel = _panel(ensemble or [], answer, prevalence, fold, adapt, bool(report or cells or geojson))
+    _judge(panel, data, out, report, cells, geojson, fold)
 
 
-class _Extras(NamedTuple):
-    """What `predict` writes beside the table of patients."""
-
-    report: Path | None
-    cells: Path | None
-    geojson: Path | None
-
-    @property
-    def of_cells(self) -> bool:
-        """Whether the evidence of the cells is needed."""
-        return bool(self.report or self.cells or self.geojson)
-
-    def write_cells(self, found: DataSet, judged: Mapping[str, Sequence[Verdict]]) -> None:
-        """Write the table and the boxes of the cells that are wanted."""
-        from aplsmear.ensembles.evidence import evidence_table
-        from aplsmear.prediction.cells import write_boxes
-        from aplsmear.tables import write_table
-
-        if not (self.cells or self.geojson):
-            return
-        evidence = {name: [each.evidence for each in verdicts] for name, verdicts in judged.items()}
-        table = evidence_table(found.smears, found.cells, evidence)
-        if self.cells:
-            write_table(self.cells, table)
-            typer.echo(f"{len(table):,} cells: {self.cells}")
-        if self.geojson:
-            write_boxes(self.geojson, found, table)
-            typer.echo(f"{len(found.smears):,} files for QuPath: {self.geojson}")
-
-
-def _predict_by_one(
-    ensemble: Path, data: Path, out: Path, extras: _Extras, fold: int | None, adapt: bool
-) -> None:
-    """`predict` with one ensemble."""
-    from aplsmear.ensembles.bundle import read_bundle
-    from aplsmear.prediction.page import CARDS, write_page
-    from aplsmear.prediction.predict import Models, judge_patients, keep_pictures, verdict_table
-    from aplsmear.reports.pages import diagnosis
-    from aplsmear.tables import write_table
-
-    _print_notes()
-    bundle = read_bundle(ensemble)
-    models = Models(bundle, bundle.outer_fold_of(fold), evidence=extras.of_cells)
-    with _new_patients([bundle], data, extras.geojson is not None) as (found, engine):
-        each = judge_patients(models, data, found.smears, found.cells, engine)
-        verdicts = keep_pictures(each, CARDS if extras.report else 0)
-    combination, model = models.combination, bundle.model
-    one, other = diagnosis(model.positive), diagnosis(model.negative)
-    remarks = [
-        f"The ensemble {model.name} is for patients with one of two diagnoses: {one}, {other}. For others, "
-        "its numbers mean nothing.",
-        *_remarks(found, fold),
-    ]
-    if adapt:
-        combination = _adapted(combination, verdicts, remarks)
-    table = verdict_table(verdicts, combination, bundle.model.cell_curve)
-    if extras.report:
-        write_page(extras.report, bundle, combination, verdicts, table, found.report["left_out"], remarks)
-    write_table(out, table)
-    _print_remarks(found.report["left_out"], remarks)
-    extras.write_cells(found, {model.name: verdicts})
-    _print_end(table, out)
-
-
-def _predict_one_answer(
-    ensembles: list[Path],
-    answer: Path,
-    prevalence: str,
-    data: Path,
-    out: Path,
-    extras: _Extras,
-    fold: int | None,
-) -> None:
-    """`predict` with several ensembles; without any: all of the one answer that are there."""
+def _panel(
+    ensembles: list[Path], answer: Path, prevalence: str, fold: int | None, adapt: bool, evidence: bool
+) -> Alone | Panel:
+    """The ensemble, or the ensembles of one answer; without any: all of the one answer that are there."""
     from aplsmear.answer.coupling import prevalence_of, read_answers
     from aplsmear.ensembles.bundle import MANIFEST, read_bundle
-    from aplsmear.prediction.answer import CARDS, Panel, write_page
-    from aplsmear.prediction.predict import keep_pictures
-    from aplsmear.tables import write_table
+    from aplsmear.prediction.answer import Panel
+    from aplsmear.prediction.page import Alone
 
+    if len(ensembles) == 1:
+        if prevalence:
+            raise UserError("--prevalence is for the one answer: leave out --ensemble, or give several.")
+        return Alone(read_bundle(ensembles[0]), fold, adapt, evidence)
+    if adapt:
+        raise UserError("--adapt works with one ensemble: give one --ensemble.")
     shares = prevalence_of(prevalence) if prevalence else None
     answers = read_answers(answer)
     known = [answer.parent.parent / "ensembles" / name for name in answers.pairs]
     folders = ensembles or [each for each in known if (each / "model" / MANIFEST).is_file()]
+    return Panel([read_bundle(each) for each in folders], answers, fold, shares, evidence)
+
+
+def _judge(
+    panel: Alone | Panel,
+    data: Path,
+    out: Path,
+    report: Path | None,
+    cells: Path | None,
+    geojson: Path | None,
+    fold: int | None,
+) -> None:
+    """Judge new patients, and write and print the results."""
+    from aplsmear.prediction.predict import CARDS, keep_pictures
+    from aplsmear.reports import pages
+    from aplsmear.tables import write_table
+
     _print_notes()
-    panel = Panel([read_bundle(each) for each in folders], answers, fold, shares, extras.of_cells)
-    with _new_patients(panel.bundles, data, extras.geojson is not None) as (found, engine):
+    with _new_patients(panel.bundles, data, geojson is not None) as (found, engine):
         each = panel.judge(data, found.smears, found.cells, engine)
-        judged = keep_pictures(each, CARDS if extras.report else 0)
-    table, remarks = panel.table(judged), _remarks(found, fold)
-    if extras.report:
-        write_page(extras.report, panel, judged, table, found.report["left_out"], remarks)
+        judged: list[Any] = keep_pictures(each, CARDS if report else 0)
+    table, left_out = panel.table(judged), found.report["left_out"]
+    remarks = [*panel.remarks, *found.report["remarks"]]
+    if fold is not None:
+        remarks.append(f"A check: these are scores of the models trained without fold {fold}.")
+    if report:
+        pages.write(report, panel.page(judged, table, left_out, remarks))
     write_table(out, table)
-    _print_remarks(found.report["left_out"], remarks)
-    typer.echo(f"{panel.whose}:")
-    for line in panel.lines:
-        typer.echo(f"  {line}")
-    counts = table["answer"].value_counts()
-    typer.echo(", ".join(f"{counts.get(name, 0)} {name}" for name in ("healthy", "aml", "apl", "unsure")))
-    names = [bundle.model.name for bundle in panel.bundles]
-    verdicts = zip(*(each.verdicts for each in judged), strict=True)
-    extras.write_cells(found, dict(zip(names, verdicts, strict=True)))
-    _print_end(table, out)
+    _print_remarks(left_out, remarks)
+    for line in panel.lines(table):
+        typer.echo(line)
+    if cells or geojson:
+        _write_cells(found, panel.verdicts(judged), cells, geojson)
+    warned = int((table["warning"] != "").sum())
+    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
+
+
+def _write_cells(
+    found: DataSet, judged: Mapping[str, Sequence[Verdict]], cells: Path | None, geojson: Path | None
+) -> None:
+    """Write the table and the boxes of the cells that are wanted."""
+    from aplsmear.ensembles.evidence import evidence_table
+    from aplsmear.prediction.cells import write_boxes
+    from aplsmear.tables import write_table
+
+    evidence = {name: [each.evidence for each in verdicts] for name, verdicts in judged.items()}
+    table = evidence_table(found.smears, found.cells, evidence)
+    if cells:
+        write_table(cells, table)
+        typer.echo(f"{len(table):,} cells: {cells}")
+    if geojson:
+        write_boxes(geojson, found, table)
+        typer.echo(f"{len(found.smears):,} files for QuPath: {geojson}")
 
 
 @contextmanager
@@ -241,18 +202,6 @@ def _new_patients(
         if boxes:
             check_boxes(found)
         yield found, engine
-
-
-def _remarks(found: DataSet, fold: int | None) -> list[str]:
-    """The remarks of a data set, and that a check was made."""
-    check = f"A check: these are scores of the models trained without fold {fold}."
-    return [*found.report["remarks"], *([] if fold is None else [check])]
-
-
-def _print_end(table: pd.DataFrame, out: Path) -> None:
-    """Print how many patients were judged."""
-    warned = int((table["warning"] != "").sum())
-    typer.echo(f"{len(table)} patients judged, {warned} of them with a warning: {out}")
 
 
 @app.command(rich_help_panel=_PANEL)
@@ -455,7 +404,7 @@ def adapt(
     with _new_patients([bundle], data) as (found, engine):
         changed = local.adapt(bundle, found, data, known, engine)
     local.write_adapted(out / "model", bundle, changed)
-    _print_remarks(found.report["left_out"], _remarks(found, None))
+    _print_remarks(found.report["left_out"], found.report["remarks"])
     alarm, line = changed.combination.alarm, changed.line
     typer.echo(
         f"{changed.patients} labelled patients, {changed.positive} of them {bundle.model.positive}: "
@@ -493,18 +442,6 @@ def _refuse_to_replace(*paths: Path | None, overwrite: bool) -> None:
     ]
     if lines and not overwrite:
         raise UserError("\n".join(lines))
-
-
-def _adapted(combination: Combination, verdicts: Sequence[Verdict], remarks: list[str]) -> Combination:
-    """The combination adapted to these patients; a remark about it is added."""
-    import numpy as np
-
-    from aplsmear.prediction.recalibration import adapted, in_words
-
-    new = adapted(combination, np.array([each.logits for each in verdicts]))
-    shifted = in_words(combination, new, "them")
-    remarks.append(f"Adapted to these {len(verdicts)} patients: their logits are {shifted}")
-    return new
 
 
 @app.command("null-check", rich_help_panel=_PANEL)

@@ -16,11 +16,9 @@ from aplsmear.answer.measures import UNSURE, predictive_values
 from aplsmear.answer.report import names_of
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.ensembles.bundle import MANIFEST, Bundle
-from aplsmear.prediction.predict import Models, Pictures, Verdict, judge_together
+from aplsmear.prediction.predict import CARDS, Models, Pictures, Verdict, judge_together
 from aplsmear.reports import pages
 from aplsmear.tables import as_written
-
-CARDS = 100  # patients with a card of cells, those with the highest probability of APL
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class PatientAnswer:
 
 class Panel:
     """Several ensembles and the fit that makes one answer of their verdicts."""
+
+    remarks: Sequence[str] = ()  # on what these ensembles are for
 
     def __init__(
         self,
@@ -147,18 +147,23 @@ class Panel:
             self._label, self._called, self.prevalence, DIAGNOSES, self.bundles[0].model.seed
         )
 
-    @property
-    def lines(self) -> list[str]:
-        """`values` in words, a line for each diagnosis."""
-        lines = []
+    def lines(self, table: pd.DataFrame) -> list[str]:
+        """What `predict` prints about the table: `values` in words, and the number of each answer."""
+        lines = [f"{self.whose}:"]
         for row in pages.records(self.values):
             ppv, npv = (
                 "{:.2f} ({:.2f} to {:.2f})".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
                 for name in ("ppv", "npv")
             )
             right = "there is none" if math.isnan(row["ppv"]) else f"right in {ppv}"
-            lines.append(f"called {row['diagnosis']}: {right}; not called so: right in {npv}")
-        return lines
+            lines.append(f"  called {row['diagnosis']}: {right}; not called so: right in {npv}")
+        counts = table["answer"].value_counts()
+        return [*lines, ", ".join(f"{counts.get(name, 0)} {name}" for name in (*DIAGNOSES, "unsure"))]
+
+    def verdicts(self, found: Sequence[PatientAnswer]) -> dict[str, Sequence[Verdict]]:
+        """The verdicts by the names of the ensembles."""
+        each = zip(*(one.verdicts for one in found), strict=True)
+        return dict(zip((bundle.model.name for bundle in self.bundles), each, strict=True))
 
     @property
     def whose(self) -> str:
@@ -169,28 +174,25 @@ class Panel:
         source = "as --prevalence says" if self.is_given else "as in training; --prevalence changes it"
         return f"Where {first}, {second} and {third} ({source})"
 
-
-def write_page(
-    path: Path,
-    panel: Panel,
-    found: Sequence[PatientAnswer],
-    table: pd.DataFrame,
-    left_out: Mapping[str, Any],
-    remarks: Sequence[str],
-) -> None:
-    """Write the page of new patients; the arguments are as for `aplsmear.prediction.page.write_page`."""
-    patients = [
-        {**row, "pictures": each.pictures, "shown": [pages.diagnosis(name) for name in each.shown]}
-        for each, row in zip(found, pages.records(table), strict=True)
-    ]
-    text = pages.render(
-        "prediction/answer.html.j2",
-        patients=sorted(patients, key=lambda row: (-row["apl"], row["patient"])),
-        diagnoses=[(name, pages.diagnosis(name)) for name in DIAGNOSES],
-        cards=CARDS,
-        panel=panel,
-        values=pages.records(panel.values),
-        left_out=left_out,
-        remarks=remarks,
-    )
-    pages.write(path, text)
+    def page(
+        self,
+        found: Sequence[PatientAnswer],
+        table: pd.DataFrame,
+        left_out: Mapping[str, Any],
+        remarks: Sequence[str],
+    ) -> str:
+        """The page of new patients as HTML; arguments as for `aplsmear.prediction.page.Alone.page`."""
+        patients = [
+            {**row, "pictures": each.pictures, "shown": [pages.diagnosis(name) for name in each.shown]}
+            for each, row in zip(found, pages.records(table), strict=True)
+        ]
+        return pages.render(
+            "prediction/answer.html.j2",
+            patients=sorted(patients, key=lambda row: (-row["apl"], row["patient"])),
+            diagnoses=[(name, pages.diagnosis(name)) for name in DIAGNOSES],
+            cards=CARDS,
+            panel=self,
+            values=pages.records(self.values),
+            left_out=left_out,
+            remarks=remarks,
+        )

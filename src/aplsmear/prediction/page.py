@@ -1,52 +1,89 @@
-"""The page of new patients: it opens offline, with the same bytes for the same results."""
+"""One ensemble for new patients, and its page: it opens offline, with the same bytes for the same results."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from aplsmear.compute.engine import HERE, Engine
 from aplsmear.ensembles.bundle import Bundle
-from aplsmear.ensembles.combination import Combination
-from aplsmear.prediction.predict import Verdict
+from aplsmear.prediction.predict import CARDS, Models, Verdict, judge_patients, verdict_table
+from aplsmear.prediction.recalibration import adapted, in_words
 from aplsmear.reports import pages
 
-CARDS = 100  # patients with a card of cells, those with the highest probability
 
+class Alone:
+    """One ensemble for new patients, as `aplsmear.prediction.answer.Panel` is for several."""
 
-def write_page(
-    path: Path,
-    bundle: Bundle,
-    combination: Combination,
-    verdicts: Sequence[Verdict],
-    table: pd.DataFrame,
-    left_out: Mapping[str, Any],
-    remarks: Sequence[str],
-) -> None:
-    """Write the page.
+    def __init__(self, bundle: Bundle, fold: int | None, adapt: bool, evidence: bool) -> None:
+        """Choose the models that never saw a fold (None: the final models).
 
-    `table` (of `aplsmear.prediction.predict.verdict_table`) has its rows as in `verdicts`. `left_out` is of
-    the report of `aplsmear.data.dataset.read_data_set`. The remarks stand in the head of the page.
-    """
-    members = [member.task for member in bundle.members]
-    patients = [
-        {**row, "pictures": each.pictures, "scores": pages.member_scores(members, each.logits)}
-        for each, row in zip(verdicts, pages.records(table), strict=True)
-    ]
-    text = pages.render(
-        "prediction/page.html.j2",
-        name=bundle.model.name,
-        positive=pages.diagnosis(bundle.model.positive),
-        negative=pages.diagnosis(bundle.model.negative),
-        patients=sorted(patients, key=lambda row: (-row["probability"], row["patient"])),
-        cards=CARDS,
-        left_out=left_out,
-        remarks=remarks,
-        model=bundle.model,
-        summary=combination.summary,
-        thresholds=combination.thresholds,
-        alarm=combination.alarm,
-    )
-    pages.write(path, text)
+        With `adapt`, `table` shifts all logits to the patients that it gets. `evidence` is as for `Models`.
+        """
+        self.models = Models(bundle, bundle.outer_fold_of(fold), evidence=evidence)
+        self.bundles, self.combination, self.adapt = [bundle], self.models.combination, adapt
+        self.positive, self.negative = map(pages.diagnosis, (bundle.model.positive, bundle.model.negative))
+        self.remarks = [
+            f"The ensemble {bundle.model.name} is for patients with one of two diagnoses: {self.positive}, "
+            f"{self.negative}. For others, its numbers mean nothing."
+        ]
+
+    def judge(
+        self, root: Path, smears: pd.DataFrame, cells: pd.DataFrame, engine: Engine = HERE
+    ) -> Iterator[Verdict]:
+        """The verdict on every patient; the arguments are those of `judge_patients`."""
+        return judge_patients(self.models, root, smears, cells, engine)
+
+    def table(self, found: Sequence[Verdict]) -> pd.DataFrame:
+        """The table that `predict` writes: `verdict_table`. If it adapts, a remark says so."""
+        if self.adapt:
+            before = self.models.combination
+            self.combination = adapted(before, np.array([each.logits for each in found]))
+            shifted = in_words(before, self.combination, "them")
+            self.remarks.append(f"Adapted to these {len(found)} patients: their logits are {shifted}")
+        return verdict_table(found, self.combination, self.bundles[0].model.cell_curve)
+
+    def lines(self, _table: pd.DataFrame) -> list[str]:
+        """What `predict` prints about the table: nothing."""
+        return []
+
+    def verdicts(self, found: Sequence[Verdict]) -> dict[str, Sequence[Verdict]]:
+        """The verdicts by the name of the ensemble."""
+        return {self.bundles[0].model.name: found}
+
+    def page(
+        self,
+        found: Sequence[Verdict],
+        table: pd.DataFrame,
+        left_out: Mapping[str, Any],
+        remarks: Sequence[str],
+    ) -> str:
+        """The page of new patients as HTML.
+
+        The table has its rows as in `found`. `left_out` is of the report of
+        `aplsmear.data.dataset.read_data_set`. The remarks stand in the head of the page.
+        """
+        (bundle,) = self.bundles
+        members = [member.task for member in bundle.members]
+        patients = [
+            {**row, "pictures": each.pictures, "scores": pages.member_scores(members, each.logits)}
+            for each, row in zip(found, pages.records(table), strict=True)
+        ]
+        return pages.render(
+            "prediction/page.html.j2",
+            name=bundle.model.name,
+            positive=self.positive,
+            negative=self.negative,
+            patients=sorted(patients, key=lambda row: (-row["probability"], row["patient"])),
+            cards=CARDS,
+            left_out=left_out,
+            remarks=remarks,
+            model=bundle.model,
+            summary=self.combination.summary,
+            thresholds=self.combination.thresholds,
+            alarm=self.combination.alarm,
+        )

@@ -42,6 +42,7 @@ from aplsmear.progress import progress
 from aplsmear.tables import as_written
 
 CHUNK = 512  # views that go through the networks together: one partition
+CARDS = 100  # patients with a card of cells on a page, those with the highest probability
 SHOWN = 12  # cells of a patient that are shown for a diagnosis, and against it
 _SIDE = 64  # px of a cell that is shown
 
