@@ -34,23 +34,12 @@ _DAMAGE = (  # what a file that is damaged, or made to do harm, makes the reader
 )
 _BFLOAT16 = "bfloat16"  # unknown to NumPy: the upper half of a float32
 _STORAGES = {
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "BFloat16Storage": _BFLOAT16,
-    "DoubleStorage": "<f8",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "BoolStorage": "|b1",
-}
+    "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": _BFLOAT16, "DoubleStorage": "<f8",
+    "LongStorage": "<i8", "IntStorage": "<i4", "BoolStorage": "|b1",
+}  # fmt: skip
 _SAFE = {
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": _BFLOAT16,
-    "F64": "<f8",
-    "I64": "<i8",
-    "I32": "<i4",
-    "BOOL": "|b1",
-}
+    "F32": "<f4", "F16": "<f2", "BF16": _BFLOAT16, "F64": "<f8", "I64": "<i8", "I32": "<i4", "BOOL": "|b1",
+}  # fmt: skip
 
 
 class CheckpointError(UserError, ValueError):
@@ -59,12 +48,7 @@ class CheckpointError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, whose numbers are read when they are needed.
-
-    Attributes:
-        shape: its sides.
-        read: returns float32 of this shape.
-    """
+    """A tensor of a checkpoint; `read` reads its numbers, as float32 of this shape."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -177,10 +161,7 @@ def _read_zip(path: Path) -> Any:
                 raise ValueError(f"storage {key} has another size than declared")
             return _Storage(path, start, count, stored)
 
-        builder = _Builder(storage)
-        for code, argument, _ in pickletools.genops(content):
-            builder.carry_out(code.name, argument)
-        return builder.stack.pop()
+        return _built(content, storage)
 
 
 def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
@@ -196,126 +177,87 @@ def _rebuilt(storage: _Storage, offset: int, shape: Any, strides: Any, *_: Any) 
     return Tensor(shape, _reader(storage.path, start, shape, storage.dtype))
 
 
-def _ordered_dictionary(*items: Any) -> dict[Any, Any]:
-    return dict(items[0]) if items else {}
-
-
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _ordered_dictionary,
+    "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor_v2": _rebuilt,
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 }
 _NAMES = _CALLS.keys() | {f"torch.{name}" for name in _STORAGES}
-_VALUES = frozenset(
-    {
-        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
-        *("BINUNICODE8", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES"),
-    }
+_VALUES = (
+    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+    *("BINUNICODE8", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES"),
 )
-_MARK: object = object()
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-}
-
-
-class _Builder:
-    """The stack and the memory of a pickle, and the instructions of it that build data."""
-
-    def __init__(self, storage: Callable[[Any], _Storage]) -> None:
-        self.stack: list[Any] = []
-        self._memory: dict[int, Any] = {}
-        self._storage = storage
-
-    def carry_out(self, name: str, argument: Any) -> None:
-        """Carry out one instruction, or refuse it."""
-        if name in _VALUES:
-            self.stack.append(argument)
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name]())
-        elif name in _INSTRUCTIONS:
-            _INSTRUCTIONS[name](self, argument)
-        else:
-            raise CheckpointError(
-                f"the file's pickle has the instruction {name}, which no weights need: {_SAVE}"
-            )
-
-    def remember(self, number: int | None) -> None:
-        """Keep the value on top."""
-        self._memory[len(self._memory) if number is None else number] = self.stack[-1]
-
-    def recall(self, number: int) -> None:
-        """Put a kept value on top."""
-        self.stack.append(self._memory[number])
-
-    def name(self, words: str) -> None:
-        """Put a class or function on top that is one of the few known ones; it is never imported."""
-        name = words.replace(" ", ".")
-        if name not in _NAMES:
-            raise CheckpointError(f"the file's pickle calls {name}, which no weights need: {_SAVE}")
-        self.stack.append(_Global(name))
-
-    def call(self) -> None:
-        """Call a known function."""
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(_CALLS[function.name](*arguments))
-
-    def number(self) -> None:
-        """Put a storage on top."""
-        self.stack.append(self._storage(self.stack.pop()))
-
-    def tuple_of(self, count: int) -> None:
-        """Make a tuple of the values on top."""
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def after_mark(self) -> list[Any]:
-        """Take the values above the last mark."""
-        place = len(self.stack) - 1 - self.stack[::-1].index(_MARK)
-        found = self.stack[place + 1 :]
-        del self.stack[place:]
-        return found
-
-    def extend(self, items: list[Any]) -> None:
-        """Append to a list."""
-        self.stack[-1].extend(items)
-
-    def update(self, items: list[Any]) -> None:
-        """Set entries of a dictionary: key, value, key, value ..."""
-        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
-
-
-_INSTRUCTIONS: dict[str, Callable[[_Builder, Any], Any]] = {
-    "PROTO": lambda _, __: None,
-    "FRAME": lambda _, __: None,
-    "STOP": lambda _, __: None,
-    "BINPUT": _Builder.remember,
-    "LONG_BINPUT": _Builder.remember,
-    "MEMOIZE": _Builder.remember,
-    "BINGET": _Builder.recall,
-    "LONG_BINGET": _Builder.recall,
-    "TUPLE1": lambda builder, _: builder.tuple_of(1),
-    "TUPLE2": lambda builder, _: builder.tuple_of(2),
-    "TUPLE3": lambda builder, _: builder.tuple_of(3),
-    "TUPLE": lambda builder, _: builder.stack.append(tuple(builder.after_mark())),
-    "GLOBAL": _Builder.name,
-    "STACK_GLOBAL": lambda builder, _: builder.name(f"{builder.stack.pop(-2)}.{builder.stack.pop()}"),
-    "BINPERSID": lambda builder, _: builder.number(),
-    "REDUCE": lambda builder, _: builder.call(),
-    "BUILD": lambda builder, _: builder.stack.pop(),  # the attribute `_metadata` of a state dictionary
-    "SETITEM": lambda builder, _: builder.update([builder.stack.pop(-2), builder.stack.pop()]),
-    "SETITEMS": lambda builder, _: builder.update(builder.after_mark()),
-    "APPEND": lambda builder, _: builder.extend([builder.stack.pop()]),
-    "APPENDS": lambda builder, _: builder.extend(builder.after_mark()),
-}
+_MARK = object()
 _SAVE = (
     "nothing was run. If you trust the file, load it with PyTorch elsewhere and save its state_dict alone "
     "(torch.save or safetensors)"
 )
+
+
+def _built(content: bytes, storage: Callable[[Any], _Storage]) -> Any:
+    """What a pickle describes: its instructions that build data are carried out, any other is refused."""
+    stack: list[Any] = []
+    memory: dict[int, Any] = {}
+    push = stack.append
+
+    def call() -> None:
+        arguments, function = stack.pop(), stack.pop()
+        push(_CALLS[function.name](*arguments))
+
+    def update(items: list[Any]) -> None:
+        stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def keep(number: int | None) -> None:
+        memory[len(memory) if number is None else number] = stack[-1]
+
+    do: dict[str, Callable[[Any], Any]] = {
+        **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda _: None),
+        **dict.fromkeys(_VALUES, push),
+        **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), keep),
+        **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda number: push(memory[number])),
+        "NONE": lambda _: push(None),
+        "NEWTRUE": lambda _: push(True),
+        "NEWFALSE": lambda _: push(False),
+        "EMPTY_DICT": lambda _: push({}),
+        "EMPTY_LIST": lambda _: push([]),
+        "EMPTY_TUPLE": lambda _: push(()),
+        "MARK": lambda _: push(_MARK),
+        "TUPLE1": lambda _: push((stack.pop(),)),
+        "TUPLE2": lambda _: push((stack.pop(-2), stack.pop())),
+        "TUPLE3": lambda _: push((stack.pop(-3), stack.pop(-2), stack.pop())),
+        "TUPLE": lambda _: push(tuple(_after_mark(stack))),
+        "GLOBAL": lambda words: push(_global(words.replace(" ", "."))),
+        "STACK_GLOBAL": lambda _: push(_global(f"{stack.pop(-2)}.{stack.pop()}")),
+        "BINPERSID": lambda _: push(storage(stack.pop())),
+        "REDUCE": lambda _: call(),
+        "BUILD": lambda _: stack.pop(),  # the attribute `_metadata` of a state dictionary
+        "SETITEM": lambda _: update([stack.pop(-2), stack.pop()]),
+        "SETITEMS": lambda _: update(_after_mark(stack)),
+        "APPEND": lambda _: stack[-2].append(stack.pop()),
+        "APPENDS": lambda _: stack[-1].extend(_after_mark(stack)),
+    }
+    for code, argument, _ in pickletools.genops(content):
+        if code.name not in do:
+            raise CheckpointError(
+                f"the file's pickle has the instruction {code.name}, which no weights need: {_SAVE}"
+            )
+        do[code.name](argument)
+    return stack.pop()
+
+
+def _after_mark(stack: list[Any]) -> list[Any]:
+    """Take the values above the last mark from the stack."""
+    place = len(stack) - 1 - stack[::-1].index(_MARK)
+    found = stack[place + 1 :]
+    del stack[place:]
+    return found
+
+
+def _global(name: str) -> _Global:
+    """One of the few classes and functions that weights need; none of them is imported."""
+    if name not in _NAMES:
+        raise CheckpointError(f"the file's pickle calls {name}, which no weights need: {_SAVE}")
+    return _Global(name)
 
 
 def _network_of(found: Any, path: Path) -> dict[str, Tensor]:
