@@ -44,7 +44,7 @@ from aplsmear.features.store import write_features
 from aplsmear.files import write_json
 from aplsmear.images.augmentation import Pyramid
 from aplsmear.images.reading import decode_jpeg, read_image
-from aplsmear.images.view_store import View, ViewWriter, read_index, read_views
+from aplsmear.images.view_store import View, read_index, read_views, view_writer
 from aplsmear.images.views import cell_views
 from aplsmear.params import Backbone, read_params
 from aplsmear.sources.drawn import draw_data_set
@@ -128,10 +128,10 @@ def compare(settings: Backbone, views: Iterable[View]) -> dict[str, Any]:
         work = Path(name)
         write_graph(work / "cell.onnx", settings, "cell", 1)
         (work / "settings.json").write_text(settings.model_dump_json(), encoding="utf-8")
-        with ViewWriter({"cell": work / "views.parquet"}) as writer:
+        with view_writer({"cell": work / "views.parquet"}) as write:
             chosen = islice(views, count)
             while group := list(islice(chosen, 256)):
-                writer.write({"cell": group})
+                write({"cell": group})
         workers = {way: _Worker(way, work) for way in WAYS}
         took = dict.fromkeys(WAYS, 0.0)
         for _ in range(ROUNDS):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from aplsmear.compute.engine import engine_of
 from aplsmear.data.pseudonyms import Pseudonyms, read_key
-from aplsmear.images.view_store import ViewWriter
+from aplsmear.images.view_store import view_writer
 from aplsmear.images.views import parts_of, unused_labels, views_of_parts
 from aplsmear.params import LEVELS, read_params
 from aplsmear.progress import progress
@@ -25,11 +25,11 @@ def main() -> None:
     levels = list(read_table(Path("dataset/levels.csv"))["level"])
     files = names.files(root, smears, cells) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
-    with engine_of(params, [root]) as engine, ViewWriter(out) as writer:
+    with engine_of(params, [root]) as engine, view_writer(out) as write:
         parts = list(parts_of(root, smears, cells, params.augment, files))
         views = views_of_parts(parts, params.augment, params.seed, engine, levels)
         for of_part in progress(views, "parts", len(parts)):
-            writer.write(of_part)
+            write(of_part)
 
 
 if __name__ == "__main__":

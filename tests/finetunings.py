@@ -18,7 +18,7 @@ from aplsmear.finetune.training import History, Trainer
 from aplsmear.heads.head import Head, Recipe, TrainingItems
 from aplsmear.heads.task_data import make_task_data
 from aplsmear.images.reading import encode_jpeg
-from aplsmear.images.view_store import View, ViewWriter
+from aplsmear.images.view_store import View, view_writer
 from aplsmear.params import Backbone, Finetune, read_params
 
 PARAMS = read_params(Path(__file__).parents[1] / "params.yaml")
@@ -124,8 +124,8 @@ def inputs(folder: Path, outer_folds: Sequence[int] = (0,), **changed: Any) -> t
         outer_folds: their numbers.
         changed: settings that differ from `SETTINGS`.
     """
-    with ViewWriter({"cell": folder / "views.parquet"}) as file:
-        file.write({"cell": views()})
+    with view_writer({"cell": folder / "views.parquet"}) as write:
+        write({"cell": views()})
     table = pd.DataFrame([{"item": view.item, "view": view.view} for view in views()])
     values = keras_network(BACKBONE, "cell", 7)(images())[LAYER].numpy()
     patient = np.char.add("p", (np.arange(24) // 2).astype(str))

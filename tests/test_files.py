@@ -41,10 +41,10 @@ def test_an_error_leaves_the_old_file(tmp_path):
 
 WRITERS = {
     "views": """
-from aplsmear.images.view_store import View, ViewWriter
-with ViewWriter({"cell": out / "cell.parquet", "smear": out / "smear.parquet"}) as writer:
+from aplsmear.images.view_store import View, view_writer
+with view_writer({"cell": out / "cell.parquet", "smear": out / "smear.parquet"}) as write:
     for n in range(20):
-        writer.write({"cell": [View(str(n), 0, b"x" * 1000)], "smear": [View(str(n), 0, b"y" * 1000)]})
+        write({"cell": [View(str(n), 0, b"x" * 1000)], "smear": [View(str(n), 0, b"y" * 1000)]})
         may_die(n)
 """,
     "features": """

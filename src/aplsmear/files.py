@@ -18,6 +18,8 @@ from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 
+from aplsmear.errors import UserError
+
 _ROWS = 512  # of a mapped file read together: the system loads up to 64 kB around each
 
 
@@ -35,6 +37,24 @@ def whole(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `folder` at the end of the block; after an error it stays.
+
+    Raises:
+        UserError: `folder` holds something, or a run that filled it was stopped.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty, and nothing is overwritten. Choose another folder.")
+    part = folder.with_name(folder.name + ".part")
+    if part.exists():
+        raise UserError(f"{part} is there: a run was stopped. Delete it and try again.")
+    yield part
+    if folder.exists():
+        folder.rmdir()
+    part.rename(folder)
 
 
 def copy_whole(source: Path, path: Path) -> None:

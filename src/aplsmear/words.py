@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+_LONGEST = 120  # characters of one name in a message
+
 
 def misspelt(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
     """The known word that was probably meant, without regard to capital letters; None if none is similar.
@@ -20,6 +22,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """A question after an unknown word: ``(did you mean 'X'?)``; empty if no known word is similar."""
     close = misspelt(word, known)
     return f" (did you mean {close!r}?)" if close else ""
+
+
+def named(names: Iterable[object], count: int = 5) -> str:
+    """The first names, shortened to 120 characters, and how many more there are."""
+    listed = [
+        one if len(one) <= _LONGEST else f"{one[:_LONGEST]}..." for one in dict.fromkeys(map(str, names))
+    ]
+    more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more
+
+
+def visible(text: str, kept: str = "") -> str:
+    """The text with invisible characters as escapes, so that none but `kept` reaches the terminal."""
+    return "".join(one if one.isprintable() or one in kept else ascii(one)[1:-1] for one in text)
 
 
 def no_such(lead: str, name: str, known: Collection[str]) -> str:

@@ -22,13 +22,13 @@ from aplsmear.features import forward
 from aplsmear.features.forward import FeatureRequest, batch_of, features_of_file
 from aplsmear.features.store import write_features
 from aplsmear.images.reading import ImageError, read_image
-from aplsmear.images.view_store import ViewWriter, read_index
-from aplsmear.images.views import all_views
+from aplsmear.images.view_store import read_index, view_writer
 from aplsmear.params import LEVELS
 from aplsmear.prediction import predict
 from aplsmear.prediction.predict import Models, judge_patients
 from clones import ROOT, run
 from dask_servers import SRC, Servers, until, workers
+from made_views import all_views
 
 # Keras 3.15 on NumPy 2, when it saves weights.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -77,7 +77,7 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
     root = trained.data.parent
     views = {level: tmp_path / f"{level}.parquet" for level in LEVELS}
 
-    with engine_of(None, [trained.data]) as engine, ViewWriter(views) as writer:
+    with engine_of(None, [trained.data]) as engine, view_writer(views) as write:
         made = all_views(
             trained.data,
             found.smears,
@@ -86,13 +86,13 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
             SEED,
             engine,
         )
-        writer.write(next(made))
+        write(next(made))
         assert has_work(client, "a")
         servers.kill("a")
         servers.worker("d")
         until(lambda: joined(client, "d"))
         for of_smear in made:
-            writer.write(of_smear)
+            write(of_smear)
     for level, path in views.items():
         assert path.read_bytes() == (root / "augmented" / f"{level}.parquet").read_bytes()
     assert client.run(lambda dask_worker: dask_worker.state.executed_count)[workers(client)["d"]] > 0

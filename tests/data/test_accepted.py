@@ -15,8 +15,9 @@ from PIL import Image
 from aplsmear.data.dataset import DataSetError, read_data_set
 from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import SplitError, make_folds
-from aplsmear.images.views import all_views, view_multipliers
+from aplsmear.images.views import view_multipliers
 from aplsmear.params import Sides, read_params
+from made_views import all_views
 
 T = TypeVar("T")
 PARAMS = read_params(Path(__file__).parents[2] / "profiles" / "demo.yaml")

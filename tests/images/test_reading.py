@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import imagecodecs
@@ -30,6 +31,14 @@ def picture(height=24, width=40) -> np.ndarray:
     """Smooth, with another colour in each corner, so that no flip goes unseen."""
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     return np.stack([255 * x, 255 * y, 60 + 120 * x * y], axis=2).round().astype(np.uint8)
+
+
+@contextmanager
+def most_pixels(most: int):
+    """Pictures of more pixels than `most` are too large."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aplsmear.images.pixels.MAX_PIXELS", most)
+        yield
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -123,7 +132,7 @@ def test_fewer_bits_stored_as_sixteen_are_read_as_bright_as_they_were(bits, chan
     pixels = {1: GREY, 2: np.dstack([GREY, alpha]), 3: RGB, 4: np.dstack([RGB, alpha])}[channels]
     data = imagecodecs.png_encode(pixels.astype(np.uint16) << (bits - 8))
     found = read_picture(data)
-    np.testing.assert_array_equal(found.rgb, RGB if channels > 2 else np.repeat(GREY[:, :, None], 3, 2))
+    np.testing.assert_array_equal(found.pixels, RGB if channels > 2 else np.repeat(GREY[:, :, None], 3, 2))
     assert found.levels == f"{bits} of 16 bits"
 
 
@@ -155,7 +164,7 @@ def test_the_gamma_of_a_png_is_that_of_its_light(kind):
     found = read_picture(linear)
     expected = np.asarray(few.convert("RGB")) / 255 if kind == "a palette" else (RGB / 255) ** 2.2
     bright = RGB > 100  # eight bits of light are few in the dark
-    assert np.abs(found.rgb - 255 * expected ** (1 / 2.2))[bright].max() <= 2
+    assert np.abs(found.pixels - 255 * expected ** (1 / 2.2))[bright].max() <= 2
     assert found.notes[-1] == "brightness was converted by its gamma"
     for number in (45_455, 0):  # that of screens; without a meaning
         np.testing.assert_array_equal(
@@ -172,10 +181,10 @@ def test_a_colour_profile_is_applied_where_it_changes_colours():
     for kind in ("PNG", "TIFF"):
         np.testing.assert_array_equal(decode(saved(Image.fromarray(RGB), kind, icc_profile=srgb)), RGB)
         found = read_picture(saved(Image.fromarray(RGB), kind, icc_profile=bytes(swapped)))
-        assert np.abs(found.rgb.astype(int) - RGB[:, :, [1, 0, 2]]).max() <= 3
+        assert np.abs(found.pixels.astype(int) - RGB[:, :, [1, 0, 2]]).max() <= 3
         assert found.notes == ("its colour profile was converted to sRGB",)
         broken = read_picture(saved(Image.fromarray(RGB), kind, icc_profile=b"no profile"))
-        np.testing.assert_array_equal(broken.rgb, RGB)
+        np.testing.assert_array_equal(broken.pixels, RGB)
         assert broken.notes == ("a colour profile that cannot be read was left aside",)
     grey = saved(Image.fromarray(GREY), "PNG", icc_profile=bytes(swapped))  # for other channels than it has
     np.testing.assert_array_equal(decode(grey)[:, :, 0], GREY)
@@ -199,7 +208,7 @@ def test_an_animation_is_refused_and_a_preview_in_a_jpeg_is_not_read():
         decode(saved(first, "MPO", save_all=True, append_images=[other]))
     preview = saved(first, "MPO", save_all=True, append_images=[other.resize((10, 6))], quality=95)
     found = read_picture(preview)
-    assert np.abs(found.rgb.astype(int) - RGB).max() <= 20
+    assert np.abs(found.pixels.astype(int) - RGB).max() <= 20
     assert found.notes == ("the largest of 2 pictures in its file",)
 
 
@@ -298,8 +307,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path):
         for read in (read_image, image_size):
             with pytest.raises(ImageError, match="million pixels"):
                 read(path)
-    with pytest.raises(ImageError, match="million pixels"):
-        decode(saved(Image.fromarray(RGB), "PNG"), max_pixels=24 * 40 - 1)
+    with most_pixels(24 * 40 - 1), pytest.raises(ImageError, match="million pixels"):
+        decode(saved(Image.fromarray(RGB), "PNG"))
 
 
 def test_a_slide_is_refused_by_its_name_with_the_command_that_takes_its_fields(tmp_path):
@@ -343,7 +352,8 @@ def test_damaged_bytes_give_an_error_or_a_picture(kind, changes, keep):
         start = int(place * len(data))
         data[start : start + len(new)] = new
     try:
-        found = decode(bytes(data[: int(np.ceil(keep * len(data)))]), max_pixels=10**6)
+        with most_pixels(10**6):
+            found = decode(bytes(data[: int(np.ceil(keep * len(data)))]))
     except ImageError:
         return
     assert found.dtype == np.uint8

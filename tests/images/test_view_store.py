@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aplsmear.images.view_store import View, ViewWriter, count_views, plain_views, read_index, read_views
+from aplsmear.images.view_store import View, count_views, plain_views, read_index, read_views, view_writer
 
 GROUPS = [
     {"smear": [View("7", 0, b"whole"), View("7", 1, b"turned")], "cell": [View("a", 0, b"\x00\xff")]},
@@ -17,9 +17,9 @@ GROUPS = [
 @pytest.fixture
 def paths(tmp_path):
     found = {level: tmp_path / level / "views.parquet" for level in ("cell", "smear")}
-    with ViewWriter(found) as writer:
+    with view_writer(found) as write:
         for group in GROUPS:
-            writer.write(group)
+            write(group)
     return found
 
 
@@ -34,9 +34,9 @@ def test_what_goes_in_comes_out_in_full_batches(paths, level, batch):
 
 
 def test_memory_holds_a_group_and_not_the_file(tmp_path):
-    with ViewWriter({"cell": tmp_path / "cell"}) as writer:
+    with view_writer({"cell": tmp_path / "cell"}) as write:
         for group in range(30):
-            writer.write({"cell": [View(f"{group}_{n}", 0, bytes(10_000)) for n in range(100)]})
+            write({"cell": [View(f"{group}_{n}", 0, bytes(10_000)) for n in range(100)]})
     before = pa.total_allocated_bytes()
     most = max(pa.total_allocated_bytes() for _ in read_views(tmp_path / "cell", 64))
     assert most - before < 6e6  # of 30
@@ -51,23 +51,23 @@ def test_the_index_has_items_and_views_without_the_pictures(paths):
 def test_pictures_are_stored_once(paths):
     """As statistics of a column they would be there a second and a third time."""
     picture = b"\xff\xd8" + bytes(range(256)) * 4
-    with ViewWriter(paths) as writer:
-        writer.write({"smear": [View("1", 0, picture)]})
+    with view_writer(paths) as write:
+        write({"smear": [View("1", 0, picture)]})
     assert paths["smear"].read_bytes().count(picture) == 1
     assert pq.ParquetFile(paths["smear"]).metadata.num_rows == 1
 
 
 def test_the_same_views_are_the_same_bytes(paths, tmp_path):
     again = {level: tmp_path / "again" / level for level in paths}
-    with ViewWriter(again) as writer:
+    with view_writer(again) as write:
         for group in GROUPS:
-            writer.write(group)
+            write(group)
     assert all(again[level].read_bytes() == path.read_bytes() for level, path in paths.items())
 
 
 def test_no_views_at_all_is_a_file_of_no_rows(tmp_path):
-    with ViewWriter({"cell": tmp_path / "cell"}) as writer:
-        writer.write({"cell": []})
+    with view_writer({"cell": tmp_path / "cell"}) as write:
+        write({"cell": []})
     assert count_views(tmp_path / "cell") == 0
     assert list(read_views(tmp_path / "cell", 4)) == []
     assert len(read_index(tmp_path / "cell")) == 0
@@ -75,8 +75,8 @@ def test_no_views_at_all_is_a_file_of_no_rows(tmp_path):
 
 def test_an_error_leaves_no_file_of_any_level(tmp_path):
     def fail_half_way() -> None:
-        with ViewWriter({level: tmp_path / level for level in ("cell", "smear")}) as writer:
-            writer.write(GROUPS[0])
+        with view_writer({level: tmp_path / level for level in ("cell", "smear")}) as write:
+            write(GROUPS[0])
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -95,9 +95,9 @@ def test_plain_views_of_some_items(paths):
 @pytest.mark.parametrize("batch", [1, 4, 50])
 def test_some_rows_of_a_file_of_views(rows, batch, tmp_path):
     views = [View(str(n), 0, b"%d" % n) for n in range(20)]
-    with ViewWriter({"cell": tmp_path / "views"}) as writer:
+    with view_writer({"cell": tmp_path / "views"}) as write:
         for start, end in ((0, 5), (5, 6), (6, 15), (15, 20)):
-            writer.write({"cell": views[start:end]})
+            write({"cell": views[start:end]})
     found = list(read_views(tmp_path / "views", batch, rows))
     assert [view for some in found for view in some] == [views[row] for row in rows]
     assert all(len(some) == batch for some in found[:-1])

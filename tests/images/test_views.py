@@ -13,7 +13,6 @@ from aplsmear.images.reading import decode, encode_jpeg, read_image
 from aplsmear.images.stains import normalised
 from aplsmear.images.views import (
     ViewError,
-    all_views,
     cell_views,
     cut,
     resize,
@@ -23,6 +22,7 @@ from aplsmear.images.views import (
     view_seed,
 )
 from aplsmear.params import Augment
+from made_views import all_views
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
 OFF |= {"blur": 0.0, "noise": 0.0, "normalise": "none"}
@@ -214,15 +214,15 @@ import sys
 from pathlib import Path
 from aplsmear.params import Augment
 from aplsmear.images.stains import normalised
-from aplsmear.images.view_store import ViewWriter
+from aplsmear.images.view_store import view_writer
 from aplsmear.tables import read_table
-from aplsmear.images.views import all_views
+from aplsmear.images.views import parts_of, views_of_parts
 here = Path(sys.argv[1])
 settings = Augment.model_validate_json('{knobs(**KNOBS).model_dump_json()}')
-with ViewWriter({{level: Path(sys.argv[2]) / level for level in ("cell", "smear")}}) as writer:
+with view_writer({{level: Path(sys.argv[2]) / level for level in ("cell", "smear")}}) as write:
     tables = [read_table(here / f"{{level}}s.csv") for level in ("smear", "cell")]
-    for views in all_views(here, *tables, settings, 1):
-        writer.write(views)
+    for views in views_of_parts(parts_of(here, *tables, settings), settings, 1):
+        write(views)
 """
     written = []
     for count in ("1", "2"):

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aplsmear.images.augmentation import Pyramid
-from aplsmear.images.view_store import ViewWriter, read_views
-from aplsmear.images.views import all_views, cell_views, parts_of
+from aplsmear.images.view_store import read_views, view_writer
+from aplsmear.images.views import cell_views, parts_of
 from aplsmear.params import read_params
+from made_views import all_views
 
 AUGMENT = read_params(Path(__file__).parents[2] / "params.yaml").augment
 KNOBS = AUGMENT.model_copy(update={"views": 1, "margin": 0.0, "extra_views": {}})
@@ -51,9 +52,9 @@ def test_views_are_stored_in_the_order_of_cells_in_few_groups(
     paths = {"cell": tmp_path / "cell", "smear": tmp_path / "smear"}
     groups = list(all_views(tmp_path, NO_SMEARS, cells, KNOBS, 1))
     assert len(groups) == 3
-    with ViewWriter(paths) as writer:
+    with view_writer(paths) as write:
         for group in groups:
-            writer.write(group)
+            write(group)
     stored = [view for batch in read_views(paths["cell"], 100) for view in batch]
     assert [(view.item, view.view) for view in stored] == [
         (cell, view) for cell in cells["cell"] for view in (0, 1)

@@ -45,8 +45,8 @@ from aplsmear.features.forward import FeatureRequest, Network, batch_of, feature
 from aplsmear.features.store import Features, read_features, write_features
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, score, write_heads
-from aplsmear.images.view_store import ViewWriter, read_index, read_views
-from aplsmear.images.views import BOX, all_views
+from aplsmear.images.view_store import read_index, read_views, view_writer
+from aplsmear.images.views import BOX
 from aplsmear.params import LEVELS, Backbone, Level
 from aplsmear.prediction import predict as module
 from aplsmear.prediction.predict import Models, judge_patients, judge_together, keep_pictures, verdict_table
@@ -55,6 +55,7 @@ from aplsmear.runs.tracking import Tracker
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table, write_table
 from crops import cut_out
+from made_views import all_views
 
 # Keras 3.15 on NumPy 2, when it saves weights.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -163,9 +164,9 @@ def trained(tmp_path_factory) -> Run:
     fold = dict(zip(folds["patient"], folds["fold"], strict=True))
     views = {level: root / "augmented" / f"{level}.parquet" for level in LEVELS}
     settings = KNOBS.model_copy(update={"extra_views": {"apl": 2}})
-    with ViewWriter(views) as writer:
+    with view_writer(views) as write:
         for of_smear in all_views(root / "data", found.smears, found.cells, settings, SEED):
-            writer.write(of_smear)
+            write(of_smear)
     features = {}
     backbones = {"net": BACKBONE, "file": onnx_files.backbone(onnx_files.convolutions(root / "own.onnx"))}
     for level in LEVELS:

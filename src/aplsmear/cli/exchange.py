@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,7 +86,7 @@ def import_(
     """
     from aplsmear.exchange import importing, sources
     from aplsmear.exchange.classes import known_classes
-    from aplsmear.exchange.found import named
+    from aplsmear.words import named
 
     if update and (patient or table or diagnosis):
         raise UserError(
@@ -117,7 +118,7 @@ def import_(
 
 def _show(plan: Any, to: Path, copy: bool) -> None:
     """Print what was found, and what is written."""
-    from aplsmear.exchange.found import named
+    from aplsmear.words import named
 
     typer.echo(f"Found: {named([plan.what])}")
     rows = Table(box=None, pad_edge=False)
@@ -255,7 +256,6 @@ def _facts_of_slides(
     """The name of each slide, its patient (by default this name) and its label."""
     from aplsmear.exchange.found import Found
     from aplsmear.exchange.importing import FactSources, facts_of
-    from aplsmear.sources.fields import Facts
 
     names = [re.sub(r"(?i)(\.ome)?\.[^.]*$", "", path.name) for path in slides]
     if len(set(names)) < len(names):
@@ -265,7 +265,7 @@ def _facts_of_slides(
     known = facts_of(Found("the slides", [path.as_posix() for path in slides]), sources)
     found = [known[path.as_posix()] for path in slides]
     return [
-        Facts(name, one or fact.patient or name, fact.diagnosis)
+        replace(fact, name=name, patient=one or fact.patient or name)
         for name, fact in zip(names, found, strict=True)
     ]
 

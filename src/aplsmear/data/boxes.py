@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -114,6 +115,14 @@ def as_read(numbers: Numbers, sizes: Numbers, order: str, unit: str) -> Numbers:
     elif "width" in order:
         end = start + end
     return np.hstack([start, end])
+
+
+def overlaps(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> Numbers:
+    """Intersection over union of boxes y0, x0, y1, x1, which are the last axis of both arrays."""
+    sides = np.minimum(one[..., 2:], other[..., 2:]) - np.maximum(one[..., :2], other[..., :2])
+    shared = np.maximum(sides, 0).prod(axis=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) for boxes in (one, other)]
+    return np.asarray(shared / np.maximum(areas[0] + areas[1] - shared, 1e-9))
 
 
 def _fits(boxes: Numbers, sizes: Numbers) -> npt.NDArray[np.bool_]:

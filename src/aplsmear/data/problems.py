@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aplsmear.errors import UserError
+from aplsmear.words import visible
 
 _EXAMPLES = 5  # rows named in one line of the table
 _WIDTH = 160  # characters
@@ -88,14 +89,11 @@ def render_problems(problems: Iterable[Problem]) -> Table:
         ]
         if len(equal) > _EXAMPLES:
             lines.append(f"and {len(equal) - _EXAMPLES:,} more")
-        table.add_row(*(Text(_visible(text)) for text in (file, column, "\n".join(lines), expected, fix)))
+        table.add_row(
+            *(Text(visible(text, "\n")) for text in (file, column, "\n".join(lines), expected, fix))
+        )
     return table
 
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def _visible(text: str) -> str:
-    """The text with invisible characters as escapes, so that none reaches the terminal."""
-    return "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in text)

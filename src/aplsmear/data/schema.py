@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
@@ -33,6 +34,17 @@ class Shown(NamedTuple):
 
 SMEAR = Shown("smear", SMEARS_FILE, IMAGE_FOLDER, "label")
 SINGLE_CELL = Shown("cell", CELLS_FILE, CELL_FOLDER, "diagnosis")
+
+
+@dataclass
+class Facts:
+    """What is known of a picture: patient, diagnosis (a set literal), site, id of the smear; '' if not."""
+
+    patient: str = ""
+    diagnosis: str = ""
+    site: str = ""
+    name: str = ""
+
 
 LABELS_OF_CELLS = {  # column of the CSV -> column of dataset/cells.csv, known labels
     "cellType": ("cell_type", labels.CELL_TYPES),

@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 
 from aplsmear.data.schema import LABELS_OF_CELLS
 from aplsmear.data.tasks import ANY, meets, task_items, task_labels
-from aplsmear.exchange.export import geojson, shots_of, task_of
+from aplsmear.exchange.export import geojson, refuse_existing, shots_of, task_of
 from aplsmear.exchange.found import NO_TYPE, ExchangeError
 from aplsmear.files import write_json
 from aplsmear.params import Task
@@ -31,16 +31,10 @@ _NOTHING = {"None": "Nothing special"}  # how a label is shown that is no word o
 
 
 def least_sure(distance: np.ndarray, patient: np.ndarray, count: int) -> np.ndarray:
-    """The cells nearest to the boundary between the classes (Lewis & Gale 1994), of many patients.
+    """The `count` cells nearest to the boundary between the classes (Lewis & Gale 1994), of many patients.
 
-    Args:
-        distance: in logits from the boundary, float (cells,).
-        patient: of each cell, shape (cells,).
-        count: how many cells.
-
-    Returns:
-        int64 (count,): at most `PER_PATIENT` cells of each patient. If these are too few, the next
-        `PER_PATIENT` of each follow.
+    `distance` is in logits from the boundary, float (cells,). Returns int64 (count,): at most `PER_PATIENT`
+    cells of each patient; if these are too few, the next `PER_PATIENT` of each follow.
     """
     order = np.argsort(np.abs(distance), kind="stable")
     turn = pd.Series(order).groupby(patient[order]).cumcount().to_numpy() // PER_PATIENT
@@ -48,24 +42,15 @@ def least_sure(distance: np.ndarray, patient: np.ndarray, count: int) -> np.ndar
 
 
 def open_cells(cells: pd.DataFrame, task: Task) -> np.ndarray:
-    """The cells in smears that have no label in the columns of a task, and could get one.
-
-    Args:
-        cells: dataset/cells.csv.
-        task: of the level cell.
-
-    Returns:
-        bool (cells,).
-    """
+    """Which cells in smears have no label in the columns of a task, and could get one: bool (cells,)."""
     columns = asked_columns(task)
-    blank = (
-        (cells[columns] == "").all(axis=1) & cells["object_type"].isin(["", NO_TYPE]) & (cells["smear"] != "")
-    )
+    blank = (cells[columns] == "").all(axis=1) & (cells["smear"] != "")
+    blank &= cells["object_type"].isin(["", NO_TYPE])
     others = [
-        {column: wanted for column, wanted in condition.items() if column not in columns}
+        meets(cells, {column: wanted for column, wanted in condition.items() if column not in columns})
         for condition in (task.positive, task.negative)
     ]
-    return np.asarray(blank & (meets(cells, others[0]) | meets(cells, others[1])))
+    return np.asarray(blank & (others[0] | others[1]))
 
 
 def asked_columns(task: Task) -> list[str]:
@@ -74,12 +59,7 @@ def asked_columns(task: Task) -> list[str]:
 
 
 def chosen_cells(name: str, task: Task, count: int) -> pd.DataFrame:
-    """The cells to ask about, from the outs of `download` and `tune` in the working folder.
-
-    Args:
-        name: of the task.
-        task: its level must be cell.
-        count: how many.
+    """The `count` cells to ask about, from the outs of `download` and `tune` in the working folder.
 
     Returns:
         ``cell, smear, patient, probability``, the nearest to the boundary first.
@@ -114,9 +94,8 @@ def chosen_cells(name: str, task: Task, count: int) -> pd.DataFrame:
     boundary = (own[label == 1].mean() + own[label == 0].mean()) / 2
     mean = logits.mean(axis=1)
     found = places[least_sure(mean[places] - boundary, cells["patient"].to_numpy()[places], count)]
-    table = pd.DataFrame(cells.iloc[found][["cell", "smear", "patient"]]).reset_index(drop=True)
-    table["probability"] = expit(mean[found])
-    return table
+    table: pd.DataFrame = cells.iloc[found][["cell", "smear", "patient"]].reset_index(drop=True)
+    return table.assign(probability=expit(mean[found]))
 
 
 def answers_to(cells: pd.DataFrame, task: Task) -> list[str]:
@@ -132,21 +111,13 @@ def answers_to(cells: pd.DataFrame, task: Task) -> list[str]:
 def write_questions(folder: Path, to: Path, chosen: pd.DataFrame, answers: Collection[str]) -> int:
     """Write a project of Label Studio (tasks.json, config.xml), a folder for QuPath, and the table of cells.
 
-    Args:
-        folder: the data set.
-        to: a new or empty folder.
-        chosen: of `chosen_cells`.
-        answers: of `answers_to`.
-
-    Returns:
-        The number of pictures.
+    `to` is a new or empty folder; returns the number of pictures of the data set in `folder`.
 
     Raises:
         ExchangeError: something is in the folder, or a cell is not in the data set.
         DataSetError: a table of the data set cannot be read.
     """
-    if to.is_file() or (to.is_dir() and any(to.iterdir())):
-        raise ExchangeError(f"{to} is there, and nothing is overwritten. Choose another name.")
+    refuse_existing(to)
     scores: Mapping[str, float] = dict(zip(chosen["cell"], chosen["probability"], strict=True))
     shots = []
     for shot in shots_of(folder, scores, "probability"):

@@ -12,9 +12,10 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
 
-from aplsmear.exchange.found import ExchangeError, named
+from aplsmear.exchange.found import ExchangeError
 from aplsmear.exchange.readers import read_all
 from aplsmear.tables import SEPARATOR
+from aplsmear.words import named
 
 DIAGNOSES = {  # as other data sets write a diagnosis -> the labels of this layout
     "healthy": "{'healthy'}", "control": "{'healthy'}", "normal": "{'healthy'}", "aml": "{'aml'}",

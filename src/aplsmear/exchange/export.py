@@ -21,34 +21,25 @@ from aplsmear.data.boxes import numbers_of
 from aplsmear.data.labels import LabelError, parse_labels
 from aplsmear.data.names import image_path
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
-from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, named
+from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, size_of
 from aplsmear.exchange.readers import read_all
 from aplsmear.files import write_json
-from aplsmear.images.reading import ImageError, image_size
 from aplsmear.tables import SEPARATOR
+from aplsmear.words import named
 
 _IDS = ("cell", "item", "id")  # columns of scores that can hold the id of a cell
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One cell.
+    """One cell."""
 
-    Attributes:
-        box: y0, x0, y1, x1 in px.
-        label: its class.
-        attributes: the columns `ATTRIBUTES`, labels joined by ``|``.
-        score: None without one.
-        measurements: numbers by name, for QuPath.
-        color: red, green, blue of the box in QuPath; None: that of its class.
-    """
-
-    box: tuple[float, float, float, float]
-    label: str
-    attributes: dict[str, str]
+    box: tuple[float, float, float, float]  # y0, x0, y1, x1 in px
+    label: str  # its class
+    attributes: dict[str, str]  # the columns `ATTRIBUTES`, labels joined by `|`
     score: float | None
-    measurements: Mapping[str, float] = field(default_factory=dict)
-    color: list[int] | None = None
+    measurements: Mapping[str, float] = field(default_factory=dict)  # by name, for QuPath
+    color: list[int] | None = None  # red, green, blue of the box in QuPath; None: that of its class
 
 
 @dataclass
@@ -91,22 +82,18 @@ def shots_of(folder: Path, scores: Mapping[str, float], column: str) -> list[Sho
         ExchangeError: a table lacks a column, or holds something that is no box or no set of labels.
         DataSetError: a table cannot be read.
     """
-    smears, cells = (read_all(folder / name) for name in (SMEARS_FILE, CELLS_FILE))
-    for name, table, needed in (
-        (SMEARS_FILE, smears, ("id", "imgName")),
-        (CELLS_FILE, cells, ("id", "wsi", "bbox")),
-    ):
-        if missing := [title for title in needed if title not in table]:
+    tables = []
+    for name, needed in ((SMEARS_FILE, ["id", "imgName"]), (CELLS_FILE, ["id", "wsi", "bbox"])):
+        tables.append(read_all(folder / name))
+        if missing := [title for title in needed if title not in tables[-1]]:
             raise ExchangeError(f"{folder / name} has no column {missing[0]}: there are no boxes to export.")
+    smears, cells = tables
     shots = {}
     for smear, name in zip(smears["id"], smears["imgName"], strict=True):
         path = folder / image_path(name)
         if leaves_folder(name):
             raise ExchangeError(f"{name} is outside the folder of pictures: see `aplsmear check {folder}`.")
-        try:
-            shots[smear] = Shot(name.replace("\\", "/"), path, *image_size(path))
-        except ImageError as error:
-            raise ExchangeError(f"{name}: {error.what}; {error.fix}.") from error
+        shots[smear] = Shot(name.replace("\\", "/"), path, *size_of(path, name))
     cells = cells.reindex(columns=["id", "wsi", "bbox", *CELL_LABELS], fill_value="")
     for row in cells.to_dict("records"):
         if not row["bbox"]:
@@ -129,8 +116,7 @@ def geojson(shots: list[Shot], to: Path) -> None:
     """Write a file for each picture into a folder, for QuPath: drop it on the open picture."""
     for shot in shots:
         features = [_feature(shot, cell) for cell in shot.cells]
-        path = to / f"{shot.name}.geojson"
-        write_json(path, {"type": "FeatureCollection", "features": features})
+        write_json(to / f"{shot.name}.geojson", {"type": "FeatureCollection", "features": features})
 
 
 def _feature(shot: Shot, cell: Shown) -> dict[str, Any]:
@@ -144,10 +130,15 @@ def _feature(shot: Shot, cell: Shown) -> dict[str, Any]:
         properties["measurements"] = dict(cell.measurements)
     return {
         "type": "Feature",
-        "id": str(uuid5(NAMESPACE_OID, f"{shot.name}/{cell.attributes['id']}")),
+        "id": _name_of(shot, cell),
         "geometry": {"type": "Polygon", "coordinates": [ring]},
         "properties": properties,
     }
+
+
+def _name_of(shot: Shot, cell: Shown) -> str:
+    """The same UUID for the same cell of the same picture."""
+    return str(uuid5(NAMESPACE_OID, f"{shot.name}/{cell.attributes['id']}"))
 
 
 def coco(shots: list[Shot], to: Path) -> None:
@@ -184,14 +175,13 @@ def task_of(shot: Shot) -> dict[str, Any]:
     """A task of Label Studio; cells with a score are predictions, too."""
     results, predicted = [], []
     for cell in shot.cells:
-        name = str(uuid5(NAMESPACE_OID, f"{shot.name}/{cell.attributes['id']}"))
         y0, x0, y1, x1 = cell.box
         value = {
             "x": 100 * x0 / shot.width, "y": 100 * y0 / shot.height, "width": 100 * (x1 - x0) / shot.width,
             "height": 100 * (y1 - y0) / shot.height, "rotation": 0, "rectanglelabels": [cell.label],
         }  # fmt: skip
         result = {
-            "id": name, "type": "rectanglelabels", "from_name": "label", "to_name": "image",
+            "id": _name_of(shot, cell), "type": "rectanglelabels", "from_name": "label", "to_name": "image",
             "original_width": shot.width, "original_height": shot.height, "image_rotation": 0,
             "value": value, "meta": cell.attributes,
         }  # fmt: skip
@@ -199,11 +189,9 @@ def task_of(shot: Shot) -> dict[str, Any]:
         if cell.score is not None:
             predicted.append(result | {"score": cell.score})
     # Label Studio shows files below its document root only if they are in a folder of it that it was told.
-    task: dict[str, Any] = {"data": {"image": f"/data/local-files/?d={IMAGE_FOLDER}/{quote(shot.name)}"}}
-    task["annotations"] = [{"result": results}]
-    if predicted:
-        task["predictions"] = [{"model_version": "aplsmear", "result": predicted}]
-    return task
+    data = {"image": f"/data/local-files/?d={IMAGE_FOLDER}/{quote(shot.name)}"}
+    predictions = {"predictions": [{"model_version": "aplsmear", "result": predicted}]} if predicted else {}
+    return {"data": data, "annotations": [{"result": results}], **predictions}
 
 
 def yolo(shots: list[Shot], to: Path) -> None:
@@ -225,9 +213,8 @@ def yolo(shots: list[Shot], to: Path) -> None:
         image.symlink_to(os.path.relpath(shot.path.resolve(), image.parent.resolve()))
         text.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     names = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(labels))}
-    (to / "data.yaml").write_text(
-        yaml.safe_dump(names, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    text_of_names = yaml.safe_dump(names, sort_keys=False, allow_unicode=True)
+    (to / "data.yaml").write_text(text_of_names, encoding="utf-8")
 
 
 def _labels(shots: list[Shot]) -> list[str]:
@@ -239,14 +226,16 @@ WRITERS: dict[str, Callable[[list[Shot], Path], None]] = {
 }  # fmt: skip
 
 
+def refuse_existing(to: Path) -> None:
+    """Raise ExchangeError if a file or a folder that is not empty has this name."""
+    if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        raise ExchangeError(f"{to} is there, and nothing is overwritten. Choose another name.")
+
+
 def export(
-    folder: Path,
-    kind: str,
-    to: Path,
-    scores: Mapping[str, float] | None = None,
-    column: str = "probability",
+    folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None = None, column: str = "probability"
 ) -> list[Shot]:
-    """Write the boxes of a data set.
+    """Write the boxes of a data set; returns the pictures and cells that were written.
 
     Args:
         folder: the data set.
@@ -255,19 +244,13 @@ def export(
         scores: id of a cell -> score.
         column: what the scores are.
 
-    Returns:
-        The pictures and cells that were written.
-
     Raises:
         ExchangeError: something is at `to`, the data set has no boxes, or no cell has one of the scores.
         DataSetError: a table cannot be read.
     """
-    if to.is_file() or (to.is_dir() and any(to.iterdir())):
-        raise ExchangeError(f"{to} is there, and nothing is overwritten. Choose another name.")
+    refuse_existing(to)
     shots = shots_of(folder, scores or {}, column)
     if scores and all(cell.score is None for shot in shots for cell in shot.cells):
-        raise ExchangeError(
-            f"No cell of {folder} has a score: the ids of the scores are those of other cells."
-        )
+        raise ExchangeError(f"No cell of {folder} has a score: the scores have the ids of other cells.")
     WRITERS[kind](shots, to)
     return shots

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from aplsmear.errors import UserError, brief
 from aplsmear.images.reading import ImageError, image_size, is_picture_name
+from aplsmear.words import named, visible
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -23,8 +25,6 @@ CELL_LABELS = ("cellType", "specialCharacteristics", "objectType", "segmentation
 ATTRIBUTES = ("id", *CELL_LABELS)  # of a cell, written by an export beside box and class
 NO_TYPE = "Cell"  # class of a cell whose type is not known
 _LARGEST = 10**9  # bytes of a file of annotations
-_NAMED = 5  # names in one message
-_LONGEST = 120  # characters of one name
 _FOLDERS = {"images", "labels", "annotations", "imgs", "label", "image"}  # tell nothing about a picture
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(?=.)")  # Label Studio writes it before the names of uploaded files
 
@@ -43,56 +43,39 @@ def exported_class(labels: Mapping[str, str]) -> str:
 
 
 class Cell(NamedTuple):
-    """One cell of a picture.
+    """One cell of a picture; class, patient and diagnosis as the annotation has them, '' if it has none."""
 
-    Attributes:
-        picture: path below the folder of the pictures, with ``/``.
-        label: the class as the annotation has it; '' if it has none.
-        box: y0, x0, y1, x1 in px, end exclusive; None if the whole picture is the cell.
-        attributes: columns of labeled_cells.csv that an export of this program wrote beside box and class:
-            the id and labels, joined by ``|``.
-        patient: as the annotation has it.
-        diagnosis: as the annotation has it.
-    """
-
-    picture: str
-    label: str
-    box: tuple[float, float, float, float] | None = None
-    attributes: Mapping[str, str] = {}
+    picture: str  # path below the folder of the pictures, with `/`
+    label: str  # the class
+    box: tuple[float, float, float, float] | None = (
+        None  # y0, x0, y1, x1 in px, end exclusive; None: all of it
+    )
+    attributes: Mapping[
+        str, str
+    ] = {}  # `ATTRIBUTES` that an export of this program wrote; labels joined by `|`
     patient: str = ""
     diagnosis: str = ""
 
 
 @dataclass
 class Found:
-    """The annotations of a source.
+    """The annotations of a source."""
 
-    Attributes:
-        what: what the source is, for a message.
-        pictures: those that the annotations name, with and without cells; relative to the picture folder.
-        cells: all cells.
-        left_out: what was left out and why -> names.
-    """
-
-    what: str
-    pictures: list[str] = field(default_factory=list)
+    what: str  # the source, for a message
+    pictures: list[str] = field(
+        default_factory=list
+    )  # annotated ones, with and without cells; paths as in `Cell`
     cells: list[Cell] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # what and why -> names
 
 
 class Pictures:
-    """The pictures of a folder and its subfolders, found by the names that annotations give them.
-
-    Attributes:
-        root: the folder; all paths are relative to it.
-        every: the paths of all pictures, sorted.
-        missing: names without a picture.
-    """
+    """The pictures of a folder and its subfolders, found by the names that annotations give them."""
 
     def __init__(self, root: Path) -> None:
-        """List the folder; links to folders are not followed."""
+        """List the folder, sorted (`every`); links to folders are not followed. Paths start at `root`."""
         self.root = root
-        self.missing: list[str] = []
+        self.missing: list[str] = []  # names without a picture
         self._sizes: dict[str, tuple[int, int]] = {}
         files = (path for path in sorted(root.rglob("*")) if is_picture_name(path.name) and path.is_file())
         self.every = [path.relative_to(root).as_posix() for path in files]
@@ -105,12 +88,8 @@ class Pictures:
     def find(self, reference: str, beside: Path = Path()) -> str | None:
         """The picture that a name, a path, an address or the path of its annotation means.
 
-        If several pictures have the name, the one counts that shares most folders with the reference. A name
-        without a picture is added to `missing`.
-
-        Args:
-            reference: the name, path or address.
-            beside: the folder of the annotations, which a relative path starts at.
+        If several pictures have the name, the one counts that shares most folders with the reference, which
+        starts at the folder `beside`. A name without a picture is added to `missing`.
 
         Raises:
             ExchangeError: several pictures fit equally well.
@@ -131,16 +110,9 @@ class Pictures:
         return best[0]
 
     def size(self, picture: str) -> tuple[int, int]:
-        """Height and width in px.
-
-        Raises:
-            ExchangeError: the picture cannot be read.
-        """
+        """Height and width in px; ExchangeError if the picture cannot be read."""
         if picture not in self._sizes:
-            try:
-                self._sizes[picture] = image_size(self.root / picture)
-            except ImageError as error:
-                raise ExchangeError(f"{picture}: {error.what}; {error.fix}.") from error
+            self._sizes[picture] = size_of(self.root / picture, picture)
         return self._sizes[picture]
 
     def check(self, source: Path) -> None:
@@ -152,32 +124,18 @@ class Pictures:
             )
 
 
+def size_of(path: Path, name: str) -> tuple[int, int]:
+    """Height and width of a picture in px; an ExchangeError with its `name` if it cannot be read."""
+    try:
+        return image_size(path)
+    except ImageError as error:
+        raise ExchangeError(f"{name}: {error.what}; {error.fix}.") from error
+
+
 def _shared(one: PurePosixPath, other: PurePosixPath) -> int:
     """Number of folders, from the file upwards, that two paths have in common."""
-    count = 0
-    for a, b in zip(_folders(one), _folders(other), strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
-
-
-def _folders(path: PurePosixPath) -> list[str]:
-    return [part for part in reversed(path.parts[:-1]) if part.lower() not in _FOLDERS]
-
-
-def visible(text: str) -> str:
-    """The text with invisible characters as escapes."""
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-
-
-def named(names: Iterable[object], count: int = _NAMED) -> str:
-    """The first names, shortened, and how many more there are."""
-    listed = [
-        one if len(one) <= _LONGEST else f"{one[:_LONGEST]}..." for one in dict.fromkeys(map(str, names))
-    ]
-    more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more
+    folders = [[part for part in path.parts[-2::-1] if part.lower() not in _FOLDERS] for path in (one, other)]
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False)))
 
 
 def hull(points: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
@@ -193,11 +151,7 @@ def around(x: float, y: float, width: float, height: float) -> tuple[float, floa
 
 
 def text_of(path: Path) -> str:
-    """The content of a file of annotations, UTF-8.
-
-    Raises:
-        ExchangeError: it cannot be read, is too large, or is no text.
-    """
+    """The content of a file of annotations, UTF-8; ExchangeError if it cannot be read or is too large."""
     try:
         if not path.is_file():
             raise ExchangeError(f"{path} is no file.")
@@ -211,11 +165,7 @@ def text_of(path: Path) -> str:
 
 
 def json_of(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ExchangeError: it is none.
-    """
+    """The content of a JSON file; ExchangeError if it is none."""
     try:
         return json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
@@ -223,16 +173,12 @@ def json_of(path: Path) -> Any:
 
 
 def validated(model: type[Model], content: Any, path: Path) -> Model:
-    """The content of a file as a model.
-
-    Raises:
-        ExchangeError: it does not fit the model; the message names the first wrong place.
-    """
+    """The content of a file as a model; an ExchangeError names the first place that does not fit."""
     try:
         return model.model_validate(content)
-    except (ValidationError, RecursionError) as error:
-        if isinstance(error, RecursionError):
-            raise ExchangeError(f"{path} is nested too deep: export it again.") from error
+    except RecursionError as error:
+        raise ExchangeError(f"{path} is nested too deep: export it again.") from error
+    except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
         raise ExchangeError(f"{path}, {where}: {first['msg'].lower()}. Export it again.") from error

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -15,16 +15,18 @@ import numpy as np
 import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.data.boxes import numbers_of
+from aplsmear.data.boxes import numbers_of, overlaps
 from aplsmear.data.labels import parse_labels
-from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, Facts
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
-from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, exported_class, named
+from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, exported_class
 from aplsmear.exchange.readers import columns_of, read_all
+from aplsmear.files import whole_folder
 from aplsmear.images.reading import ImageError, image_bytes, read_picture
 from aplsmear.progress import progress
 from aplsmear.tables import SEPARATOR, write_table
+from aplsmear.words import named
 
 _LARGEST = 10**9  # px; no picture is as large
 _FACTS = ("patient", "diagnosis", "site")
@@ -33,54 +35,28 @@ _OPTIONAL = (*_FACTS, *CELL_LABELS)  # columns
 
 @dataclass
 class Plan:
-    """What will be written.
+    """What will be written."""
 
-    Attributes:
-        what: what the source is.
-        root: folder of the pictures.
-        folder: ``wsi`` or ``cells``, the folder of the layout that will hold them.
-        pictures: name in that folder -> path below `root`.
-        smears: the table wsi.csv; empty for pictures of single cells.
-        cells: the table labeled_cells.csv.
-        classes: class of the source -> its meaning (None: unknown) and the number of its cells.
-        left_out: what was left out and why -> names.
-    """
-
-    what: str
-    root: Path
-    folder: str
-    pictures: dict[str, str]
-    smears: pd.DataFrame
-    cells: pd.DataFrame
-    classes: dict[str, tuple[Meaning | None, int]]
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Facts:
-    """What is known of a picture: patient, diagnosis (a set literal), site, id of the smear; '' if not."""
-
-    patient: str = ""
-    diagnosis: str = ""
-    site: str = ""
-    name: str = ""
+    what: str  # what the source is
+    root: Path  # folder of the pictures
+    folder: str  # `wsi` or `cells`, the folder of the layout that will hold them
+    pictures: dict[str, str]  # name in that folder -> path below `root`
+    smears: pd.DataFrame  # the table wsi.csv; empty for pictures of single cells
+    cells: pd.DataFrame  # the table labeled_cells.csv
+    classes: dict[
+        str, tuple[Meaning | None, int]
+    ]  # of the source -> meaning (None: unknown), number of cells
+    left_out: dict[str, list[str]]  # what was left out and why -> names
 
 
 @dataclass(frozen=True)
 class FactSources:
-    """Where patient, diagnosis and site of a picture are from.
+    """Where patient, diagnosis and site of a picture are from."""
 
-    Attributes:
-        pattern: a regular expression; its group in the path of a picture is the patient.
-        table: CSV file with a row for each picture or each patient.
-        columns: what a column of `table` holds -> its title.
-        diagnosis: of all pictures, or a regular expression whose group in the path is the diagnosis.
-    """
-
-    pattern: str | None = None
-    table: Path | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    diagnosis: str | None = None
+    pattern: str | None = None  # a regular expression; its group in the path of a picture is the patient
+    table: Path | None = None  # CSV file with a row for each picture or each patient
+    columns: Mapping[str, str] = field(default_factory=dict)  # what a column of `table` holds -> its title
+    diagnosis: str | None = None  # of all, or a regular expression: its group in the path is the diagnosis
 
 
 def planned(
@@ -112,9 +88,7 @@ def planned(
     single = bool(cells) and all(cell.box is None for cell in cells)
     of = facts_of(found, facts)
     if single:
-        cells = _usable(
-            cells, {cell.picture: of[cell.picture].patient for cell in cells}, root, left_out, engine
-        )
+        cells = _usable(cells, of, root, left_out, engine)
     if not (cells if single else found.pictures):
         why = "; ".join(f"{len(listed):,} {what}" for what, listed in left_out.items() if listed)
         raise ExchangeError(f"{found.what}: nothing is left to import. {why}")
@@ -124,27 +98,24 @@ def planned(
     used = sorted({cell.picture for cell in cells} if single else set(found.pictures))
     names = _names(used)
     of = _with_ids(of, names)
-    smears = _smears(used, names, of) if not single else pd.DataFrame()
-    table = _cells(cells, classes, names, of, single)
-    pictures = {name: picture for picture, name in names.items()}
-    folder = CELL_FOLDER if single else IMAGE_FOLDER
-    kept = {why: listed for why, listed in left_out.items() if listed}
-    return Plan(found.what, root, folder, pictures, smears, table, classes, kept)
+    return Plan(
+        what=found.what,
+        root=root,
+        folder=CELL_FOLDER if single else IMAGE_FOLDER,
+        pictures={name: picture for picture, name in names.items()},
+        smears=pd.DataFrame() if single else _smears(names, of),
+        cells=_cells(cells, classes, names, of, single),
+        classes=classes,
+        left_out={why: listed for why, listed in left_out.items() if listed},
+    )
 
 
 def updated(found: Found, folder: Path, known: Mapping[str, Meaning], *, keep_unknown: bool) -> Plan:
-    """A data set with the classes that annotations give to cells that it has.
+    """A data set in `folder`, with the classes that annotations give to its cells; arguments as of `planned`.
 
     An annotation belongs to the cell whose box it overlaps most (intersection over union of at least half).
-
-    Args:
-        found: the annotations; the paths of their pictures start at the folder of pictures of the data set.
-        folder: the data set.
-        known: plain name of a class -> its labels.
-        keep_unknown: an unknown class becomes a type of cell of the same name.
-
-    Returns:
-        A plan with all smears and cells; it differs from the data set in the labels of annotated cells only.
+    The paths of annotated pictures start at the data set's folder of pictures. The plan has all smears and
+    cells, and differs from the data set in the labels of annotated cells only.
 
     Raises:
         ExchangeError: the data set has no boxes.
@@ -159,15 +130,13 @@ def updated(found: Found, folder: Path, known: Mapping[str, Meaning], *, keep_un
     texts = cells.reindex(columns=titles, fill_value="").to_numpy(str).astype(object)
     smear = dict(zip(smears["imgName"], smears["id"], strict=True))
     boxes = np.array([numbers_of(text) or (0, 0, 0, 0) for text in cells["bbox"]], float).reshape(-1, 4)
-    rows: dict[str, np.ndarray] = {
-        str(one): np.asarray(each) for one, each in cells.groupby("wsi").indices.items()
-    }
+    rows = {str(one): np.asarray(each) for one, each in cells.groupby("wsi").indices.items()}
     classes = _meanings(found.cells, known, keep_unknown)
     left_out = defaultdict(list, found.left_out)
     for cell in found.cells:
         meaning, box = classes[cell.label][0], cell.box
         near = rows.get(str(smear.get(cell.picture)), np.zeros(0, np.int64))
-        overlap = _overlaps(boxes[near], box) if box else np.zeros(0)
+        overlap = overlaps(boxes[near], np.array(box)) if box else np.zeros(0)
         if not overlap.size or overlap.max() < 0.5:
             left_out[f"boxes that are no cell of {folder}"].append(cell.picture)
             continue
@@ -181,14 +150,6 @@ def updated(found: Found, folder: Path, known: Mapping[str, Meaning], *, keep_un
     pictures = {name: name for name in smears["imgName"]}
     kept = {why: listed for why, listed in left_out.items() if listed}
     return Plan(found.what, folder / IMAGE_FOLDER, IMAGE_FOLDER, pictures, smears, cells, classes, kept)
-
-
-def _overlaps(boxes: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Intersection over union of boxes (n, 4) with one box, all y0, x0, y1, x1."""
-    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
-    shared = np.maximum(sides, 0).prod(axis=1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2] - box[0]) * (box[3] - box[1])
-    return np.asarray(shared / np.maximum(area - shared, 1e-9))
 
 
 def _meanings(
@@ -206,15 +167,7 @@ def _meanings(
 
 
 def facts_of(found: Found, sources: FactSources) -> dict[str, Facts]:
-    """What is known of each picture.
-
-    Args:
-        found: names the pictures, and what annotations say of them.
-        sources: where else patients, diagnoses and sites are from.
-
-    Raises:
-        ExchangeError: patients or diagnoses are not found, unknown, or there twice.
-    """
+    """What is known of each picture; an ExchangeError if it is not found, unknown, or there twice."""
     of = {picture: Facts() for picture in found.pictures}
     for what in ("patient", "diagnosis"):
         pairs = {(cell.picture, getattr(cell, what)) for cell in found.cells if getattr(cell, what)}
@@ -316,14 +269,14 @@ def _with_ids(of: Mapping[str, Facts], names: Mapping[str, str]) -> dict[str, Fa
 def _content(path: Path) -> str:
     """A hash of the pixels of a picture; '' if it cannot be read."""
     try:
-        rgb = read_picture(image_bytes(path)).rgb
+        rgb = read_picture(image_bytes(path)).pixels
     except ImageError:
         return ""
     return hashlib.sha256(f"{rgb.shape}".encode() + np.ascontiguousarray(rgb).tobytes()).hexdigest()
 
 
 def _usable(
-    cells: list[Cell], patients: Mapping[str, str], root: Path, left_out: dict[str, list[str]], engine: Engine
+    cells: list[Cell], of: Mapping[str, Facts], root: Path, left_out: dict[str, list[str]], engine: Engine
 ) -> list[Cell]:
     """Cells whose picture can be read and is there once, or the first of equal ones."""
     paths = [(root / cell.picture).absolute() for cell in cells]  # a worker may be in another folder
@@ -334,7 +287,7 @@ def _usable(
     left_out["pictures that cannot be read"] += [cell.picture for cell in groups.pop("", [])]
     kept = []
     for equal in groups.values():
-        if len({patients[cell.picture] for cell in equal}) > 1:
+        if len({of[cell.picture].patient for cell in equal}) > 1:
             left_out["equal pictures of two patients"] += [cell.picture for cell in equal]
         elif len({cell.label for cell in equal}) > 1:
             left_out["equal pictures under two classes"] += [cell.picture for cell in equal]
@@ -358,12 +311,10 @@ def _filled(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=[one for one in _OPTIONAL if one in table and not (table[one] != "").any()])
 
 
-def _smears(pictures: list[str], names: Mapping[str, str], of: Mapping[str, Facts]) -> pd.DataFrame:
-    facts = [of[picture] for picture in pictures]
-    columns = {"id": [one.name for one in facts], "imgName": [names[picture] for picture in pictures]}
-    columns["label"] = [one.diagnosis for one in facts]
-    columns |= {"patient": [one.patient for one in facts], "site": [one.site for one in facts]}
-    return _filled(pd.DataFrame(columns, dtype=object))
+def _smears(names: Mapping[str, str], of: Mapping[str, Facts]) -> pd.DataFrame:
+    facts = {picture: of[picture] for picture in names}
+    rows = [(one.name, names[each], one.diagnosis, one.patient, one.site) for each, one in facts.items()]
+    return _filled(pd.DataFrame(rows, columns=["id", "imgName", "label", "patient", "site"], dtype=object))
 
 
 def _cells(
@@ -422,27 +373,16 @@ def write(plan: Plan, folder: Path, *, copy: bool) -> None:
         copy: copy the pictures; False: make relative links to them.
 
     Raises:
-        ExchangeError: the folder holds something.
+        UserError: the folder holds something.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ExchangeError(f"{folder} is not empty, and nothing is overwritten. Choose another folder.")
-    part = folder.with_name(folder.name + ".part")
-    if part.exists():
-        raise ExchangeError(f"{part} is there: an import was stopped. Delete it and try again.")
-    place: Callable[[Path, Path], object] = shutil.copyfile if copy else _link
-    for name, picture in progress(plan.pictures.items(), "pictures", len(plan.pictures)):
-        target = part / plan.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place((plan.root / picture).resolve(), target)
-    if not plan.smears.empty:
-        write_table(part / SMEARS_FILE, plan.smears)
-    if not plan.cells.empty:
-        write_table(part / CELLS_FILE, plan.cells)
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A relative link at `target` to `source`."""
-    target.symlink_to(os.path.relpath(source, target.parent.resolve()))
+    with whole_folder(folder) as part:
+        for name, picture in progress(plan.pictures.items(), "pictures", len(plan.pictures)):
+            source, target = (plan.root / picture).resolve(), part / plan.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if copy:
+                shutil.copyfile(source, target)
+            else:
+                target.symlink_to(os.path.relpath(source, target.parent.resolve()))
+        for name, table in ((SMEARS_FILE, plan.smears), (CELLS_FILE, plan.cells)):
+            if not table.empty:
+                write_table(part / name, table)

@@ -33,10 +33,10 @@ from aplsmear.exchange.found import (
     around,
     hull,
     json_of,
-    named,
     text_of,
     validated,
 )  # fmt: skip
+from aplsmear.words import named
 
 Box = tuple[float, float, float, float]
 Point = Annotated[list[FiniteFloat], Field(min_length=2)]
@@ -65,25 +65,18 @@ TITLES = {  # what a column holds -> its usual titles, without spaces, dashes an
 
 @dataclass
 class Request:
-    """What is read, and how.
+    """What is read, and how."""
 
-    Attributes:
-        source: a file or a folder.
-        files: the files of annotations, sorted.
-        pictures: the pictures.
-        size: px, side of the box around a point; None: points are left out.
-        columns: what a column of a CSV file holds -> its title.
-    """
-
-    source: Path
-    files: list[Path]
+    source: Path  # a file or a folder
+    files: list[Path]  # of annotations, sorted
     pictures: Pictures
-    size: float | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    size: float | None = None  # px, side of the box around a point; None: points are left out
+    columns: Mapping[str, str] = field(default_factory=dict)  # what a column of a CSV file holds -> its title
 
-
-def _counted(files: Sequence[Path]) -> str:
-    return files[0].name if len(files) == 1 else f"{len(files):,} files"
+    def found(self, kind: str, more: str = "") -> Found:
+        """What will be found: nothing yet."""
+        files = self.files[0].name if len(self.files) == 1 else f"{len(self.files):,} files"
+        return Found(f"{kind}, {files}{more}")
 
 
 # --- Pascal VOC -----------------------------------------------------------------------------------
@@ -91,7 +84,7 @@ def _counted(files: Sequence[Path]) -> str:
 
 def voc(request: Request) -> Found:
     """Pascal VOC: an XML file for each picture."""
-    found = Found(f"Pascal VOC, {_counted(request.files)}")
+    found = request.found("Pascal VOC")
     for path in request.files:
         try:
             tree = fromstring(text_of(path))
@@ -104,8 +97,10 @@ def voc(request: Request) -> Found:
             continue
         found.pictures.append(picture)
         for one in tree.iter("object"):
-            corner = [_number(_tag(one, f"bndbox/{name}"), path) for name in ("ymin", "xmin", "ymax", "xmax")]
-            found.cells.append(Cell(picture, _tag(one, "name"), (corner[0], corner[1], corner[2], corner[3])))
+            y0, x0, y1, x1 = (
+                _number(_tag(one, f"bndbox/{name}"), path) for name in ("ymin", "xmin", "ymax", "xmax")
+            )
+            found.cells.append(Cell(picture, _tag(one, "name"), (y0, x0, y1, x1)))
     return found
 
 
@@ -114,11 +109,7 @@ def _tag(element: Element, name: str) -> str:
 
 
 def _number(text: str, path: Path) -> float:
-    """The finite number in a text.
-
-    Raises:
-        ExchangeError: it has none.
-    """
+    """The finite number in a text; ExchangeError if it has none."""
     try:
         number = float(text)
     except ValueError:
@@ -156,7 +147,7 @@ class _Coco(BaseModel):
 
 def coco(request: Request) -> Found:
     """COCO: a JSON file for many pictures; bbox is x, y, width, height in px."""
-    found = Found(f"COCO, {_counted(request.files)}")
+    found = request.found("COCO")
     for path in request.files:
         content = validated(_Coco, json_of(path), path)
         names = {one.id: one.name for one in content.categories}
@@ -197,7 +188,7 @@ class _LabelMe(BaseModel):
 
 def labelme(request: Request) -> Found:
     """LabelMe: a JSON file for each picture."""
-    found = Found(f"LabelMe, {_counted(request.files)}")
+    found = request.found("LabelMe")
     for path in request.files:
         content = validated(_LabelMe, json_of(path), path)
         picture = request.pictures.find(content.imagePath)
@@ -205,12 +196,23 @@ def labelme(request: Request) -> Found:
             continue
         found.pictures.append(picture)
         for shape in content.shapes:
-            box = _labelme_box(shape, request.size)
-            if box is None:
-                found.left_out[_WITHOUT_SIZE].append(path.name)
-            else:
-                found.cells.append(Cell(picture, shape.label, box))
+            _add(found, picture, shape.label, _labelme_box(shape, request.size), path.name)
     return found
+
+
+def _add(
+    found: Found,
+    picture: str,
+    label: str,
+    box: Box | None,
+    name: str,
+    attributes: Mapping[str, str] | None = None,
+) -> None:
+    """Add a cell; without a box it is left out under this name."""
+    if box is None:
+        found.left_out[_WITHOUT_SIZE].append(name)
+    else:
+        found.cells.append(Cell(picture, label, box, attributes or {}))
 
 
 def _labelme_box(shape: _Shape, size: float | None) -> Box | None:
@@ -254,7 +256,7 @@ _POINTS = TypeAdapter(Annotated[list[Point], Field(min_length=1)])
 
 def geojson(request: Request) -> Found:
     """QuPath: a GeoJSON file for each picture, with its name; px from the upper left."""
-    found = Found(f"QuPath GeoJSON, {_counted(request.files)}")
+    found = request.found("QuPath GeoJSON")
     for path in request.files:
         picture = request.pictures.find(str(path.relative_to(request.source.parent)))
         if picture is None:
@@ -268,30 +270,21 @@ def geojson(request: Request) -> Found:
             label = classification.name if classification else ""
             attributes = _attributes(feature.properties.metadata)
             for box in _geometry_boxes(feature.geometry, request.size, path):
-                if box is None:
-                    found.left_out[_WITHOUT_SIZE].append(path.name)
-                else:
-                    found.cells.append(Cell(picture, label, box, attributes))
+                _add(found, picture, label, box, path.name, attributes)
     return found
 
 
 def _geometry_boxes(geometry: _Geometry, size: float | None, path: Path) -> Iterator[Box | None]:
     """One box for a shape; one for each of several points; None for a point without a size."""
-
-    def points(coordinates: Any) -> list[Any]:
-        return _POINTS.validate_python(coordinates)
-
+    given = geometry.coordinates
     try:
         if geometry.type.endswith("Point"):
-            single = geometry.type == "Point"
-            for x, y, *_ in points([geometry.coordinates] if single else geometry.coordinates):
+            for x, y, *_ in _POINTS.validate_python([given] if geometry.type == "Point" else given):
                 yield around(x, y, size, size) if size else None
-        elif geometry.type == "LineString":
-            yield hull(points(geometry.coordinates))
-        elif geometry.type == "MultiPolygon":
-            yield hull([point for part in geometry.coordinates for point in points(part[0])])
         else:
-            yield hull([point for part in geometry.coordinates for point in points(part)])
+            parts = [given] if geometry.type == "LineString" else given
+            parts = [part[0] for part in parts] if geometry.type == "MultiPolygon" else parts
+            yield hull([point for part in parts for point in _POINTS.validate_python(part)])
     except (ValueError, TypeError, LookupError) as error:
         raise ExchangeError(f"{path}: a {geometry.type} has wrong coordinates. Export it again.") from error
 
@@ -336,7 +329,7 @@ class _Percent(BaseModel):
 
 def label_studio(request: Request) -> Found:
     """Label Studio: a JSON file (its export "JSON") for many pictures."""
-    found = Found(f"Label Studio, {_counted(request.files)}")
+    found = request.found("Label Studio")
     for path in request.files:
         for task in validated(_Tasks, {"tasks": json_of(path)}, path).tasks:
             named = next((value for value in task.data.values() if _names_picture(value)), None)
@@ -402,7 +395,7 @@ def yolo(request: Request) -> Found:
     classes are in data.yaml, classes.txt or obj.names; without them a class is its number.
     """
     names, said = _yolo_names(request.source)
-    found = Found(f"YOLO, {_counted(request.files)}{said}")
+    found = request.found("YOLO", said)
     for path, picture, lines in _texts(request, found):
         height, width = request.pictures.size(picture)
         for words in lines:
@@ -439,8 +432,7 @@ def _names_in(path: Path) -> dict[int, str]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ExchangeError(f"{path} is not valid YAML ({brief(error)}). Correct it.") from error
     names = content.get("names") if isinstance(content, dict) else None
-    if isinstance(names, list):
-        return {place: str(name) for place, name in enumerate(names)}
+    names = dict(enumerate(names)) if isinstance(names, list) else names
     if isinstance(names, dict) and all(isinstance(place, int) for place in names):
         return {place: str(name) for place, name in names.items()}
     raise ExchangeError(f"{path} has no list `names` of the classes. Add it.")
@@ -448,7 +440,7 @@ def _names_in(path: Path) -> dict[int, str]:
 
 def kitti(request: Request) -> Found:
     """KITTI: a text file for each picture, a line for each cell; px from left, top to right, bottom."""
-    found = Found(f"KITTI, {_counted(request.files)}")
+    found = request.found("KITTI")
     for path, picture, lines in _texts(request, found):
         for words in lines:
             if len(words) not in _KITTI_FIELDS:
@@ -483,11 +475,7 @@ def text_kind(path: Path) -> str:
 
 
 def read_all(path: Path) -> pd.DataFrame:
-    """All columns of a CSV file as text.
-
-    Raises:
-        DataSetError: it cannot be read.
-    """
+    """All columns of a CSV file as text; DataSetError if it cannot be read."""
     problems: list[Problem] = []
     table = read_csv(path, None, problems, [])
     if table is None or problems:
@@ -496,20 +484,15 @@ def read_all(path: Path) -> pd.DataFrame:
 
 
 def columns_of(titles: Sequence[str], given: Mapping[str, str], path: Path) -> dict[str, str]:
-    """What each column holds -> its title: as `given`, else guessed from the usual titles.
-
-    Raises:
-        ExchangeError: a given title is not there.
-    """
-    plain = {"".join(letter for letter in title.lower() if letter.isalnum()): title for title in titles}
+    """What each column holds -> its title: as `given` (ExchangeError if it is not there), else guessed."""
+    plain = {"".join(filter(str.isalnum, title.lower())): title for title in titles}
     guessed = {
         what: plain[name]
         for what, names in TITLES.items()
         for name in reversed(names.split())
         if name in plain
     }
-    missing = [title for title in given.values() if title not in titles]
-    if missing:
+    if missing := [title for title in given.values() if title not in titles]:
         raise ExchangeError(f"{path} has no column {missing[0]!r}; it has {named(titles, 12)}.")
     if "x1" in guessed and plain.get("x1") == guessed["x1"] and "x2" in plain:  # x1, y1, x2, y2
         corners = {"x0": "x1", "y0": "y1", "x1": "x2", "y1": "y2"}
@@ -546,7 +529,9 @@ def _add_rows(found: Found, request: Request, path: Path) -> str:
             "(upper left) or xc, yc (centre)."
         )
     texts = rows[[columns[what] for what in form]].to_numpy()
-    numbers = np.array([[_cell_number(text, path) for text in row] for row in texts]).reshape(len(rows), -1)
+    numbers = np.array(
+        [[_number(text.replace(",", "."), path) if text else math.nan for text in row] for row in texts]
+    ).reshape(len(rows), -1)
     shares = bool(np.nanmax(np.abs(numbers), initial=0) <= 1)
     for place, row in enumerate(rows.to_dict("records")):
         picture = request.pictures.find(row[columns["picture"]], path.parent)
@@ -571,10 +556,6 @@ def _csv_box(form: tuple[str, ...], numbers: Sequence[float], scale: tuple[float
     sides = (b, a, b + d, a + c) if form == _SIDES else around(a, b, c, d)
     y0, x0, y1, x1 = (b, a, d, c) if form == _CORNERS else sides
     return y0 * height, x0 * width, y1 * height, x1 * width
-
-
-def _cell_number(text: str, path: Path) -> float:
-    return _number(text.replace(",", "."), path) if text else math.nan
 
 
 READERS: dict[str, Callable[[Request], Found]] = {

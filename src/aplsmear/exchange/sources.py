@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE
 from aplsmear.exchange.classes import Meaning, plain
-from aplsmear.exchange.found import Cell, ExchangeError, Found, Pictures, json_of, named
+from aplsmear.exchange.found import Cell, ExchangeError, Found, Pictures, json_of
 from aplsmear.exchange.readers import READERS, Request, columns_of, form_of, read_all, text_kind
+from aplsmear.words import named
 
 ClassFrom = Literal["folder", "above", "name", "none"]
 _CLASS_FILES = {"classes.txt", "obj.names", "readme.txt", "requirements.txt"}
@@ -42,11 +43,9 @@ def kinds_of(source: Path) -> dict[str, list[Path]]:
         if path.suffix.lower() in (".xml", ".json", ".geojson", ".csv", ".txt") and path.is_file():
             files[path.suffix.lower()].append(path)
     found: dict[str, list[Path]] = defaultdict(list)
-    for suffix, paths in files.items():
-        if suffix == ".csv":
-            for path in paths:
-                found[_kind_of(path)].append(path)
-            continue
+    for path in files.pop(".csv", []):
+        found[_kind_of(path)].append(path)
+    for paths in files.values():
         kind = next(filter(None, map(_kind_of, paths)), "")
         found[kind] += [path for path in paths if path.name.lower() not in _CLASS_FILES]
     found.pop("", None)
@@ -152,16 +151,14 @@ def _crops(pictures: Pictures, known: Mapping[str, Meaning], wanted: ClassFrom |
     def share(one: ClassFrom) -> float:
         return sum(plain(_class_in(path, one)) in known for path in paths) / len(paths)
 
-    parts: tuple[ClassFrom, ...] = ("folder", "above", "name")
-    part: ClassFrom = wanted if wanted is not None else max(parts, key=share)
-    where = {
-        "folder": "from the folder",
-        "above": "from the folder above",
-        "name": "from the name of the file",
-    }
-    found = Found(f"pictures of single cells, class {where.get(part, 'not given')}", list(pictures.every))
-    found.cells = [Cell(str(path), _class_in(path, part)) for path in paths]
-    return found
+    where: dict[ClassFrom, str] = {
+        "folder": "from the folder", "above": "from the folder above", "name": "from the name of the file",
+    }  # fmt: skip
+    part: ClassFrom = wanted if wanted is not None else max(where, key=share)
+    cells = [Cell(str(path), _class_in(path, part)) for path in paths]
+    return Found(
+        f"pictures of single cells, class {where.get(part, 'not given')}", list(pictures.every), cells
+    )
 
 
 # --- DeepAPL --------------------------------------------------------------------------------------
@@ -179,8 +176,7 @@ def _deepapl(source: Path, pictures: Pictures, cohort: str | None, unsigned: boo
     """``Data/All/<patient>/[<id or date>/]Signed slides/<class>/<name>.jpg``, and ``Data/master.csv``."""
     path = _master(source) or source
     table = read_all(path)
-    needed = ["Patient_ID", "Diagnosis", "Cohort"]
-    if missing := [title for title in needed if title not in table.columns]:
+    if missing := [title for title in ("Patient_ID", "Diagnosis", "Cohort") if title not in table.columns]:
         raise ExchangeError(f"{path} has no column {missing[0]}.")
     cohorts = sorted(set(table["Cohort"]))
     if cohort and cohort not in cohorts:

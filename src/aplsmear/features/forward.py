@@ -59,7 +59,7 @@ def partition(request: FeatureRequest) -> int:
 def features_of_file(
     path: Path, request: FeatureRequest, engine: Engine = HERE
 ) -> Iterator[list[np.ndarray]]:
-    """One forward pass over all views of a file of `ViewWriter`, as `features_of`, `partition` views each.
+    """One forward pass over all views of a file of `view_writer`, as `features_of`, `partition` views each.
 
     The engine changes no result.
     """

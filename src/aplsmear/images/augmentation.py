@@ -58,12 +58,7 @@ class Change:
 
 
 def draw_change(settings: Augment, seed: int) -> Change:
-    """Draw the random numbers of a view; each setting changes its own number only.
-
-    Args:
-        settings: ranges of the augmentations.
-        seed: of the view.
-    """
+    """Draw the random numbers of a view with this seed; each setting changes its own number only."""
     rng = np.random.Generator(np.random.SFC64(seed))
     flip, turns, *shares, hue, saturation, blur, noise = rng.random(11).tolist()
     rotate, scale, shift_x, shift_y, brightness = (2 * share - 1 for share in shares)
@@ -153,15 +148,10 @@ def _window(
 
 
 def view_matrix(change: Change, scale: float | np.ndarray, side: float) -> tuple[np.ndarray, np.ndarray]:
-    """The geometry of a view, as `Pyramid.warped` takes it.
+    """The matrix of a view for `Pyramid.warped`, and the shift of its centre in px of the smear.
 
-    Args:
-        change: the random numbers of the view.
-        scale: px of the smear per px of the view; (x, y) if they differ, as the view is resized at the end.
-        side: px of the smear that correspond to a shift of 1.
-
-    Returns:
-        The matrix, and the shift of the centre of the view in px of the smear.
+    `scale` is px of the smear per px of the view; (x, y) if they differ, as the view is resized at the end.
+    `side` is the px of the smear that correspond to a shift of 1.
     """
     angle = math.radians(change.rotate)
     cos, sin = math.cos(angle), math.sin(angle)

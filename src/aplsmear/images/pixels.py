@@ -20,6 +20,8 @@ Rgb = npt.NDArray[np.uint8]
 
 SAVE_AS_RGB = "save it as 8-bit RGB (PNG), as bright as on the screen"
 CUT = "cut the picture into fields; of a slide: aplsmear fields SLIDE --to DIR"
+MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _DEPTHS = (8, 10, 12, 14)  # bits that cameras use of 16
 _BURNT_IN = 0.02  # of the pixels may be brighter than the levels of the camera: scale bars, names, hot pixels
 _SAMPLE = 4_000_000  # pixels of the histogram
@@ -49,29 +51,29 @@ class ImageError(UserError, ValueError):
         return f"{self.path}: {self.what}; {self.fix}" if str(self.path) else f"{self.what}; {self.fix}"
 
 
+def check_area(pixels: float) -> None:
+    """Raise ImageError if a picture has more than `MAX_PIXELS`."""
+    if pixels > MAX_PIXELS:
+        raise ImageError("", f"more than {MAX_PIXELS // 10**6} million pixels", CUT)
+
+
 class Picture(NamedTuple):
     """A decoded picture.
 
     Attributes:
-        rgb: uint8, shape (height, width, 3), RGB.
+        pixels: uint8, shape (height, width, 3), RGB; of `scaled`: as many channels as there were.
         notes: what was decided while it was decoded, for the report of a data set.
         levels: the range of brightness, if it was taken from the pixels and not from the file; else ''.
     """
 
-    rgb: Rgb
+    pixels: Rgb
     notes: tuple[str, ...] = ()
     levels: str = ""
 
 
-class Scaled(NamedTuple):
-    """Channels as 8 bits; notes and levels as in `Picture`."""
-
-    pixels: npt.NDArray[np.uint8]
-    notes: tuple[str, ...] = ()
-    levels: str = ""
-
-
-def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, gamma: float = 1.0) -> Scaled:
+def scaled(
+    values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, gamma: float = 1.0
+) -> Picture:
     """Scale channels of any number type to 8 bits.
 
     Whole numbers of at most 16 bits keep their upper eight bits. Which bits a 16-bit picture uses is taken
@@ -89,9 +91,9 @@ def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, 
         ImageError: the numbers are negative, not finite, complex or above 65535, or contradict `bits`.
     """
     if values.dtype == bool or (values.dtype == np.uint8 and (bits or 8) == 8 and gamma == 1.0):
-        return Scaled(values.astype(np.uint8) * 255 if values.dtype == bool else values)
+        return Picture(values.astype(np.uint8) * 255 if values.dtype == bool else values)
     if values.dtype == np.uint8:
-        return Scaled(_by_table(values, bits or 8, gamma))
+        return Picture(_by_table(values, bits or 8, gamma))
     if values.dtype.kind not in "uif" or values.dtype == np.int8:
         raise ImageError("", f"pixels of the type {values.dtype}", SAVE_AS_RGB)
     sample = _sample(values[:, :, :colours])
@@ -116,9 +118,9 @@ def scaled(values: npt.NDArray[Any], bits: int | None = None, colours: int = 3, 
         full = used if int(rest.max(initial=0)) < 2**used else 16
         found = np.concatenate([found, _by_table(rest, full, 1.0)], axis=2)
     if bits is not None:
-        return Scaled(found, (f"levels of {bits} bits, by its tags",) if bits < 16 else ())
+        return Picture(found, (f"levels of {bits} bits, by its tags",) if bits < 16 else ())
     levels = f"{used} of 16 bits"
-    return Scaled(found, (f"levels of {levels}, by its histogram",) if used < 16 else (), levels)
+    return Picture(found, (f"levels of {levels}, by its histogram",) if used < 16 else (), levels)
 
 
 def _sample(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -148,7 +150,7 @@ def _by_table(values: npt.NDArray[Any], bits: int, gamma: float) -> npt.NDArray[
     return found
 
 
-def _of_floats(values: npt.NDArray[Any], sample: npt.NDArray[Any], gamma: float) -> Scaled:
+def _of_floats(values: npt.NDArray[Any], sample: npt.NDArray[Any], gamma: float) -> Picture:
     top = next((each for each in _FLOAT_RANGES if np.mean(sample > each) <= _BURNT_IN), None)
     if top is None:
         raise ImageError("", "numbers with a decimal point above 65535", SAVE_AS_RGB)
@@ -159,26 +161,20 @@ def _of_floats(values: npt.NDArray[Any], sample: npt.NDArray[Any], gamma: float)
             raise ImageError("", "pixels that are negative or no numbers", SAVE_AS_RGB)
         found[start : start + _ROWS] = np.rint(255 * np.minimum(rows / top, 1) ** gamma)
     levels = f"{values.dtype} from 0 to {top:g}"
-    return Scaled(found, (f"levels of {levels}, by its histogram",), levels)
+    return Picture(found, (f"levels of {levels}, by its histogram",), levels)
 
 
 def on_white(colours: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8], ready: bool) -> Rgb:
-    """Put RGB on white.
+    """Put RGB (height, width, 3) with an opacity `alpha` (height, width) on white; all uint8.
 
-    Args:
-        colours: uint8, shape (height, width, 3).
-        alpha: opacity, uint8, shape (height, width).
-        ready: whether the colours are multiplied by the opacity already.
-
-    Raises:
-        ImageError: nothing in the picture is opaque.
+    `ready`: the colours are multiplied by the opacity already. An ImageError if nothing is opaque.
     """
     if not alpha.any():
-        raise ImageError(
-            "",
+        what, fix = (
             "transparent everywhere, so that nothing of it is seen",
             "save it without transparency, as RGB",
         )
+        raise ImageError("", what, fix)
     found = np.empty(colours.shape, np.uint8)
     for start in range(0, len(colours), _ROWS):
         cover = alpha[start : start + _ROWS, :, None].astype(np.uint16)
@@ -196,12 +192,7 @@ def exponent(gamma: float | None) -> float:
 
 
 def managed(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:
-    """A picture of mode L, RGB or CMYK in the colours of sRGB, and a note if that changed them.
-
-    Args:
-        picture: mode L, RGB or CMYK.
-        profile: ICC profile of the file; None: it has none.
-    """
+    """A picture of mode L, RGB or CMYK, by its ICC profile, in sRGB; a note if that changed it."""
     if profile is None:
         plain = ("CMYK was converted to RGB without a colour profile",)
         return picture, plain if picture.mode == "CMYK" else ()
@@ -233,11 +224,8 @@ def _changes_little(change: Any, mode: str) -> bool:
     grid = steps[:, None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), axis=-1)
     probe = Image.fromarray(grid.reshape(grid.shape[0], -1, *([] if mode == "L" else [3])))
     found = ImageCms.applyTransform(probe, change)
-    return bool(np.abs(_plain(found).astype(int) - _plain(probe.convert("RGB"))).max() <= _SAME_COLOUR)
-
-
-def _plain(picture: Any) -> npt.NDArray[np.uint8]:
-    return np.asarray(picture, dtype=np.uint8)
+    one, other = (np.asarray(each, dtype=int) for each in (found, probe.convert("RGB")))
+    return bool(np.abs(one - other).max() <= _SAME_COLOUR)
 
 
 def as_rgb(pixels: npt.NDArray[np.uint8], profile: bytes | None = None) -> tuple[Rgb, tuple[str, ...]]:
@@ -253,7 +241,7 @@ def as_rgb(pixels: npt.NDArray[np.uint8], profile: bytes | None = None) -> tuple
 
 def upright(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
     """Turn pixels as the EXIF or TIFF tag Orientation (1 to 8) demands."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         pixels = pixels.swapaxes(0, 1)
     flips: dict[int, tuple[int, ...]] = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
     return np.flip(pixels, flips[orientation]) if orientation in flips else pixels

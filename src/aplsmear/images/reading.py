@@ -22,16 +22,18 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from aplsmear.images.pixels import (
     CUT,
+    TURNED,
     ImageError,
     Picture,
     Rgb,
     as_rgb,
+    check_area,
     exponent,
     managed,
     on_white,
     scaled,
     upright,
-)
+)  # fmt: skip
 
 __all__ = ["ImageError", "Picture", "Rgb", "decode", "decode_jpeg", "encode_jpeg", "fitting", "image_bytes"]
 __all__ += ["image_size", "is_picture_name", "read_image", "read_picture", "resize", "scaling"]
@@ -39,8 +41,6 @@ __all__ += ["image_size", "is_picture_name", "read_image", "read_picture", "resi
 FORMATS = ("JPEG", "PNG")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".czi")  # of scanners
-MAX_PIXELS = 150_000_000  # 30 fields of 2560x1920 px; below Pillow's own limit against decompression bombs
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 _APPLE_DOUBLE = b"\0\x05\x16\x07"
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
@@ -55,16 +55,12 @@ def is_picture_name(name: str) -> bool:
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
+def read_image(path: Path) -> Rgb:
     """Read a whole PNG, JPEG or TIFF picture, upright.
 
     Grey, palette, CMYK, floats and pictures of up to 16 bits are converted to 8-bit RGB (`pixels.scaled` says
     how). Transparent pixels become white. The EXIF orientation, a colour profile and the gamma of a PNG are
     applied. If a file holds several pictures, the largest is read if the others are smaller copies of it.
-
-    Args:
-        path: the file.
-        max_pixels: a larger picture is an error.
 
     Returns:
         uint8, shape (height, width, 3), RGB.
@@ -72,73 +68,47 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Rgb:
     Raises:
         ImageError: the file is missing, is no picture, is truncated or damaged, holds several pictures or
             colours that cannot be converted to RGB without a guess (Lab, raw data of a camera), or has more
-            than `max_pixels` pixels.
+            than 150 million pixels.
     """
     with _open_file(path) as file:
-        return _decode(file, path, max_pixels).rgb
+        return _decode(file, path).pixels
 
 
 def image_bytes(path: Path) -> bytes:
-    """The content of a picture file.
-
-    Raises:
-        ImageError: the file is missing, cannot be opened or has more than 2 GiB.
-    """
+    """The content of a picture file; ImageError if it is missing, cannot be opened or has more than 2 GiB."""
     with _open_file(path) as file:
         return file.read()
 
 
-def image_size(path: Path, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Height and width of the upright picture in px; only the header of the file is decoded.
 
-    Args:
-        path: the file.
-        max_pixels: a larger picture is an error.
-
     Raises:
-        ImageError: the file is missing, is no picture, or has more than `max_pixels` pixels.
+        ImageError: the file is missing, is no picture, or has more than 150 million pixels.
     """
     with _open_file(path) as file, _decoding(path):
         if _is_tiff(file):
             from aplsmear.images import tiff
 
-            return tiff.size_of(file, max_pixels)
-        with _open_picture(file, max_pixels) as picture:
+            return tiff.size_of(file)
+        with _open_picture(file) as picture:
             width, height = picture.size
-            turned = picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in TURNED
             return (width, height) if turned else (height, width)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Rgb:
-    """Decode the bytes of a picture file; see `read_image`.
-
-    Args:
-        data: content of a PNG, JPEG or TIFF file.
-        max_pixels: a larger picture is an error.
-
-    Returns:
-        uint8, shape (height, width, 3), RGB.
-
-    Raises:
-        ImageError: as `read_image`; its path is empty.
-    """
-    return read_picture(data, max_pixels=max_pixels).rgb
+def decode(data: bytes) -> Rgb:
+    """As `read_image`, of the content of a file; the path of an ImageError is then empty."""
+    return read_picture(data).pixels
 
 
-def read_picture(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Picture:
+def read_picture(data: bytes) -> Picture:
     """As `decode`, with notes on what was decided while the picture was decoded."""
-    return _decode(io.BytesIO(data), "", max_pixels)
+    return _decode(io.BytesIO(data), "")
 
 
 def decode_jpeg(data: bytes) -> Rgb:
-    """Decode a JPEG of `encode_jpeg`: the same pixels as `decode`, four times as fast.
-
-    Returns:
-        uint8, shape (height, width, 3), RGB.
-
-    Raises:
-        ImageError: the JPEG is damaged.
-    """
+    """Decode a JPEG of `encode_jpeg`: as `decode`, four times as fast; ImageError if it is damaged."""
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise ImageError("", "truncated or damaged", "make the views again")
@@ -148,15 +118,8 @@ def decode_jpeg(data: bytes) -> Rgb:
 def encode_jpeg(rgb: Rgb, quality: int = 95) -> bytes:
     """Encode a view as JPEG with full colour resolution (4:4:4): granules and Auer rods differ in colour.
 
-    Args:
-        rgb: uint8, shape (height, width, 3).
-        quality: of libjpeg, 1 to 100.
-
-    Returns:
-        The JPEG; the same bytes for the same pixels on every machine.
-
-    Raises:
-        ValueError: `rgb` has another type or shape.
+    `rgb` is uint8 (height, width, 3), else a ValueError; `quality` is that of libjpeg, 1 to 100. The same
+    pixels give the same bytes on every machine.
     """
     if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         raise ValueError(f"expected uint8 (height, width, 3), not {rgb.dtype} {rgb.shape}")
@@ -181,9 +144,8 @@ def _open_file(path: Path) -> IO[bytes]:
         if isinstance(error, ImageError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise ImageError(
-            path, f"cannot be opened ({reason})", "check the name and the permissions of the file"
-        ) from error
+        fix = "check the name and the permissions of the file"
+        raise ImageError(path, f"cannot be opened ({reason})", fix) from error
 
 
 @contextmanager
@@ -203,13 +165,13 @@ def _decoding(path: str | Path) -> Iterator[None]:
             raise ImageError(path, what, "copy it again from its source") from error
 
 
-def _decode(file: IO[bytes], path: str | Path, max_pixels: int) -> Picture:
+def _decode(file: IO[bytes], path: str | Path) -> Picture:
     with _decoding(path):
         if _is_tiff(file):
             from aplsmear.images import tiff
 
-            return tiff.read(file, max_pixels)
-        with _open_picture(file, max_pixels) as picture:
+            return tiff.read(file)
+        with _open_picture(file) as picture:
             notes = _check_frames(picture)
             found = _deep(picture, file) if _bits_are_deep(picture) else _shallow(picture)
             return found._replace(notes=notes + found.notes)
@@ -221,15 +183,15 @@ def _is_tiff(file: IO[bytes]) -> bool:
     return start in _TIFF
 
 
-def _open_picture(file: IO[bytes], max_pixels: int) -> ImageFile.ImageFile:
+def _open_picture(file: IO[bytes]) -> ImageFile.ImageFile:
     try:
         picture = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise _no_picture(file) from None
     except Image.DecompressionBombError:
-        raise _too_large(max_pixels) from None
-    if math.prod(picture.size) > max_pixels:
-        raise _too_large(max_pixels)
+        check_area(math.inf)
+        raise
+    check_area(math.prod(picture.size))
     if picture.format != "PNG" and _scans(file) > _MAX_SCANS:
         raise ImageError("", f"a JPEG of more than {_MAX_SCANS} scans", "save it as PNG")
     return picture
@@ -267,10 +229,6 @@ def _scans(file: IO[bytes]) -> int:
     count = sum(block.count(_SCAN) for block in iter(lambda: file.read(1 << 20), b""))
     file.seek(position)
     return count
-
-
-def _too_large(max_pixels: int) -> ImageError:
-    return ImageError("", f"more than {max_pixels // 10**6} million pixels", CUT)
 
 
 def _check_frames(picture: ImageFile.ImageFile) -> tuple[str, ...]:
@@ -322,10 +280,8 @@ def _shallow(picture: ImageFile.ImageFile) -> Picture:
     if picture.mode in _SEE_THROUGH or "transparency" in picture.info:
         *colours, opacity = picture.convert("RGBA").split()
         alpha, plain = np.asarray(opacity), Image.merge("RGB", colours)
-    elif picture.mode in ("L", "CMYK"):
-        plain = picture
     else:
-        plain = picture if picture.mode == "RGB" else picture.convert("RGB")
+        plain = picture if picture.mode in ("L", "CMYK", "RGB") else picture.convert("RGB")
     plain, notes = managed(plain, picture.info.get("icc_profile"))
     rgb = np.asarray(plain if plain.mode == "RGB" else plain.convert("RGB"))
     power, of_gamma = _gamma(picture)

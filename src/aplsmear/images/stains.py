@@ -33,15 +33,8 @@ def normalised(image: np.ndarray, method: Method) -> np.ndarray:
     2001;21(5):34). ``macenko`` matches direction and concentration of the two main stains in optical density
     (Macenko et al., ISBI 2009).
 
-    Args:
-        image: uint8 RGB, shape (height, width, 3): the whole smear.
-        method: the method; ``none`` returns the image unchanged.
-
-    Returns:
-        uint8 RGB of the same shape.
-
-    Raises:
-        StainError: hardly anything in the smear is stained.
+    `image` is the whole smear, uint8 RGB (height, width, 3), as is the result. A StainError if hardly
+    anything in it is stained.
     """
     if method == "none":
         return image
@@ -49,14 +42,9 @@ def normalised(image: np.ndarray, method: Method) -> np.ndarray:
 
 
 def remixed(image: np.ndarray, mix: np.ndarray) -> np.ndarray:
-    """Multiply the optical densities of each pixel (R, G, B as a row vector) by a matrix.
+    """Multiply the optical densities of each pixel (R, G, B as a row vector) by a matrix, float64 (3, 3).
 
-    Args:
-        image: uint8 RGB, shape (height, width, 3).
-        mix: float64, shape (3, 3).
-
-    Returns:
-        Transmitted light, float32, same shape; 1 is white, larger values are possible.
+    Returns the light of the uint8 RGB picture, float32 of its shape; 1 is white, larger values are possible.
     """
     density = -np.log(np.maximum(np.arange(256) / 255, _LEAST_LIGHT)).astype(np.float32)
     mixed = cv2.transform(cv2.LUT(image, density), mix.T.astype(np.float32))

@@ -19,12 +19,21 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-from aplsmear.images.pixels import CUT, SAVE_AS_RGB, ImageError, Picture, as_rgb, on_white, scaled, upright
+from aplsmear.images.pixels import (
+    SAVE_AS_RGB,
+    TURNED,
+    ImageError,
+    Picture,
+    as_rgb,
+    check_area,
+    on_white,
+    scaled,
+    upright,
+)  # fmt: skip
 
 _JPEG = 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}  # their decoders stop at a given size
 _KINDS = {0: "grey", 1: "grey", 2: "colour", 3: "palette", 5: "CMYK", 6: "YCbCr"}  # PhotometricInterpretation
-_SWAPPING = (5, 6, 7, 8)  # orientations that swap height and width
 _MOST_PAGES, _MOST_BYTES = 1000, 2 * 1024**3
 _MOST_PARTS = 100_000  # tiles or strips; 150 million px are 36,864 tiles of 64 px, each of 0.05 ms and more
 _SIMILAR = 0.9  # correlation of a picture and its smaller copy; two fields of one smear have less than 0.5
@@ -50,31 +59,23 @@ class _Errors(logging.Handler):
             self.found.append(re.sub("<[^>]*> ?", "", record.getMessage()))
 
 
-def size_of(file: IO[bytes], max_pixels: int) -> tuple[int, int]:
-    """Height and width of the upright picture in px.
-
-    Raises:
-        ImageError: as `read`.
-    """
+def size_of(file: IO[bytes]) -> tuple[int, int]:
+    """Height and width of the upright picture in px; errors as of `read`."""
     with _opened(file) as tif:
-        page = _main(tif, max_pixels)[0].keyframe
+        page = _main(tif)[0].keyframe
         height, width = page.imagelength, page.imagewidth
-        return (width, height) if _orientation(page) in _SWAPPING else (height, width)
+        return (width, height) if _orientation(page) in TURNED else (height, width)
 
 
-def read(file: IO[bytes], max_pixels: int) -> Picture:
+def read(file: IO[bytes]) -> Picture:
     """Read the picture of a TIFF file, upright.
-
-    Args:
-        file: an open file.
-        max_pixels: a larger picture is an error.
 
     Raises:
         ImageError: it is not clear which picture is meant or how its numbers are seen, or it is too large.
         Exception: of tifffile or imagecodecs: the file is damaged.
     """
     with _opened(file) as tif:
-        series, notes = _main(tif, max_pixels)
+        series, notes = _main(tif)
         page = series.keyframe
         axes = "".join(axis for axis in series.axes if axis in "CYXS")
         values = series.asarray(maxworkers=1)
@@ -87,7 +88,7 @@ def read(file: IO[bytes], max_pixels: int) -> Picture:
         else:
             values = values[:, :, None]
         picture = _in_rgb(values.astype(values.dtype.newbyteorder("="), copy=False), page, _bits(tif, page))
-        rgb = np.require(upright(picture.rgb, _orientation(page)), requirements=["C", "W"])
+        rgb = np.require(upright(picture.pixels, _orientation(page)), requirements=["C", "W"])
         return Picture(rgb, notes + picture.notes, picture.levels)
 
 
@@ -114,7 +115,7 @@ def _orientation(page: Any) -> int:
 # --- which picture ----------------------------------------------------------------------------------
 
 
-def _main(tif: Any, max_pixels: int) -> tuple[Any, tuple[str, ...]]:
+def _main(tif: Any) -> tuple[Any, tuple[str, ...]]:
     """The series of pages that holds the picture, and notes."""
     if len(tif.pages) > _MOST_PAGES:
         raise ImageError("", f"more than {_MOST_PAGES} pictures in one file", "save each picture as a file")
@@ -125,7 +126,7 @@ def _main(tif: Any, max_pixels: int) -> tuple[Any, tuple[str, ...]]:
         raise ImageError("", "a TIFF without a picture", "copy it again from its source")
     main = max(tif.series, key=lambda one: one.keyframe.imagelength * one.keyframe.imagewidth)
     pages = list(main)
-    _check(pages, max_pixels)
+    _check(pages)
     lengths = dict(zip(main.axes, main.shape, strict=True))
     planes = {axis: length for axis, length in lengths.items() if axis not in "YXS" and length > 1}
     if planes and (planes.keys() != {"C"} or planes["C"] != 3 or lengths.get("S", 1) != 1):
@@ -135,7 +136,7 @@ def _main(tif: Any, max_pixels: int) -> tuple[Any, tuple[str, ...]]:
     others = [page for page in others if page.offset not in own and not (page.is_reduced or page.is_mask)]
     others = [page for page in others if not page.is_subifd or _area(page) >= _area(main.keyframe)]
     if others:
-        _check(others, max_pixels)
+        _check(others)
         shown = _small(main, main.keyframe)
         if not all(_similar(shown, _small(page, page), main.keyframe, page) for page in others):
             raise _several(1 + len(others), "different pictures")
@@ -165,13 +166,12 @@ def _area(page: Any) -> int:
     return int(page.imagelength) * int(page.imagewidth)
 
 
-def _check(pages: Sequence[Any], max_pixels: int) -> None:
+def _check(pages: Sequence[Any]) -> None:
     """Raise an error unless the pixels of these pages can be decoded, whole and in limited memory."""
     if any(page is None for page in pages):
         raise ImageError("", "a TIFF whose description names pictures that it does not hold", SAVE_AS_RGB)
     page = pages[0].keyframe
-    if _area(page) > max_pixels:
-        raise ImageError("", f"more than {max_pixels // 10**6} million pixels", CUT)
+    check_area(_area(page))
     if sum(each.keyframe.nbytes for each in pages) > _MOST_BYTES:
         raise ImageError("", "more than 2 GiB of pixels", "save it as 8-bit RGB")
     size = page.parent.filehandle.size
@@ -183,11 +183,10 @@ def _check(pages: Sequence[Any], max_pixels: int) -> None:
         if max(math.prod(key.chunked), len(each.dataoffsets)) > _MOST_PARTS:
             raise ImageError("", f"a TIFF of more than {_MOST_PARTS:,} tiles or strips", "save it as PNG")
         where = list(zip(each.dataoffsets, each.databytecounts, strict=True))
+        missing = len(where) < math.prod(key.chunked)
         if key.is_contiguous:  # one piece of data, for a stack of ImageJ with one page only
-            where = [(each.dataoffsets[0], each.keyframe.nbytes)]
-        elif len(where) < math.prod(key.chunked):
-            raise ImageError("", "truncated or damaged (parts are missing)", "copy it again from its source")
-        if any(not count or start + count > size for start, count in where):
+            where, missing = [(each.dataoffsets[0], each.keyframe.nbytes)], False
+        if missing or any(not count or start + count > size for start, count in where):
             raise ImageError("", "truncated or damaged (parts are missing)", "copy it again from its source")
         if key.compression == _JPEG:
             _check_jpegs(each, where)
@@ -234,9 +233,8 @@ def channel_order(tif: Any, series: Any) -> tuple[list[int], bool]:
         if sorted(found) == ["b", "g", "r"]:
             return [found.index(each) for each in "rgb"], True
     if any(not _UNNAMED.fullmatch(name.strip()) for name in names) or any(colours):
-        shown = (
-            f" ({', '.join(names)})"[:80] if series.kind == "ome" else ""
-        )  # ImageJ puts names of files there
+        # ImageJ puts names of files there.
+        shown = f" ({', '.join(names)})"[:80] if series.kind == "ome" else ""
         raise ImageError("", f"three channels that are not red, green and blue{shown}", SAVE_AS_RGB)
     return [0, 1, 2], False
 
@@ -247,15 +245,14 @@ def _channels(tif: Any, series: Any) -> tuple[list[str], list[str]]:
         found = re.findall(r"<(?:\w+:)?Channel\b[^>]*>", tif.ome_metadata)[:3]
         numbers = [re.search(r'\bColor="(-?\d+)"', each) for each in found]
         colours = [int(each.group(1)) >> 8 & 0xFFFFFF if each else 0xFFFFFF for each in numbers]  # RGBA
-        names = [re.search(r'\bName="([^"]*)"', each) for each in found]
-        return [each.group(1) if each else "" for each in names], [
-            _PURE.get((each >> 16, each >> 8 & 255, each & 255), "other") for each in colours
-        ]
-    meta = tif.imagej_metadata or {}
-    brightest = [tuple(np.asarray(table)[:, -1].tolist()) for table in meta.get("LUTs", ())[:3]]
-    return [str(each) for each in meta.get("Labels", ())[:3]], [
-        _PURE.get(each, "other") for each in brightest
-    ]
+        brightest = [(each >> 16, each >> 8 & 255, each & 255) for each in colours]
+        matches = [re.search(r'\bName="([^"]*)"', each) for each in found]
+        names = [each.group(1) if each else "" for each in matches]
+    else:
+        meta = tif.imagej_metadata or {}
+        names = [str(each) for each in meta.get("Labels", ())[:3]]
+        brightest = [tuple(np.asarray(table)[:, -1].tolist()) for table in meta.get("LUTs", ())[:3]]
+    return names, [_PURE.get(each, "other") for each in brightest]
 
 
 # --- what its numbers are ---------------------------------------------------------------------------

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -30,39 +30,27 @@ _FORMAT = {"compression": "NONE", "use_dictionary": False, "write_statistics": F
 SCHEMA = pa.schema([("item", pa.string()), ("view", pa.int32()), ("image", pa.binary())])
 
 
-class ViewWriter:
-    """Writes one view store per level, group by group; memory holds one group.
+@contextmanager
+def view_writer(paths: Mapping[Level, Path]) -> Iterator[Callable[[Mapping[Level, list[View]]], None]]:
+    """A function that appends the views of one smear and its cells to the view stores of their levels.
 
-    Use it as a context manager. The files appear when the block ends without an error; after an error there
-    are none.
+    Memory holds one group of views. The files appear when the block ends without an error; after an error
+    there are none.
     """
+    with ExitStack() as stack:
+        parts = {level: stack.enter_context(whole(path)) for level, path in paths.items()}
+        files = {
+            level: stack.enter_context(pq.ParquetWriter(part, SCHEMA, **_FORMAT))
+            for level, part in parts.items()
+        }
 
-    def __init__(self, paths: Mapping[Level, Path]) -> None:
-        """Take the path of each level's file; nothing is written before the block starts."""
-        self._paths = paths
-        self._stack = ExitStack()
-        self._files: dict[Level, pq.ParquetWriter] = {}
+        def write(groups: Mapping[Level, list[View]]) -> None:
+            for level, views in groups.items():
+                if views:
+                    columns = dict(zip(SCHEMA.names, zip(*views, strict=True), strict=True))
+                    files[level].write_table(pa.table(columns, schema=SCHEMA))
 
-    def __enter__(self) -> ViewWriter:
-        """Open the files."""
-        with ExitStack() as stack:
-            for level, path in self._paths.items():
-                part = stack.enter_context(whole(path))
-                file = pq.ParquetWriter(part, SCHEMA, **_FORMAT)
-                self._files[level] = stack.enter_context(file)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> bool | None:
-        """Close the files, or remove them after an error."""
-        return self._stack.__exit__(*error)
-
-    def write(self, groups: Mapping[Level, list[View]]) -> None:
-        """Append the views of one smear and its cells to the files of their levels."""
-        for level, views in groups.items():
-            if views:
-                columns = dict(zip(SCHEMA.names, zip(*views, strict=True), strict=True))
-                self._files[level].write_table(pa.table(columns, schema=SCHEMA))
+        yield write
 
 
 def count_views(path: Path) -> int:
@@ -96,8 +84,7 @@ def read_views(path: Path, batch: int, rows: range | None = None) -> Iterator[li
 def _views(file: pq.ParquetFile, groups: list[int], batch: int) -> Iterator[View]:
     for group in groups:  # one by one: Arrow keeps every group of one call in memory until its end
         for rows in file.iter_batches(batch, row_groups=[group]):
-            columns = [rows.column(name).to_pylist() for name in SCHEMA.names]
-            yield from map(View, *columns)
+            yield from map(View, *(rows.column(name).to_pylist() for name in SCHEMA.names))
 
 
 def plain_views(path: Path, items: Collection[str]) -> dict[str, bytes]:

@@ -42,12 +42,7 @@ class ViewError(UserError, ValueError):
 def view_multipliers(items: pd.DataFrame, extra_views: Mapping[str, int]) -> np.ndarray:
     """The multiplier of the number of augmented views of each item: the largest one of its labels, or 1.
 
-    Args:
-        items: a table with some of `LABEL_COLUMNS`; labels are joined by ``|``.
-        extra_views: label -> multiplier.
-
-    Returns:
-        int64, shape (items,).
+    `items` has some of `LABEL_COLUMNS`, and `extra_views` the multipliers by label. Returns int64 (items,).
     """
     factor = np.ones(len(items), dtype=np.int64)
     for column in LABEL_COLUMNS:
@@ -59,16 +54,9 @@ def view_multipliers(items: pd.DataFrame, extra_views: Mapping[str, int]) -> np.
 
 
 def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: int) -> np.ndarray:
-    """Cut a square around the centre of a box and scale it; beyond the image its edge is mirrored.
+    """Cut a square of `side` px around the centre of a box, and scale it: uint8 RGB (size, size, 3).
 
-    Args:
-        image: uint8 RGB, shape (height, width, 3).
-        box: y0, x0, y1, x1 in px, end exclusive.
-        side: of the square, in px of `image`.
-        size: of the result, in px.
-
-    Returns:
-        uint8 RGB, shape (size, size, 3).
+    The box is y0, x0, y1, x1 in px, end exclusive. Beyond the image its edge is mirrored.
     """
     y0, x0, y1, x1 = box
     half = int(np.ceil(side / 2))
@@ -77,14 +65,8 @@ def cut(image: np.ndarray, box: tuple[int, int, int, int], side: float, size: in
     height, width = image.shape[:2]
     inside = image[max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)]
     if inside.shape[:2] != (2 * half, 2 * half):
-        inside = cv2.copyMakeBorder(
-            inside,
-            max(-top, 0),
-            max(bottom - height, 0),
-            max(-left, 0),
-            max(right - width, 0),
-            cv2.BORDER_REFLECT,
-        )
+        beyond = (max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0))
+        inside = cv2.copyMakeBorder(inside, *beyond, cv2.BORDER_REFLECT)
     return resize(inside, size)
 
 
@@ -95,18 +77,9 @@ def view_seed(seed: int, item: str, view: int) -> int:
 
 
 def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
-    """Normalise the colours of a picture before views are cut from it.
+    """A picture in normalised colours (`settings.normalise`), before views are cut from it.
 
-    Args:
-        image: uint8 RGB, shape (height, width, 3).
-        settings: of the views; `settings.normalise` is the method.
-        name: of the image, for messages.
-
-    Returns:
-        uint8 RGB of the same shape.
-
-    Raises:
-        ViewError: the colours cannot be normalised.
+    A ViewError, with the name of the picture, if its colours cannot be normalised.
     """
     try:
         return normalised(image, settings.normalise)
@@ -120,15 +93,9 @@ def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
 def cell_views(
     smear: Pyramid, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
-    """Make the views of one cell: the plain view, then the augmented views.
+    """Make the views of one cell: the plain view, then `count` augmented views.
 
-    Args:
-        smear: in normalised colours.
-        box: y0, x0, y1, x1 in px, end exclusive.
-        name: of the cell.
-        count: number of augmented views.
-        settings: of the views.
-        seed: of the augmented views.
+    `smear` is in normalised colours, `box` is y0, x0, y1, x1 in px, end exclusive.
     """
     size = settings.size["cell"]
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + settings.margin)
@@ -142,17 +109,10 @@ def cell_views(
 
 
 def smear_views(smear: Pyramid, name: str, count: int, settings: Augment, seed: int) -> Iterator[View]:
-    """Make the views of one whole smear, resized to a square: the plain view, then the augmented views.
+    """Make the views of one whole smear, resized to a square: the plain view, then `count` augmented views.
 
     The field is rotated before it is resized, as a slide is rotated under a camera. Beyond the field its edge
     is mirrored.
-
-    Args:
-        smear: in normalised colours.
-        name: of the smear.
-        count: number of augmented views.
-        settings: of the views.
-        seed: of the augmented views.
     """
     size = settings.size["smear"]
     yield View(name, 0, encode_jpeg(resize(smear.image, size)))
@@ -164,29 +124,19 @@ def smear_views(smear: Pyramid, name: str, count: int, settings: Augment, seed: 
 
 
 def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]) -> list[str]:
-    """The labels of `extra_views` that no item has.
-
-    Args:
-        extra_views: label -> multiplier.
-        tables: items, each with some of `LABEL_COLUMNS`.
+    """The labels of `extra_views` that no item in `tables` has.
 
     Raises:
         ViewError: such a label is similar to a label of the tables, so it is probably misspelt.
     """
-    texts = {
-        text
-        for table in tables
-        for column in LABEL_COLUMNS
-        if column in table
-        for text in table[column].unique()
-    }
+    columns = [table[column] for table in tables for column in LABEL_COLUMNS if column in table]
+    texts = {text for column in columns for text in column.unique()}
     carried = {label for text in texts for label in text.split(SEPARATOR) if label}
     unused = [label for label in extra_views if label not in carried]
-    near = {label: misspelt(label, carried, _SIMILAR) for label in unused}
     problems = [
         f"augment.extra_views: no item has the label {label!r} (did you mean {found!r}?)"
-        for label, found in near.items()
-        if found
+        for label in unused
+        if (found := misspelt(label, carried, _SIMILAR))
     ]
     if problems:
         raise ViewError("\n".join(problems))
@@ -222,8 +172,13 @@ def parts_of(
 ) -> Iterator[Part]:
     """Divide a data set into parts: each smear with its cells, then the cells that have no smear.
 
-    Arguments as of `all_views`. With `by_patient` everything is sorted by patient, so that all parts of a
-    patient follow one another.
+    Args:
+        root: folder of the images.
+        smears: ``dataset/smears.csv``.
+        cells: ``dataset/cells.csv``.
+        settings: of the views.
+        files: the path below `root` of each value of the column `image`; None: the value is the path.
+        by_patient: sort everything by patient, so that all parts of a patient follow one another.
     """
     smears = smears.assign(views=settings.views * view_multipliers(smears, settings.extra_views))
     cells = cells.assign(views=settings.views * view_multipliers(cells, settings.extra_views))
@@ -253,40 +208,17 @@ def _items(table: pd.DataFrame, level: Level, root: Path, files: Mapping[str, st
         yield Item(name, patient, image, path, tuple(box), views)
 
 
-def all_views(
-    root: Path,
-    smears: pd.DataFrame,
-    cells: pd.DataFrame,
+def views_of_parts(
+    parts: Iterable[Part],
     settings: Augment,
     seed: int,
     engine: Engine = HERE,
-    files: Mapping[str, str] | None = None,
     levels: Collection[Level] = LEVELS,
 ) -> Iterator[dict[Level, list[View]]]:
-    """Make the views of every smear and its cells, in the order of `smears`; then those of single cells.
+    """For each part, the views of its smear and of its cells, if they are of one of the `levels`.
 
-    Each image is decoded once.
-
-    Args:
-        root: folder of the images.
-        smears: ``dataset/smears.csv``.
-        cells: ``dataset/cells.csv``.
-        settings: of the views.
-        seed: of the augmented views.
-        engine: processes the parts in parallel; the results are the same with each engine.
-        files: the path below `root` of each value of the column `image`; None: the value is the path.
-        levels: of which views are made.
-
-    Yields:
-        For each of `parts_of`, the views of the smear and those of the cells in the order of `cells`.
+    Each image is decoded once. The results are the same with each engine.
     """
-    yield from views_of_parts(parts_of(root, smears, cells, settings, files), settings, seed, engine, levels)
-
-
-def views_of_parts(
-    parts: Iterable[Part], settings: Augment, seed: int, engine: Engine, levels: Collection[Level] = LEVELS
-) -> Iterator[dict[Level, list[View]]]:
-    """The views of each part; arguments as of `all_views`."""
     making = partial(_views_of_part, settings=settings, seed=seed, levels=levels)
     yield from engine.map(making, parts)
 

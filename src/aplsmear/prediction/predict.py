@@ -336,7 +336,7 @@ def judge_patients(
     """The verdict on every patient, sorted by name, each as soon as all smears of the patient are processed.
 
     `smears` and `cells` are of `aplsmear.data.dataset.read_data_set`; the paths in the column `image` start
-    from the folder `root`; `files` as in `aplsmear.images.views.all_views`. The engine changes no result.
+    from the folder `root`; `files` as in `aplsmear.images.views.parts_of`. The engine changes no result.
     """
     return (one for (one,) in judge_together([models], root, smears, cells, engine, files))
 

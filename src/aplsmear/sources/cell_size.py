@@ -24,6 +24,7 @@ from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from skimage.feature import peak_local_max
 
+from aplsmear.data.boxes import overlaps
 from aplsmear.sources.cell_finder import BOX, MIN_SIZE, find_cells, nucleated_parts, scaled
 
 _OVERVIEW = 1024  # px of the longer side on which the first lengths are measured
@@ -180,11 +181,7 @@ def _agreement(pairs: Sequence[Sequence[Boxes]]) -> float:
 
 def matches(one: Boxes, other: Boxes) -> int:
     """Number of boxes that agree, one to one, with an intersection over union of at least 0.5."""
-    start = np.maximum(one[:, None, :2], other[None, :, :2])
-    end = np.minimum(one[:, None, 2:], other[None, :, 2:])
-    common = np.prod(np.clip(end - start, 0, None), axis=2)
-    areas = [np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (one, other)]
-    overlap = common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1)
+    overlap = overlaps(one[:, None], other[None])
     rows, columns = linear_sum_assignment(-overlap)
     return int((overlap[rows, columns] >= _SAME).sum())
 

@@ -33,7 +33,8 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from aplsmear.data.schema import IMAGE_FOLDER, SMEARS_FILE
+from aplsmear.data.schema import IMAGE_FOLDER, SMEARS_FILE, Facts
+from aplsmear.files import whole_folder
 from aplsmear.images.pixels import Rgb
 from aplsmear.progress import progress
 from aplsmear.sources.cell_finder import nucleated_parts
@@ -63,15 +64,6 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What is known of a slide: the name that its pictures get, its patient, and its label or ''."""
-
-    name: str
-    patient: str
-    label: str = ""
-
-
-@dataclass(frozen=True)
 class Choice:
     """The fields of a slide.
 
@@ -91,11 +83,7 @@ class Choice:
 def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
     """The best squares of a slide; fewer than `count` if fewer are good.
 
-    Args:
-        slide: an open slide with a known resolution.
-        count: number of fields.
-        mpp: micrometres per px of the fields; not finer than the slide.
-        size: side of a field in px of this resolution.
+    The side of a field is `size` px of `mpp` micrometres, which are not finer than those of the slide.
 
     Raises:
         SlideError: the slide is smaller than a field, or its pixels are damaged.
@@ -156,39 +144,27 @@ def write_fields(
     Args:
         slides: open slides of one resolution or finer.
         folder: new, or empty.
-        facts: label and patient of each slide, and the name of its pictures.
+        facts: diagnosis and patient of each slide, and the name of its pictures.
         count: most fields of a slide.
         mpp: micrometres per px of the fields.
         size: side of a field in px.
 
-    Returns:
-        The fields of each slide.
-
     Raises:
-        SlideError: the folder holds something, no slide has a good field, or pixels are damaged.
+        UserError: the folder holds something, no slide has a good field, or pixels are damaged.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise SlideError(f"{folder} is not empty, and nothing is overwritten. Choose another folder.")
-    part = folder.with_name(folder.name + ".part")
-    if part.exists():
-        raise SlideError(f"{part} is there: a run was stopped. Delete it and try again.")
-    choices = [choose_fields(slide, count, mpp, size) for slide in slides]
-    if not any(len(choice.fields) for choice in choices):
-        why = Counter[str]()
-        for choice in choices:
-            why.update(choice.left_out)
-        raise SlideError(f"No field of one sharp layer was found. Squares by reason: {reasons(why)}.")
-    (part / IMAGE_FOLDER).mkdir(parents=True)
-    tables = [
-        _write_slide(slide, choice, part, fact, size)
-        for slide, choice, fact in zip(slides, choices, facts, strict=True)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    write_table(part / SMEARS_FILE, table[["id", "imgName", "label", "patient"]])
-    write_table(part / FIELDS_FILE, table[list(_COLUMNS)])
-    if folder.exists():
-        folder.rmdir()
-    part.rename(folder)
+    with whole_folder(folder) as part:
+        choices = [choose_fields(slide, count, mpp, size) for slide in slides]
+        if not any(len(choice.fields) for choice in choices):
+            why = sum((Counter(choice.left_out) for choice in choices), Counter[str]())
+            raise SlideError(f"No field of one sharp layer was found. Squares by reason: {reasons(why)}.")
+        (part / IMAGE_FOLDER).mkdir(parents=True)
+        tables = [
+            _write_slide(slide, choice, part, fact, size)
+            for slide, choice, fact in zip(slides, choices, facts, strict=True)
+        ]
+        table = pd.concat(tables, ignore_index=True)
+        write_table(part / SMEARS_FILE, table[["id", "imgName", "label", "patient"]])
+        write_table(part / FIELDS_FILE, table[list(_COLUMNS)])
     return choices
 
 
@@ -201,7 +177,7 @@ def _write_slide(slide: Slide, choice: Choice, folder: Path, facts: Facts, size:
         Image.fromarray(slide.in_srgb(rgb)).save(folder / IMAGE_FOLDER / f"{name}.png", "PNG")
     choice.thumbnail.save(folder / f"{facts.name}.png", "PNG")
     names = {"id": ids, "imgName": [f"{name}.png" for name in ids], "slide": slide.path.name}
-    return choice.fields.assign(**names, label=facts.label, patient=facts.patient)
+    return choice.fields.assign(**names, label=facts.diagnosis, patient=facts.patient)
 
 
 def reasons(counts: Mapping[str, int]) -> str:
@@ -304,11 +280,7 @@ def _sharp(slide: Slide, table: pd.DataFrame, most: int, size: int, left_out: Co
 
 
 def sharpness(rgb: Rgb) -> float:
-    """The share of contrast at the edges of cells that one more blur takes away, 0 (blurred) to 1.
-
-    Args:
-        rgb: uint8, shape (height, width, 3).
-    """
+    """The share of contrast at the edges of cells that one more blur takes away, 0 (blurred) to 1."""
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY).astype(np.float32)
     shares = []
     for axis in (0, 1):
