@@ -6,10 +6,11 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -26,7 +27,7 @@ from aplsmear.files import whole
 from aplsmear.images.reading import SLIDES, is_picture_name, read_image
 from aplsmear.progress import progress
 from aplsmear.sources.cell_finder import BOX, CellsError, check_size, find_cells, scaled
-from aplsmear.sources.cell_size import Boxes, Estimate, Lengths, boxes_at, choose, ladder, lengths
+from aplsmear.sources.cell_size import Estimate, boxes_at, choose, ladder, lengths
 from aplsmear.tables import write_table
 
 TYPICAL_MICROMETRES = 14.0  # diameter of nucleated marrow cells: lymphocytes 10, promyelocytes 16 to 20
@@ -41,20 +42,16 @@ _COMPARED = 3  # smears on the sheet of sizes, each at every size
 _TILE, _CAPTION, _GAP = 560, 26, 8  # px
 _GREEN = (0, 160, 0)  # no stain has this colour
 
+Seen = TypeVar("Seen")
+
 
 @dataclass(frozen=True)
 class Search:
-    """The cells that were found in a data set.
+    """The cells that were found in a data set."""
 
-    Attributes:
-        size: expected diameter of cells in px; None if no cell was found at any size.
-        cells: one row for each cell: `smear`, `BOX`, `MEASURES`; sorted by smear, then by box.
-        estimate: how the size was found; None if it was given.
-    """
-
-    size: float | None
-    cells: pd.DataFrame
-    estimate: Estimate | None
+    size: float | None  # expected diameter of cells in px; None if no cell was found at any size
+    cells: pd.DataFrame  # a row for each: `smear`, `BOX`, `MEASURES`; sorted by smear, then by box
+    estimate: Estimate | None  # how the size was found; None if it was given
 
 
 def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, workers: int = -1) -> Search:
@@ -72,42 +69,36 @@ def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, worker
     """
     paths = [root / image for image in smears["image"]]
     engine = Here(workers)
+
+    def each(look: Callable[[npt.NDArray[np.uint8]], Seen], paths: Sequence[Path], title: str) -> list[Seen]:
+        return list(progress(engine.map(partial(_of_file, look=look), paths), title, len(paths)))
+
     estimate = None
     if size is None:
-        estimate = _estimate(engine, [paths[place] for place in _spread(len(paths), _SAMPLE)])
+        some = [paths[place] for place in _spread(len(paths), _SAMPLE)]
+        measured = each(lengths, some, "smears measured")
+        sizes = ladder(measured)
+        estimate = choose(sizes, measured, each(partial(boxes_at, sizes=sizes), some, "sizes tried"))
         size = estimate.size
     if size is None:
         return Search(None, pd.DataFrame(columns=["smear", *BOX, *MEASURES]), estimate)
-    found = engine.map(partial(_cells_of_file, size=size), paths)
-    tables = [
-        table.assign(smear=smear)
-        for smear, table in zip(smears["smear"], progress(found, "smears searched", len(paths)), strict=True)
-    ]
+    found = each(partial(find_cells, size=size), paths, "smears searched")
+    tables = [table.assign(smear=smear) for smear, table in zip(smears["smear"], found, strict=True)]
     return Search(size, pd.concat(tables, ignore_index=True)[["smear", *BOX, *MEASURES]], estimate)
-
-
-def _estimate(engine: Here, paths: Sequence[Path]) -> Estimate:
-    measured = list(progress(engine.map(_lengths_of_file, paths), "smears measured", len(paths)))
-    sizes = ladder(measured)
-    found = progress(engine.map(partial(_boxes_of_file, sizes=sizes), paths), "sizes tried", len(paths))
-    return choose(sizes, measured, list(found))
 
 
 def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
     """Cells as rows of ``labeled_cells.csv`` (`KAGGLE_CELL_COLUMNS`); all labels are empty."""
-    boxes = cells[list(BOX)].to_numpy(dtype=np.int64).tolist()
+    boxes = map(json.dumps, cells[list(BOX)].to_numpy(dtype=np.int64).tolist())
     rows = cells[["smear", *MEASURES]].rename(columns={"smear": "wsi"})
-    rows = rows.assign(
-        id=range(1, len(cells) + 1), segmentationSetId=1, bbox=[json.dumps(box) for box in boxes]
-    )
+    rows = rows.assign(id=range(1, len(cells) + 1), segmentationSetId=1, bbox=list(boxes))
     return rows.reindex(columns=list(KAGGLE_CELL_COLUMNS), fill_value="")
 
 
 def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
     """Diameter of a typical cell in px, given as such or by the resolution; None if neither is known.
 
-    Raises:
-        CellsError: both are given, or cells would be too small.
+    A CellsError if both are given, or cells would be too small.
     """
     if size is not None and micrometres_per_pixel is not None:
         raise CellsError("--size and --micrometres-per-pixel exclude each other: give only one of them")
@@ -119,11 +110,7 @@ def expected_size(size: float | None, micrometres_per_pixel: float | None) -> fl
 
 
 def refuse_single_cells(root: Path) -> None:
-    """Refuse a data set in which cells have pictures of their own.
-
-    Raises:
-        CellsError: the table of cells has a column ``imgName``.
-    """
+    """Raise CellsError if cells of a data set have pictures of their own."""
     table = root / CELLS_FILE
     if table.exists() and read_csv(table, {"imgName": True}, [], []) is not None:
         raise CellsError(
@@ -183,8 +170,7 @@ def next_steps(root: Path) -> list[str]:
 def kept_name(table: Path, overwrite: bool) -> Path | None:
     """The name that an existing table gets before `table` is written; None if there is no table.
 
-    Raises:
-        CellsError: the table exists and `overwrite` is False, or the name does not end with ``.csv``.
+    A CellsError if it exists and `overwrite` is False, or if the name does not end with ``.csv``.
     """
     if table.suffix.lower() != ".csv":
         raise CellsError(f"{table} is not the name of a table: give a name such as {CELLS_FILE}")
@@ -203,10 +189,7 @@ def write_search(table: Path, kept: Path | None, root: Path, smears: pd.DataFram
     """Write the results of `find_all`: the table (CSV), if there are cells, and the contact sheet beside it.
 
     An existing table first gets the name `kept`. If the size is doubtful, a second sheet (its name ends with
-    `CANDIDATES`) shows some smears with the boxes of each size that was tried.
-
-    Returns:
-        The contact sheet, a PNG.
+    `CANDIDATES`) shows some smears with the boxes of each size that was tried. Returns the contact sheet.
     """
     sheet = table.with_suffix(".png")
     with whole(sheet) as part:
@@ -233,12 +216,15 @@ def summary(found: Search, smears: Iterable[str], table: Path) -> list[str]:
         return [f"no nucleated cell in {len(names):,} smears"]
     areas = (found.cells["y1"] - found.cells["y0"]) * (found.cells["x1"] - found.cells["x0"])
     counts = found.cells.groupby("smear", sort=False).size().reindex(names, fill_value=0)
+    origin = f"expected size {found.size:g} px"
+    if found.estimate:
+        red = f"; a red cell has {found.estimate.red:.0f} px" if found.estimate.red else ""
+        origin = f"estimated size {found.size:g} px (typical nucleated cell{red})"
     lines = [
-        f"{len(found.cells):,} cells in {len(names):,} smears, {_origin(found)}",
+        f"{len(found.cells):,} cells in {len(names):,} smears, {origin}",
         f"cells per smear: median {counts.median():g}, {counts.min():,} to {counts.max():,}",
     ]
-    none = counts.index[counts == 0].tolist()
-    if none:
+    if none := counts.index[counts == 0].tolist():
         lines.append(f"smears without a cell ({len(none):,}): {', '.join(none)}")
     typical = np.sqrt(areas).groupby(found.cells["smear"], sort=False).median()
     other = [
@@ -260,18 +246,10 @@ def summary(found: Search, smears: Iterable[str], table: Path) -> list[str]:
     return lines
 
 
-def _origin(found: Search) -> str:
-    if found.estimate is None:
-        return f"expected size {found.size:g} px"
-    red = f"; a red cell has {found.estimate.red:.0f} px" if found.estimate.red else ""
-    return f"estimated size {found.size:g} px (typical nucleated cell{red})"
-
-
 def contact_sheet(root: Path, smears: pd.DataFrame, cells: pd.DataFrame) -> Image.Image:
     """A picture of smears with their boxes and the number of their cells, for a check by eye.
 
     Of many smears it shows those with the fewest and the most cells, and others evenly spread between them.
-    The arguments are those of `find_all`, and the cells of its result.
     """
     rows = cells.groupby("smear", sort=False).indices
     counts = [len(rows.get(smear, ())) for smear in smears["smear"]]
@@ -325,16 +303,6 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({int(place) for place in np.linspace(0, count - 1, min(count, most))}) if count else []
 
 
-def _lengths_of_file(path: Path) -> Lengths:
+def _of_file(path: Path, look: Callable[[npt.NDArray[np.uint8]], Seen]) -> Seen:
     cv2.setNumThreads(1)
-    return lengths(read_image(path))
-
-
-def _boxes_of_file(path: Path, sizes: Sequence[float]) -> list[Boxes]:
-    cv2.setNumThreads(1)
-    return boxes_at(read_image(path), sizes)
-
-
-def _cells_of_file(path: Path, size: float) -> pd.DataFrame:
-    cv2.setNumThreads(1)
-    return find_cells(read_image(path), size)
+    return look(read_image(path))

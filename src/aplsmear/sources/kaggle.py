@@ -60,14 +60,10 @@ def obtain(wanted: Kaggle, folder: Path, *, attempts: int = 5, pause: float = 2.
     parts are in ``<folder>.kaggle.part`` beside the folder.
 
     Credentials are read from Kaggle's usual places (KAGGLE_API_TOKEN, KAGGLE_USERNAME and KAGGLE_KEY,
-    ~/.kaggle). Without credentials, Kaggle is asked without signing in. That is enough for many public data
-    sets.
+    ~/.kaggle). Many public data sets need none.
 
-    Args:
-        wanted: owner, slug and version of the data set.
-        folder: does not exist, is empty, or holds an earlier download.
-        attempts: number of failures in a row, without a new byte in between, after which to give up.
-        pause: seconds before the second attempt; doubled at each further attempt, up to one minute.
+    It gives up after as many `attempts` that failed in a row, without a new byte in between. The `pause`
+    before the second attempt is in seconds; it doubles at each further one, up to one minute.
 
     Raises:
         KaggleError: the data set could not be downloaded, or the folder holds something else.
@@ -97,8 +93,7 @@ def obtain(wanted: Kaggle, folder: Path, *, attempts: int = 5, pause: float = 2.
 def borrow(wanted: Kaggle, folder: Path, lender: Path) -> Obtained | None:
     """Make `folder` a link to the earlier download in the folder `lender`.
 
-    Returns:
-        The data set in `lender`; None, and no link, if it is incomplete, changed, or not the wanted version.
+    None, and no link, if that is incomplete, changed, or not the wanted version.
     """
     if folder.is_symlink():
         folder.unlink()
@@ -267,13 +262,10 @@ def _refusal(answer: requests.Response | None) -> _Trouble:
 
 
 def _fetch(wanted: Kaggle, answer: requests.Response, archive: Path) -> _Trouble | None:
-    """Download the rest of the archive; None if it is complete.
+    """Download the rest of the archive; None if it is complete. A KaggleError if the disk is too full.
 
     When kagglehub continues a download, it appends all that the storage returns, also an error page. Then
     checksum or size do not match, and the archive is removed and downloaded again from its beginning.
-
-    Raises:
-        KaggleError: there is too little space on the disk.
     """
     from kagglehub.clients import download_file
     from kagglehub.exceptions import DataCorruptionError
@@ -287,8 +279,9 @@ def _fetch(wanted: Kaggle, answer: requests.Response, archive: Path) -> _Trouble
         need = 2 * total - archive.stat().st_size  # the rest of the archive, and its files unpacked
         free = shutil.disk_usage(archive.parent).free
         if free < need:
-            sizes = f"{need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
-            full = f"the disk of {archive.parent} is full: {sizes}."
+            full = (
+                f"the disk of {archive.parent} is full: {need / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free."
+            )
             raise _error(wanted, full, f"delete files on this disk, {_CONTINUES}")
         try:
             download_file(answer, str(archive), DatasetHandle(wanted.owner, wanted.slug, wanted.version))
@@ -309,11 +302,8 @@ def _fetch(wanted: Kaggle, answer: requests.Response, archive: Path) -> _Trouble
 def _unpack(wanted: Kaggle, archive: Path, files: Path) -> tuple[Obtained, Path]:
     """Check the archive, unpack it into the new folder `files`, and write the marker.
 
-    Returns:
-        What was unpacked, and the folder in `files` that holds ``wsi.csv``.
-
-    Raises:
-        KaggleError: the archive is damaged, a bomb or without ``wsi.csv``.
+    Returns what was unpacked, and the folder in `files` that holds ``wsi.csv``. A KaggleError if the archive
+    is damaged, a bomb or without this table.
     """
     try:
         with zipfile.ZipFile(archive) as bundle:

@@ -19,6 +19,7 @@ from aplsmear.dino_variants import CLASS, PATCHES, VARIANTS, Variant, variant_of
 from aplsmear.files import sha256, whole
 from aplsmear.progress import progress
 from aplsmear.sources.checkpoints import CheckpointError, Tensor, read_checkpoint
+from aplsmear.words import named
 
 _SHOWN = 10  # names in a message
 _HEAD = 64  # channels of a head in every published variant
@@ -52,22 +53,11 @@ _BLOCK = (
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights of a published network.
+    """Weights of a published network."""
 
-    Attributes:
-        application: nearest entry of `VARIANTS`.
-        variant: the shape of the network.
-        tensors: by name with facebookresearch (dinov2).
-    """
-
-    application: str
-    variant: Variant
-    tensors: dict[str, Tensor]
-
-    def options(self) -> dict[str, Any]:
-        """Options of a backbone: what differs from the entry of `VARIANTS`."""
-        usual = asdict(VARIANTS[self.application])
-        return {name: value for name, value in asdict(self.variant).items() if value != usual[name]}
+    application: str  # nearest entry of `VARIANTS`
+    variant: Variant  # the shape of the network
+    tensors: dict[str, Tensor]  # by name with facebookresearch (dinov2)
 
 
 def read_published(path: Path, heads: int = 0) -> Converted:
@@ -78,8 +68,7 @@ def read_published(path: Path, heads: int = 0) -> Converted:
         heads: of the attention; 0: channels / 64, as in every published network.
 
     Raises:
-        CheckpointError: see `aplsmear.sources.checkpoints.read_checkpoint`; unknown or missing names or
-            wrong shapes, all at once.
+        CheckpointError: of `read_checkpoint`, or with all names that are unknown or missing, or wrong shapes.
     """
     tensors = _merged(_renamed(read_checkpoint(path)))
     try:
@@ -89,9 +78,9 @@ def read_published(path: Path, heads: int = 0) -> Converted:
             f"{str(path)!r} has no weights of DINOv2 or DINOv3: {error} is missing or wrong"
         ) from error
     expected = _shapes(variant)
-    if missing := _brief(sorted(expected.keys() - tensors.keys())):
+    if missing := named(sorted(expected.keys() - tensors.keys()), _SHOWN):
         raise CheckpointError(f"{str(path)!r} lacks: {missing}")
-    if unknown := _brief(sorted(tensors.keys() - expected.keys())):
+    if unknown := named(sorted(tensors.keys() - expected.keys()), _SHOWN):
         raise CheckpointError(f"{str(path)!r} has weights that {application} has not: {unknown}")
     wrong = [
         f"{name} {tensors[name].shape}, not {shape}"
@@ -99,19 +88,14 @@ def read_published(path: Path, heads: int = 0) -> Converted:
         if tensors[name].shape != shape
     ]
     if wrong:
-        raise CheckpointError(f"{str(path)!r} has other shapes than {application}: {_brief(wrong)}")
+        raise CheckpointError(f"{str(path)!r} has other shapes than {application}: {named(wrong, _SHOWN)}")
     return Converted(application, variant, tensors)
 
 
 def write_weights(converted: Converted, path: Path) -> str:
-    """Write the weights as a file that Keras loads: the same bytes for the same weights.
+    """Write the weights as a file that Keras loads (``.weights.h5``); returns its SHA-256.
 
-    Args:
-        converted: of `read_published`.
-        path: ends in ``.weights.h5``.
-
-    Returns:
-        The SHA-256 of the file.
+    The same weights give the same bytes.
     """
     import keras
 
@@ -137,7 +121,8 @@ def write_weights(converted: Converted, path: Path) -> str:
 
 def row_of(converted: Converted, name: str, weights: Path, digest: str, size: int = 224) -> dict[str, Any]:
     """The row of `backbones` in params.yaml for converted weights: {name: settings}."""
-    options = converted.options()
+    usual = asdict(VARIANTS[converted.application])
+    options = {key: value for key, value in asdict(converted.variant).items() if value != usual[key]}
     return {
         name: {
             "application": converted.application,
@@ -215,11 +200,12 @@ def _variant_of(tensors: Mapping[str, Tensor], heads: int) -> tuple[str, Variant
         "registers": tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
         "grid": grid,
     }
-    family = [name for name, each in VARIANTS.items() if bool(each.grid) == bool(grid)]
     same = {
-        name: sum(asdict(VARIANTS[name])[key] == value for key, value in shape.items()) for name in family
+        name: sum(getattr(each, key) == value for key, value in shape.items())
+        for name, each in VARIANTS.items()
+        if bool(each.grid) == bool(grid)
     }
-    application = max(family, key=same.__getitem__)
+    application = max(same, key=same.__getitem__)
     if not heads and width % _HEAD:
         raise CheckpointError(
             f"{width} channels are no multiple of {_HEAD}: give the number of heads (--heads)"
@@ -259,11 +245,8 @@ def _keras_weights(converted: Converted) -> Iterator[tuple[str, Callable[[], np.
 
     yield "patch_embed/kernel", lambda: tensors["patch_embed.proj.weight"].read().transpose(2, 3, 1, 0)
     yield "patch_embed/bias", tensors["patch_embed.proj.bias"].read
-    for own, name in {
-        "class_token": "cls_token",
-        "registers": "register_tokens",
-        "positions": "pos_embed",
-    }.items():
+    tokens = {"class_token": "cls_token", "registers": "register_tokens", "positions": "pos_embed"}
+    for own, name in tokens.items():
         if name in tensors:
             yield f"tokens/{own}", tensors[name].read
     yield "norm/gamma", tensors["norm.weight"].read
@@ -278,8 +261,3 @@ def _keras_weights(converted: Converted) -> Iterator[tuple[str, Callable[[], np.
         for layer, name in products.items():
             yield f"{own}{layer}/kernel", turned(f"{start}{name}.weight")
             yield f"{own}{layer}/bias", tensors[f"{start}{name}.bias"].read
-
-
-def _brief(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -53,29 +53,19 @@ class SlideError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Slide:
-    """An open slide. A level is the slide at a lower resolution; level 0 is the full one.
-
-    Attributes:
-        path: the file.
-        kind: name of its format.
-        origin: column and row of the first scanned pixel, in px of level 0.
-        size: width and height of what was scanned, in px of level 0.
-        scales: px of level 0 that one px of each level has, ascending from 1.
-        mpp: micrometres per pixel of level 0; None: the file does not name it.
-        profile: ICC profile of the scanner; None: the file has none.
-        pixels: reads (level, column, row, width, height), all in px of that level: uint8 RGB.
-        files: closes the open files.
-    """
+    """An open slide. A level is the slide at a lower resolution; level 0 is the full one."""
 
     path: Path
-    kind: str
-    origin: tuple[int, int]
-    size: tuple[int, int]
-    scales: tuple[float, ...]
-    mpp: float | None
-    profile: bytes | None
-    pixels: Callable[[int, int, int, int, int], Rgb]
-    files: ExitStack
+    kind: str  # name of its format
+    origin: tuple[int, int]  # column and row of the first scanned pixel, in px of level 0
+    size: tuple[int, int]  # width and height of what was scanned, in px of level 0
+    scales: tuple[float, ...]  # px of level 0 that one px of each level has, ascending from 1
+    mpp: float | None  # micrometres per pixel of level 0; None: the file does not name it
+    profile: bytes | None  # ICC profile of the scanner; None: the file has none
+    pixels: Callable[
+        [int, int, int, int, int], Rgb
+    ]  # reads (level, column, row, width, height), px of the level
+    files: ExitStack  # closes the open files
 
     def __enter__(self) -> Slide:
         """The slide itself; its files are closed at the end of the block."""
@@ -86,20 +76,10 @@ class Slide:
         self.files.close()
 
     def region(self, x: int, y: int, width: int, height: int, shape: tuple[int, int]) -> tuple[Rgb, int]:
-        """A part of the slide at the wanted size, from the coarsest level that has enough pixels.
+        """A part of the slide, from the coarsest level that has enough pixels; SlideError if it is damaged.
 
-        Args:
-            x: first column, in px of level 0 from `origin`.
-            y: first row, likewise.
-            width: in px of level 0.
-            height: likewise.
-            shape: height and width of the picture in px; not larger than the part.
-
-        Returns:
-            uint8 RGB of this shape, and the level that it was read from.
-
-        Raises:
-            SlideError: these pixels are damaged.
+        `x` and `y` (from `origin`), `width` and `height` are in px of level 0. Returns uint8 RGB of the
+        `shape` (height, width), which is not larger than the part, and the level that it was read from.
         """
         wanted = min(width / shape[1], height / shape[0]) * 1.01
         level = max(number for number, scale in enumerate(self.scales) if scale <= max(wanted, 1))
@@ -130,11 +110,9 @@ class Slide:
 
 
 def open_slide(path: Path, mpp: float | None = None) -> Slide:
-    """Open a slide; only its description is read.
+    """Open a slide; only its description is read. Of several files (.mrxs, .vms), name the main one.
 
-    Args:
-        path: the file; of several files (.mrxs, .vms), the one that names the others.
-        mpp: micrometres per pixel, if the file names none or a wrong one.
+    `mpp` is in micrometres per pixel, for a file that names none or a wrong one.
 
     Raises:
         SlideError: the file is missing, has a format that cannot be read, is damaged, or its resolution is
@@ -212,17 +190,12 @@ def _openslide(path: Path, files: ExitStack) -> Slide:
             f"{path.suffix or 'nothing'}), or it is cut off. Copy it again from the scanner. If it opens "
             f"there: {_CONVERT}. Put a picture of one field into the folder wsi of a data set instead."
         ) from error
-    facts = file.properties
-    back = np.array(
-        [int(facts.get("openslide.background-color", "FFFFFF")[i : i + 2], 16) for i in (0, 2, 4)]
-    )
-    mpp = [float(facts[f"openslide.mpp-{axis}"]) for axis in "xy" if facts.get(f"openslide.mpp-{axis}")]
-    origin = int(facts.get("openslide.bounds-x", 0)), int(facts.get("openslide.bounds-y", 0))
+    facts = {name.removeprefix("openslide."): value for name, value in file.properties.items()}
+    back = np.frombuffer(bytes.fromhex(facts.get("background-color", "FFFFFF")), np.uint8)
+    mpp = [float(facts[f"mpp-{axis}"]) for axis in "xy" if facts.get(f"mpp-{axis}")]
+    origin = int(facts.get("bounds-x", 0)), int(facts.get("bounds-y", 0))
     width, height = file.dimensions
-    size = (
-        int(facts.get("openslide.bounds-width", width)),
-        int(facts.get("openslide.bounds-height", height)),
-    )
+    size = int(facts.get("bounds-width", width)), int(facts.get("bounds-height", height))
     scales = tuple(float(scale) for scale in file.level_downsamples)
 
     def pixels(level: int, x: int, y: int, across: int, down: int) -> Rgb:
@@ -235,7 +208,7 @@ def _openslide(path: Path, files: ExitStack) -> Slide:
         return rgb
 
     profile = file.color_profile.tobytes() if file.color_profile else None
-    kind = f"slide ({facts['openslide.vendor']})"
+    kind = f"slide ({facts['vendor']})"
     mean = math.prod(mpp) ** 0.5 if len(mpp) == 2 else None
     return Slide(path, kind, origin, size, scales, mean, profile, pixels, files.pop_all())
 
@@ -247,14 +220,11 @@ def _czi(path: Path, files: ExitStack) -> Slide:
     from pylibCZIrw import czi
 
     file = files.enter_context(czi.open_czi(str(path)))
-    several = [
-        f"{n} {axis}" for axis, (_, n) in file.total_bounding_box.items() if axis not in "XY" and n > 1
-    ]
+    lengths = {axis: length for axis, (_, length) in file.total_bounding_box.items() if axis not in "XY"}
+    several = ", ".join(f"{length} {axis}" for axis, length in lengths.items() if length > 1)
     types = set(file.pixel_types.values())
     if several or types != {"Bgr24"}:
-        what = (
-            f"planes ({', '.join(several)})" if several else f"pixels of the type {', '.join(sorted(types))}"
-        )
+        what = f"planes ({several})" if several else f"pixels of the type {', '.join(sorted(types))}"
         raise SlideError(
             f"{path}: a CZI of Zeiss with {what}, not one picture in 8-bit colour. In ZEN, export it so."
         )
@@ -271,10 +241,8 @@ def _czi(path: Path, files: ExitStack) -> Slide:
         return np.ascontiguousarray(bgr[:, :, ::-1])
 
     mpp = math.prod(metres) ** 0.5 * 1e6 if len(metres) == 2 else None
-    size = (box.w, box.h)
-    return Slide(
-        path, "CZI of Zeiss", (box.x, box.y), size, tuple(scales), mpp, None, pixels, files.pop_all()
-    )
+    origin, size = (box.x, box.y), (box.w, box.h)
+    return Slide(path, "CZI of Zeiss", origin, size, tuple(scales), mpp, None, pixels, files.pop_all())
 
 
 # --- OME-TIFF -----------------------------------------------------------------------------------------
@@ -296,17 +264,14 @@ def _ome(path: Path, files: ExitStack) -> Slide:
             f"{path}: an OME-TIFF without tiles, which would fill the memory. Write tiles and levels: "
             f"vips tiffsave {path.name} tiled.tif --tile --pyramid --bigtiff"
         )
-    levels = [_TiledLevel(list(level), _order(file, series)) for level in series.levels]
+    # The places of red, green and blue among pages that hold one channel each.
+    order = channel_order(file, series)[0] if "C" in series.axes else [0, 1, 2]
+    levels = [_TiledLevel(list(level), order) for level in series.levels]
     scales = tuple(key.imagelength / level.keyframe.imagelength for level in series.levels)
     return Slide(
         path, "OME-TIFF", (0, 0), (key.imagewidth, key.imagelength), scales, _ome_mpp(file), key.iccprofile,
         lambda level, *part: levels[level].read(*part), files.pop_all(),
     )  # fmt: skip
-
-
-def _order(file: Any, series: Any) -> list[int]:
-    """The place of red, green and blue among pages that hold one channel each."""
-    return channel_order(file, series)[0] if "C" in series.axes else [0, 1, 2]
 
 
 class _TiledLevel:
