@@ -56,13 +56,9 @@ _SURE, _LIKELY = 5.0, 3.0  # standard errors
 
 @dataclass(frozen=True)
 class Darkness:
-    """How much darker boxes are inside than around, in each of `READINGS`: sums over the boxes that fit.
+    """How much darker boxes are inside than around, in each of `READINGS`: sums over the boxes that fit."""
 
-    Attributes:
-        sums: number, sum and sum of squares, shape (40, 3).
-    """
-
-    sums: Numbers
+    sums: Numbers  # number, sum and sum of squares, shape (40, 3)
 
     def __add__(self, other: Darkness) -> Darkness:
         """The sums of two pictures."""
@@ -99,13 +95,9 @@ def is_whole(text: str) -> bool:
 
 
 def as_read(numbers: Numbers, sizes: Numbers, order: str, unit: str) -> Numbers:
-    """Boxes y0, x0, y1, x1 in px from numbers that mean something else.
+    """Boxes y0, x0, y1, x1 in px from numbers (n, 4) of another order (`ORDERS`) and unit (`UNITS`).
 
-    Args:
-        numbers: shape (n, 4).
-        sizes: height and width of the picture of each box, shape (n, 2).
-        order: a key of `ORDERS`.
-        unit: a key of `UNITS`.
+    `sizes` has the height and width of the picture of each box, shape (n, 2).
     """
     first, second = ORDERS[order]
     scale = sizes / UNITS[unit] if UNITS[unit] else 1.0
@@ -136,11 +128,8 @@ def _fits(boxes: Numbers, sizes: Numbers) -> npt.NDArray[np.bool_]:
 def darkness(rgb: Rgb, numbers: Numbers) -> Darkness:
     """How much darker the boxes of one picture are in their inner half than in a frame around them.
 
-    Nuclei absorb red light, red cells and plasma do not: only the red channel is used.
-
-    Args:
-        rgb: uint8, shape (height, width, 3).
-        numbers: of its boxes, shape (n, 4).
+    Nuclei absorb red light, red cells and plasma do not: only the red channel of `rgb` is used. `numbers` are
+    those of the boxes, shape (n, 4).
     """
     scale = min(1.0, _RED / min(rgb.shape[:2]))
     red = cv2.resize(rgb[:, :, 0], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
@@ -193,11 +182,7 @@ def other_readings(numbers: Numbers, sizes: Numbers, dark: Darkness | None) -> l
 
 
 def from_one(numbers: Numbers) -> str:
-    """A remark if boxes count pixels from 1: cut at the edge, they start at 1 and never at 0; else ''.
-
-    Args:
-        numbers: y0, x0, y1, x1 in px, shape (n, 4).
-    """
+    """A remark if boxes count pixels from 1: cut at the edge, they start at 1 and never at 0; else ''."""
     starts = numbers[:, :2].ravel()
     ones, near = int((starts == 1).sum()), int(((starts > 1) & (starts <= 11)).sum())
     if (starts < 1).any() or ones < _PILE or ones < near:

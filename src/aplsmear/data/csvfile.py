@@ -30,9 +30,8 @@ _OTHER_FILES = {  # first bytes -> what the file is
     b"%PDF": "a PDF",
     b"PAR1": "a Parquet file",
 }
-_SEPARATOR_LINE = re.compile(
-    r'"?sep=([^\w\s"]|\t)"?[ ,;\t]*(?:\r\n?|\n|$)', re.IGNORECASE
-)  # Excel uses and hides it
+# Excel uses and hides it.
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\w\s"]|\t)"?[ ,;\t]*(?:\r\n?|\n|$)', re.IGNORECASE)
 _AS_TEXT = re.compile(r'="([^"]*)"')  # ="0012" in a spreadsheet: text, although it looks like a number
 _LARGEST = 10**9  # bytes; a million cells take 150 MB
 _SAME_FILE = 0.93  # of 1; likeness of labeledcells and labelledcells: 0.96, and labeledcellsold: 0.89
@@ -57,9 +56,8 @@ def read_csv(
 
     Returns:
         The wanted columns that are there; the index is the row number that a spreadsheet shows. The titles of
-        the other columns are in its attribute `attrs`, as ``unread``. None if the
-        file cannot be read or lacks a required column. Rows with too few or too many fields are reported and
-        left out.
+        other columns are in ``attrs["unread"]``. None if the file cannot be read or lacks a required column.
+        Rows with too few or too many fields are reported and left out.
     """
     file, text = path.name, _text(path, problems, remarks)
     if text is None:
@@ -165,30 +163,22 @@ def _places(
 ) -> dict[str, int] | None:
     """Position of each wanted column; None if one is missing, has another name, or is there twice."""
     titles = list(map(_title, header))
-    doubled = [title for title, count in Counter(titles).items() if count > 1 and title in wanted]
-    missing = [
-        title for title, required in wanted.items() if required and not {title, required} & set(titles)
-    ]
-    other_names = [
-        (title, meant)
-        for meant in wanted
-        if meant not in (*titles, *missing)
-        for title in titles
-        if title not in wanted and _core(title) == _core(meant)
-    ]
-    for title in doubled:
-        expected, fix = "each column once in the header", "rename or delete one of the two columns"
-        problems.append(Problem(file, row, title, expected=expected, fix=fix))
+    others = [title for title in titles if title and title not in wanted]
+    missing = [title for title, needed in wanted.items() if needed and not {title, needed} & set(titles)]
+    wrong = []
+    for title, count in Counter(titles).items():
+        if count > 1 and title in wanted:
+            wrong.append((title, "each column once in the header", "rename or delete one of the two columns"))
     for title in missing:
-        meant = misspelt(title, [one for one in titles if one and one not in wanted])
+        meant = misspelt(title, others)
         fix = f"rename the column {meant!r}" if meant else "add the column (see docs/data-format.md)"
-        problems.append(Problem(file, row, title, expected=f"a column {title} in the header", fix=fix))
-    for title, meant in other_names:
-        expected, fix = f"the name {meant} for this column", "rename it; if it is another thing, delete it"
-        problems.append(Problem(file, row, title, expected=expected, fix=fix))
-    if doubled or missing or other_names:
-        return None
-    return {title: titles.index(title) for title in wanted if title in titles}
+        wrong.append((title, f"a column {title} in the header", fix))
+    for meant in [title for title in wanted if title not in (*titles, *missing)]:
+        fix = "rename it; if it is another thing, delete it"
+        same = [title for title in others if _core(title) == _core(meant)]
+        wrong += [(title, f"the name {meant} for this column", fix) for title in same]
+    problems += [Problem(file, row, title, expected=expected, fix=fix) for title, expected, fix in wrong]
+    return None if wrong else {title: titles.index(title) for title in wanted if title in titles}
 
 
 def _title(field: str) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import pandera.pandas as pa
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data import boxes, labels, schema
@@ -31,7 +30,7 @@ from aplsmear.data.pictures import (
     with_boxes,
     with_images,
     without_copies,
-)
+)  # fmt: skip
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, LABELS_OF_CELLS, SINGLE_CELL, SMEAR, SMEARS_FILE, Shown
@@ -41,15 +40,9 @@ from aplsmear.tables import SEPARATOR
 from aplsmear.words import misspelt
 
 __all__ = [
-    "CELL_COLUMNS",
-    "SMEAR_COLUMNS",
-    "DataSet",
-    "DataSetError",
-    "Problem",
-    "print_problems",
-    "read_data_set",
+    "CELL_COLUMNS", "SMEAR_COLUMNS", "DataSet", "DataSetError", "Problem", "print_problems", "read_data_set",
     "render_problems",
-]
+]  # fmt: skip
 
 SMEAR_COLUMNS = ("smear", "image", "patient", "site", "diagnosis", "fab", "labels", "width", "height")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
@@ -275,25 +268,22 @@ def _read(root: Path, shown: Shown, labelled: bool, hide: _Hide, notes: Notes) -
     declared, *others = both if labelled else map(schema.without_labels, both)
     wanted: dict[str, bool | str] = {name: each.required for name, each in declared.columns.items()}
     for single in others:
-        wanted |= dict.fromkeys(schema.PLACE, "imgName") | dict.fromkeys(
-            single.columns.keys() - wanted, False
-        )
+        wanted |= dict.fromkeys(schema.PLACE, "imgName")
+        wanted |= dict.fromkeys(single.columns.keys() - wanted, False)
     table = read_csv(root / file, wanted, notes.problems, notes.remarks)
     if table is None:
         return None
     if others and "imgName" not in table:
-        table = table.drop(columns=schema.OF_SINGLES, errors="ignore")
+        table, others = table.drop(columns=schema.OF_SINGLES, errors="ignore"), []
     for column in schema.IDS.intersection(table.columns):
-        names, kept, shows = (
-            _mapped(table[column], labels.tidy),
-            set(),
-            hide if column in kinds else _unhidden,
-        )
+        names, kept = _mapped(table[column], labels.tidy), set()
         if column in ("patient", "site"):
+            shows = hide if column in kinds else _unhidden
             notes.problems += name_problems(file, column, names, shows, notes.distinct)
             kept = {name for name in names.unique() if notes.distinct.has(column, shows(column, name))}
         table[column] = names.where(names.isin(kept), _mapped(names, _id))
-    for problem in _broken_rules(table, declared, *others):
+    rules = schema.problems_of_cells if others else schema.problems_of  # with and without pictures of cells
+    for problem in rules(table, declared, *others):
         kind = kinds.get(problem.column)
         value = hide(kind, problem.value) if kind else problem.value
         notes.problems.append(replace(problem, value=value))
@@ -303,15 +293,6 @@ def _read(root: Path, shown: Shown, labelled: bool, hide: _Hide, notes: Notes) -
         if column in table and column != "imgName":
             table[column] = _mapped(table[column], partial(hide, kind))
     return table
-
-
-def _broken_rules(
-    table: pd.DataFrame, declared: pa.DataFrameSchema, single: pa.DataFrameSchema | None = None
-) -> list[Problem]:
-    """The fields that break a rule. A row with a picture follows the rules of `single`."""
-    if single is None or "imgName" not in table:
-        return schema.problems_of(table, declared)
-    return schema.problems_of_cells(table, declared, single)
 
 
 def _unhidden(kind: str, name: str) -> str:  # noqa: ARG001 (the arguments of `Pseudonyms.of`)
@@ -383,10 +364,9 @@ def _patients(raw: pd.DataFrame, diagnosis: pd.Series, shown: Shown, notes: Note
         notes.remarks.append(f"no patient column: {alone}{'' if shown is SMEAR else _LEAK}{unread}")
         return raw["id"]
     given = raw["patient"]
+    expected = f"the patient of every {shown.item}, or of none"
     fix = f"enter it, or delete the column: then {alone}"
-    notes.add(
-        shown.file, "patient", given[given == ""], f"the patient of every {shown.item}, or of none", fix
-    )
+    notes.add(shown.file, "patient", given[given == ""], expected, fix)
     known = (diagnosis != "") & (given != "")
     for _, found in diagnosis[known].groupby(given[known]):
         first = found.sort_index().drop_duplicates()
@@ -415,9 +395,8 @@ def _check_across(raw: _Raw, smears: pd.DataFrame, singles: pd.DataFrame, hide: 
         ours = set(singles["patient"])
         for pair in look_alikes([*ours, *there], partial(notes.distinct.declares, "patient")):
             if len(ours.intersection(pair)) == 1:
-                expected = (
-                    f"one name for one patient; {SMEARS_FILE} and {CELLS_FILE} have {' and '.join(pair)}"
-                )
+                both = " and ".join(pair)
+                expected = f"one name for one patient; {SMEARS_FILE} and {CELLS_FILE} have {both}"
                 fix = f"write both in the same way, or, {declaration('patient', *pair)}"
                 notes.problems.append(Problem(CELLS_FILE, None, "patient", expected=expected, fix=fix))
 

@@ -53,29 +53,19 @@ class LabelError(ValueError):
 
 @dataclass(frozen=True)
 class SmearLabels:
-    """The corrected labels of one smear.
+    """The corrected labels of one smear."""
 
-    Attributes:
-        labels: sorted, lower case, merged.
-        dropped: parts of file names among the labels, which were dropped; sorted.
-        diagnosis: healthy, aml, apl, or '' if the labels give none.
-        fab: sorted FAB classes.
-    """
-
-    labels: tuple[str, ...]
-    dropped: tuple[str, ...]
-    diagnosis: str
-    fab: tuple[str, ...]
+    labels: tuple[str, ...]  # sorted, lower case, merged
+    dropped: tuple[str, ...]  # parts of file names among the labels, which were dropped; sorted
+    diagnosis: str  # healthy, aml, apl, or '' if the labels give none
+    fab: tuple[str, ...]  # sorted FAB classes
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """The labels in a set, list or tuple literal of strings, or in an empty text.
+    """The labels in a set, list or tuple literal of strings, or in an empty text; sorted.
 
     The text is matched with a pattern, never evaluated. Spaces around and inside a label are tidied. Empty
-    labels and repetitions are dropped.
-
-    Returns:
-        Sorted labels; the label ``None`` is a label like any other.
+    labels and repetitions are dropped. The label ``None`` is a label like any other.
 
     Raises:
         LabelError: the text is longer than `MAX_LENGTH` or is not such a literal, or a label contains a ``|``

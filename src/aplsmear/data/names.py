@@ -65,20 +65,18 @@ class Distinct:
 
 
 def read_distinct(root: Path, hide: Callable[[str, str], str], problems: list[Problem]) -> Distinct:
-    """Read `DISTINCT_FILE` of a data set; without this file, nothing is declared.
+    """Read `DISTINCT_FILE` in the folder of a data set; without this file, nothing is declared.
 
-    Args:
-        root: folder of the data set.
-        hide: kind of a name, and the name -> its pseudonym. The rows may have names or pseudonyms.
-        problems: new problems are appended.
+    The rows may have names or pseudonyms, which `hide` returns for a kind and a name. New problems are
+    appended to `problems`.
     """
-    if not is_there(root / DISTINCT_FILE, problems):
+    table = None
+    if is_there(root / DISTINCT_FILE, problems):
+        table = read_csv(root / DISTINCT_FILE, {"what": True, "name": True, "other": True}, problems, [])
+    if table is None:
         return Distinct()
-    table = read_csv(root / DISTINCT_FILE, {"what": True, "name": True, "other": True}, problems, [])
     pairs = set()
-    for row, (what, name, other) in (
-        zip(table.index, table.to_numpy(), strict=True) if table is not None else ()
-    ):
+    for row, (what, name, other) in zip(table.index, table.to_numpy(), strict=True):
         if what not in KINDS:
             expected, fix = f"one of {', '.join(KINDS)}", "correct the word, or delete the row"
             problems.append(Problem(DISTINCT_FILE, row, "what", what, expected=expected, fix=fix))
@@ -111,9 +109,9 @@ def name_problems(
 
     Args:
         file: the table.
-        kind: ``patient`` or ``site``, which is also the name of the column.
+        kind: ``patient`` or ``site``, also the name of the column.
         names: as in the table, tidied; the index is the row number.
-        hide: kind of a name, and the name -> the text that a message may show.
+        hide: kind and name -> the text that a message may show.
         distinct: what the user has declared.
     """
     rows = {name: row for row, name in zip(names.index[::-1], names.iloc[::-1], strict=True)}
@@ -140,14 +138,9 @@ def look_alikes(names: Iterable[str], declared: Callable[[str, str], bool]) -> l
     """Pairs of different names that may mean the same.
 
     Names are alike if they differ only by capital letters, accents, width, letters or digits that look the
-    same (Unicode's confusable characters), dashes and blanks, leading zeros, or the form of a number.
-
-    Args:
-        names: repeated names count once.
-        declared: whether two names, in this order, are known to mean two.
-
-    Returns:
-        Each name with the first name, in alphabetical order, that it is like, if this is not declared.
+    same (Unicode's confusable characters), dashes and blanks, leading zeros, or the form of a number. Each
+    name is returned with the first one, in alphabetical order, that it is like, if these two are not
+    `declared` to mean two.
     """
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in sorted(set(names) - {""}):
@@ -185,9 +178,7 @@ def _keys(name: str) -> set[str]:
     with suppress(UnicodeError):  # UTF-8 that was read as Windows-1252: MÃ¼ller
         name = name.encode("cp1252").decode("utf-8")
     text = "".join(map(_plain, unicodedata.normalize("NFKD", name)))
-    typed = [
-        number.lstrip("0") or "0" if number else part for number, part in _PARTS.findall(text.casefold())
-    ]
+    typed = [number.lstrip("0") or part or "0" for number, part in _PARTS.findall(text.casefold())]
     seen = text.translate(_SAME_ON_SCREEN).casefold().replace("rn", "m")
     shown = [number or part for number, part in _PARTS.findall(seen)]
     keys = {f"typed {_joined(typed) or text}", f"shown {_joined(shown) or text}"}
@@ -218,9 +209,8 @@ def _plain(letter: str) -> str:
         return str(unicodedata.decimal(letter))
     if category.startswith("P"):
         return "-"
-    if stroke := re.fullmatch(
-        "LATIN (CAPITAL|SMALL) LETTER ([A-Z]) WITH STROKE", unicodedata.name(letter, "")
-    ):
+    name = unicodedata.name(letter, "")
+    if stroke := re.fullmatch("LATIN (CAPITAL|SMALL) LETTER ([A-Z]) WITH STROKE", name):
         return stroke[2] if stroke[1] == "CAPITAL" else stroke[2].lower()
     like = {one["c"] for found in is_confusable(letter) or () for one in found["homoglyphs"]}
     like |= {one["c"].lower() for found in is_confusable(letter.upper()) or () for one in found["homoglyphs"]}

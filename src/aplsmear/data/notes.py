@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from aplsmear.data.names import Distinct
-from aplsmear.data.problems import Problem
+from aplsmear.data.problems import Problem, problems_in
 
 
 @dataclass
@@ -25,11 +25,8 @@ class Notes:
     distinct: Distinct = field(default_factory=Distinct)
 
     def add(self, file: str, column: str, values: pd.Series, expected: str, fix: str) -> None:
-        """Add a problem for each of `values`, which has the row numbers as its index."""
-        self.problems += [
-            Problem(file, row, column, value, expected=expected, fix=fix)
-            for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
-        ]
+        """Add `problems_in` these fields."""
+        self.problems += problems_in(file, column, values, expected, fix)
 
 
 def listed(ids: Iterable[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from aplsmear.data.quality import Quality, doubts, measured
 from aplsmear.data.schema import CELLS_FILE, SINGLE_CELL, Shown, leaves_folder
 from aplsmear.images import reading as images
 from aplsmear.progress import progress
+from aplsmear.words import named
 
 BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 _NAMED = 5  # most rows named in one message
@@ -31,25 +32,17 @@ _FEW_IMAGES = 8  # checked faster in this process than by new ones
 
 
 def on_disk(root: Path, names: pd.Series, shown: Shown, notes: Notes) -> pd.Series:
-    """The names of pictures on the disk, which may have another Unicode form or case of the ending.
+    """The names (`imgName`) of pictures on the disk: in another Unicode form, or case of the ending.
 
     A remark names the rows. Names without a file, or with two files that fit, stay as they are.
-
-    Args:
-        root: folder of the data set.
-        names: column `imgName`, with the row numbers as its index.
-        shown: what the pictures show.
-        notes: get the remark.
     """
     folders: dict[Path, dict[str, list[str]]] = {}
     found = {name: _file_name(root, name, shown.folder, folders) for name in names.unique()}
     other = names.map(found)
-    rows = names.index[names != other].astype(str).tolist()
-    if rows:
-        more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    if len(rows := names.index[names != other]):
         notes.remarks.append(
             f"pictures whose files have the names of {shown.file} but for the case of the ending, or the "
-            f"Unicode form: rows {', '.join(rows[:_NAMED])}{more}"
+            f"Unicode form: rows {named(rows)}"
         )
     return other
 
@@ -135,16 +128,11 @@ def with_images(
         shown: which of both.
         numbers: boxes in each smear, of `boxes_of`.
     """
-    none = np.empty((0, 4))
-    names = items[shown.item].tolist()
-    parts = [
-        (root / file, numbers.get(name, none))
-        for name, file in zip(names, items["file"].tolist(), strict=True)
-    ]
+    none, names = np.empty((0, 4)), items[shown.item].tolist()
+    parts = [(root / file, numbers.get(name, none)) for name, file in zip(names, items["file"], strict=True)]
     engine = engine if whole and len(parts) >= _FEW_IMAGES else Here(1)
     looking = engine.map(partial(_look, whole=whole), parts)
-    looks = list(progress(looking, "images", len(parts)) if parts else looking)
-    looks = _of_same_levels(looks)
+    looks = _of_same_levels(list(progress(looking, "images", len(parts)) if parts else looking))
     notes.remarks += _remarks(zip(items["image"].tolist(), looks, strict=True))
     otherwise = "set dataset.skip_bad_images in params.yaml to leave it out" if labelled else "delete its row"
     bad = {}
@@ -155,13 +143,11 @@ def with_images(
             expected, fix = f"a whole picture: {look.wrong}", f"{look.fix}, or {otherwise}"
             notes.problems.append(Problem(shown.file, row, "imgName", image, expected=expected, fix=fix))
     notes.left_out[f"{shown.item}s_with_bad_image"] = {"count": len(bad), "images": bad}
-    seen = items.assign(
-        height=[look.height for look in looks],
-        width=[look.width for look in looks],
-        content=[look.content for look in looks],
-        fingerprint=pd.Series([look.fingerprint for look in looks], index=items.index, dtype=object),
-        darkness=pd.Series([look.darkness for look in looks], index=items.index, dtype=object),
+    kept = ("height", "width", "content", "fingerprint", "darkness")
+    table = pd.DataFrame(
+        {name: [getattr(look, name) for look in looks] for name in kept}, items.index, dtype=object
     )
+    seen = items.assign(**table.astype({"height": int, "width": int}))
     return seen[seen["content"] != ""]
 
 
@@ -192,10 +178,7 @@ def _remarks(looks: Iterable[tuple[str, _Look]]) -> list[str]:
     for (image, _), (doubt, figure) in zip(seen, doubts(qualities), strict=True):
         if doubt:
             found[f"pictures {doubt}"].append(f"{image} ({figure})")
-    more = {what: f" and {len(names) - _NAMED} more" for what, names in found.items() if len(names) > _NAMED}
-    return [
-        f"{what}: {', '.join(sorted(names)[:_NAMED])}{more.get(what, '')}" for what, names in found.items()
-    ]
+    return [f"{what}: {named(sorted(names))}" for what, names in found.items()]
 
 
 def without_copies(items: pd.DataFrame, shown: Shown, has_patients: bool, notes: Notes) -> pd.DataFrame:
@@ -221,8 +204,8 @@ def without_copies(items: pd.DataFrame, shown: Shown, has_patients: bool, notes:
         if any(len(set(group[column]) - {""}) > 1 for column in columns):
             for row, image in zip(group.index.tolist(), group["image"].tolist(), strict=True):
                 others = group["image"].drop(row).iloc[:_NAMED]
-                named = ", ".join(map(str, others.index))
-                expected = f"a picture of its own; row {named} has the same with another patient or label"
+                rows = ", ".join(map(str, others.index))
+                expected = f"a picture of its own; row {rows} has the same with another patient or label"
                 fix = "delete the wrong row, or give both rows the same patient and label, or, "
                 names = (one.removeprefix(f"{shown.folder}/") for one in (image, others.iloc[0]))
                 fix += declaration("image", *names)
@@ -273,10 +256,8 @@ def with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: N
         expected = f"a box inside its image of {height} px height and {width} px width"
         fix = "correct the box (y comes first) or the smear, or leave the box empty"
         if swapped[place]:
-            expected, fix = (
-                "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]",
-                "correct the box, or leave it empty",
-            )
+            expected = "y0 before y1 and x0 before x1 in [y0, x0, y1, x1]"
+            fix = "correct the box, or leave it empty"
         problem = Problem(CELLS_FILE, rows[place], "bbox", texts[place], expected=expected, fix=fix)
         notes.problems.append(problem)
 
@@ -304,13 +285,13 @@ def _check_order(
     if not readings:
         return False
     notes.problems = [one for one in notes.problems if (one.file, one.column) != (CELLS_FILE, "bbox")]
-    named = " or ".join(f"[{order}] in {unit}" for order, unit in readings)
+    forms = " or ".join(f"[{order}] in {unit}" for order, unit in readings)
     right = np.rint(boxes.as_read(numbers[:1], sizes[:1], *readings[0])[0]).astype(int).tolist()
     fix = f"write all boxes as [y0, x0, y1, x1] in px: in row {cells.index[0]}, {right}"
     if len(readings) > 1:
         fix = "look which it is, and write all boxes as [y0, x0, y1, x1] in px"
     fix += f". If the boxes are right as they are, add the row `boxes,right,` to {DISTINCT_FILE}"
-    expected = f"[y0, x0, y1, x1] in px; all boxes together fit only as {named}"
+    expected = f"[y0, x0, y1, x1] in px; all boxes together fit only as {forms}"
     value = cells["bbox"].iloc[0]
     notes.problems.append(Problem(CELLS_FILE, None, "bbox", value, expected=expected, fix=fix))
     return True

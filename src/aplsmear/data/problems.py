@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,23 +21,14 @@ _LONGEST = 80  # characters shown of one value
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing to correct before the data set can be used.
+    """One thing to correct before the data set can be used."""
 
-    Attributes:
-        file: path below the folder of the data set.
-        row: number of the row in a spreadsheet (the header is row 1); None for the whole file.
-        column: name of the column; '' for a whole row or file.
-        value: what the field contains.
-        expected: what it should contain.
-        fix: what to change or to type.
-    """
-
-    file: str
-    row: int | None = None
-    column: str = ""
-    value: str = ""
-    expected: str = field(kw_only=True)
-    fix: str = field(kw_only=True)
+    file: str  # path below the folder of the data set
+    row: int | None = None  # its number in a spreadsheet (the header is row 1); None for the whole file
+    column: str = ""  # '' for a whole row or file
+    value: str = ""  # what the field contains
+    expected: str = field(kw_only=True)  # what it should contain
+    fix: str = field(kw_only=True)  # what to change or to type
 
     def __str__(self) -> str:
         """One line: file, row, column, value, what was expected, what to do."""
@@ -46,12 +38,16 @@ class Problem:
         return f"{where}: expected {self.expected}; {self.fix}"
 
 
-class DataSetError(UserError, ValueError):
-    """A data set cannot be used.
+def problems_in(file: str, column: str, values: pd.Series, expected: str, fix: str) -> list[Problem]:
+    """A problem for each of `values`, which has the row numbers as its index."""
+    return [
+        Problem(file, row, column, value, expected=expected, fix=fix)
+        for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
+    ]
 
-    Attributes:
-        problems: all of its problems.
-    """
+
+class DataSetError(UserError, ValueError):
+    """A data set cannot be used, for these problems."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         """Sort the problems by file (in the order of first problems), row and column."""

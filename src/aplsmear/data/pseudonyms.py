@@ -38,24 +38,17 @@ class Pseudonyms:
         self._key = key.encode()
 
     def of(self, kind: str, name: str) -> str:
-        """The pseudonym of a name; '' for an empty name.
+        """The pseudonym of a name of a ``patient``, ``smear``, ``cell`` or ``image``; '' for an empty name.
 
-        Args:
-            kind: ``patient``, ``smear``, ``cell`` or ``image``; the pseudonym starts with its first letter.
-            name: the name in the data set.
+        It starts with the first letter of the kind.
         """
         digest = hmac.new(self._key, f"{kind}\0{name}".encode(), "sha256").hexdigest()
         return f"{kind[0]}{digest[:_DIGITS]}" if name else ""
 
     def files(self, root: Path, *tables: pd.DataFrame) -> dict[str, str]:
-        """The file of each pseudonym of a picture.
+        """Pseudonym of a picture -> its path below `root`, the folder of the data set.
 
-        Args:
-            root: folder of the data set.
-            tables: of smears and cells, with pseudonyms in the column ``image`` (if there is one).
-
-        Returns:
-            Pseudonym -> path below `root`.
+        Wanted are those in the column ``image`` of the tables of smears and cells that have one.
 
         Raises:
             PseudonymError: a pseudonym belongs to no file: the key or the names of pictures have changed.
@@ -76,14 +69,9 @@ class Pseudonyms:
 
 
 def read_key(environment: Mapping[str, str], folder: Path) -> str:
-    """The secret key: the environment variable `KEY_VARIABLE`, else the content of `KEY_FILE`.
+    """The secret key: the environment variable `KEY_VARIABLE`, else the content of `KEY_FILE` in the folder.
 
-    Args:
-        environment: environment variables.
-        folder: folder of `KEY_FILE`.
-
-    Raises:
-        PseudonymError: there is no key, or it is too short to be secret.
+    A PseudonymError if there is no key, or it is too short to be secret.
     """
     file = folder / KEY_FILE
     source, key = KEY_VARIABLE, environment.get(KEY_VARIABLE, "").strip()
@@ -96,9 +84,8 @@ def read_key(environment: Mapping[str, str], folder: Path) -> str:
                 f"dataset.pseudonymise needs a key, but there is neither {KEY_VARIABLE} nor {file}: {_HOW}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise PseudonymError(
-                f"the key in {file} cannot be read ({type(error).__name__}): {_HOW}"
-            ) from None
+            why = type(error).__name__
+            raise PseudonymError(f"the key in {file} cannot be read ({why}): {_HOW}") from None
     if len(key) < SHORTEST:
         raise PseudonymError(f"the key in {source} has {len(key)} characters, fewer than {SHORTEST}: {_HOW}")
     return key

@@ -10,14 +10,14 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pandera.pandas as pa
 from pandera.errors import SchemaError, SchemaErrors
 
 from aplsmear.data import boxes, labels
-from aplsmear.data.problems import Problem
+from aplsmear.data.problems import Problem, problems_in
 from aplsmear.params import Level
 
 SMEARS_FILE, CELLS_FILE, IMAGE_FOLDER, CELL_FOLDER = "wsi.csv", "labeled_cells.csv", "wsi", "cells"
@@ -133,13 +133,8 @@ _UNIQUE_FIX = "give each row an id of its own, or delete the repeated row"
 def _column(
     description: str, example: str, *checks: pa.Check, required: bool = False, unique: bool = False
 ) -> pa.Column:
-    return pa.Column(
-        checks=list(checks),
-        required=required,
-        unique=unique,
-        description=description,
-        metadata={"example": example},
-    )
+    details: dict[str, Any] = {"description": description, "metadata": {"example": example}}
+    return pa.Column(checks=list(checks), required=required, unique=unique, **details)
 
 
 SMEARS = pa.DataFrameSchema(
@@ -260,10 +255,7 @@ def problems_of_cells(
 ) -> list[Problem]:
     """As `problems_of`, for a table in which some cells have pictures of their own (column `imgName`).
 
-    Args:
-        table: `PLACE` is added if it is not there.
-        in_smears: `CELLS`, or without labels.
-        single: `SINGLE_CELLS`, or without labels.
+    The others follow the rules of `in_smears`. `PLACE` is added to the table if it is not there.
     """
     for column in PLACE:
         if column not in table:
@@ -271,7 +263,7 @@ def problems_of_cells(
     pictured, placed = table["imgName"] != "", (table[list(PLACE)] != "").any(axis=1)
     found = problems_of(table[pictured], single) + problems_of(table[~pictured & placed], in_smears)
     expected, fix = "a picture (imgName), or a smear and a box (wsi, bbox)", "enter it, or delete the row"
-    found += _each_row(table["imgName"][~pictured & ~placed], expected, fix)
+    found += problems_in(CELLS_FILE, "imgName", table["imgName"][~pictured & ~placed], expected, fix)
     of_singles = [column for column in OF_SINGLES if column in table and column != "imgName"]
     for columns, rows, what in (
         (PLACE, pictured, "a picture of its own"),
@@ -280,18 +272,11 @@ def problems_of_cells(
         for column in columns:
             values = table[column][rows]
             expected = f"an empty field, because this cell has {what}"
-            found += _each_row(values[values != ""], expected, "empty the field")
+            found += problems_in(CELLS_FILE, column, values[values != ""], expected, "empty the field")
     twice = table["id"][table["id"].duplicated() & (table["id"] != "")]
     twice = twice[~twice.index.isin([one.row for one in found if one.column == "id"])]
-    found += _each_row(twice, "an id that no other row has", _UNIQUE_FIX)
+    found += problems_in(CELLS_FILE, "id", twice, "an id that no other row has", _UNIQUE_FIX)
     return sorted(found, key=lambda each: (each.row or 0, table.columns.get_loc(each.column)))
-
-
-def _each_row(values: pd.Series, expected: str, fix: str) -> list[Problem]:
-    return [
-        Problem(CELLS_FILE, row, str(values.name), value, expected=expected, fix=fix)
-        for row, value in zip(values.index.tolist(), values.tolist(), strict=True)
-    ]
 
 
 def _problems_of(error: SchemaError, file: str) -> Iterator[Problem]:

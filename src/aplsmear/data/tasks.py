@@ -14,14 +14,9 @@ ANY = "*"
 
 
 def task_items(images: pd.DataFrame, level: TaskLevel) -> pd.DataFrame:
-    """The items of a task, with the column ``item`` (their names).
+    """The items of a task of this level: cells or smears with the column ``item`` (their names).
 
-    Args:
-        images: all cells or all smears; cells, if the items are patients.
-        level: level of the task.
-
-    Returns:
-        `images` with ``item``; for patients ``item, patient, diagnosis`` of each patient with cells.
+    Patients are made from the table of cells: ``item, patient, diagnosis`` of each patient with cells.
     """
     if level != "patient":
         return images.assign(item=images[level])
@@ -43,14 +38,9 @@ def patient_rows(smears: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
-    """Which items have one of the wanted labels in every column of `condition` (``*``: any label).
+    """Which items have one of the wanted labels in every column of `condition` (``*``: any): bool (items,).
 
-    Args:
-        items: a table with a column of ``|``-joined labels for each key of `condition`.
-        condition: column -> wanted labels.
-
-    Returns:
-        bool, shape (items,).
+    Labels in `items` are joined by ``|``.
     """
     met = np.ones(len(items), dtype=bool)
     for column, wanted in condition.items():
@@ -61,16 +51,9 @@ def meets(items: pd.DataFrame, condition: Condition) -> np.ndarray:
 
 
 def task_labels(items: pd.DataFrame, task: Task) -> np.ndarray:
-    """1 for positive items, 0 for negative ones, -1 for items that take no part in the task.
+    """1 for positive items, 0 for negative ones, -1 for items that take no part in the task: int8 (items,).
 
-    An item that meets both conditions is positive.
-
-    Args:
-        items: result of `task_items`.
-        task: with the conditions for positive and negative items.
-
-    Returns:
-        int8, shape (items,).
+    `items` are those of `task_items`. An item that meets both conditions is positive.
     """
     positive = meets(items, task.positive)
     negative = meets(items, task.negative) & ~positive
