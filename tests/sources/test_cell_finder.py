@@ -19,11 +19,17 @@ from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import KAGGLE_CELL_COLUMNS
 from aplsmear.sources.cell_finder import BOX, MIN_SIZE, CellsError, find_cells
 from aplsmear.sources.cell_folder import contact_sheet, expected_size, find_all, kaggle_rows, next_steps
-from aplsmear.sources.cell_size import estimate_size
+from aplsmear.sources.cell_size import Estimate, boxes_at, choose, ladder, lengths
 from aplsmear.sources.drawn import Smear, draw_smear, generator, patient_smears, sample_patient
 
 TYPICAL = 60.0  # px, of the demo's cells
 SEED = 4
+
+
+def estimate_of(image: np.ndarray) -> Estimate:
+    measured = [lengths(image)]
+    sizes = ladder(measured)
+    return choose(sizes, measured, [boxes_at(image, sizes)])
 
 
 @cache
@@ -79,7 +85,7 @@ def test_a_box_includes_the_cytoplasm() -> None:
 def test_the_size_is_estimated_at_any_magnification(factor: float) -> None:
     smear = smear_of(2)
     image = rescaled(smear.image, factor)
-    size = estimate_size([image]).size
+    size = estimate_of(image).size
     typical = np.median(np.sqrt(np.prod(drawn(smear)[:, 2:] - drawn(smear)[:, :2], axis=1)))
     assert size == pytest.approx(typical * factor, rel=0.3)
     found = boxes_of(image, size) / factor
@@ -92,7 +98,7 @@ def test_the_size_is_estimated_at_any_magnification(factor: float) -> None:
 def test_a_few_cells_among_red_cells_are_enough_to_estimate_the_size(factor: float) -> None:
     rng = generator(SEED, 1)
     smear = draw_smear(sample_patient("apl", rng), rng, n_cells=2)
-    estimate = estimate_size([rescaled(smear.image, factor)])
+    estimate = estimate_of(rescaled(smear.image, factor))
     there = drawn(smear)
     typical = np.median(np.sqrt(np.prod(there[:, 2:] - there[:, :2], axis=1))) * factor
     assert typical * 0.7 < estimate.size < typical * 1.5
@@ -113,7 +119,7 @@ def test_the_lobes_of_a_nucleus_are_one_cell() -> None:
         cv2.circle(image, (x, y), 38, (205, 190, 220), -1, cv2.LINE_AA)
     for y, x in lobes:
         cv2.circle(image, (x, y), 12, (75, 45, 130), -1, cv2.LINE_AA)
-    estimate = estimate_size([image])
+    estimate = estimate_of(image)
     assert estimate.red is None
     assert 65 < estimate.size < 120
     assert len(boxes_of(image, estimate.size)) == 6
@@ -151,7 +157,7 @@ PICTURES = {
 @pytest.mark.parametrize("name", PICTURES)
 def test_without_a_stained_nucleus_no_cell_is_found(name: str) -> None:
     image = PICTURES[name]()
-    assert estimate_size([image]).size is None
+    assert estimate_of(image).size is None
     assert find_cells(image, TYPICAL).empty
 
 

@@ -28,33 +28,19 @@ _NORMAL = np.array([round(NormalDist().inv_cdf((byte + 0.5) / 256), 4) for byte 
 
 @dataclass(frozen=True)
 class Change:
-    """The random numbers of one augmented view.
+    """The random numbers of one augmented view."""
 
-    Attributes:
-        flip: whether left and right are exchanged.
-        turns: number of quarter turns, clockwise.
-        rotate: rotation in degrees, clockwise.
-        scale: factor of the size of the item.
-        shift: of x and y, as a share of the side of the view.
-        hue: change of the hue, of 255 for the full circle.
-        saturation: change of the saturation, of 255.
-        brightness: factor of the brightness.
-        blur: standard deviation of the blur in px.
-        noise: standard deviation of the noise, of 255.
-        seed: of the noise.
-    """
-
-    flip: bool
-    turns: int
-    rotate: float
-    scale: float
-    shift: tuple[float, float]
-    hue: int
-    saturation: int
-    brightness: float
-    blur: float
-    noise: float
-    seed: int
+    flip: bool  # left and right are exchanged
+    turns: int  # quarter turns, clockwise
+    rotate: float  # degrees, clockwise
+    scale: float  # factor of the size of the item
+    shift: tuple[float, float]  # of x and y, as a share of the side of the view
+    hue: int  # change, of 255 for the full circle
+    saturation: int  # change, of 255
+    brightness: float  # factor
+    blur: float  # standard deviation in px
+    noise: float  # standard deviation, of 255
+    seed: int  # of the noise
 
 
 def draw_change(settings: Augment, seed: int) -> Change:
@@ -192,14 +178,9 @@ def make_augmenter(
 ) -> Any:
     """The augmentations as an imgaug augmenter: geometry, centre crop, stain, lamp, focus and camera.
 
-    Args:
-        settings: ranges of the augmentations.
-        size: of a view, in px.
-        field: height and width in px of the centre crop, which is then resized to a view; None: as a view.
-        change: the numbers of one view, which replace the ranges.
-
-    Returns:
-        imgaug.augmenters.Sequential, for the square around an item that is `source_factor` times as wide.
+    It takes the square around an item that is `source_factor` times as wide as a view of `size` px. The
+    numbers in `change` replace the ranges of `settings`. The centre crop has the size of a view, or
+    `field` (height, width) px and is then resized.
     """
     height, width = field or (size, size)
     iaa = _imgaug()
@@ -239,14 +220,13 @@ def make_augmenter(
 def _imgaug() -> Any:
     """Import imgaug 0.4, which needs `numpy.sctypes`; NumPy 2 has removed it, so it is defined here."""
     if not hasattr(np, "sctypes"):
-        kinds = {
+        vars(np)["sctypes"] = {
             "int": [np.int8, np.int16, np.int32, np.int64],
             "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
             "float": [np.float16, np.float32, np.float64],
             "complex": [np.complex64, np.complex128],
             "others": [bool, object, bytes, str, np.void],
         }
-        vars(np)["sctypes"] = kinds
     import imgaug.augmenters as iaa
 
     return iaa

@@ -33,16 +33,10 @@ _SCREEN_GAMMA = 1 / 2.2
 
 
 class ImageError(UserError, ValueError):
-    """A picture cannot be read.
-
-    Attributes:
-        path: the file as the caller named it ('' for bytes).
-        what: what is wrong with it.
-        fix: what the user can do.
-    """
+    """A picture cannot be read."""
 
     def __init__(self, path: str | Path, what: str, fix: str) -> None:
-        """Store the parts, so that a table of problems can show them in columns."""
+        """Store the file as the caller named it ('' for bytes), what is wrong, and what the user can do."""
         super().__init__(str(path), what, fix)
         self.path, self.what, self.fix = path, what, fix
 
@@ -58,17 +52,11 @@ def check_area(pixels: float) -> None:
 
 
 class Picture(NamedTuple):
-    """A decoded picture.
+    """A decoded picture."""
 
-    Attributes:
-        pixels: uint8, shape (height, width, 3), RGB; of `scaled`: as many channels as there were.
-        notes: what was decided while it was decoded, for the report of a data set.
-        levels: the range of brightness, if it was taken from the pixels and not from the file; else ''.
-    """
-
-    pixels: Rgb
-    notes: tuple[str, ...] = ()
-    levels: str = ""
+    pixels: Rgb  # uint8, shape (height, width, 3), RGB; of `scaled`: as many channels as there were
+    notes: tuple[str, ...] = ()  # what was decided while it was decoded, for the report of a data set
+    levels: str = ""  # the range of brightness, if it was taken from the pixels and not from the file
 
 
 def scaled(

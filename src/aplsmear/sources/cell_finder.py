@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -84,19 +83,15 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
-        size: diameter of a typical nucleated cell in px, at least `MIN_SIZE`. A little too large is better
-            than too small.
+        size: diameter of a typical nucleated cell in px, at least `MIN_SIZE`, else a CellsError. A little too
+            large is better than too small.
 
     Returns:
         One row for each cell: `BOX` in px, int64, end exclusive, around nucleus and cytoplasm, cut at the
         edge of the picture, no box twice; and `MEASURES` in px of the picture (`meanIntensity`: 0 to 1).
-
-    Raises:
-        CellsError: `size` is below `MIN_SIZE`.
     """
     check_size(size)
-    rows = [[*one.box, *_measures(one)] for one in _cells(image, size)]
-    found = pd.DataFrame(rows, columns=[*BOX, *MEASURES]).astype(dict.fromkeys(BOX, np.int64))
+    found = pd.DataFrame(_rows(image, size), columns=[*BOX, *MEASURES]).astype(dict.fromkeys(BOX, np.int64))
     return found.drop_duplicates(list(BOX)).sort_values(list(BOX)).reset_index(drop=True)
 
 
@@ -131,16 +126,7 @@ def scaled(image: npt.NDArray[np.uint8], factor: float) -> tuple[npt.NDArray[np.
     return small, (height / new[0], width / new[1])
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A region of skimage in a scaled window, its box in px of the picture, and px of the picture per px."""
-
-    region: Any
-    box: tuple[int, int, int, int]
-    scale: float
-
-
-def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
+def _rows(image: npt.NDArray[np.uint8], size: float) -> Iterator[list[float]]:
     """The cells of a picture of any size, by windows; a cell belongs to the window that has its centre."""
     factor = _TYPICAL / size
     side, margin = math.ceil(_WINDOW / factor), math.ceil(_MARGIN / factor)
@@ -154,7 +140,7 @@ def _cells(image: npt.NDArray[np.uint8], size: float) -> Iterator[_Cell]:
                 y0, y1 = (y + round(edge * down) for edge in region.bbox[::2])
                 x0, x1 = (x + round(edge * across) for edge in region.bbox[1::2])
                 if top <= (y0 + y1) // 2 < top + side and left <= (x0 + x1) // 2 < left + side:
-                    yield _Cell(region, (y0, x0, y1, x1), math.sqrt(down * across))
+                    yield [y0, x0, y1, x1, *_measures(region, math.sqrt(down * across))]
 
 
 def _regions(small: npt.NDArray[np.uint8]) -> list[Any]:
@@ -181,9 +167,11 @@ def _is_cell(region: Any, shape: Sequence[int]) -> bool:
     return bool(max(y1 - y0, x1 - x0) >= _LEAST and region.area >= least and nucleus >= _NUCLEUS)
 
 
-def _measures(cell: _Cell) -> list[float]:
-    """Values of `MEASURES`, rounded because the last bits differ between computers."""
-    region, scale = cell.region, cell.scale
+def _measures(region: Any, scale: float) -> list[float]:
+    """Values of `MEASURES` in px, of which `scale` make one of the region of skimage.
+
+    They are rounded because the last bits differ between computers.
+    """
     values = (
         region.area_convex * scale**2,
         region.eccentricity,

@@ -63,25 +63,14 @@ class Lengths:
 class Estimate:
     """The estimated size of a cell.
 
-    Attributes:
-        size: px; None if there is no cell: no two sizes find the same.
-        red: diameter of a red cell in px; None if too few were found.
-        candidates: one row for each size that was tried: `size`, `cells`, `side` (of the median box, px) and
-            `agreement` (F1 of its boxes with those of the neighbouring sizes, 0 to 1).
-        doubts: why the size may be wrong, in words; empty if nothing speaks against it.
+    `candidates` has a row for each size that was tried: `size`, `cells`, `side` (of the median box, px) and
+    `agreement` (F1 of its boxes with those of the neighbouring sizes, 0 to 1).
     """
 
-    size: float | None
-    red: float | None
+    size: float | None  # px; None if there is no cell: no two sizes find the same
+    red: float | None  # diameter of a red cell in px; None if too few were found
     candidates: pd.DataFrame
-    doubts: tuple[str, ...]
-
-
-def estimate_size(images: Sequence[npt.NDArray[np.uint8]]) -> Estimate:
-    """The size of a cell, from pictures (uint8 RGB, shape (height, width, 3)) at one magnification."""
-    measured = [lengths(image) for image in images]
-    sizes = ladder(measured)
-    return choose(sizes, measured, [boxes_at(image, sizes) for image in images])
+    doubts: tuple[str, ...]  # why the size may be wrong, in words
 
 
 def lengths(image: npt.NDArray[np.uint8]) -> Lengths:
@@ -139,13 +128,7 @@ def boxes_at(image: npt.NDArray[np.uint8], sizes: Sequence[float]) -> list[Boxes
 
 
 def choose(sizes: Sequence[float], measured: Sequence[Lengths], found: Sequence[Sequence[Boxes]]) -> Estimate:
-    """The size that fits best.
-
-    Args:
-        sizes: of `ladder`.
-        measured: of `lengths`, one for each picture.
-        found: of `boxes_at`, in the order of the pictures.
-    """
+    """The size of the `ladder` that fits best, by `lengths` and `boxes_at` of each picture."""
     red = ruler(measured)
     counts = np.array([sum(len(boxes[k]) for boxes in found) for k in range(len(sizes))], int)
     pairs = [_agreement([boxes[k : k + 2] for boxes in found]) for k in range(len(sizes) - 1)]

@@ -80,14 +80,10 @@ class _Look:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The parameters in drawn.json, beside this file.
+    """The parameters in drawn.json, beside this file."""
 
-    Attributes:
-        looks: kind of cell -> its look.
-        fab: FAB class of an AML other than APL -> weight in the random choice, shares of its abnormal cells.
-    """
-
-    looks: dict[str, _Look]
+    looks: dict[str, _Look]  # by kind of cell
+    # FAB class of an AML other than APL -> weight in the random choice, shares of its abnormal cells
     fab: dict[str, tuple[float, dict[str, float]]]
 
 
@@ -157,12 +153,8 @@ class CellPlan:
         """The special characteristics of a typed cell, sorted; ('None',) if it has none, () if untyped."""
         if not self.typed:
             return ()
-        flags = {
-            "Auer rods": self.rods > 0,
-            "Bilobed": self.bilobed,
-            "Faggot cell": self.faggot,
-            "Mitosis": self.mitosis,
-        }
+        flags = {"Auer rods": self.rods, "Bilobed": self.bilobed, "Faggot cell": self.faggot}
+        flags["Mitosis"] = self.mitosis
         return tuple(name for name, is_set in flags.items() if is_set) or ("None",)
 
 
@@ -280,19 +272,12 @@ def sample_cells(patient: Patient, n_cells: int, rng: np.random.Generator) -> li
 
 @dataclass(frozen=True)
 class Cell:
-    """A drawn cell.
-
-    Attributes:
-        plan: kind and features of the cell.
-        box: (y0, x0, y1, x1) in px, end exclusive, clipped to the smear.
-        mask: bool, shape of the box: where the cell is.
-        rods: bool, shape of the box: where its Auer rods are.
-    """
+    """A drawn cell."""
 
     plan: CellPlan
-    box: tuple[int, int, int, int]
-    mask: NDArray[np.bool_]
-    rods: NDArray[np.bool_]
+    box: tuple[int, int, int, int]  # y0, x0, y1, x1 in px, end exclusive, clipped to the smear
+    mask: NDArray[np.bool_]  # shape of the box: where the cell is
+    rods: NDArray[np.bool_]  # shape of the box: where its Auer rods are
 
 
 @dataclass(frozen=True)
@@ -310,14 +295,10 @@ def draw_smear(
     n_cells: int = CELLS_PER_SMEAR,
     cell_size: int = CELL_SIZE,
 ) -> Smear:
-    """Draw one smear.
+    """Draw one smear of a patient; the picture depends on the arguments alone.
 
-    Args:
-        patient: of the smear.
-        rng: random stream of this smear; the picture depends on nothing else.
-        size: (height, width) in px.
-        n_cells: wanted number of nucleated cells; fewer are drawn if the field is full.
-        cell_size: diameter of a promyelocyte in px; all other lengths follow from it.
+    Fewer than `n_cells` nucleated cells are drawn if the field, `size` (height, width) in px, is full. The
+    `cell_size` is the diameter of a promyelocyte in px; all other lengths follow from it.
 
     Raises:
         DrawnError: the field is too small for cells.
@@ -331,8 +312,7 @@ def draw_smear(
     uncut = [plan.rods > 0 for plan in plans]  # else labelled rods could lie outside the picture
     for plan, radius, centre in zip(plans, radii, _places(radii, uncut, size, rng), strict=True):
         if centre is not None:
-            patch = _draw_cell(plan, radius, cell_size, stain, rng)
-            drawn.append(_place_cell(density, patch, plan, centre))
+            drawn.append(_place_cell(density, _draw_cell(plan, radius, cell_size, stain, rng), plan, centre))
     image = _photograph(density, stain, rng)
     cells = sorted((cell for cell in drawn if cell is not None), key=lambda cell: cell.box)
     return Smear(image, cells)
@@ -469,15 +449,6 @@ def _places(
 
 
 @dataclass(frozen=True)
-class _Patch:
-    """A cell before it is placed into the field."""
-
-    density: _Density  # (3, side, side)
-    cover: _Mask  # (side, side), 255 where the cell is
-    rods: _Mask  # (side, side)
-
-
-@dataclass(frozen=True)
 class _Shape:
     """Outline of a cell and of its nucleus: masks (side, side), lengths in px."""
 
@@ -492,7 +463,8 @@ class _Shape:
 
 def _draw_cell(
     plan: CellPlan, radius: float, cell_size: int, stain: Stain, rng: np.random.Generator
-) -> _Patch:
+) -> tuple[_Density, _Mask, _Mask]:
+    """Density (3, side, side) of a cell, and masks (side, side) of the cell and of its Auer rods."""
     look = _vary(_LOOKS[plan.kind], plan, rng)
     shape = _draw_shape(plan, look, radius, cell_size / CELL_SIZE, rng)
     scale = shape.scale
@@ -510,7 +482,7 @@ def _draw_cell(
         rods = _draw_rods(shape, plan.faggot, plan.rods, rng)
         _add(density, rods.astype(np.int32), stain.mix @ np.array(_ROD))
     density = np.maximum(density, 0) * inside // 255
-    return _Patch(density, inside.astype(np.uint8), rods)
+    return density, inside.astype(np.uint8), rods
 
 
 def _draw_shape(plan: CellPlan, look: _Look, radius: float, scale: float, rng: np.random.Generator) -> _Shape:
@@ -707,16 +679,19 @@ def _draw_rods(shape: _Shape, faggot: bool, count: int, rng: np.random.Generator
     return np.minimum(rods, body)
 
 
-def _place_cell(density: _Density, patch: _Patch, plan: CellPlan, centre: tuple[float, float]) -> Cell | None:
+def _place_cell(
+    density: _Density, drawn: tuple[_Density, _Mask, _Mask], plan: CellPlan, centre: tuple[float, float]
+) -> Cell | None:
     """Draw a cell over the field, which almost covers what is below it, and measure its box."""
+    own, cover, rods = drawn
     height, width = density.shape[1:]
-    side = patch.cover.shape[0]
+    side = cover.shape[0]
     top, left = round(centre[0]) - side // 2, round(centre[1]) - side // 2
     y0, x0, y1, x1 = max(top, 0), max(left, 0), min(top + side, height), min(left + side, width)
     part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-    cover = patch.cover[part]
+    cover = cover[part]
     below = density[:, y0:y1, x0:x1]
-    below[:] = below * (255 - cover.astype(np.int32) * 235 // 255) // 255 + patch.density[:, *part]
+    below[:] = below * (255 - cover.astype(np.int32) * 235 // 255) // 255 + own[:, *part]
     mask = cover > 100
     x, y, across, down = cv2.boundingRect(mask.astype(np.uint8))
     if not across:
@@ -725,7 +700,7 @@ def _place_cell(density: _Density, patch: _Patch, plan: CellPlan, centre: tuple[
     start, end = max(x - 1, 0), min(x + across + 1, x1 - x0)
     inner = (slice(first, last), slice(start, end))
     box = (y0 + first, x0 + start, y0 + last, x0 + end)
-    return Cell(plan, box, mask[inner], (patch.rods[part][inner] > 60) & mask[inner])
+    return Cell(plan, box, mask[inner], (rods[part][inner] > 60) & mask[inner])
 
 
 def _photograph(density: _Density, stain: Stain, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -759,16 +734,9 @@ def draw_data_set(
     """Write a synthetic data set in the Kaggle layout: ``wsi.csv``, ``labeled_cells.csv``, ``wsi/*.jpg``.
 
     A third of the patients each has APL, another AML, a healthy marrow. Patient k is the same for any number
-    of patients. One image is in memory at a time. The tables are written last, so a folder that was cut off
-    is not taken for a data set.
-
-    Args:
-        folder: does not exist, or is empty.
-        patients: number of patients; of three, each has another diagnosis.
-        seed: at least 0; another seed gives other patients, with other names (P7-001; P001 for seed 1).
-        size: (height, width) of a smear in px.
-        cells_per_smear: wanted number of nucleated cells in a smear.
-        cell_size: diameter of a promyelocyte in px.
+    of patients. Another seed (at least 0) gives other patients, with other names (P7-001; P001 for seed 1).
+    Size, number and size of cells are as of `draw_smear`. One image is in memory at a time. The tables are
+    written last, so a folder that was cut off is not taken for a data set.
 
     Raises:
         DrawnError: the field is too small, or the folder has files.
