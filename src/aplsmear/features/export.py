@@ -92,11 +92,7 @@ class GraphWriter:
         self._open: list[str] = []  # weights that are inputs as well
 
     def model(self, size: int, outputs: Sequence[str]) -> onnx.ModelProto:
-        """The graph with the input `PIXELS`, images of this size in px, and these outputs.
-
-        Raises:
-            GraphError: its weights are 2 GiB or more.
-        """
+        """The graph from `PIXELS`, images of this size in px, to outputs; a GraphError from 2 GiB on."""
         if (size_of := sum(len(each.raw_data) for each in self._weights)) > _LARGEST:
             raise GraphError(
                 f"the weights of the network are {size_of / 2**30:.1f} GiB; a graph holds less than 2 GiB: "

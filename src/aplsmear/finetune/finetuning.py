@@ -75,8 +75,8 @@ def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[
     The folder keeps what was computed, for networks on the same features and after a kill.
 
     Raises:
-        BackboneError: see `aplsmear.features.backbones.cut_network`.
-        FinetuneError: see `cache_views`; or a start has features that cannot be trained.
+        BackboneError: of `cut_network`.
+        FinetuneError: of `cache_views`; or a start has features that cannot be trained.
     """
     check_backbones(inputs, starts)
     recipes = dict.fromkeys(start.recipe for start in starts)

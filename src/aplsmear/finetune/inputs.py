@@ -91,13 +91,7 @@ def read_inputs(
 
 
 def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
-    """The start of each outer fold that `finetune.folds` asks for, and then that of the final model.
-
-    `tuned` is the folder that `tune` wrote for the task.
-
-    Raises:
-        FinetuneError: see `choose_starts`.
-    """
+    """The starts of `finetune.folds` outer folds and of the final model, from the folder that `tune` wrote."""
     best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
     heads = read_heads(tuned / "heads.npz")
     *outer_folds, final = choose_starts(best, read_table(tuned / "trials.csv"), heads, settings.trial)

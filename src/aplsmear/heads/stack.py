@@ -126,11 +126,7 @@ class Lane:
     """One head: its training items, the order in which it sees them, and its random numbers."""
 
     def __init__(self, job: Job, items: TrainingItems, seed: int) -> None:
-        """The lane of a job.
-
-        Raises:
-            ValueError: one class only is left to train on.
-        """
+        """The lane of a job; a ValueError if one class only is left to train on."""
         self.job, self.items, self.held_out = job, items, tuple(sorted(job.held_out))
         inside = np.flatnonzero(~np.isin(items.fold, self.held_out))
         self.shown = np.repeat(inside, items.copies[inside])
