@@ -91,7 +91,7 @@ def read_inputs(
 
 
 def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
-    """The starts of `finetune.folds` outer folds and of the final model, from the folder that `tune` wrote."""
+    """The starts of `finetune.folds` outer folds and of the final model, from the folder of `tune`."""
     best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
     heads = read_heads(tuned / "heads.npz")
     *outer_folds, final = choose_starts(best, read_table(tuned / "trials.csv"), heads, settings.trial)
