@@ -417,7 +417,7 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
         each = [
             [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
             if level == "patient"
-            else score([head], values, np.arange(len(table)))[0]
+            else score(head, values, np.arange(len(table)))
             for values in shown
         ]
         outer_folds[f"outer_{outer_fold}"] = np.mean(each, axis=0)

@@ -201,7 +201,7 @@ def own_aurocs(jobs: Sequence[Job], material: Material) -> list[float]:
     """Held-out AUROC of heads trained to their last epoch."""
     heads = train_heads(jobs, material)
     return [
-        held_out_auroc(job, score([head], material.values[head.features], material.items.row)[0], material)
+        held_out_auroc(job, score(head, material.values[head.features], material.items.row), material)
         for job, head in zip(jobs, heads, strict=True)
     ]
 

@@ -40,7 +40,7 @@ def test_before_the_first_epoch_the_network_is_the_frozen_model_with_its_head(
 ) -> None:
     shown = images()[:6]
     features = keras_network(BACKBONE, "cell", 5)(shown)[LAYER].numpy()
-    expected = score([head()], features, np.arange(6))[0]
+    expected = score(head(), features, np.arange(6))
     network = build(blocks, subclasses, *extra, crop)
     times = 2 if crop < 1 else 1
     mean, scale = features.mean(axis=0), features.std(axis=0) + 0.1
@@ -67,7 +67,7 @@ def test_joined_heads_are_the_mean_of_the_tuned_head_and_the_extra_heads(depth: 
     set_head(network, tuned, shown.mean(axis=0), shown.std(axis=0) + 0.1)
     extra = network.heads.extras(shown[:, -CHANNELS:]).numpy()
     each = [network.heads.head(shown).numpy(), *np.moveaxis(extra, 1, 0)]
-    positive = score([tuned], shown[:, :CHANNELS].astype(np.float16), np.arange(6))[0]
+    positive = score(tuned, shown[:, :CHANNELS].astype(np.float16), np.arange(6))
     np.testing.assert_allclose(softmax(each[0], axis=1)[:, 2], positive, atol=2e-2)  # features in float16
     join_heads(network, tuned)
     np.testing.assert_allclose(network.heads.head(shown).numpy(), np.mean(each, axis=0), atol=1e-4)

@@ -69,7 +69,8 @@ def test_score_is_the_network_by_hand() -> None:
             signal = (by_hand[activation](signal) if layer else signal) @ kernel + bias
         heads.append(Head("net/layer", tuple(kernels), tuple(biases), activation))
         expected.append(expit(signal[:, 0]))
-    np.testing.assert_allclose(score(heads, values, rows), expected, rtol=2e-5, atol=1e-6)
+    found = [score(head, values, rows) for head in heads]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
 
 
 def test_heads_survive_a_file_that_has_the_same_bytes_each_time(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_head_from_several_starts_is_their_mean(depth: int) -> None:
         (head,) = train_heads([job], replace(ground, restarts=3))
         values = ground.values["net/layer"]
         expected = logit(score(alone, values, rows)).mean(axis=0)
-        np.testing.assert_allclose(logit(score([head], values, rows)[0]), expected, atol=2e-4)
+        np.testing.assert_allclose(logit(score(head, values, rows)), expected, atol=2e-4)
 
 
 def test_parameters_are_the_weights_of_a_head() -> None:
@@ -180,8 +181,8 @@ def test_a_head_is_what_keras_trains() -> None:
 
     every = ground.values["net/layer"]
     expected = model((every - mean) / spread).numpy()[:, 0]
-    found = score([end], every, np.arange(len(every)))[0]
-    assert np.abs(found - score([start], every, np.arange(len(every)))[0]).max() > 0.3  # it has learned
+    found = score(end, every, np.arange(len(every)))
+    assert np.abs(found - score(start, every, np.arange(len(every)))).max() > 0.3  # it has learned
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
@@ -225,7 +226,7 @@ def test_the_judged_scores_are_those_of_a_head_trained_for_that_long() -> None:
         for fold in job.held_out:
             (head,) = train_heads([replace(job, epochs=judged.epoch[fold])], ground)
             rows = ground.items.row[ground.items.fold == fold]
-            expected = score([head], ground.values["net/layer"], rows)[0]
+            expected = score(head, ground.values["net/layer"], rows)
             np.testing.assert_allclose(expit(judged.score[fold]), expected, atol=1e-3)
 
 
@@ -252,7 +253,7 @@ def test_without_patience_the_last_epoch_counts() -> None:
         for fold in job.held_out:
             rows = ground.items.row[ground.items.fold == fold]
             np.testing.assert_allclose(
-                expit(judged.score[fold]), score([head], ground.values["net/layer"], rows)[0], atol=1e-3
+                expit(judged.score[fold]), score(head, ground.values["net/layer"], rows), atol=1e-3
             )
 
 

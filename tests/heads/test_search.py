@@ -305,12 +305,11 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
             seen[id(head)] = job, inside
         return heads
 
-    def spy(heads: Any, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def spy(head: Head, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         fold = whole.table["fold"].to_numpy()[np.searchsorted(whole.row, rows)]
-        for head in heads:
-            assert not seen[id(head)][1] & set(fold.tolist())
-            scored.append((seen[id(head)][0], set(fold.tolist())))
-        return score(heads, values, rows)
+        assert not seen[id(head)][1] & set(fold.tolist())
+        scored.append((seen[id(head)][0], set(fold.tolist())))
+        return score(head, values, rows)
 
     monkeypatch.setattr(search, "train_heads", train)
     monkeypatch.setattr(task_data_module, "score", spy)
@@ -332,9 +331,7 @@ def test_every_item_is_scored_by_a_head_that_never_saw_its_patient(monkeypatch: 
     fold = whole.table["fold"].to_numpy()
     for outer_fold in range(FOLDS):
         rows = whole.row[fold == outer_fold]
-        by_outer = score(
-            [outer[outer_fold]], whole.features[chosen[outer_fold].recipe.features].values, rows
-        )[0]
+        by_outer = score(outer[outer_fold], whole.features[chosen[outer_fold].recipe.features].values, rows)
         assert (
             predictions["probability"].to_numpy()[fold == outer_fold].astype(np.float32) == by_outer
         ).all()
@@ -364,7 +361,7 @@ def test_nothing_leaks_where_a_model_could_memorise_patients(tmp_path: Path) -> 
     by_patient = predictions.groupby("patient").mean(numeric_only=True)
     label, probability = by_patient["label"].to_numpy(), by_patient["probability"].to_numpy()
     held_out = auroc_within_folds(label, probability, by_patient["fold"].to_numpy().astype(int))
-    memorised = score([heads[-1]], x, whole.row)[0]
+    memorised = score(heads[-1], x, whole.row)
     assert (
         auroc_within_folds(whole.label, memorised, np.zeros(len(who), int)) > 0.99
     )  # marks can be memorised

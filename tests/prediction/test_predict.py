@@ -118,7 +118,7 @@ def scores_of(task: str, heads: list[Head], of: Features, patients: pd.Series, f
     table["fold"] = table["patient"].map(fold)
     for outer_fold, head in enumerate(heads):
         views = [rows["min"] + np.minimum(view, rows["size"] - 1) for view in range(TASKS[task][1] + 1)]
-        each = [score([head], of.values, np.asarray(view))[0] for view in views]
+        each = [score(head, of.values, np.asarray(view)) for view in views]
         table[f"outer_{outer_fold}"] = np.mean(each, axis=0)
     return table
 

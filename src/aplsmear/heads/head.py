@@ -139,28 +139,20 @@ def mean_head(heads: Sequence[Head]) -> Head:
     )
 
 
-def score(heads: Sequence[Head], values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Probabilities of the positive class by heads that are not on bags: float32 (heads, items).
+def score(head: Head, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Probabilities of the positive class by a head that is not on bags: float32 (items,).
 
-    `values` are the features that the heads read, float16 (views, channels); `rows`, int64 (items,), the
+    `values` are the features that the head reads, float16 (views, channels); `rows`, int64 (items,), the
     views to score. The probability of an item does not depend on the other items.
     """
-    scores = np.zeros((len(heads), len(rows)), dtype=np.float32)
+    scores = np.zeros(len(rows), np.float32)
     for start in range(0, len(rows), CHUNK):
         x = rows_of(values, rows[start : start + CHUNK]).astype(np.float32)
-        count = len(x)
-        x = np.pad(x, ((0, -count % _BLOCK), (0, 0)))
-        for place, head in enumerate(heads):
-            scores[place, start : start + count] = sigmoid(_logits(head, x))[:count, 0]
+        signal = np.pad(x, ((0, -len(x) % _BLOCK), (0, 0)))
+        for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
+            signal = (activate(signal, head.activation)[0] if layer else signal) @ kernel + bias
+        scores[start : start + len(x)] = sigmoid(signal)[: len(x), 0]
     return scores
-
-
-def _logits(head: Head, x: np.ndarray) -> np.ndarray:
-    """float32 (items, 1)."""
-    signal = x
-    for layer, (kernel, bias) in enumerate(zip(head.kernels, head.biases, strict=True)):
-        signal = (activate(signal, head.activation)[0] if layer else signal) @ kernel + bias
-    return signal
 
 
 def mean_over_views(

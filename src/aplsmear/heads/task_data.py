@@ -84,9 +84,8 @@ class TaskData:
         The scores of `average` augmented views are averaged with that of the plain view.
         """
         values = self.features[head.features].values
-        return mean_over_views(
-            lambda rows: score([head], values, rows)[0], self.row[places], self.views[places], average
-        )
+        row, views = self.row[places], self.views[places]
+        return mean_over_views(lambda rows: score(head, values, rows), row, views, average)
 
     def attention(self, _heads: Sequence[Head], _average: int, /) -> pd.DataFrame:
         """``cell, patient, fold, attention, score`` of each cell; no rows if items are not patients.

@@ -209,7 +209,7 @@ class Models:
         if scorer.member.level == "patient":
             rows = [plain + np.minimum(view, more) for view in range(scorer.average + 1)]
             return np.asarray(values[np.stack(rows, axis=1)])
-        return mean_over_views(lambda rows: score([head], values, rows)[0], plain, more, scorer.average)
+        return mean_over_views(lambda rows: score(head, values, rows), plain, more, scorer.average)
 
     def verdict(self, patient: str, record: _Record) -> Verdict:
         """The verdict on a patient whose smears are all in the record."""

@@ -115,16 +115,16 @@ def check_inputs(stage: str) -> None:
     declared = _loaded(Path("dvc.yaml"))["stages"][template]
     if table := declared.get("foreach"):  # `${item.root}` is in the row of that name
         row = f"{table[2:-1]}.{item}."
-        values |= {
-            f"item.{key.removeprefix(row)}": value for key, value in values.items() if key.startswith(row)
-        }
+        for key in [key for key in values if key.startswith(row)]:
+            values[f"item.{key.removeprefix(row)}"] = values[key]
     wanted = [
         PurePosixPath(re.sub(r"\$\{([^}]+)\}", lambda found: str(values.get(found[1], item)), dep))
         for dep in declared.get("do", declared)["deps"]  # `${item.task}` is in no params.yaml
     ]
     inputs = {
         out["path"]: out["md5"]
-        for out in (out for entry in locked.values() for out in entry.get("outs", []))
+        for entry in locked.values()
+        for out in entry.get("outs", [])
         for dep in wanted
         if PurePosixPath(out["path"]).is_relative_to(dep) or dep.is_relative_to(out["path"])
         if out.get("hash") == "md5" and _is_complete(Path(out["path"]), out.get("nfiles", 0))
