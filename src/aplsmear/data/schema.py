@@ -1,7 +1,7 @@
 """The tables of a data set in the Kaggle layout: columns and rules, declared once and checked with pandera.
 
-The description of each column, and the error (what is expected) and description (what to do) of each check,
-are written for the person who keeps the spreadsheet.
+The columns are in columns.csv beside this file. Their descriptions, and the error (what is expected) and the
+description (what to do) of each check, are written for the person who keeps the spreadsheet.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import pandas as pd
 import pandera.pandas as pa
@@ -69,11 +69,6 @@ def leaves_folder(name: str) -> bool:
     return bool(windows.drive or windows.root or ".." in windows.parts or PurePosixPath(name).is_absolute())
 
 
-def _each(test: Callable[[str], bool]) -> Callable[[pd.Series], pd.Series]:
-    """A test of a column from a test of one text, which is called once for each distinct text."""
-    return lambda column: column.map({text: test(text) for text in column.unique()}).astype(bool)
-
-
 def _expected_labels(text: str, clean: bool = False) -> str:
     """What is expected instead of this text; '' if its labels can be read (`clean`: as labels of a smear)."""
     try:
@@ -85,144 +80,84 @@ def _expected_labels(text: str, clean: bool = False) -> str:
     return ""
 
 
-_FILLED = pa.Check(
-    lambda column: column != "", name="filled", error="a value", description="enter it, or delete the row"
-)
-_PRINTABLE = pa.Check(
-    _each(str.isprintable),
-    name="printable",
-    error="printable characters",
-    description="delete the text and type it again: it contains an invisible character",
-)
-_SHOWABLE = pa.Check(
-    _each(lambda name: not any(unicodedata.category(one).startswith("C") for one in name)),
-    name="showable",
-    error="a file name without control characters",
-    description="rename the file: its name contains an invisible control character",
-)
-_INSIDE = {
-    folder: pa.Check(
-        _each(lambda name: not leaves_folder(name)),
-        name="inside",
-        error=f"a file name inside the folder {folder}",
-        description=f"move the picture into the folder {folder} and enter only its name",
+def _rule(name: str, test: Callable[[str], bool], expected: str, fix: str) -> pa.Check:
+    """A rule for one text; a column is tested once for each distinct text."""
+
+    def tested(column: pd.Series) -> pd.Series:
+        return column.map({text: test(text) for text in column.unique()}).astype(bool)
+
+    return pa.Check(tested, name=name, error=expected, description=fix)
+
+
+_SMEAR_LABELS, _CELL_LABELS = "smear labels", "cell labels"
+_RULES = {
+    str(rule.name): rule
+    for rule in (
+        _rule("filled", bool, "a value", "enter it, or delete the row"),
+        _rule(
+            "printable",
+            str.isprintable,
+            "printable characters",
+            "delete the text and type it again: it contains an invisible character",
+        ),
+        _rule(
+            "showable",
+            lambda name: not any(unicodedata.category(one).startswith("C") for one in name),
+            "a file name without control characters",
+            "rename the file: its name contains an invisible control character",
+        ),
+        *(
+            _rule(
+                f"inside {folder}",
+                lambda name: not leaves_folder(name),
+                f"a file name inside the folder {folder}",
+                f"move the picture into the folder {folder} and enter only its name",
+            )
+            for folder in (IMAGE_FOLDER, CELL_FOLDER)
+        ),
+        _rule(
+            _SMEAR_LABELS,
+            lambda text: not _expected_labels(text, clean=True),
+            "healthy, or aml with a FAB class",
+            "correct the label; examples: {'healthy'}, {'aml', 'm2'}, and {'aml', 'm3'} for APL",
+        ),
+        _rule(
+            _CELL_LABELS,
+            lambda text: not _expected_labels(text),
+            "a set of labels",
+            "correct it (examples: {'Promyelocyte'}, {'Auer rods', 'Faggot cell'}), or leave it empty",
+        ),
+        _rule(
+            "box",
+            boxes.is_whole,
+            "[y0, x0, y1, x1], four whole numbers in px",
+            "correct the box (round fractions), or leave it empty: then the cell is left out",
+        ),
     )
-    for folder in (IMAGE_FOLDER, CELL_FOLDER)
 }
-_SMEAR_LABELS = pa.Check(
-    _each(lambda text: not _expected_labels(text, clean=True)),
-    name="smear labels",
-    error="healthy, or aml with a FAB class",
-    description="correct the label; examples: {'healthy'}, {'aml', 'm2'}, and {'aml', 'm3'} for APL",
-)
-_CELL_LABELS = pa.Check(
-    _each(lambda text: not _expected_labels(text)),
-    name="cell labels",
-    error="a set of labels",
-    description="correct it (examples: {'Promyelocyte'}, {'Auer rods', 'Faggot cell'}), or leave it empty",
-)
-_BOX = pa.Check(
-    _each(boxes.is_whole),
-    name="box",
-    error="[y0, x0, y1, x1], four whole numbers in px",
-    description="correct the box (round fractions), or leave it empty: then the cell is left out",
-)
 _UNIQUE_FIX = "give each row an id of its own, or delete the repeated row"
+_COLUMNS = pd.read_csv(Path(__file__).with_name("columns.csv"), dtype=str, keep_default_na=False)
 
 
-def _column(
-    description: str, example: str, *checks: pa.Check, required: bool = False, unique: bool = False
-) -> pa.Column:
-    details: dict[str, Any] = {"description": description, "metadata": {"example": example}}
-    return pa.Column(checks=list(checks), required=required, unique=unique, **details)
+def _schema(table: str, file: str, description: str) -> pa.DataFrameSchema:
+    """The columns of a table, as columns.csv beside this file describes them."""
+    columns = {
+        row["column"]: pa.Column(
+            checks=[_RULES[name] for name in row["rules"].split("; ")],
+            required=row["required"] == "yes",
+            unique=row["unique"] == "yes",
+            description=row["description"],
+            metadata={"example": row["example"]},
+        )
+        for row in _COLUMNS.to_dict("records")
+        if table in row["tables"].split("; ")
+    }
+    return pa.DataFrameSchema(columns, name=file, description=description)
 
 
-SMEARS = pa.DataFrameSchema(
-    {
-        "id": _column("name or number of the smear", "17", _FILLED, _PRINTABLE, required=True, unique=True),
-        "imgName": _column(
-            f"file of the smear in the folder `{IMAGE_FOLDER}`: PNG, JPEG or TIFF",
-            "17.png",
-            _FILLED, _INSIDE[IMAGE_FOLDER], _SHOWABLE,
-            required=True,
-        ),
-        "label": _column(
-            "`healthy`, or `aml` with its FAB class (`m0` ... `m7`, `not_classified`); `m3` is APL. A smear "
-            "without a label is left out and counted",
-            "{'aml', 'm3'}",
-            _SMEAR_LABELS,
-            required=True,
-        ),
-        "patient": _column(
-            "the same for all smears of one patient. A patient is never in training and test at once. "
-            "Without this column each smear counts as a patient",
-            "P012",
-            _PRINTABLE,
-        ),
-        "site": _column("hospital or cohort; `split.by: site` holds out whole sites", "Dresden", _PRINTABLE),
-    },
-    name=SMEARS_FILE,
-    description="one row for each smear",
-)  # fmt: skip
-
-_LABELS = {
-    "cellType": _column("type of the cell, if known", "{'Promyelocyte'}", _CELL_LABELS),
-    "specialCharacteristics": _column(
-        "special features of the cell. `None` is a label: examined, nothing special found. Empty: not "
-        "examined",
-        "{'Auer rods', 'Faggot cell'}",
-        _CELL_LABELS,
-    ),
-    "objectType": _column("kind of object", "{'Cell'}", _CELL_LABELS),
-    "segmentationQuality": _column("quality of the box", "{'Good'}", _CELL_LABELS),
-}
-CELLS = pa.DataFrameSchema(
-    {
-        "id": _column("name or number of the cell", "4711", _FILLED, _PRINTABLE, required=True, unique=True),
-        "wsi": _column(f"`id` of its smear in {SMEARS_FILE}", "17", _FILLED, required=True),
-        "bbox": _column(
-            "the cell's box in px, from the upper left of the smear, end exclusive: y0, x0, y1, x1. A cell "
-            "without a box is left out and counted",
-            "[342, 1319, 475, 1440]",
-            _BOX,
-            required=True,
-        ),
-        **_LABELS,
-    },
-    name=CELLS_FILE,
-    description="one row for each cell. Without this file, only whole smears are used",
-)  # fmt: skip
-
-SINGLE_CELLS = pa.DataFrameSchema(
-    {
-        "id": CELLS.columns["id"],
-        "imgName": _column(
-            f"file of the cell's picture in the folder `{CELL_FOLDER}`: PNG, JPEG or TIFF; subfolders are "
-            "allowed",
-            "PMO/PMO_0001.tiff",
-            _INSIDE[CELL_FOLDER], _SHOWABLE,
-            required=True,
-        ),
-        "patient": _column(
-            f"the same for all cells and smears of one patient, also in {SMEARS_FILE}. Without this column "
-            "each picture counts as a patient: the cells of a patient can then be in training and test at "
-            "once, and results look too good",
-            "P012",
-            _PRINTABLE,
-        ),
-        "diagnosis": _column(
-            f"of the patient, written as `label` in {SMEARS_FILE}. A cell without one is left out and "
-            "counted, unless no cell and no smear has one: then only tasks on labels of cells can run",
-            "{'aml', 'm3'}",
-            _SMEAR_LABELS,
-        ),
-        "site": SMEARS.columns["site"],
-        **_LABELS,
-    },
-    name=CELLS_FILE,
-    description="a cell with a picture of its own",
-)  # fmt: skip
-
+SMEARS = _schema("smears", SMEARS_FILE, "one row for each smear")
+CELLS = _schema("cells", CELLS_FILE, "one row for each cell. Without this file, only whole smears are used")
+SINGLE_CELLS = _schema("single cells", CELLS_FILE, "a cell with a picture of its own")
 
 PLACE = ("wsi", "bbox")  # of a cell in a smear
 OF_SINGLES = [name for name in SINGLE_CELLS.columns if name not in CELLS.columns]
@@ -285,8 +220,8 @@ def _problems_of(error: SchemaError, file: str) -> Iterator[Problem]:
     for row, value in zip(cases["index"].astype(int), cases["failure_case"].astype(str), strict=True):
         if isinstance(check, pa.Check):
             expected, fix = str(check.error), str(check.description)
-            if check.name in (_SMEAR_LABELS.name, _CELL_LABELS.name):
-                expected = _expected_labels(value, clean=check.name == _SMEAR_LABELS.name)
+            if check.name in (_SMEAR_LABELS, _CELL_LABELS):
+                expected = _expected_labels(value, clean=check.name == _SMEAR_LABELS)
             yield Problem(file, row, column, value, expected=expected, fix=fix)
         elif value:  # the rule of unique ids; an empty id is reported as not filled
             yield Problem(file, row, column, value, expected="an id that no other row has", fix=_UNIQUE_FIX)
