@@ -63,22 +63,17 @@ _SOURCE |= {"diagnosis": (SMEARS_FILE, "label"), "fab": (SMEARS_FILE, "label")}
 
 @dataclass(frozen=True)
 class DataSet:
-    """A checked data set.
+    """A checked data set, with a row for each smear, cell and picture.
 
-    Attributes:
-        smears: one row for each smear, columns `SMEAR_COLUMNS`; width and height in px.
-        cells: one row for each cell, columns `CELL_COLUMNS`; boxes in px, end exclusive, inside the smear. If
-            some cells have pictures of their own, also `SINGLE_COLUMNS`: these cells stand last, sorted by
-            patient, the smear is '', and the box is the whole picture.
-        report: counts, what was left out and why, remarks; ready for JSON.
-        pictures: ``image``, ``file`` (the table that names it) and ``fingerprint`` of each picture; empty if
-            they were not decoded.
+    Boxes are in px, end exclusive, inside the smear. If some cells have pictures of their own, `cells` also
+    has `SINGLE_COLUMNS`: these cells stand last, sorted by patient, the smear is '', and the box is the whole
+    picture.
     """
 
-    smears: pd.DataFrame
-    cells: pd.DataFrame
-    report: dict[str, Any]
-    pictures: pd.DataFrame
+    smears: pd.DataFrame  # `SMEAR_COLUMNS`; width and height in px
+    cells: pd.DataFrame  # `CELL_COLUMNS`
+    report: dict[str, Any]  # counts, what was left out and why, remarks; ready for JSON
+    pictures: pd.DataFrame  # `image`, `table` that names it, `fingerprint`; empty if they were not decoded
 
     @property
     def patients(self) -> pd.DataFrame:

@@ -367,13 +367,7 @@ def relabelled(old: Mapping[str, str], meaning: Meaning) -> dict[str, str]:
 def write(plan: Plan, folder: Path, *, copy: bool) -> None:
     """Write a data set: whole, or not at all.
 
-    Args:
-        plan: what is written.
-        folder: new, or empty.
-        copy: copy the pictures; False: make relative links to them.
-
-    Raises:
-        UserError: the folder holds something.
+    The pictures are copied, or get relative links. A UserError if the folder holds something.
     """
     with whole_folder(folder) as part:
         for name, picture in progress(plan.pictures.items(), "pictures", len(plan.pictures)):

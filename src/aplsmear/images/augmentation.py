@@ -90,15 +90,10 @@ class Pyramid:
         return self.levels[0]
 
     def warped(self, matrix: np.ndarray, offset: np.ndarray, size: int) -> np.ndarray:
-        """Warp a square view out of the smear; beyond the smear its edge is mirrored.
+        """Warp a view, uint8 RGB (size, size, 3), out of the smear; beyond the smear its edge is mirrored.
 
-        Args:
-            matrix: float64 (2, 2); turns (x, y) in the view, from its centre, into (x, y) in the smear.
-            offset: float64 (2,); (x, y) of the centre of the view in the smear, from the smear's corner.
-            size: of the view in px.
-
-        Returns:
-            uint8 RGB, shape (size, size, 3).
+        The `matrix`, float64 (2, 2), turns (x, y) in the view, from its centre, into (x, y) in the smear. The
+        `offset`, float64 (2,), is (x, y) of the view's centre in the smear, from the smear's corner.
         """
         shrink = math.sqrt(abs(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0]))
         level = max(0, math.floor(math.log2(shrink) + 1e-9))

@@ -120,11 +120,10 @@ def refuse_single_cells(root: Path) -> None:
 
 
 def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
-    """The smears of a data set, with or without labels; every image is decoded once as a check.
+    """The `smear` and `image` of each smear, with or without labels; every image is decoded once as a check.
 
-    Returns:
-        A table with `smear` and `image`. If there was no ``wsi.csv``: the one that is now written, with a row
-        for each picture in the folder ``wsi`` and empty labels; otherwise None.
+    If there is no ``wsi.csv``, one is written, with a row for each picture in the folder ``wsi`` and empty
+    labels, and its path is returned.
 
     Raises:
         DataSetError: with all problems of tables and images.

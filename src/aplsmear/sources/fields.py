@@ -65,19 +65,15 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Choice:
-    """The fields of a slide.
+    """The fields of a slide, a row for each, best first.
 
-    Attributes:
-        fields: a row for each field, best first: `x` and `y` of its corner and `side`, in px of level 0;
-            `level` it was read from; `mpp`; the scores `cover`, `clumped`, `nuclei` (separate, per mm²) and
-            `sharpness`.
-        left_out: reason -> number of squares that were not taken for it.
-        thumbnail: the slide with the fields drawn on it.
+    They have `x` and `y` of the corner and `side`, in px of level 0; `level` it was read from; `mpp`; the
+    scores `cover`, `clumped`, `nuclei` (separate, per mm²) and `sharpness`.
     """
 
     fields: pd.DataFrame
-    left_out: dict[str, int]
-    thumbnail: Image.Image
+    left_out: dict[str, int]  # reason -> number of squares that were not taken for it
+    thumbnail: Image.Image  # the slide with the fields drawn on it
 
 
 def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
@@ -100,8 +96,7 @@ def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
     view = np.empty((rows * small, columns * small, 3), np.uint8)
     found: list[dict[str, float]] = []
     left_out = Counter[str]()
-    squares = [(row, column) for row in range(rows) for column in range(columns)]
-    for row, column in progress(squares, "squares", len(squares)):
+    for row, column in progress(list(np.ndindex(rows, columns)), "squares", rows * columns):
         rgb = _overview(slide, column * side, row * side, side)
         place = np.s_[row * small : (row + 1) * small, column * small : (column + 1) * small]
         view[place] = cv2.resize(rgb, (small, small), interpolation=cv2.INTER_AREA)
@@ -138,16 +133,9 @@ def write_fields(
 ) -> list[Choice]:
     """Make a data set of the best fields of slides: whole, or not at all.
 
-    The folder gets ``wsi.csv``, the pictures (``wsi/*.png``), `FIELDS_FILE` (where each was taken) and a
-    picture of each slide with its fields.
-
-    Args:
-        slides: open slides of one resolution or finer.
-        folder: new, or empty.
-        facts: diagnosis and patient of each slide, and the name of its pictures.
-        count: most fields of a slide.
-        mpp: micrometres per px of the fields.
-        size: side of a field in px.
+    The new or empty folder gets ``wsi.csv``, the pictures (``wsi/*.png``), `FIELDS_FILE` (where each was
+    taken) and a picture of each slide with its fields. The other arguments are as of `choose_fields`; `facts`
+    has the diagnosis and patient of each slide, and the name of its pictures.
 
     Raises:
         UserError: the folder holds something, no slide has a good field, or pixels are damaged.
@@ -253,8 +241,7 @@ def _reason(scores: dict[str, float]) -> str:
 
 def _ranked(found: Sequence[dict[str, float]]) -> pd.DataFrame:
     """Squares as a table, most nuclei first, equal ones from top to bottom."""
-    columns = ["x", "y", "side", "mpp", "cover", "clumped", "nuclei"]
-    table = pd.DataFrame(found, columns=columns)
+    table = pd.DataFrame(found, columns=["x", "y", "side", "mpp", "cover", "clumped", "nuclei"])
     return table.sort_values(["nuclei", "y", "x"], ascending=[False, True, True], ignore_index=True)
 
 
