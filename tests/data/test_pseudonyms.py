@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
-from aplsmear.data.pseudonyms import PseudonymError, Pseudonyms, read_key
+from aplsmear.data.pseudonyms import Pseudonyms, read_key
+from aplsmear.errors import UserError
 from aplsmear.images.view_store import read_views
 from aplsmear.sources.drawn import draw_data_set
 from aplsmear.tables import read_table
@@ -176,10 +177,10 @@ def test_equal_names_have_equal_pseudonyms_only_under_one_key_and_kind(tmp_path)
     assert one.of("patient", "A") == one.of("patient", "A") != other.of("patient", "A")
     assert one.of("patient", "A")[1:] != one.of("smear", "A")[1:]
     assert one.of("patient", "") == ""
-    with pytest.raises(PseudonymError, match="there is neither"):
+    with pytest.raises(UserError, match="there is neither"):
         read_key({}, tmp_path)
     (tmp_path / ".pseudonym-key").write_bytes(b"\xff" * 40)
-    with pytest.raises(PseudonymError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_key({}, tmp_path)
 
 

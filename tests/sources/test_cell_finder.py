@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from aplsmear.cli import app
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import KAGGLE_CELL_COLUMNS
-from aplsmear.sources.cell_finder import BOX, MIN_SIZE, CellsError, find_cells
+from aplsmear.errors import UserError
+from aplsmear.sources.cell_finder import BOX, MIN_SIZE, find_cells
 from aplsmear.sources.cell_folder import contact_sheet, expected_size, find_all, kaggle_rows, next_steps
 from aplsmear.sources.cell_size import Estimate, boxes_at, choose, ladder, lengths
 from aplsmear.sources.drawn import Smear, draw_smear, generator, patient_smears, sample_patient
@@ -177,7 +178,7 @@ def test_the_expected_size_may_be_given_in_micrometres() -> None:
     assert expected_size(80, None) == 80
     assert expected_size(None, None) is None
     for size, micrometres in ((80, 0.1), (-1, None), (None, 0), (None, 9), (MIN_SIZE / 2, None)):
-        with pytest.raises(CellsError):
+        with pytest.raises(UserError):
             expected_size(size, micrometres)
 
 

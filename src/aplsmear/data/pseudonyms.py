@@ -26,10 +26,6 @@ _HOW = (
 )
 
 
-class PseudonymError(UserError):
-    """There is no usable key, or it is not the key that was used before."""
-
-
 class Pseudonyms:
     """Pseudonyms under one key."""
 
@@ -51,7 +47,7 @@ class Pseudonyms:
         Wanted are those in the column ``image`` of the tables of smears and cells that have one.
 
         Raises:
-            PseudonymError: a pseudonym belongs to no file: the key or the names of pictures have changed.
+            UserError: a pseudonym belongs to no file: the key or the names of pictures have changed.
         """
         found: dict[str, str] = {}
         for place, _, names in os.walk(root, followlinks=True):
@@ -60,7 +56,7 @@ class Pseudonyms:
         wanted = [name for table in tables for name in table.get("image", ()) if name]
         lost = [name for name in wanted if name not in found]
         if lost:
-            raise PseudonymError(
+            raise UserError(
                 f"{len(lost)} of {len(wanted)} pictures of the data set are not found by their "
                 f"pseudonyms. They were renamed, or the key ({KEY_VARIABLE} or {KEY_FILE}) is not the one "
                 "that the stage `download` used. Use that key again, or run `dvc repro --force download`"
@@ -71,7 +67,7 @@ class Pseudonyms:
 def read_key(environment: Mapping[str, str], folder: Path) -> str:
     """The secret key: the environment variable `KEY_VARIABLE`, else the content of `KEY_FILE` in the folder.
 
-    A PseudonymError if there is no key, or it is too short to be secret.
+    A UserError if there is no key, or it is too short to be secret.
     """
     file = folder / KEY_FILE
     source, key = KEY_VARIABLE, environment.get(KEY_VARIABLE, "").strip()
@@ -80,12 +76,12 @@ def read_key(environment: Mapping[str, str], folder: Path) -> str:
         try:
             key = file.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            raise PseudonymError(
+            raise UserError(
                 f"dataset.pseudonymise needs a key, but there is neither {KEY_VARIABLE} nor {file}: {_HOW}"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             why = type(error).__name__
-            raise PseudonymError(f"the key in {file} cannot be read ({why}): {_HOW}") from None
+            raise UserError(f"the key in {file} cannot be read ({why}): {_HOW}") from None
     if len(key) < SHORTEST:
-        raise PseudonymError(f"the key in {source} has {len(key)} characters, fewer than {SHORTEST}: {_HOW}")
+        raise UserError(f"the key in {source} has {len(key)} characters, fewer than {SHORTEST}: {_HOW}")
     return key

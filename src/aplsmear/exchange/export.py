@@ -153,14 +153,10 @@ def coco(shots: list[Shot], to: Path) -> None:
         for cell in shot.cells:
             y0, x0, y1, x1 = cell.box
             annotation = {
-                "id": len(annotations) + 1,
-                "image_id": image["id"],
-                "category_id": labels.index(cell.label) + 1,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": (x1 - x0) * (y1 - y0),
-                "iscrowd": 0,
-                "attributes": cell.attributes,
-            }
+                "id": len(annotations) + 1, "image_id": image["id"], "attributes": cell.attributes,
+                "category_id": labels.index(cell.label) + 1, "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0), "iscrowd": 0,
+            }  # fmt: skip
             annotations.append(annotation | ({} if cell.score is None else {"score": cell.score}))
     categories = [{"id": number, "name": label} for number, label in enumerate(labels, start=1)]
     write_json(to, {"images": images, "annotations": annotations, "categories": categories})

@@ -71,10 +71,6 @@ Mask = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.int32]
 
 
-class CellsError(UserError, ValueError):
-    """The search for cells cannot be done; the message says what to change."""
-
-
 # --- one picture -------------------------------------------------------------------------------------
 
 
@@ -83,7 +79,7 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
 
     Args:
         image: uint8 RGB, shape (height, width, 3).
-        size: diameter of a typical nucleated cell in px, at least `MIN_SIZE`, else a CellsError. A little too
+        size: diameter of a typical nucleated cell in px, at least `MIN_SIZE`, else a UserError. A little too
             large is better than too small.
 
     Returns:
@@ -96,9 +92,9 @@ def find_cells(image: npt.NDArray[np.uint8], size: float) -> pd.DataFrame:
 
 
 def check_size(size: float) -> None:
-    """Raise CellsError if cells of this diameter (px) are too small to be found."""
+    """Raise UserError if cells of this diameter (px) are too small to be found."""
     if not MIN_SIZE <= size < math.inf:
-        raise CellsError(
+        raise UserError(
             f"cells of {size:g} px cannot be told from platelets. They need at least {MIN_SIZE:g} px: take "
             "the pictures at a higher magnification, or correct the size"
         )

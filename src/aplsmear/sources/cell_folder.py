@@ -23,10 +23,11 @@ from aplsmear.compute.engine import Here
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
+from aplsmear.errors import UserError
 from aplsmear.files import whole
 from aplsmear.images.reading import SLIDES, is_picture_name, read_image
 from aplsmear.progress import progress
-from aplsmear.sources.cell_finder import BOX, CellsError, check_size, find_cells, scaled
+from aplsmear.sources.cell_finder import BOX, check_size, find_cells, scaled
 from aplsmear.sources.cell_size import Estimate, boxes_at, choose, ladder, lengths
 from aplsmear.tables import write_table
 
@@ -64,7 +65,7 @@ def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, worker
         workers: number of processes, -1: one for each core; does not change the result.
 
     Raises:
-        CellsError: `size` is below `MIN_SIZE`.
+        UserError: `size` is below `MIN_SIZE`.
         ImageError: an image cannot be read.
     """
     paths = [root / image for image in smears["image"]]
@@ -98,10 +99,10 @@ def kaggle_rows(cells: pd.DataFrame) -> pd.DataFrame:
 def expected_size(size: float | None, micrometres_per_pixel: float | None) -> float | None:
     """Diameter of a typical cell in px, given as such or by the resolution; None if neither is known.
 
-    A CellsError if both are given, or cells would be too small.
+    A UserError if both are given, or cells would be too small.
     """
     if size is not None and micrometres_per_pixel is not None:
-        raise CellsError("--size and --micrometres-per-pixel exclude each other: give only one of them")
+        raise UserError("--size and --micrometres-per-pixel exclude each other: give only one of them")
     if micrometres_per_pixel is not None:
         size = TYPICAL_MICROMETRES / micrometres_per_pixel if micrometres_per_pixel > 0 else 0
     if size is not None:
@@ -110,10 +111,10 @@ def expected_size(size: float | None, micrometres_per_pixel: float | None) -> fl
 
 
 def refuse_single_cells(root: Path) -> None:
-    """Raise CellsError if cells of a data set have pictures of their own."""
+    """Raise UserError if cells of a data set have pictures of their own."""
     table = root / CELLS_FILE
     if table.exists() and read_csv(table, {"imgName": True}, [], []) is not None:
-        raise CellsError(
+        raise UserError(
             f"{table} names a picture for each cell (column imgName): these cells need no boxes, so there "
             f"is nothing to find. Check the data set: aplsmear check {root}"
         )
@@ -127,18 +128,16 @@ def read_smears(root: Path) -> tuple[pd.DataFrame, Path | None]:
 
     Raises:
         DataSetError: with all problems of tables and images.
-        CellsError: there is neither a ``wsi.csv`` nor a picture.
+        UserError: there is neither a ``wsi.csv`` nor a picture.
     """
     table, written = root / SMEARS_FILE, None
     if not table.exists() and (root / IMAGE_FOLDER).is_dir():
         files = sorted((root / IMAGE_FOLDER).iterdir())
         if slides := [path for path in files if path.suffix.lower() in SLIDES]:
-            raise CellsError(
-                f"{slides[0]} is a slide of a scanner. Take fields of it: aplsmear fields --help"
-            )
+            raise UserError(f"{slides[0]} is a slide of a scanner. Take fields of it: aplsmear fields --help")
         names = [path.name for path in files if is_picture_name(path.name)]
         if not names:
-            raise CellsError(
+            raise UserError(
                 f"{root / IMAGE_FOLDER} contains no PNG, JPEG or TIFF: put the pictures of the smears there"
             )
         stems = [Path(name).stem for name in names]
@@ -169,14 +168,14 @@ def next_steps(root: Path) -> list[str]:
 def kept_name(table: Path, overwrite: bool) -> Path | None:
     """The name that an existing table gets before `table` is written; None if there is no table.
 
-    A CellsError if it exists and `overwrite` is False, or if the name does not end with ``.csv``.
+    A UserError if it exists and `overwrite` is False, or if the name does not end with ``.csv``.
     """
     if table.suffix.lower() != ".csv":
-        raise CellsError(f"{table} is not the name of a table: give a name such as {CELLS_FILE}")
+        raise UserError(f"{table} is not the name of a table: give a name such as {CELLS_FILE}")
     if not table.exists():
         return None
     if not overwrite:
-        raise CellsError(
+        raise UserError(
             f"{table} exists already: nothing was done. Use --overwrite to replace it (the old table is kept "
             "under another name), or --out FILE to write another file"
         )

@@ -50,10 +50,6 @@ _UNIT = 1024  # optical density 1.0 (natural logarithm) in fixed point
 _SHIFT = 4  # OpenCV draws at 1/16 pixel
 
 
-class DrawnError(UserError, ValueError):
-    """The data set cannot be drawn; the message says what to change."""
-
-
 # --- what cells look like ------------------------------------------------------------------------------
 
 
@@ -190,11 +186,8 @@ def sample_patient(diagnosis: Diagnosis, rng: np.random.Generator) -> Patient:
         burden = _sample_burden(rng)
         blasts = float(rng.beta(1.3, 8.0))
         normal = float(rng.beta(2.0, 7.0))
-        clone = {
-            "abnormal promyelocyte": (1 - blasts) * (1 - normal),
-            "promyelocyte": (1 - blasts) * normal,
-            "myeloblast": blasts,
-        }
+        clone = {"abnormal promyelocyte": (1 - blasts) * (1 - normal)}
+        clone |= {"promyelocyte": (1 - blasts) * normal, "myeloblast": blasts}
         granularity = float(rng.uniform(0.4, 1.2))
         rods, faggots = 0.165 * float(rng.beta(1.2, 1.8)), 0.22 * float(rng.beta(0.9, 1.6))
     elif diagnosis == "aml":
@@ -301,7 +294,7 @@ def draw_smear(
     `cell_size` is the diameter of a promyelocyte in px; all other lengths follow from it.
 
     Raises:
-        DrawnError: the field is too small for cells.
+        UserError: the field is too small for cells.
     """
     _check_size(size, cell_size)
     stain = patient.stain
@@ -320,7 +313,7 @@ def draw_smear(
 
 def _check_size(size: tuple[int, int], cell_size: int) -> None:
     if cell_size < 24 or min(size) < 2 * cell_size:
-        raise DrawnError(
+        raise UserError(
             f"A smear of {size[0]}x{size[1]} px with cells of {cell_size} px cannot be drawn. A cell needs "
             "24 px, and a smear needs room for two cells each way: use larger smears or smaller cells."
         )
@@ -739,11 +732,11 @@ def draw_data_set(
     written last, so a folder that was cut off is not taken for a data set.
 
     Raises:
-        DrawnError: the field is too small, or the folder has files.
+        UserError: the field is too small, or the folder has files.
     """
     _check_size(size, cell_size)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DrawnError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
+        raise UserError(f"{folder} is not an empty folder: name a new folder, or empty this one first.")
     (folder / IMAGE_FOLDER).mkdir(parents=True, exist_ok=True)
     smears: list[list[Any]] = []
     cells: list[list[Any]] = []
