@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.fft import dctn
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
 from aplsmear.compute.engine import Here
+from aplsmear.data import copies
 from aplsmear.data.copies import fingerprint, groups, same_boxes, same_pictures
 from aplsmear.data.dataset import DataSet, DataSetError, Problem, in_both, read_data_set
 from aplsmear.images.reading import read_image
@@ -83,13 +85,23 @@ def test_pictures_with_the_same_background_and_other_cells_are_no_copies():
             np.repeat(np.clip(190 + 4 * light + cells, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
         )
     one, other = map(fingerprint, fields)
-    assert np.bitwise_count(one.turns[0] ^ other.turns[0]) < 14
+    first, second = copies._hashes(copies._transforms([one, other], 1))[:, 0]
+    assert np.bitwise_count(first ^ second) < 14
     assert same_pictures([one, other]) == []
 
 
 def test_a_fingerprint_takes_little_memory():
     kept = fingerprint(ONE)
-    assert kept.small.nbytes + kept.turns.nbytes + kept.parts.nbytes < 5_000
+    assert kept.small.nbytes + len(kept.pixels) < 5_000
+
+
+def test_transforms_are_those_of_the_parts_of_a_picture():
+    """One product of matrices cuts, shrinks and transforms: as OpenCV and SciPy do it step by step."""
+    one = fingerprint(ONE)
+    for cut, low in zip(copies._CUTS, copies._transforms([one])[0], strict=True):
+        part = copies._part(one.small, cut).astype(np.float64)
+        shrunk = cv2.resize(part, (32, 32), interpolation=cv2.INTER_AREA)
+        assert low / low[0, 0] == pytest.approx(dctn(shrunk)[:8, :8] / dctn(shrunk)[0, 0], abs=1e-7)
 
 
 def test_many_copies_of_one_picture_are_one_group():

@@ -55,11 +55,13 @@ def measured(rgb: Rgb) -> Quality:
     darkest, bright, brightest = np.searchsorted(np.cumsum(shares), (0.001, 0.75, 0.999)).tolist()
     levels = np.arange(256)
     variance = float(shares @ (levels - shares @ levels) ** 2)
-    clipped = (cv2.min(cv2.min(red, green), blue) >= 254) | (cv2.max(cv2.max(red, green), blue) <= 1)
-    stained = cv2.subtract(cv2.min(red, blue), green) > _PURPLE
-    edges = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_32F))[1].item() ** 2 - _ROUNDING
+    red_or_blue = cv2.min(red, blue)
+    darkest_channel, brightest_channel = cv2.min(red_or_blue, green), cv2.max(cv2.max(red, green), blue)
+    clipped = np.count_nonzero(darkest_channel >= 254) + np.count_nonzero(brightest_channel <= 1)
+    stained = np.count_nonzero(cv2.subtract(red_or_blue, green) > _PURPLE)
+    edges = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))[1].item() ** 2 - _ROUNDING
     sharpness = max(edges, 0.0) / max(variance, 1.0)
-    return Quality(bright, brightest - darkest, float(clipped.mean()), float(stained.mean()), sharpness)
+    return Quality(bright, brightest - darkest, clipped / grey.size, stained / grey.size, sharpness)
 
 
 def doubts(qualities: Sequence[Quality]) -> list[tuple[str, str]]:
