@@ -376,6 +376,9 @@ def test_the_numbers_of_a_cohort_are_those_of_its_table(evaluated) -> None:
     page = (evaluated / "report.html").read_text(encoding="utf-8")
     assert f"{numbers['auroc']['value']:.3f}" in page
     assert "Decision curve" in page
+    summary = (evaluated / "summary.svg").read_text(encoding="utf-8")  # for the report of the ensemble
+    assert f">{numbers['auroc']['value']:.3f} (" in summary
+    assert "12 patients: " in summary
 
 
 def test_a_cohort_with_a_picture_of_training_is_refused(trained, data, tmp_path) -> None:

@@ -125,17 +125,21 @@ def test_only_patients_have_the_colours_of_the_classes(html) -> None:
     assert set(re.findall(r'class="lane (\w+)"', rows)) == {"neutral"}
 
 
-def test_the_page_loads_nothing_and_has_no_script(html) -> None:
+def test_the_page_has_no_script_and_loads_only_the_figure_of_other_cohorts(html) -> None:
     reader = read(html)
     names = {name for name, _ in reader.tags}
-    assert not names & {"script", "link", "iframe", "object"}
+    assert not names & {"script", "link", "iframe"}
+    assert [each["data"] for name, each in reader.tags if name == "object"] == [
+        "../../prepared/cohorts/apl_aml.svg"
+    ]
     assert not any(key == "href" or key.startswith("on") for _, each in reader.tags for key in each)
     assert all(each.get("src", "data:").startswith("data:") for _, each in reader.tags)
     assert "://" not in html
     assert "url(" not in html
     assert "@import" not in html
     policy = next(each["content"] for _, each in reader.tags if each.get("http-equiv"))
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    own = "object-src 'self'; frame-src 'self'"
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; {own}"
 
 
 def test_a_name_that_a_template_lacks_is_an_error() -> None:
@@ -204,6 +208,31 @@ def test_the_page_fits_a_phone_and_a_desktop(tmp_path: Path, html: str, width: i
     assert seen["cut"] == 0  # a P-value, say
     assert seen["charts"] >= 250
     assert seen["height"] > 1500
+
+
+@needs_browser
+def test_the_page_shows_the_cohorts_that_were_judged_and_names_the_others(tmp_path: Path, html: str) -> None:
+    figure = pages.render("reports/templates/cohorts.svg.j2", cohorts=["dresden", "leipzig"])
+    shown = {
+        "ensembles/apl_aml/report.html": html,
+        "alone/there/report.html": html.replace("prepared/cohorts", "nowhere"),
+        "prepared/cohorts/apl_aml.svg": figure,
+        "evaluated/dresden/summary.svg": "<svg xmlns='http://www.w3.org/2000/svg'>AUROC 0.9</svg>",
+        "frame.html": """<body><iframe src="ensembles/apl_aml/report.html"></iframe>
+        <iframe src="alone/there/report.html"></iframe><script>onload = () => {
+          const found = [...document.querySelectorAll("iframe")].map(frame => {
+            const seen = frame.contentDocument.querySelector("object").contentDocument;
+            return seen && [...seen.querySelectorAll("object")].map(
+              one => one.contentDocument ? one.contentDocument.documentElement.textContent : one.textContent);
+          });
+          document.body.textContent = JSON.stringify({found});
+        };</script></body>""",
+    }
+    for name, text in shown.items():
+        pages.write(tmp_path / name, text)
+    dom = browse(tmp_path, "--virtual-time-budget=3000", "--dump-dom", (tmp_path / "frame.html").as_uri())
+    seen = json.loads(re.search(r"\{.*\}", dom).group())
+    assert seen["found"] == [["AUROC 0.9", "No numbers yet: dvc repro evaluate@leipzig"], None]
 
 
 @needs_browser

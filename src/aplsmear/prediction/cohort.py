@@ -200,6 +200,7 @@ def write_evaluation(out: Path, found: Evaluation) -> None:
     short = headline(measured) | {"adapted": headline(measured["adapted"])}
     write_json(out / "metrics.json", short, digits=4)
     pages.write(out / "report.html", page(found))
+    pages.write(out / "summary.svg", summary(found))
 
 
 def page(found: Evaluation) -> str:
@@ -232,6 +233,12 @@ def page(found: Evaluation) -> str:
         **pages.curve_content(table, found.curves, found.measured),
         study=found.study,
     )
+
+
+def summary(found: Evaluation) -> str:
+    """The numbers in short, as an SVG that the report of the ensemble shows."""
+    names = {side: pages.diagnosis(getattr(found.bundle.model, side)) for side in ("positive", "negative")}
+    return pages.render("prediction/summary.svg.j2", measured=found.measured, **names)
 
 
 def _read(
