@@ -43,6 +43,6 @@ def make_small(folder: Path, members: Mapping[str, Sequence[str]] = MEMBERS) -> 
     params["finetune"]["head"] |= {"epochs": 1, "members": 2, "units": 4, "centre_crop": 0.6}
     for name, row in params["ensembles"].items():
         row |= {"members": list(members.get(name, ["blast"])), "weigh_by": "blast"}
-    params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20}
+    params["combine"] |= {"trials": 3, "resamples": 100, "refits": 20, "shares": ["blast"]}
     path.write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     (folder / "dvc.lock").unlink()

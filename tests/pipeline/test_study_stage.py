@@ -35,6 +35,7 @@ def folder(tmp_path: Path) -> Path:
     }
     params["split"]["folds"] = FOLDS
     params["tune"] |= {"trials": 8}
+    params["combine"]["shares"] = ["blast"]
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     kinds = np.where(made.label == 1, "Myeloblast", "Promyelocyte")
     cells = made.table.drop(columns="fold").rename(columns={"item": "cell"})
