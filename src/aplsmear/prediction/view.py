@@ -118,13 +118,14 @@ def _pictures(cells: pd.DataFrame, columns: list[str], root: Path) -> dict[str, 
             picture = cut(image, (y0, x0, y1, x1), max(y1 - y0, x1 - x0), side)
             shown.append({
                 "name": row["cell"], "field": len(fields) if in_smear else -1, "box": box, "values": values,
-                "src": _uri(_jpeg(picture)),
+                "src": pages.data_uri(_jpeg(picture)),
             })  # fmt: skip
         if in_smear:
             height, width = image.shape[:2]
             fields.append({
                 "name": str(name).removeprefix("wsi/"), "width": width, "height": height,
-                "evidence": float(mine[columns[0]].sum()), "src": _uri(_reduced(image, each_bytes)),
+                "evidence": float(mine[columns[0]].sum()),
+                "src": pages.data_uri(_reduced(image, each_bytes)),
             })  # fmt: skip
     return {"fields": fields, "cells": shown}
 
@@ -152,7 +153,3 @@ def _jpeg(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=_QUALITY, optimize=True)
     return file.getvalue()
-
-
-def _uri(jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"

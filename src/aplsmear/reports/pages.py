@@ -123,7 +123,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
-def _data_uri(picture: bytes) -> str:
+def data_uri(picture: bytes) -> str:
     """A picture (PNG, JPEG, GIF or SVG) as an address that holds it."""
     kind = next((kind for mark, kind in _SIGNATURES.items() if picture.startswith(mark)), "image/svg+xml")
     return f"data:{kind};base64,{base64.b64encode(picture).decode('ascii')}"
@@ -143,4 +143,4 @@ _ENVIRONMENT = jinja2.Environment(
     keep_trailing_newline=True,
 )
 _ENVIRONMENT.globals["version"] = __version__
-_ENVIRONMENT.filters |= {"data_uri": _data_uri, "percent": _percent}
+_ENVIRONMENT.filters |= {"data_uri": data_uri, "percent": _percent}
