@@ -285,10 +285,10 @@ def judge(
         inside, outside = np.flatnonzero(fold != outer_fold), np.flatnonzero(fold == outer_fold)
         logits = {name: _logits(patients, members, outer_fold, name) for name in summaries}
         inner_logits = {name: each[inside] for name, each in logits.items()}
-        candidate, inner = _choose(candidates, inner_logits, label[inside], fold[inside], seed)
+        candidate, combination = combined(
+            candidates, inner_logits, label[inside], fold[inside], tuple(members), seed, promise
+        )
         mine = logits[candidate.summary]
-        fitted = _fit(candidate, mine[inside], label[inside], seed)
-        combination = _calibrated(fitted, label[inside], inner, candidate, tuple(members), promise)
         refitted = tuple(_refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold]))
         chosen.append(candidate)
         if len(outside):
@@ -304,6 +304,25 @@ def judge(
         else:  # the last one, for new patients
             combinations.append(replace(combination, refits=refitted))
     return Verdicts(table, used, combinations, chosen)
+
+
+def combined(
+    candidates: Sequence[Candidate],
+    logits: Mapping[str, np.ndarray],
+    label: np.ndarray,
+    fold: np.ndarray,
+    members: tuple[str, ...],
+    seed: int,
+    promise: Promise = _PROMISE,
+) -> tuple[Candidate, Combination]:
+    """The best candidate for the patients of the inner folds, fitted to them and calibrated.
+
+    `logits` has for each summary float64 (patients, members), of heads that did not see the patient. Label
+    and fold are int64 (patients,). The other arguments are as for `judge`.
+    """
+    candidate, inner = _choose(candidates, logits, label, fold, seed)
+    fitted = _fit(candidate, logits[candidate.summary], label, seed)
+    return candidate, _calibrated(fitted, label, inner, candidate, members, promise)
 
 
 def logits_of_all(
