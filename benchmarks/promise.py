@@ -12,6 +12,8 @@ Results: benchmarks/results/promise.json.
 """
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -42,14 +44,15 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     draws = parser.parse_args().draws
     rows = []
-    for positive, negative, folds in COHORTS:
-        runs = progress(range(draws), f"{positive} + {negative}, {folds} folds", draws)
-        missed, promised = np.array([draw(positive, negative, folds, seed) for seed in runs]).T
-        kept = wilson_interval(int((missed <= promised).sum()), draws)
-        rows.append(
-            {"positive": positive, "negative": negative, "folds": folds, "promised": promised[0]}
-            | {"missed": missed.mean(), "kept": kept.value, "low": kept.low, "high": kept.high}
-        )
+    with ProcessPoolExecutor() as pool:
+        for positive, negative, folds in COHORTS:
+            runs = pool.map(partial(draw, positive, negative, folds), range(draws), chunksize=20)
+            missed, promised = np.array(list(progress(runs, "draws", draws))).T
+            kept = wilson_interval(int((missed <= promised).sum()), draws)
+            rows.append(
+                {"positive": positive, "negative": negative, "folds": folds, "promised": promised[0]}
+                | {"missed": missed.mean(), "kept": kept.value, "low": kept.low, "high": kept.high}
+            )
     record = {"confidence": PROMISE.confidence, "draws": draws, "machine": machine(), "commit": commit()}
     write_json(RESULTS, {"rows": rows, **record}, digits=4)
     print(pd.DataFrame(rows).round(3).to_string(index=False))

@@ -385,10 +385,10 @@ def adapt(
 ) -> None:
     """Recalibrate an ensemble to another hospital by the diagnoses of a few of its patients.
 
-    The intercept of the logits is fitted to these patients (with 10 of each diagnosis also the slope), then
-    the operating points and the alarm. The heads stay. The gain is that on patients whose own diagnosis was
-    left out. If it is not distinguishable from 0, nothing is written. Label consecutive patients, not chosen
-    ones: the share of the diagnoses among them counts.
+    It fits the intercept of the logits to these patients (also the slope, if each diagnosis has 10 patients).
+    Then it sets the operating points and the alarm again. The heads do not change. The gain is measured on
+    each patient by a fit to the other patients. If the gain may be chance, nothing is written. Label
+    consecutive patients, not chosen ones: the share of positive patients among them counts.
 
     Example: `aplsmear adapt --ensemble ensembles/apl_aml --data /data/new --labels known.csv --out adapted`
     """
@@ -410,10 +410,11 @@ def adapt(
         f"{changed.patients} labelled patients, {changed.positive} of them {bundle.model.positive}: "
         f"new logit = {line.slope:.2f} x logit {line.intercept:+.2f}."
     )
-    typer.echo(f"Judged without the own diagnosis: {local.in_words(changed)}.")
+    typer.echo(f"Each patient judged by a fit to the others: {local.in_words(changed)}.")
     typer.echo(
-        f"The alarm now promises to miss at most {alarm.miss_rate:.0%} (confidence {alarm.confidence:.0%}, "
-        f"{alarm.patients} patients). Use it: aplsmear predict --ensemble {out}"
+        f"The alarm now promises to miss at most {alarm.miss_rate:.0%} of {bundle.model.positive} patients "
+        f"(confidence {alarm.confidence:.0%}, from {alarm.patients} patients). To use the new ensemble: "
+        f"aplsmear predict --ensemble {out}"
     )
 
 

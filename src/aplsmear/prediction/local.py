@@ -174,7 +174,9 @@ def adapt(
     model = bundle.model
     known = set(found.smears["patient"]) | set(found.cells["patient"])
     if strangers := sorted(set(labels) - known):
-        raise LocalError(f"{root} has no patients named {', '.join(strangers[:5])}: correct the labels.")
+        raise LocalError(
+            f"{root} has no patients with these names: {', '.join(strangers[:5])}. Correct the labels."
+        )
     asked = {name for name, diagnosis in labels.items() if diagnosis in (model.positive, model.negative)}
     positive = sum(labels[name] == model.positive for name in asked)
     _check_number(positive, len(asked) - positive)
@@ -188,8 +190,8 @@ def adapt(
     local = recalibrated(models.combination, logits, label, (alarm.wanted, alarm.confidence))
     if not local.is_gain:
         raise LocalError(
-            f"Nothing was written: by the {local.patients} labelled patients the gain is not distinguishable "
-            f"from 0 ({in_words(local)}). Use the ensemble as it is, or label more patients."
+            f"Nothing was written: with {local.patients} labelled patients, the gain may be chance "
+            f"({in_words(local)}). Use the ensemble as it is, or label more patients."
         )
     return local
 
@@ -198,16 +200,16 @@ def _check_number(positive: int, negative: int) -> None:
     """Refuse too few labelled patients."""
     if positive + negative < FEWEST or min(positive, negative) < FEWEST_EACH:
         raise LocalError(
-            f"there are {positive} labelled patients with the positive and {negative} with the negative "
-            f"diagnosis. Needed are {FEWEST}, and {FEWEST_EACH} of each: label more patients."
+            f"{positive} labelled patients have the positive diagnosis, {negative} the negative one. At "
+            f"least {FEWEST} are needed, with {FEWEST_EACH} of each diagnosis: label more patients."
         )
 
 
 def in_words(local: Local) -> str:
     """The gain of a recalibration."""
-    return f"p = {local.p:.2g}; " + "; ".join(
-        f"{name} {each.before:.3f} before, {each.after:.3f} after, gain {each.gain:+.3f}, "
-        f"95 % interval {each.low:+.3f} to {each.high:+.3f}"
+    return f"score test, p = {local.p:.2g}; " + "; ".join(
+        f"{name} {each.before:.3f} before, {each.after:.3f} after, gain {each.gain:+.3f} "
+        f"({each.low:+.3f} to {each.high:+.3f})"
         for name, each in (("log loss", local.log_loss), ("Brier score", local.brier))
     )
 
