@@ -1,6 +1,7 @@
 """Backbones on real cells: AUROC, time and size of each layer, as Keras networks and as ONNX files.
 
 Usage: python benchmarks/encoders.py --run FOLDER --weights FOLDER [--work FOLDER]
+       python benchmarks/encoders.py --onnx --weights FOLDER
 
 `--run` is a finished run of the profile deepapl: its plain views of cells and its folds are used. `--weights`
 has the files of MobileNet named in `BACKBONES`. Each network is also written as an ONNX file by other code
@@ -10,9 +11,15 @@ A logistic regression on the features is trained for each task: on the mean of a
 against other AML, on cells for the others. Patients of a fold are scored by a model that never saw them; the
 penalty is chosen on the other folds (of cells: on the next fold). Results go to
 benchmarks/results/encoders.json.
+
+`--onnx` takes a minute and needs no run: the float32 features of squares of the demo's smears by each Keras
+network and by its ONNX file, and the peak memory of processes with one backbone, the other one and both.
+Results go to benchmarks/results/encoders_onnx.json.
 """
 
 import argparse
+import multiprocessing
+import re
 import sys
 import tempfile
 import time
@@ -22,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pandas as pd
 from onnx import TensorProto, helper, numpy_helper
 from record import ROOT, commit, machine
@@ -35,13 +43,16 @@ from aplsmear.evaluation.auroc import auroc, delong_interval
 from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.forward import Network, batch_of
+from aplsmear.features.onnx_graph import PIXELS
 from aplsmear.features.store import Columns, Features
 from aplsmear.files import write_arrays, write_json
+from aplsmear.images.reading import read_image
 from aplsmear.images.view_store import read_index, read_views
 from aplsmear.params import Backbone, read_params
 from aplsmear.tables import read_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "encoders.json"
+OF_ONNX = RESULTS.with_name("encoders_onnx.json")
 SIDE, SEED = 160, 1
 BACKBONES = {  # name -> alpha, file of weights, layers
     "mobilenet": (
@@ -69,11 +80,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--onnx", action="store_true")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="where features stay; otherwise a folder that goes")
     asked = parser.parse_args()
     start_tensorflow(gpus=False)
+    if asked.onnx:
+        write_json(OF_ONNX, {"machine": machine(), "commit": commit()} | as_files(asked.weights))
+        return
     views = asked.run / "augmented/cell/views.parquet"
     index = read_index(views)
     plain = index[index["view"] == 0].reset_index(drop=True)
@@ -115,8 +130,59 @@ def rows_of_params(name: str, weights: Path, folder: Path) -> tuple[Backbone, Ba
     return keras, Backbone(source="onnx", weights=str(path), onnx=table, **shared)
 
 
+def as_files(weights: Path) -> dict[str, Any]:
+    """Of each network: the difference of float32 features as a file; peak GB of processes with backbones."""
+    images = squares()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        graphs: dict[str, list[str]] = {}
+        for name in BACKBONES:
+            rows = rows_of_params(name, weights, Path(folder))
+            made = []
+            for row, kind in zip(rows, ("keras", "file"), strict=True):
+                graph = Path(folder) / f"{name}-{kind}.onnx"
+                write_graph(graph, row, "cell", SEED)
+                graphs[str(graph)] = row.layer
+                made.append(float32_features(graph, row.layer, images))
+            apart = (1e6 * largest_difference([a], [b]) for a, b in zip(*made, strict=True))
+            found[f"millionths by which features of {name} differ"] = dict(zip(row.layer, apart, strict=True))
+        of_keras = {graph: layers for graph, layers in graphs.items() if graph.endswith("-keras.onnx")}
+        for used in ([], *([each] for each in of_keras), list(of_keras)):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(peak_of, ({each: of_keras[each] for each in used}, images))
+            found[" and ".join(Path(each).stem for each in used) or "no backbone"] = {"peak_gb": peak}
+    return found
+
+
+def squares() -> np.ndarray:
+    """64 squares of the demo's smears at the size of the input, uint8 RGB."""
+    smears = sorted((ROOT / "demo" / "wsi").iterdir())[:16]
+    pages = [read_image(path) for path in smears]
+    return np.stack(
+        [page[y : y + SIDE, x : x + SIDE] for page in pages for y in (0, SIDE) for x in (0, SIDE)]
+    )
+
+
+def float32_features(graph: Path, layers: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+    """The features as the graph gives them, before they become float16."""
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    return [np.asarray(each) for each in session.run(list(layers), {PIXELS: images})]
+
+
+def peak_of(graphs: Mapping[str, Sequence[str]], images: np.ndarray) -> float:
+    """GB of this process at its peak, after features of 640 images behind one another by these backbones."""
+    networks = [Network(Path(graph), layers) for graph, layers in graphs.items()]
+    for _ in range(10):
+        parts = [each for network in networks for each in network.features(images)]
+        np.hstack(parts or [np.empty((len(images), 0))])
+    status = Path("/proc/self/status").read_text(
+        encoding="utf-8"
+    )  # `getrusage` counts the parent's peak, too
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e9
+
+
 def largest_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> float:
-    """The largest difference of features (float16), over the largest feature of the layer."""
+    """The largest difference of features, over the largest feature of the layer."""
     pairs = [(a.astype(np.float32), b.astype(np.float32)) for a, b in zip(ours, theirs, strict=True)]
     return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
 

@@ -405,12 +405,12 @@ def demand(session: int) -> dict[str, float]:
     """Of every thread of a session, the seconds that it ran or waited for a core."""
     found = {}
     for process in processes(session):
-        for each in process.glob("task/*/schedstat"):
-            try:
+        try:
+            for each in process.glob("task/*/schedstat"):
                 ran, waited, _ = each.read_text().split()
-            except OSError:
-                continue  # it has ended
-            found[str(each)] = (int(ran) + int(waited)) / 1e9
+                found[str(each)] = (int(ran) + int(waited)) / 1e9
+        except OSError:
+            continue  # the process, or one of its threads, has ended
     return found
 
 

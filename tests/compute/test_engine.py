@@ -29,6 +29,7 @@ from aplsmear.prediction.predict import Models, judge_patients
 from clones import ROOT, run
 from dask_servers import SRC, Servers, until, workers
 from made_views import all_views
+from onnx_files import backbone
 
 # Keras 3.15 on NumPy 2, when it saves weights.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
@@ -99,17 +100,19 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
 
     monkeypatch.setattr(forward, "_BATCHES", 1)
     with engine_of(None, list(views.values()), networks=True) as engine:
-        for level, path in views.items():
-            graph = root / "backbones" / "net" / f"{level}.onnx"
-            request = FeatureRequest("net", graph, level, tuple(BACKBONE.layer), batch_of(BACKBONE, level))
-            features = features_of_file(path, request, engine)
-            first = next(features)
-            if level == "cell":
-                assert has_work(client, "b")
-                servers.kill("b")
-            write_features(tmp_path / level, read_index(path), BACKBONE.layer, chain([first], features))
-            for made_here in (root / "features" / level / "net").iterdir():
-                assert (tmp_path / level / made_here.name).read_bytes() == made_here.read_bytes()
+        for name, row in {"net": BACKBONE, "file": backbone(root / "own.onnx")}.items():
+            for level, path in views.items():
+                graph = root / "backbones" / name / f"{level}.onnx"
+                request = FeatureRequest(name, graph, level, tuple(row.layer), batch_of(row, level))
+                features = features_of_file(path, request, engine)
+                first = next(features)
+                if (name, level) == ("net", "cell"):
+                    assert has_work(client, "b")
+                    servers.kill("b")
+                made = tmp_path / name / level
+                write_features(made, read_index(path), row.layer, chain([first], features))
+                for made_here in (root / "features" / level / name).iterdir():
+                    assert (made / made_here.name).read_bytes() == made_here.read_bytes()
 
     monkeypatch.setattr(predict, "CHUNK", 20)
     bundle = read_bundle(trained.ensemble)

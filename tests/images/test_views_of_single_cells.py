@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -32,6 +33,18 @@ def test_a_square_cell_has_the_same_plain_view_in_its_smear_and_as_a_picture(
     inside = next(cell_views(Pyramid(SMEAR), box, "1", 0, KNOBS, 1))
     alone = next(cell_views(Pyramid(picture), (0, 0, 2 * half, 2 * half), "1", 0, KNOBS, 1))
     assert alone == inside
+
+
+@pytest.mark.parametrize("side", [40, 400])
+def test_a_cell_has_the_same_augmented_views_as_a_picture_and_in_a_smear_that_mirrors_it(side: int) -> None:
+    """A picture has nothing around the cell: what a turned view shows there is the mirrored cell."""
+    picture = cv2.resize(SMEAR, (side, side), interpolation=cv2.INTER_LINEAR)
+    smear = cv2.copyMakeBorder(picture, side, side, side, side, cv2.BORDER_REFLECT)
+    knobs = KNOBS.model_copy(update={"views": 6})
+    alone = list(cell_views(Pyramid(picture), (0, 0, side, side), "1", 6, knobs, 1))
+    inside = list(cell_views(Pyramid(smear), (side, side, 2 * side, 2 * side), "1", 6, knobs, 1))
+    assert alone == inside
+    assert len({view.image for view in alone}) == 7
 
 
 @pytest.fixture

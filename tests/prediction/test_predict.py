@@ -168,7 +168,8 @@ def trained(tmp_path_factory) -> Run:
         for of_smear in all_views(root / "data", found.smears, found.cells, settings, SEED):
             write(of_smear)
     features = {}
-    backbones = {"net": BACKBONE, "file": onnx_files.backbone(onnx_files.convolutions(root / "own.onnx"))}
+    own = onnx_files.backbone(onnx_files.convolutions(root / "own.onnx"), trained_on=["raabin"])
+    backbones = {"net": BACKBONE, "file": own}
     for level in LEVELS:
         write_all_features(root, backbones, level, views[level])
         features[level] = read_features(root / "features" / level, backbones)
@@ -305,7 +306,7 @@ def rewrite(path: Path, change) -> None:
 @pytest.fixture(scope="module")
 def evaluated(trained, tmp_path_factory) -> Path:
     """A folder of `aplsmear evaluate`, on the training patients, at two sites."""
-    data = Path(shutil.copytree(trained.data, tmp_path_factory.mktemp("cohort") / "data"))
+    data = Path(shutil.copytree(trained.data, tmp_path_factory.mktemp("cohort") / "Raabin-WBC"))
     rewrite(
         data / "wsi.csv",
         lambda rows: [
@@ -328,9 +329,12 @@ def evaluated(trained, tmp_path_factory) -> Path:
     assert done.exit_code == 0, done.output
     assert "12 patients (6 aml, 6 apl): AUROC" in done.output
     assert "left out: 6 patients with another diagnosis" in done.output
-    remark = "but for the case of the ending, or the Unicode form: rows 2"
-    assert remark in done.output
-    assert remark in (out / "report.html").read_text(encoding="utf-8")
+    for remark in (
+        "but for the case of the ending, or the Unicode form: rows 2",
+        "The weights of the backbone file were trained on images of raabin",
+    ):
+        assert remark in done.output
+        assert remark in (out / "report.html").read_text(encoding="utf-8")
     return out
 
 
