@@ -116,7 +116,7 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
 
     monkeypatch.setattr(predict, "CHUNK", 20)
     bundle = read_bundle(trained.ensemble)
-    models = Models(bundle, bundle.outer_fold_of(None), cells=True)
+    models = Models(bundle, bundle.outer_fold_of(None), evidence=True)
     expected = list(judge_patients(models, trained.data, found.smears, found.cells, Here(1)))
     with engine_of(None, [trained.data, bundle.folder], networks=True) as engine:
         judging = judge_patients(models, trained.data, found.smears, found.cells, engine)
