@@ -3,7 +3,9 @@
 A patient below a threshold gets no alarm. The threshold comes from the probabilities of n positive patients
 who took no part in fitting the model. If new positive patients are exchangeable with them (same laboratory,
 same kind of patients), the miss rate among new positive patients is at most `Alarm.miss_rate`, with the
-probability `Alarm.confidence` over the choice of these n patients. Elsewhere nothing is promised.
+probability `Alarm.confidence` over the choice of these n patients. Elsewhere nothing is promised. In an
+ensemble, the probabilities come from models of the folds, and new patients get another model; so the promise
+is close, not exact (benchmarks/promise.py).
 
 This is Learn then Test (Angelopoulos, Bates, Candes, Jordan & Lei, arXiv:2110.01052, 2021) with thresholds
 tested from the lowest upwards and exact binomial P-values. For one threshold this is an order statistic
