@@ -30,7 +30,7 @@ from aplsmear.data.pictures import (
     with_boxes,
     with_images,
     without_copies,
-)  # fmt: skip
+)
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, LABELS_OF_CELLS, SINGLE_CELL, SMEAR, SMEARS_FILE, Shown

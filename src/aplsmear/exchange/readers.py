@@ -35,7 +35,7 @@ from aplsmear.exchange.found import (
     json_of,
     text_of,
     validated,
-)  # fmt: skip
+)
 from aplsmear.words import named
 
 Box = tuple[float, float, float, float]

@@ -29,7 +29,6 @@ _WHITE = 65535
 _FLOAT_RANGES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 _ROWS = 256  # converted at once, so that large pictures need little memory
 _SAME_COLOUR = 2  # levels of 256
-_SCREEN_GAMMA = 1 / 2.2
 
 
 class ImageError(UserError, ValueError):
@@ -170,13 +169,6 @@ def on_white(colours: npt.NDArray[np.uint8], alpha: npt.NDArray[np.uint8], ready
         light = light if ready else (light * cover + 127) // 255
         found[start : start + _ROWS] = np.minimum(light + 255 - cover, 255)
     return found
-
-
-def exponent(gamma: float | None) -> float:
-    """The exponent that brings the light of a file with this gamma (chunk gAMA) to that of screens."""
-    if gamma is None or not 0.2 <= gamma <= 5 or abs(gamma / _SCREEN_GAMMA - 1) < 0.05:
-        return 1.0
-    return _SCREEN_GAMMA / gamma
 
 
 def managed(picture: Image.Image, profile: bytes | None) -> tuple[Image.Image, tuple[str, ...]]:

@@ -28,12 +28,11 @@ from aplsmear.images.pixels import (
     Rgb,
     as_rgb,
     check_area,
-    exponent,
     managed,
     on_white,
     scaled,
     upright,
-)  # fmt: skip
+)
 
 __all__ = ["ImageError", "Picture", "Rgb", "decode", "decode_jpeg", "encode_jpeg", "fitting", "image_bytes"]
 __all__ += ["image_size", "is_picture_name", "read_image", "read_picture", "resize", "scaling"]
@@ -42,6 +41,7 @@ FORMATS = ("JPEG", "PNG")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide", ".czi")  # of scanners
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+_SCREEN_GAMMA = 1 / 2.2
 _APPLE_DOUBLE = b"\0\x05\x16\x07"
 _SEE_THROUGH = {"LA", "La", "PA", "RGBA", "RGBa"}
 MAX_BYTES = 2 * 1024**3  # of a file; MAX_PIXELS with four channels of 16 bits are 1.2e9 bytes
@@ -292,10 +292,12 @@ def _shallow(picture: ImageFile.ImageFile) -> Picture:
 
 
 def _gamma(picture: ImageFile.ImageFile) -> tuple[float, tuple[str, ...]]:
-    """The exponent by which the chunk gAMA of a PNG changes brightness, and a note if it does."""
+    """The exponent that brings the light of a PNG (chunk gAMA) to that of screens, and a note if not 1."""
+    gamma = picture.info.get("gamma", _SCREEN_GAMMA)
     better = {"srgb", "icc_profile"} & picture.info.keys()  # the standard of PNG prefers these
-    power = 1.0 if better else exponent(picture.info.get("gamma"))
-    return power, () if power == 1.0 else ("brightness was converted by its gamma",)
+    if better or not 0.2 <= gamma <= 5 or abs(gamma / _SCREEN_GAMMA - 1) < 0.05:
+        return 1.0, ()
+    return _SCREEN_GAMMA / gamma, ("brightness was converted by its gamma",)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from aplsmear.images.pixels import (
     on_white,
     scaled,
     upright,
-)  # fmt: skip
+)
 
 _JPEG = 7
 _COMPRESSIONS = {1, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}  # their decoders stop at a given size

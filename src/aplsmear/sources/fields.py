@@ -84,7 +84,7 @@ def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
     Raises:
         SlideError: the slide is smaller than a field, or its pixels are damaged.
     """
-    side = round(size * mpp / _of(slide))
+    side = round(size * mpp / slide.mpp)
     columns, rows = (length // side for length in slide.size)
     if not rows * columns:
         raise SlideError(
@@ -100,7 +100,7 @@ def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
         rgb = _overview(slide, column * side, row * side, side)
         place = np.s_[row * small : (row + 1) * small, column * small : (column + 1) * small]
         view[place] = cv2.resize(rgb, (small, small), interpolation=cv2.INTER_AREA)
-        scores = _layer(rgb, glass, side * _of(slide))
+        scores = _layer(rgb, glass, side * slide.mpp)
         if reason := _reason(scores):
             left_out[reason] += 1
         else:
@@ -118,9 +118,9 @@ def resolution(slides: Sequence[Slide], wanted: float | None) -> float:
         SlideError: a slide is coarser than wanted.
     """
     if wanted is None:
-        return max(_of(slide) for slide in slides)
-    if coarse := [slide for slide in slides if _of(slide) > 1.01 * wanted]:
-        named = "; ".join(f"{slide.path} has {_of(slide):.4g}" for slide in coarse)
+        return max(slide.mpp for slide in slides)
+    if coarse := [slide for slide in slides if slide.mpp > 1.01 * wanted]:
+        named = "; ".join(f"{slide.path} has {slide.mpp:.4g}" for slide in coarse)
         raise SlideError(
             f"No slide can show more than was scanned. Wanted are {wanted:g} micrometres per pixel, but "
             f"{named}. Leave --mpp out, or give a larger number."
@@ -173,17 +173,11 @@ def reasons(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {number:,}" for reason, number in counts.items() if number)
 
 
-def _of(slide: Slide) -> float:
-    if slide.mpp is None:
-        raise SlideError(f"{slide.path}: the micrometres per pixel of the slide are not known")
-    return slide.mpp
-
-
 # --- one layer ----------------------------------------------------------------------------------------
 
 
 def _overview(slide: Slide, x: int, y: int, side: int) -> Rgb:
-    size = max(min(round(side * _of(slide) / _MPP), side), 1)
+    size = max(min(round(side * slide.mpp / _MPP), side), 1)
     return slide.region(x, y, side, side, (size, size))[0]
 
 

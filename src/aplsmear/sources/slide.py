@@ -60,7 +60,7 @@ class Slide:
     origin: tuple[int, int]  # column and row of the first scanned pixel, in px of level 0
     size: tuple[int, int]  # width and height of what was scanned, in px of level 0
     scales: tuple[float, ...]  # px of level 0 that one px of each level has, ascending from 1
-    mpp: float | None  # micrometres per pixel of level 0; None: the file does not name it
+    mpp: float  # micrometres per pixel of level 0; NaN: the file does not name it
     profile: bytes | None  # ICC profile of the scanner; None: the file has none
     pixels: Callable[
         [int, int, int, int, int], Rgb
@@ -130,9 +130,11 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     else:
         slide = _read(path, "slide", _openslide)
     slide = replace(slide, mpp=mpp) if mpp else slide
-    if slide.mpp is None or not _MPP[0] <= slide.mpp <= _MPP[1]:
+    if not _MPP[0] <= slide.mpp <= _MPP[1]:
         slide.files.close()
-        named = "names no resolution" if slide.mpp is None else f"names {slide.mpp:.4g} micrometres per pixel"
+        named = (
+            "names no resolution" if math.isnan(slide.mpp) else f"names {slide.mpp:.4g} micrometres per pixel"
+        )
         raise SlideError(
             f"{path}: this {slide.kind} {named}. Give its micrometres per pixel with --slide-mpp: often 0.25 "
             "with a 40x objective and 0.5 with 20x; the scanner's program shows it."
@@ -209,7 +211,7 @@ def _openslide(path: Path, files: ExitStack) -> Slide:
 
     profile = file.color_profile.tobytes() if file.color_profile else None
     kind = f"slide ({facts['vendor']})"
-    mean = math.prod(mpp) ** 0.5 if len(mpp) == 2 else None
+    mean = math.prod(mpp) ** 0.5 if len(mpp) == 2 else math.nan
     return Slide(path, kind, origin, size, scales, mean, profile, pixels, files.pop_all())
 
 
@@ -240,7 +242,7 @@ def _czi(path: Path, files: ExitStack) -> Slide:
         bgr = file.read(roi=roi, zoom=1 / scale, plane={"C": 0}, background_pixel=(1, 1, 1))
         return np.ascontiguousarray(bgr[:, :, ::-1])
 
-    mpp = math.prod(metres) ** 0.5 * 1e6 if len(metres) == 2 else None
+    mpp = math.prod(metres) ** 0.5 * 1e6 if len(metres) == 2 else math.nan
     origin, size = (box.x, box.y), (box.w, box.h)
     return Slide(path, "CZI of Zeiss", origin, size, tuple(scales), mpp, None, pixels, files.pop_all())
 
@@ -316,12 +318,12 @@ class _TiledLevel:
         return np.asarray(self.key.decode(data, number, jpegtables=source.jpegtables)[0][0], np.uint8)
 
 
-def _ome_mpp(file: Any) -> float | None:
-    """Micrometres per pixel by the description (PhysicalSizeX and Y); None if they are not there."""
+def _ome_mpp(file: Any) -> float:
+    """Micrometres per pixel by the description (PhysicalSizeX and Y); NaN if they are not there."""
     sizes = []
     for axis in "XY":
         value = re.search(rf'PhysicalSize{axis}="([0-9.eE+-]+)"', file.ome_metadata or "")
         unit = re.search(rf'PhysicalSize{axis}Unit="([^"]*)"', file.ome_metadata or "")
         if value and (name := unit.group(1) if unit else "") in _UNITS:
             sizes.append(float(value.group(1)) * _UNITS[name])
-    return math.prod(sizes) ** 0.5 if len(sizes) == 2 else None
+    return math.prod(sizes) ** 0.5 if len(sizes) == 2 else math.nan
