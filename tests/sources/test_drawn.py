@@ -18,6 +18,7 @@ from scipy.stats import kruskal
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
+from aplsmear.errors import UserError
 from aplsmear.sources import drawn as demo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -269,14 +270,14 @@ def test_cells_have_the_size_that_is_asked_for() -> None:
 def test_too_few_patients_a_bad_seed_and_a_tiny_field_are_refused(tmp_path: Path) -> None:
     for words in (["--patients", "2"], ["--seed", "-1"]):
         assert CliRunner().invoke(app, ["demo-data", str(tmp_path / "new"), *words]).exit_code == 2
-    with pytest.raises(ValueError, match="larger smears"):
+    with pytest.raises(UserError, match="larger smears"):
         demo.draw_data_set(tmp_path / "new", 3, 1, size=(100, 100))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "wsi.csv").write_text("precious")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(UserError, match="not an empty folder"):
         demo.draw_data_set(tmp_path, 3, 1, **SMALL)
     assert contents(tmp_path) == {"wsi.csv": b"precious"}
 
