@@ -132,7 +132,7 @@ def test_a_checkpoint_of_a_training_gives_the_teacher_without_its_heads(tmp_path
     save(tmp_path / "a.pth", {"teacher": OrderedDict(tensors), "iteration": 3}, torch)
     found = read_published(tmp_path / "a.pth", HEADS)
     assert found.application == "DINOv2S"
-    assert found.options()["grid"] == 5
+    assert found.variant.grid == 5
     np.testing.assert_array_equal(found.tensors["norm.bias"].read(), [0.5, -2] * 16)
     np.testing.assert_array_equal(found.tensors["norm.weight"].read(), [1.5, -2] * 16)
     np.testing.assert_array_equal(
