@@ -110,6 +110,10 @@ class Panel:
         places = range(len(verdicts))
         return max(places, key=lambda n: (bool(verdicts[n].pictures[0]), {*self.pairs[n]} == likely, -n))
 
+    def adapted(self, _found: Sequence[PatientAnswer]) -> Panel:
+        """The ensembles for the table and the page: these; one answer is not adapted."""
+        return self
+
     def table(self, found: Sequence[PatientAnswer]) -> pd.DataFrame:
         """The table that `predict` writes.
 

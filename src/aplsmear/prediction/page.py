@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class Alone:
     def __init__(self, bundle: Bundle, fold: int | None, adapt: bool, evidence: bool) -> None:
         """Choose the models that never saw a fold (None: the final models).
 
-        With `adapt`, `table` shifts all logits to the patients that it gets. `evidence` is as for `Models`.
+        With `adapt`, `adapted` shifts all logits to the patients that it gets. `evidence` is as for `Models`.
         """
         self.models = Models(bundle, bundle.outer_fold_of(fold), evidence=evidence)
         self.bundles, self.combination, self.adapt = [bundle], self.models.combination, adapt
@@ -38,13 +39,21 @@ class Alone:
         """The verdict on every patient; the arguments are those of `judge_patients`."""
         return judge_patients(self.models, root, smears, cells, engine)
 
+    def adapted(self, found: Sequence[Verdict]) -> Alone:
+        """The ensemble for the results of these patients; a remark says how far their logits are shifted."""
+        if not self.adapt:
+            return self
+        shifted = copy(self)
+        shifted.combination = adapted(self.combination, np.array([each.logits for each in found]))
+        how = in_words(self.combination, shifted.combination, "them")
+        shifted.remarks = [
+            *self.remarks,
+            f"Adapted to these {len(found)} patients: their logits are {how}",
+        ]
+        return shifted
+
     def table(self, found: Sequence[Verdict]) -> pd.DataFrame:
-        """The table that `predict` writes: `verdict_table`. If it adapts, a remark says so."""
-        if self.adapt:
-            before = self.models.combination
-            self.combination = adapted(before, np.array([each.logits for each in found]))
-            shifted = in_words(before, self.combination, "them")
-            self.remarks.append(f"Adapted to these {len(found)} patients: their logits are {shifted}")
+        """The table that `predict` writes: `verdict_table`."""
         return verdict_table(found, self.combination, self.bundles[0].model.cell_curve)
 
     def lines(self, _table: pd.DataFrame) -> list[str]:
