@@ -29,7 +29,11 @@ PBC = {
 RAABIN = ("Basophil", "Eosinophil", "Lymphocyte", "Monocyte", "Neutrophil")
 GENES = ("CBFB_MYH11", "NPM1", "PML_RARA", "RUNX1_RUNX1T1", "control")
 LAYOUTS = {  # profile -> the folder as published, its pictures, labels of cells that must be found
-    "aml_lmu": ("AML-Cytomorphology_LMU", [f"{one}/{one}_0001.tiff" for one in LMU.split()], "Promyelocyte"),
+    "aml_lmu": (
+        "PKG - AML-Cytomorphology_LMU",
+        [f"AML-Cytomorphology/{one}/{one}_0001.tiff" for one in LMU.split()],
+        "Promyelocyte",
+    ),
     "marrow_mll": (
         "BM_cytomorphology_data",
         [f"{one}/{'' if one in ('ABE', 'FGC') else '0001-1000/'}{one}_00001.jpg" for one in MARROW.split()],
@@ -43,7 +47,11 @@ LAYOUTS = {  # profile -> the folder as published, its pictures, labels of cells
     ),
     "raabin": (
         "Raabin-WBC",
-        [f"{part}/{one}/20190526_1{n}_0.jpg" for part in ("Train", "Test-A") for n, one in enumerate(RAABIN)],
+        [
+            f"{part}/{one}/20190526_1{n}_0.jpg"
+            for part, classes in (("Train", RAABIN), ("TestA", RAABIN), ("TestB", RAABIN[2::2]))
+            for n, one in enumerate(classes)
+        ],
         "Eosinophil",
     ),
     "aml_mll": (
@@ -52,6 +60,15 @@ LAYOUTS = {  # profile -> the folder as published, its pictures, labels of cells
         "",
     ),
 }  # fmt: skip
+OTHERS = {  # profile -> files of the published folder that are no pictures, and what is in them
+    "aml_lmu": {"annotations.dat": "BAS/BAS_0001.tiff BAS nan nan\n"},
+    "aml_mll": {"data/metadata.csv": "patient_id,age,bag_label,pb_total\nCB1X,50,CBFB_MYH11,100\n"},
+    "mll23": {
+        "__MACOSX/basophil/._00000.TIF": "resources",
+        "labels_MLL23.csv": "Labels, count\nbasophil,616\n",
+    },
+    "pbc": {"neutrophil/.DS_169665.jpg": "Bud1"},
+}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -59,6 +76,10 @@ def test_the_command_of_a_profile_reads_the_published_layout(name, tmp_path, mon
     folder, names, label = LAYOUTS[name]
     for seed, each in enumerate(names):
         picture(tmp_path / folder / each, seed, (40, 40))
+    for each, text in OTHERS.get(name, {}).items():
+        path = tmp_path / folder / each
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     text = (PROFILES / f"{name}.yaml").read_text(encoding="utf-8")
     assert "layout from its documentation, not run on the real files" in text
