@@ -9,7 +9,6 @@ from aplsmear.data.pseudonyms import Pseudonyms, read_key
 from aplsmear.images.view_store import view_writer
 from aplsmear.images.views import parts_of, unused_labels, views_of_parts
 from aplsmear.params import LEVELS, read_params
-from aplsmear.progress import progress
 from aplsmear.runs.stage import home, run
 from aplsmear.tables import read_table
 
@@ -26,10 +25,9 @@ def main() -> None:
     files = names.files(root, smears, cells) if names else None
     out = {level: Path(f"augmented/{level}/views.parquet") for level in LEVELS}
     with engine_of(params, [root]) as engine, view_writer(out) as write:
-        parts = list(parts_of(root, smears, cells, params.augment, files))
-        views = views_of_parts(parts, params.augment, params.seed, engine, levels)
-        for of_part in progress(views, "parts", len(parts)):
-            write(of_part)
+        parts = parts_of(root, smears, cells, params.augment, files)
+        for views in views_of_parts(parts, params.augment, params.seed, engine, levels):
+            write(views)
 
 
 if __name__ == "__main__":

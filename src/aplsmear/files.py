@@ -39,6 +39,18 @@ def whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether this is a file, or a folder that holds something."""
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise a UserError if a file, or a folder that holds something, has this name."""
+    if is_taken(path):
+        what = " and is not empty" if path.is_dir() else ""
+        raise UserError(f"{path} exists{what}, and nothing is overwritten: choose another name.")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name `folder` at the end of the block; after an error it stays.
@@ -46,8 +58,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` holds something, or a run that filled it was stopped.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty, and nothing is overwritten. Choose another folder.")
+    refuse_taken(folder)
     part = folder.with_name(folder.name + ".part")
     if part.exists():
         raise UserError(f"{part} is there: a run was stopped. Delete it and try again.")

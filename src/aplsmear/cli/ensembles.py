@@ -13,6 +13,7 @@ from aplsmear import cpu
 from aplsmear.cli.base import PARAMS, app, file_to_write, folder_to_write, params_if_any
 from aplsmear.compute.runtime import device_note
 from aplsmear.errors import UserError
+from aplsmear.files import is_taken
 
 if TYPE_CHECKING:
     from aplsmear.compute.engine import Engine
@@ -436,14 +437,10 @@ def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
 
 def _refuse_to_replace(*paths: Path | None, overwrite: bool) -> None:
     """End the command before the long work if a file, or those of a folder, would be lost."""
-    there = {path: path.is_dir() for path in paths if path and path.exists()}
-    lines = [
-        f"{path} exists{' and is not empty' if is_folder else ''}: choose another name, or add --overwrite"
-        for path, is_folder in there.items()
-        if not is_folder or any(path.iterdir())
-    ]
-    if lines and not overwrite:
-        raise UserError("\n".join(lines))
+    taken = [path for path in paths if path and is_taken(path)]
+    if taken and not overwrite:
+        lines = [f"{path} exists{' and is not empty' if path.is_dir() else ''}" for path in taken]
+        raise UserError("\n".join(f"{line}: choose another name, or add --overwrite" for line in lines))
 
 
 @app.command("null-check", rich_help_panel=_PANEL)

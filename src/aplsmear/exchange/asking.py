@@ -17,9 +17,9 @@ from scipy.special import expit, logit
 
 from aplsmear.data.schema import LABELS_OF_CELLS
 from aplsmear.data.tasks import ANY, meets, task_items, task_labels
-from aplsmear.exchange.export import geojson, refuse_existing, shots_of, task_of
+from aplsmear.exchange.export import geojson, shots_of, task_of
 from aplsmear.exchange.found import NO_TYPE, ExchangeError
-from aplsmear.files import write_json
+from aplsmear.files import refuse_taken, write_json
 from aplsmear.params import Task
 from aplsmear.tables import SEPARATOR, read_scores, read_table, write_table
 
@@ -114,10 +114,11 @@ def write_questions(folder: Path, to: Path, chosen: pd.DataFrame, answers: Colle
     `to` is a new or empty folder; returns the number of pictures of the data set in `folder`.
 
     Raises:
-        ExchangeError: something is in the folder, or a cell is not in the data set.
+        ExchangeError: a cell is not in the data set.
+        UserError: something is in the folder.
         DataSetError: a table of the data set cannot be read.
     """
-    refuse_existing(to)
+    refuse_taken(to)
     scores: Mapping[str, float] = dict(zip(chosen["cell"], chosen["probability"], strict=True))
     shots = []
     for shot in shots_of(folder, scores, "probability"):

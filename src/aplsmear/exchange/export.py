@@ -23,7 +23,7 @@ from aplsmear.data.names import image_path
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
 from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, size_of
 from aplsmear.exchange.readers import read_all
-from aplsmear.files import write_json
+from aplsmear.files import refuse_taken, write_json
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import named
 
@@ -222,12 +222,6 @@ WRITERS: dict[str, Callable[[list[Shot], Path], None]] = {
 }  # fmt: skip
 
 
-def refuse_existing(to: Path) -> None:
-    """Raise ExchangeError if a file or a folder that is not empty has this name."""
-    if to.is_file() or (to.is_dir() and any(to.iterdir())):
-        raise ExchangeError(f"{to} is there, and nothing is overwritten. Choose another name.")
-
-
 def export(
     folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None = None, column: str = "probability"
 ) -> list[Shot]:
@@ -241,10 +235,11 @@ def export(
         column: what the scores are.
 
     Raises:
-        ExchangeError: something is at `to`, the data set has no boxes, or no cell has one of the scores.
+        ExchangeError: the data set has no boxes, or no cell has one of the scores.
+        UserError: something is at `to`.
         DataSetError: a table cannot be read.
     """
-    refuse_existing(to)
+    refuse_taken(to)
     shots = shots_of(folder, scores or {}, column)
     if scores and all(cell.score is None for shot in shots for cell in shot.cells):
         raise ExchangeError(f"No cell of {folder} has a score: the scores have the ids of other cells.")

@@ -25,6 +25,7 @@ from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize
 from aplsmear.images.stains import StainError, normalised
 from aplsmear.images.view_store import View
 from aplsmear.params import LEVELS, Augment, Level
+from aplsmear.progress import progress
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import misspelt
 
@@ -217,10 +218,13 @@ def views_of_parts(
 ) -> Iterator[dict[Level, list[View]]]:
     """For each part, the views of its smear and of its cells, if they are of one of the `levels`.
 
-    Each image is decoded once. The results are the same with each engine.
+    Each image is decoded once. The results are the same with each engine. A bar shows the progress.
     """
+    parts = list(parts)
     making = partial(_views_of_part, settings=settings, seed=seed, levels=levels)
-    yield from engine.map(making, parts)
+    unit = "smears" if all(part.smear for part in parts) else "pictures"
+    pictures = [1 if part.smear else len(part.cells) for part in parts]
+    yield from progress(engine.map(making, parts), unit, sum(pictures), counts=pictures)
 
 
 def _views_of_part(

@@ -38,7 +38,6 @@ from aplsmear.images.reading import decode_jpeg, encode_jpeg, fitting
 from aplsmear.images.view_store import View
 from aplsmear.images.views import Part, parts_of, views_of_parts
 from aplsmear.params import LEVELS, Level, of_backbones
-from aplsmear.progress import progress
 from aplsmear.tables import as_written
 
 CHUNK = 512  # views that go through the networks together: one partition
@@ -359,7 +358,7 @@ def judge_together(
     parts = list(parts_of(root, smears, cells, settings, files, by_patient=True))
     requests = _together(request for models in several for request in models.requests)
     levels = {request.level for request in requests}
-    made = progress(views_of_parts(parts, settings, model.seed, engine, levels), "parts", len(parts))
+    made = views_of_parts(parts, settings, model.seed, engine, levels)
     averaged: dict[Level, int] = {
         level: max(models.averaged(level) for models in several) for level in LEVELS
     }
