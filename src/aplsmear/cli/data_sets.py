@@ -92,7 +92,7 @@ def demo_data(
 
 @app.command(rich_help_panel=_PANEL)
 def cells(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the folder wsi with the images.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that contains the folder wsi.")],
     size: Annotated[float | None, typer.Option(metavar="PX", help="Diameter of a typical cell.")] = None,
     micrometres_per_pixel: Annotated[
         float | None, typer.Option(metavar="X", help="Scale of the images, instead of --size.")

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 _PANEL = "Ensembles"
 _ENSEMBLE = Annotated[
-    Path, typer.Option(metavar="DIR", help="Such as ensembles/apl_aml, or a copy of its `model`.")
+    Path,
+    typer.Option(
+        metavar="DIR", help="Folder of the ensemble, such as ensembles/apl_aml, or a copy of its `model`."
+    ),
 ]
 _ENSEMBLES = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="DIR",
-        help="Such as ensembles/apl_aml, or a copy of its `model`. Several give one answer. Without this "
-        "option: all ensembles of the one answer.",
+        help="Folder of an ensemble, such as ensembles/apl_aml, or a copy of its `model`. Several give one "
+        "answer. Without this option: all ensembles of the one answer.",
     ),
 ]
 _ANSWER = Annotated[
@@ -40,7 +43,11 @@ _ANSWER = Annotated[
 ]
 _PREVALENCE = Annotated[
     str,
-    typer.Option(metavar="SHARES", help="Of the one answer, such as apl=0.05,aml=0.15; the rest is healthy."),
+    typer.Option(
+        metavar="SHARES",
+        help="Only for the one answer: the shares of the diagnoses among your patients, such as "
+        "apl=0.05,aml=0.15; the rest is healthy.",
+    ),
 ]
 _CELLS = Annotated[
     Path | None,
@@ -91,8 +98,9 @@ def predict(
     `--adapt` shifts its logits by one number, without labels, for patients of another laboratory with about
     the same mixture of diagnoses as in training. Do not use it for screening or for few patients.
 
-    Both have: the numbers of `cells` and `smears` used; the `distance` from the training patients in features
-    of cells, and in `stain` (above 1: farther out than 99 %); a `warning`. A formula gets a ' in front.
+    Both tables have: the numbers of `cells` and `smears` used; the `distance` from the training patients in
+    features of cells, and in `stain` (above 1: farther out than 99 % of them); a `warning`. A text that a
+    spreadsheet would run as a formula gets a ' in front.
 
     `--cells` and `--geojson` say which cells decided (docs/cells.md): the scores of each member, and the
     evidence of a cell for the positive diagnosis of each ensemble.
@@ -208,7 +216,9 @@ def _new_patients(
 
 @app.command(rich_help_panel=_PANEL)
 def view(
-    patient: Annotated[str, typer.Argument(metavar="PATIENT", help="Its name in the table of cells.")],
+    patient: Annotated[
+        str, typer.Argument(metavar="PATIENT", help="The name of the patient in the table of cells.")
+    ],
     to: Annotated[
         Path | None,
         typer.Option(metavar="HTML", callback=file_to_write, help="The page. Default: PATIENT.html."),
@@ -218,8 +228,8 @@ def view(
         Path | None,
         typer.Option(
             metavar="CSV",
-            help="Of `predict --cells`. Default: evidence.parquet of the ensemble, by models that never saw "
-            "the patient.",
+            help="Table of `predict --cells`. Default: evidence.parquet of the ensemble, of models that "
+            "never saw the patient.",
         ),
     ] = None,
     data: Annotated[
@@ -278,7 +288,9 @@ def evaluate(
             help="The training data set: no patient may be in both. Default: that of this clone.",
         ),
     ] = None,
-    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over patients.")] = 2000,
+    resamples: Annotated[
+        int, typer.Option(min=100, help="How often the bootstrap resamples the patients.")
+    ] = 2000,
     overwrite: _OVERWRITE = False,
 ) -> None:
     """Judge a trained ensemble on a labelled cohort of another laboratory.
@@ -318,7 +330,7 @@ def cross(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR [DIR2]...", help="Labelled data sets, each of one cohort.")
     ],
-    ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
+    ensemble: Annotated[str, typer.Option(metavar="NAME", help="Name of an ensemble in params.yaml.")],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", callback=folder_to_write, help="For the page and the tables.")
     ] = Path("crossed"),
@@ -445,7 +457,7 @@ def _refuse_to_replace(*paths: Path | None, overwrite: bool) -> None:
 
 @app.command("null-check", rich_help_panel=_PANEL)
 def null_check(
-    ensemble: Annotated[str, typer.Option(metavar="NAME", help="A name of `ensembles` in params.yaml.")],
+    ensemble: Annotated[str, typer.Option(metavar="NAME", help="Name of an ensemble in params.yaml.")],
     repeats: Annotated[int, typer.Option(min=2, help="Number of permutations.")] = 80,
 ) -> None:
     """Test for leaks: train the ensemble on permuted diagnoses; the AUROC must be 0.5. It changes no file.
@@ -454,9 +466,10 @@ def null_check(
     choice of the combination, its weights, the calibration and the held-out probabilities. It does not repeat
     the scores of the members.
 
-    A leak: the mean AUROC within folds differs from 0.5 by more than 0.03, or that of all pairs is so much
-    above it, and by more than chance explains (3 times in 1000). With too few permutations there is no
-    verdict, and the command says how many it takes. Exit code 1 for a leak and without a verdict.
+    There is a leak if the mean AUROC within folds is more than 0.03 above or below 0.5, or the mean AUROC of
+    all pairs more than 0.03 above it, and farther than chance takes it in 997 of 1000 checks. With too few
+    permutations there is no verdict, and the command says how many are needed. Exit code 1 for a leak and
+    without a verdict.
 
     Example: `aplsmear null-check --ensemble apl_healthy`
     """

@@ -31,17 +31,23 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 
 _ClassFrom = Annotated[
     Literal["folder", "above", "name", "none"] | None,
-    typer.Option(help="Of single cells: where the class is in a path. Default: where classes are known."),
+    typer.Option(
+        help="The part of the path of a single cell that is its class. Default: where classes are known."
+    ),
 ]
 _Column = Annotated[
     list[str] | None,
     typer.Option(metavar="WHAT=TITLE", help="What a column of a CSV file holds; may be repeated."),
 ]
 _Pattern = Annotated[
-    str | None, typer.Option(metavar="REGEX", help="Its group, in the path of a picture, is the patient.")
+    str | None,
+    typer.Option(metavar="REGEX", help="The group of this pattern is the patient in the path of a picture."),
 ]
 _Diagnosis = Annotated[
-    str | None, typer.Option(help="Of all: healthy, aml, apl, {'aml', 'm2'}; or REGEX: its group in a path.")
+    str | None,
+    typer.Option(
+        help="healthy, aml, apl or {'aml', 'm2'} for all; or a REGEX whose group is the diagnosis in a path."
+    ),
 ]
 _Facts = Annotated[
     Path | None, typer.Option(help="CSV file of pictures or patients: patient, diagnosis, site.")
@@ -51,7 +57,8 @@ _Update = Annotated[
     Path | None, typer.Option(metavar="DIR2", help="A data set: write it again, with the classes of SOURCE.")
 ]
 _Classes = Annotated[
-    Path | None, typer.Option(metavar="CSV", help="Your names of classes: columns class, cellType.")
+    Path | None,
+    typer.Option(metavar="CSV", help="Table of your names: the columns class (your name) and cellType."),
 ]
 
 
@@ -59,7 +66,9 @@ _Classes = Annotated[
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file of annotations, or a folder.")],
     to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
-    kind: Annotated[Kind | None, typer.Option("--format", help="If SOURCE holds several kinds.")] = None,
+    kind: Annotated[
+        Kind | None, typer.Option("--format", help="Needed if SOURCE holds several formats.")
+    ] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if it is another one.")] = None,
     patient: _Pattern = None,
     table: _Facts = None,
@@ -69,10 +78,12 @@ def import_(
     keep_unknown: _KeepUnknown = False,
     class_from: _ClassFrom = None,
     size: Annotated[
-        float | None, typer.Option(metavar="PX", min=1, help="Side of boxes around points.")
+        float | None, typer.Option(metavar="PX", min=1, help="Side of the box that each point gets.")
     ] = None,
-    cohort: Annotated[str | None, typer.Option(help="Of the layout of DeepAPL.")] = None,
-    unsigned: Annotated[bool, typer.Option(help="Of DeepAPL: take unsigned slides, too.")] = False,
+    cohort: Annotated[
+        str | None, typer.Option(help="Only for DeepAPL: the cohort to take, such as Discovery.")
+    ] = None,
+    unsigned: Annotated[bool, typer.Option(help="Only for DeepAPL: take unsigned slides, too.")] = False,
     update: _Update = None,
     copy: Annotated[bool, typer.Option(help="Copy the pictures. Default: relative links.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print what is found and would be written.")] = False,
@@ -162,7 +173,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A data set.")],
     kind: Annotated[
         Literal["geojson", "coco", "label-studio", "yolo"],
-        typer.Option("--format", help="The program's form."),
+        typer.Option("--format", help="The format to write; CVAT reads coco."),
     ],
     to: Annotated[
         Path, typer.Option(metavar="PATH", help="A new file (coco, label-studio) or folder (geojson, yolo).")
@@ -197,19 +208,28 @@ def export(
 def fields(
     slides: Annotated[list[Path], typer.Argument(metavar="SLIDE", help="Files of a scanner.")],
     to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
-    count: Annotated[int, typer.Option("--fields", metavar="N", min=1, help="Most fields of a slide.")] = 20,
+    count: Annotated[
+        int, typer.Option("--fields", metavar="N", min=1, help="Largest number for each slide.")
+    ] = 20,
     mpp: Annotated[
         float | None,
-        typer.Option(min=0.02, help="Micrometres per pixel of the fields. Default: of the coarsest slide."),
+        typer.Option(
+            min=0.02, help="Micrometres per pixel of the fields. Default: those of the coarsest slide."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(metavar="PX", min=128, max=8192, help="Side of a field.")] = 1024,
     slide_mpp: Annotated[
-        float | None, typer.Option(metavar="X", min=0.02, help="Of slides whose files name no resolution.")
+        float | None,
+        typer.Option(
+            metavar="X", min=0.02, help="Micrometres per pixel of slides whose files do not give it."
+        ),
     ] = None,
     patient: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Of all slides; or REGEX: its group in a path. Default: the slide."
+            metavar="NAME",
+            help="The patient of all slides, or a REGEX whose group is the patient in a path. Default: each "
+            "slide is of another patient.",
         ),
     ] = None,
     table: Annotated[

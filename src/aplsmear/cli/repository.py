@@ -189,7 +189,9 @@ def compare(
 def share_check(
     remote: Annotated[
         str | None,
-        typer.Argument(metavar="[REMOTE]", help="A name of `dvc remote list`. Default: the default remote."),
+        typer.Argument(
+            metavar="[REMOTE]", help="Its name in `dvc remote list`. Default: the default remote."
+        ),
     ] = None,
 ) -> None:
     """Test a remote: write, read and delete a small object there. A problem ends it with exit code 1.

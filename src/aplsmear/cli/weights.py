@@ -17,7 +17,7 @@ weights = typer.Typer(
     "Example: `aplsmear weights convert DinoBloom-B.pth --to weights`",
     no_args_is_help=True,
 )
-app.add_typer(weights, name="weights", rich_help_panel="Repository")
+app.add_typer(weights, name="weights", rich_help_panel="The repository")
 
 
 @weights.callback()
