@@ -1,13 +1,19 @@
 """How much accuracy is lost in another laboratory: held-out patients with changed stain, light and camera.
 
 Usage: python benchmarks/shift.py [--workspace DIR] [--ensemble NAME] [--cells N]
-           [--parts NAME ...] [--measures [NAME ...]]
+           [--parts NAME ...] [--measures [NAME ...]] [--donors DIR]
 
 DIR is a folder in which the ensemble has been made (default: this repository, after `make demo`). The smears
 of each patient are changed as another laboratory would show them (laboratories.py). Their cells are cut out,
 pass through the networks, and get scores from the heads and the combination that never saw the patient. They
 are compared with the same cells without changes. Where a cohort adapts (`aplsmear.prediction.recalibration`),
 it is the patients of one fold in one laboratory, without labels.
+
+The part `colours_moved` measures what is not built in: by tables of 256 values, without labels, mean and
+spread of the optical density of red, green and blue over the cells of a cohort become those of the training
+cells. Each cell is scored as it is and with moved colours, and the two scores are averaged. The part `donors`
+counts how many healthy donors are called positive with and without it. It needs --donors: a folder with a
+folder of pictures for each kind of cell.
 
 With --measures, changes of training are compared, too, with heads of their own: the pipeline's stages train
 them in DIR/.shift on the same cells (at most N of a patient, drawn by a hash). Features are kept there, so
@@ -26,18 +32,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import laboratories
 import numpy as np
 import pandas as pd
 import yaml
 from laboratories import KINDS, REAL, STRENGTHS, Colours, colours_of, draw_laboratory, recoloured, shifted
 from record import commit, machine
-from sklearn.metrics import balanced_accuracy_score
 
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.data.tasks import task_items
 from aplsmear.ensembles.combination import Verdicts, draw_candidates, judge, patients_of
-from aplsmear.ensembles.familiarity import Cloud, Moments, make_cloud
+from aplsmear.ensembles.familiarity import Cloud, Moments, make_cloud, stain_of
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.evaluation.calibration import calibration_slope_intercept
@@ -58,6 +64,10 @@ from aplsmear.tables import read_scores, read_table, write_table
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
 LABORATORIES = 3
+MORE = 12  # laboratories of each strength, of which the first three are those above
+DRAWS = 1000  # of patients, for intervals
+DIVISIONS = 30  # of the cells of donors
+LOTS = 10  # of each division
 TRIALS = 2  # of each task, when changes of training are compared
 RIM = 16  # px around what is cut out of a smear: more than the radius of any blur
 JPEG_BLOCK = 16  # px
@@ -82,7 +92,8 @@ SELECTIONS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
     "immature_cells_alone": lambda cells: cells["cell_type"].str.contains(IMMATURE, case=False),
 }
 
-PARTS = ("medium", "mild", "strong", "margins", "selections", "alone", "real_colours")  # of the bench
+PARTS = ("medium", "mild", "strong", "margins", "selections", "alone", "real_colours")  # by default
+EXTRA_PARTS = ("more_laboratories", "colours_moved", "donors")
 
 # Changes of training: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -130,11 +141,14 @@ class Bench:
     weigh_by: str
     verdicts: Verdicts
     chosen: Verdicts  # with one summary, chosen among all except `blend`
+    pictures: Mapping[str, Path]  # of each smear
     kept: Path  # folder for features
     typical: tuple[Level, str]  # level and name of the features that measure how unfamiliar a patient is
 
 
 Features = Mapping[str, list[np.ndarray]]  # of each view of all items, by level and layer
+Tables = Mapping[Level, Mapping[int, np.ndarray]]  # of colours, by level and fold
+MOVED = "moved/"  # in front of the level: features of the same items with moved colours
 
 
 def main() -> None:
@@ -155,10 +169,14 @@ def main() -> None:
         "--parts",
         nargs="+",
         metavar="NAME",
-        choices=PARTS,
-        help=f"measure these alone and keep the other results: {', '.join(PARTS)}",
+        choices=[*PARTS, *EXTRA_PARTS],
+        help=f"measure these alone and keep the other results: {', '.join([*PARTS, *EXTRA_PARTS])}",
     )
+    parser.add_argument("--donors", type=Path, metavar="DIR", help="pictures of cells of healthy donors")
     asked = parser.parse_args()
+    if "donors" in (asked.parts or []) and asked.donors is None:
+        parser.error("the part donors needs --donors")
+    donors = asked.donors and asked.donors.resolve()
     os.chdir(asked.workspace)
     start_tensorflow()
     bench = open_bench(Path(), asked.ensemble, asked.cells, Path(".shift"))
@@ -171,7 +189,7 @@ def main() -> None:
         "machine": machine(),
     }
     for part in asked.parts or PARTS:
-        found[part] = measure(bench, part)
+        found[part] = measure(bench, part, donors)
         found.setdefault("commits", {})[part] = commit()
         record(section, found)
     for name in [] if asked.measures is None else asked.measures or MEASURES:
@@ -183,8 +201,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
 
 
-def measure(bench: Bench, part: str) -> dict[str, Any]:
-    """The `losses` of one of `PARTS`."""
+def measure(bench: Bench, part: str, donors: Path) -> dict[str, Any]:
+    """The `losses` of one of `PARTS`, or the result of one of `EXTRA_PARTS`."""
     if part in STRENGTHS:
         return held(bench, [Condition(part, number) for number in range(LABORATORIES)])
     if part == "margins":
@@ -193,13 +211,110 @@ def measure(bench: Bench, part: str) -> dict[str, Any]:
     if part == "selections":
         home = scored_features(bench, None)
         return {name: losses(bench, [selected(bench, home, wanted)]) for name, wanted in SELECTIONS.items()}
-    if part == "alone":
-        return {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
-    colours = home_colours(bench)
-    return {
-        name: held(bench, [Condition("medium", 0, ("blur", "resolution", "jpeg"), name, colours)])
-        for name in REAL
+    made = {"more_laboratories": more_laboratories, "colours_moved": colours_moved}
+    made |= {"real_colours": with_real_colours}
+    if part in made:
+        return made[part](bench)
+    if part == "donors":
+        return called_positive(bench, donors)
+    return {kind: held(bench, [Condition("medium", 0, (kind,))]) for kind in KINDS}
+
+
+def with_real_colours(bench: Bench) -> dict[str, Any]:
+    """`losses` with the colours of each real laboratory."""
+    return {name: held(bench, [condition]) for name, condition in real_colours(bench).items()}
+
+
+def real_colours(bench: Bench) -> dict[str, Condition]:
+    """A laboratory with the colours of each real one."""
+    home = home_colours(bench)
+    return {name: Condition("medium", 0, ("blur", "resolution", "jpeg"), name, home) for name in REAL}
+
+
+def more_laboratories(bench: Bench) -> dict[str, Any]:
+    """`compared`: the cells at home, not adapted; the same cells in the laboratories of a strength."""
+    home = judged(bench, scored_features(bench, None), adapt=False)
+    found = {}
+    for strength in ("medium", "strong"):
+        away = [judged(bench, scored_features(bench, Condition(strength, n))) for n in range(MORE)]
+        parts = {"the_first": away[:LABORATORIES], "the_others": away[LABORATORIES:], "all": away}
+        found[strength] = {
+            name: compared(bench, [(home, each) for each in part]) for name, part in parts.items()
+        }
+    return found
+
+
+def colours_moved(bench: Bench) -> dict[str, Any]:
+    """`compared`: adapted cohorts as they are; the same with the scores of moved colours averaged in.
+
+    The form was chosen on the first three laboratories. The next three were not looked at before.
+    """
+    numbers = {"": range(LABORATORIES), "fresh_": range(LABORATORIES, 2 * LABORATORIES)}
+    groups: dict[str, list[Condition | None]] = {
+        f"{new}{strength}": [Condition(strength, n) for n in laboratories]
+        for new, laboratories in numbers.items()
+        for strength in ("medium", "strong")
     }
+    groups |= {name: [condition] for name, condition in real_colours(bench).items()} | {"home": [None]}
+    home = stains_of(bench, None)
+    found = {}
+    for name, conditions in groups.items():
+        found[name] = []
+        for condition in conditions:
+            features = scored_features(bench, condition)
+            tables = tables_to(bench, home, stains_of(bench, condition))
+            moved = scored_features(bench, condition, tables)
+            found[name].append((judged(bench, features), judged(bench, with_moved(features, moved))))
+    for new in numbers:
+        found[f"{new}medium_and_strong"] = found[f"{new}medium"] + found[f"{new}strong"]
+    return {name: compared(bench, pairs) for name, pairs in found.items()}
+
+
+def called_positive(bench: Bench, folder: Path) -> dict[str, Any]:
+    """How many lots of cells of healthy donors the final models call positive, at both operating points.
+
+    Cells are whole pictures, or their middle 70 %. They are divided by kind, and at random (means of
+    `DIVISIONS` divisions).
+    """
+    files = sorted(path for path in folder.glob("*/*") if path.is_file())
+    divisions = [[path.parent.name for path in files]]
+    for number in range(DIVISIONS):
+        random = np.random.Generator(np.random.Philox(number))
+        divisions.append([f"lot {lot}" for lot in random.permutation(len(files)) % LOTS])
+    home = stains_of(bench, None)["cell"].mean(0)
+    found: dict[str, Any] = {}
+    for name, margin in (("whole", 0.0), ("middle_70_percent", -0.3)):
+        donors = with_margin(of_pictures(bench, files), margin)
+        fold = donors.items["cell"]["fold"].iloc[0]
+        table = colour_table(stains_of(donors, None)["cell"].mean(0), home)
+        features = scored_features(donors, None)
+        both = with_moved(features, scored_features(donors, None, {"cell": {fold: table}}))
+        for arm, shown in (("as_they_are", features), ("averaged_with_moved", both)):
+            for adapt in (False, True):
+                counts = []
+                for owner in divisions:
+                    patients = pd.DataFrame({"patient": sorted(set(owner)), "fold": fold, "label": 0})
+                    items = {"cell": donors.items["cell"].assign(patient=owner)}
+                    lots = replace(donors, items=items, patients=patients)
+                    _, call, alarm = judged(lots, shown, adapt)
+                    counts.append([call.sum(), alarm.sum()])
+                by_kind, at_random = np.array(counts[0]), np.mean(counts[1:], axis=0)
+                found[f"{name}, {arm}{', adapted' if adapt else ''}"] = {
+                    "kinds_called_at_balanced_and_sensitive_point": by_kind.tolist(),
+                    "lots_called_at_balanced_and_sensitive_point": at_random.tolist(),
+                }
+    return found
+
+
+def of_pictures(bench: Bench, files: Sequence[Path]) -> Bench:
+    """The final models, and cells with a picture each, without diagnoses."""
+    names = [path.stem for path in files]
+    cells = pd.DataFrame({"item": names, "cell": names, "smear": names, "diagnosis": "", "cell_type": ""})
+    height, width = np.transpose([read_image(path).shape[:2] for path in files])
+    fold = len(bench.verdicts.combinations) - 1
+    cells = cells.assign(y0=0, x0=0, y1=height, x1=width, fold=fold)
+    pictures = dict(zip(names, files, strict=True))
+    return replace(bench, items={"cell": cells}, pictures=pictures)
 
 
 def recorded() -> dict[str, Any]:
@@ -244,6 +359,9 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     paths = {task: folder / "tuned" / task / "heads.npz" for task in scores}
     heads = {task: read_heads(path) for task, path in paths.items()}
     averages = {task: read_average(path) for task, path in paths.items()}
+    smears = read_table(folder / "dataset" / "smears.csv")
+    paths_of_smears = [Path(params.dataset.root) / image for image in smears["image"]]
+    pictures = dict(zip(smears["smear"], paths_of_smears, strict=True))
     reference = next(head.features for head in heads[asked.members[0]])
     typical = (params.tasks[asked.members[0]].images, reference)
     return Bench(
@@ -256,6 +374,7 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
         asked.weigh_by,
         verdicts,
         chosen,
+        pictures,
         kept,
         typical,
     )
@@ -368,12 +487,69 @@ def measured(
     limit (1) of `clouds`; ``missed``, ``missed_and_unfamiliar``: the same of positive patients at the
     sensitive point; ``unfamiliar``: all such patients.
     """
+    fold, label = bench.patients["fold"], bench.patients["label"].to_numpy()
+    probability, call, alarm = found = judged(bench, features, adapt, average, verdicts)
+    numbers = numbers_of(bench, features)
+    far = np.array([clouds[own].distance(each) > 1 for own, each in zip(fold, numbers, strict=True)])
+    wrong, missed = call != label, (label == 1) & (alarm == 0)
+    return headline(label, found) | {
+        "specificity_at_sensitive_point": float(1 - alarm[label == 0].mean()),
+        "calibration_slope": calibration_slope_intercept(label, probability)[0],
+        "unfamiliar": float(far.sum()),
+        "wrong": float(wrong.sum()),
+        "wrong_and_unfamiliar": float(far[wrong].sum()),
+        "missed": float(missed.sum()),
+        "missed_and_unfamiliar": float(far[missed].sum()),
+    }
+
+
+def headline(label: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Measures of probabilities, calls and alarms, of `judged`."""
+    probability, call, alarm = found
+    return {
+        "auroc": auroc(label, probability),
+        "balanced_accuracy": float(call[label == 1].mean() + 1 - call[label == 0].mean()) / 2,
+        "sensitivity_at_sensitive_point": float(alarm[label == 1].mean()),
+    }
+
+
+def compared(bench: Bench, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """`headline` of the first and the second of each pair (of `judged`), and the gain, as means over pairs.
+
+    The 95 % interval of the gain is over patients, drawn within each diagnosis, the same for all pairs.
+    """
+    label = bench.patients["label"].to_numpy()
+    random = np.random.Generator(np.random.Philox(0))
+    each = [np.flatnonzero(label == diagnosis) for diagnosis in (0, 1)]
+    draws = [np.concatenate([random.choice(one, len(one)) for one in each]) for _ in range(DRAWS)]
+
+    def means(place: int, drawn: np.ndarray | slice) -> np.ndarray:
+        found = [[*headline(label[drawn], pair[place][:, drawn]).values()] for pair in pairs]
+        return np.mean(found, axis=0)
+
+    before, after = (means(place, slice(None)) for place in (0, 1))
+    low, high = np.quantile([means(1, drawn) - means(0, drawn) for drawn in draws], [0.025, 0.975], axis=0)
+    columns = {"without": before, "with": after, "gain": after - before, "low": low, "high": high}
+    names = headline(label, pairs[0][0])
+    return {name: {key: float(one[n]) for key, one in columns.items()} for n, name in enumerate(names)}
+
+
+def judged(
+    bench: Bench,
+    features: Features,
+    adapt: bool = True,
+    average: bool = True,
+    verdicts: Verdicts | None = None,
+) -> np.ndarray:
+    """The probability of each patient, the call and the alarm, by models that did not see the patient.
+
+    Returns float64 (3, patients).
+    """
     tasks = dict.fromkeys([*bench.members, bench.weigh_by])
     scores = {task: scores_of(bench, task, features, average) for task in tasks}
     summaries = {task: summary_of(scores, task, bench.weigh_by, bench.params) for task in bench.members}
-    fold, label = bench.patients["fold"].to_numpy(), bench.patients["label"].to_numpy()
-    numbers = numbers_of(bench, features)
-    probability, call, alarm, far = (np.zeros(len(fold)) for _ in range(4))
+    fold = bench.patients["fold"].to_numpy()
+    probability, call, alarm = (np.zeros(len(bench.patients)) for _ in range(3))
     for outer_fold in np.unique(fold):
         here = np.flatnonzero(fold == outer_fold)
         combination = (verdicts or bench.verdicts).combinations[outer_fold]
@@ -389,20 +565,7 @@ def measured(
         probability[here] = combination.probability(logits)
         call[here] = probability[here] >= combination.thresholds["balanced"]
         alarm[here] = probability[here] >= combination.thresholds["sensitive"]
-        far[here] = [clouds[int(outer_fold)].distance(each) > 1 for each in numbers[here]]
-    wrong, missed = call != label, (label == 1) & (alarm == 0)
-    return {
-        "auroc": auroc(label, probability),
-        "balanced_accuracy": balanced_accuracy_score(label, call),
-        "sensitivity_at_sensitive_point": float(alarm[label == 1].mean()),
-        "specificity_at_sensitive_point": float(1 - alarm[label == 0].mean()),
-        "calibration_slope": calibration_slope_intercept(label, probability)[0],
-        "unfamiliar": float(far.sum()),
-        "wrong": float(wrong.sum()),
-        "wrong_and_unfamiliar": float(far[wrong].sum()),
-        "missed": float(missed.sum()),
-        "missed_and_unfamiliar": float(far[missed].sum()),
-    }
+    return np.stack([probability, call, alarm])
 
 
 def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.DataFrame:
@@ -413,7 +576,8 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
     of_patient = seen.groupby("patient").indices
     outer_folds = {}
     for outer_fold, head in enumerate(bench.heads[task]):
-        shown = features[f"{images}/{head.features}"][: bench.averages[task] + 1 if average else 1]
+        used, name = bench.averages[task] + 1 if average else 1, f"{images}/{head.features}"
+        shown = features[name][:used] + features.get(f"{MOVED}{name}", [])[:used]
         each = [
             [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
             if level == "patient"
@@ -425,22 +589,59 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
     return table.assign(fold=fold, **outer_folds)
 
 
-def scored_features(bench: Bench, condition: Condition | None) -> Features:
-    """Features of all items under a condition (None: no change): of the plain view, then of the others."""
+def stains_of(bench: Bench, condition: Condition | None) -> dict[Level, np.ndarray]:
+    """`aplsmear.ensembles.familiarity.stain_of` the plain views of all items: float64 (items, 6)."""
+    return {
+        level: np.array([stain_of(view) for view in all_shown(bench, level, items, condition, count=0)])
+        for level, items in bench.items.items()
+    }
+
+
+def tables_to(bench: Bench, home: Mapping[Level, np.ndarray], here: Mapping[Level, np.ndarray]) -> Tables:
+    """For each fold, the table from its own colours here to those of the other folds at home."""
+    found = {}
+    for level, items in bench.items.items():
+        fold = items["fold"].to_numpy()
+        found[level] = {
+            each: colour_table(here[level][fold == each].mean(0), home[level][fold != each].mean(0))
+            for each in np.unique(fold).tolist()
+        }
+    return found
+
+
+def colour_table(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """A table for cv2.LUT, uint8 (1, 256, 3), that moves optical densities from one `stain_of` to another."""
+    density = -np.log10((np.arange(256)[:, None] + 1) / 256)
+    moved = (density - here[:3]) * there[3:] / here[3:] + there[:3]
+    return np.rint(np.clip(256 * 10**-moved - 1, 0, 255)).astype(np.uint8)[None]
+
+
+def with_moved(features: Features, moved: Features) -> Features:
+    """Features of cohorts that are scored as they are and with moved colours; `scores_of` has the mean."""
+    return {**features, **{f"{MOVED}{name}": views for name, views in moved.items()}}
+
+
+def scored_features(bench: Bench, condition: Condition | None, tables: Tables | None = None) -> Features:
+    """Features of all items under a condition (None: no change): of the plain view, then of the others.
+
+    With `tables`, the colours of each fold are moved by its table.
+    """
     found: dict[str, list[np.ndarray]] = {}
     for level, items in bench.items.items():
         names = {head.features for heads in bench.heads.values() for head in heads}
         for backbone in sorted({name.split("/")[0] for name in names}):
-            path = bench.kept / f"{key_of(bench, level, backbone, condition)}.npz"
+            path = bench.kept / f"{key_of(bench, level, backbone, condition, tables)}.npz"
             if not path.is_file():
-                forward(bench, level, items, backbone, condition, path)
+                forward(bench, level, items, backbone, condition, tables, path)
             with np.load(path) as file:
                 for layer in file.files:
                     found[f"{level}/{backbone}/{layer}"] = list(file[layer])
     return found
 
 
-def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | None) -> str:
+def key_of(
+    bench: Bench, level: Level, backbone: str, condition: Condition | None, tables: Tables | None
+) -> str:
     """A hash of everything that the features depend on."""
     params = bench.params
     depends_on = [
@@ -454,17 +655,26 @@ def key_of(bench: Bench, level: Level, backbone: str, condition: Condition | Non
         vars(condition) if condition else None,
         *SOURCES,
     ]
+    if tables:
+        depends_on.append({fold: table.tolist() for fold, table in tables[level].items()})
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def forward(
-    bench: Bench, level: Level, items: pd.DataFrame, backbone: str, condition: Condition | None, path: Path
+    bench: Bench,
+    level: Level,
+    items: pd.DataFrame,
+    backbone: str,
+    condition: Condition | None,
+    tables: Tables | None,
+    path: Path,
 ) -> None:
     settings = bench.params.backbones[backbone]
     batch = batch_of(settings, level)
-    shown = list(all_shown(bench, level, items, condition))
+    shown = list(all_shown(bench, level, items, condition, tables))
     batches = [shown[start : start + batch] for start in range(0, len(shown), batch)]
     what = "unchanged" if condition is None else f"{condition.strength}, laboratory {condition.laboratory}"
+    what += ", colours moved" if tables else ""
     graph = Path("backbones") / backbone / f"{level}.onnx"
     request = FeatureRequest(backbone, graph, level, tuple(settings.layer), batch)
     passed = features_of(progress(batches, f"{level}s {what}", len(batches)), request)
@@ -477,13 +687,23 @@ def forward(
     write_arrays(path, arrays)
 
 
-def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condition | None) -> Iterator[View]:
-    """The views of all items, in the order of the items, from smears under a condition."""
+def all_shown(
+    bench: Bench,
+    level: Level,
+    items: pd.DataFrame,
+    condition: Condition | None,
+    tables: Tables | None = None,
+    count: int | None = None,
+) -> Iterator[View]:
+    """The views of all items, in the order of the items, from smears under a condition.
+
+    `count` augmented views of each; None: as many as are averaged.
+    """
     params = bench.params
-    smears = read_table(Path("dataset/smears.csv")).set_index("smear")
-    count, found = max(bench.averages.values()), {}
+    found = {}
+    count = max(bench.averages.values()) if count is None else count
     for smear, rows in items.groupby("smear", sort=False):
-        image = read_image(Path(params.dataset.root) / smears.loc[smear, "image"])
+        image = read_image(bench.pictures[smear])
         whole_smear = (0, 0, *image.shape[:2])
         shown: dict[tuple[int, ...], Pyramid] = {}
         for row in rows.itertuples(index=False):
@@ -492,6 +712,8 @@ def all_shown(bench: Bench, level: Level, items: pd.DataFrame, condition: Condit
             y0, x0, y1, x1 = seen = surroundings(box, params, image.shape) if alone else whole_smear
             if seen not in shown:
                 part = under(image[y0:y1, x0:x1], condition, params)
+                if tables:
+                    part = cv2.LUT(np.ascontiguousarray(part), tables[level][row.fold])
                 shown[seen] = Pyramid(prepared(part, params.augment, smear))
             found[row.item] = list(
                 cell_views(
@@ -521,8 +743,8 @@ def under(image: np.ndarray, condition: Condition | None, params: Params) -> np.
 
 def home_colours(bench: Bench) -> Colours:
     """Colours of the plain views of the cells that are measured."""
-    shown = all_shown(bench, "cell", bench.items["cell"], None)
-    return colours_of([decode(view.image) for view in shown if view.view == 0])
+    shown = all_shown(bench, "cell", bench.items["cell"], None, count=0)
+    return colours_of([decode(view.image) for view in shown])
 
 
 def surroundings(

@@ -54,6 +54,7 @@ def test_a_member_that_judges_whole_patients_sees_each_with_his_own_cells(shift,
         weigh_by="immature",
         verdicts=None,
         chosen=None,
+        pictures={},
         kept=Path(),
         typical=("cell", LAYER),
     )
@@ -80,7 +81,7 @@ def test_what_is_cut_out_around_a_cell_shows_all_that_its_views_need(shift, box)
 
 def test_a_patient_of_whom_a_selection_leaves_no_cell_keeps_all_cells(shift) -> None:
     cells = pd.DataFrame({"item": list("abcd"), "patient": ["p", "p", "q", "q"], "keep": [1, 0, 0, 0]})
-    bench = shift.Bench(None, {"cell": cells}, None, {}, {}, [], "", None, None, Path(), ("cell", LAYER))
+    bench = shift.Bench(None, {"cell": cells}, None, {}, {}, [], "", None, None, {}, Path(), ("cell", LAYER))
     features = {f"cell/{LAYER}": [np.arange(4)[:, None]]}
     fewer, kept = shift.selected(bench, features, lambda table: table["keep"] == 1)
     assert fewer.items["cell"]["item"].tolist() == ["a", "c", "d"]
