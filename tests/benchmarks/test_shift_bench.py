@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head
 from aplsmear.images.augmentation import source_factor
+from aplsmear.images.reading import encode_jpeg
+from aplsmear.images.view_store import View
 from aplsmear.images.views import cut
 from aplsmear.params import read_params
 
@@ -86,3 +89,12 @@ def test_a_patient_of_whom_a_selection_leaves_no_cell_keeps_all_cells(shift) -> 
     fewer, kept = shift.selected(bench, features, lambda table: table["keep"] == 1)
     assert fewer.items["cell"]["item"].tolist() == ["a", "c", "d"]
     assert kept[f"cell/{LAYER}"][0].ravel().tolist() == [0, 2, 3]
+
+
+def test_colours_moved_to_those_of_training_are_those_of_training(shift) -> None:
+    random = np.random.Generator(np.random.Philox(1))
+    there = random.integers(80, 200, (64, 64, 3), dtype=np.uint8)
+    here = np.rint(256 * ((there + 1.0) / 256) ** 1.3 * [0.9, 1, 0.8] - 1).astype(np.uint8)
+    stains = [shift.stain_of(View("cell", 0, encode_jpeg(image))) for image in (here, there)]
+    moved = cv2.LUT(here, shift.colour_table(*stains)).astype(int)
+    assert np.abs(moved - there).mean() < 3 < np.abs(here.astype(int) - there).mean()
