@@ -66,9 +66,7 @@ _Classes = Annotated[
 def import_(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A file of annotations, or a folder.")],
     to: Annotated[Path, typer.Option(metavar="DIR", callback=folder_to_write, help="A new or empty folder.")],
-    kind: Annotated[
-        Kind | None, typer.Option("--format", help="Needed if SOURCE holds several formats.")
-    ] = None,
+    kind: Annotated[Kind | None, typer.Option("--format", help="If SOURCE holds several formats.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the pictures, if it is another one.")] = None,
     patient: _Pattern = None,
     table: _Facts = None,
@@ -80,10 +78,8 @@ def import_(
     size: Annotated[
         float | None, typer.Option(metavar="PX", min=1, help="Side of the box that each point gets.")
     ] = None,
-    cohort: Annotated[
-        str | None, typer.Option(help="Only for DeepAPL: the cohort to take, such as Discovery.")
-    ] = None,
-    unsigned: Annotated[bool, typer.Option(help="Only for DeepAPL: take unsigned slides, too.")] = False,
+    cohort: Annotated[str | None, typer.Option(help="DeepAPL only: a cohort, such as Discovery.")] = None,
+    unsigned: Annotated[bool, typer.Option(help="DeepAPL only: take unsigned slides, too.")] = False,
     update: _Update = None,
     copy: Annotated[bool, typer.Option(help="Copy the pictures. Default: relative links.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Only print what is found and would be written.")] = False,

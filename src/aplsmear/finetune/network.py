@@ -23,8 +23,6 @@ from aplsmear.features.backbones import cut_network
 from aplsmear.heads.head import Head, Recipe, layer_sizes, mean_head
 from aplsmear.params import JOINT, Backbone, Level
 
-HEAD = -1  # in place of the number of a block: the weight is one of the head
-
 
 @dataclass(frozen=True)
 class HeadDesign:

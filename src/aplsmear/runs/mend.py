@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -138,6 +138,19 @@ def leftovers(folder: Path, mine: Path | None = None) -> Iterator[str]:
     yield from (
         f"{path} is still there" for path in _beside(folder) if mine is None or path != mine.resolve()
     )
+
+
+def refuse_leftovers(folder: Path, mine: Path | None = None, known: Collection[int] = ()) -> None:
+    """Raise a UserError about `leftovers`, unless another DVC than those with `known` numbers runs here.
+
+    `mine` is as for `leftovers`. Raises GitError if git does not work here.
+    """
+    left = list(leftovers(folder, mine))
+    if left and {each.pid for each in running_dvc(folder)} <= set(known):
+        raise UserError(
+            f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
+            "Type `aplsmear mend`, then the same command again."
+        )
 
 
 def _mend_ref_locks(folder: Path) -> Iterator[str]:

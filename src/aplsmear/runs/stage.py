@@ -20,7 +20,7 @@ from aplsmear.params import flat
 from aplsmear.runs.checksums import unsound
 from aplsmear.runs.data_root import check_root
 from aplsmear.runs.git import GitError, git
-from aplsmear.runs.mend import is_dvc, leftovers, running_dvc
+from aplsmear.runs.mend import is_dvc, refuse_leftovers
 from aplsmear.secrets import hide_in_tracebacks, without_secrets
 
 FAILED, MISUSED = 1, 2  # exit codes
@@ -80,18 +80,10 @@ def check_repository(top: Path) -> None:
     There is no check if DVC was not started as a command, if another DVC runs in the repository (`top` is its
     folder), or if git does not work.
     """
-    if _dvc() is None:
-        return
-    try:
-        left = list(leftovers(top, Path() if "DVC_EXP_NAME" in os.environ else None))
-        others = left and {each.pid for each in running_dvc(top)} - {each.pid for each in _above()}
-    except GitError:
-        return
-    if left and not others:
-        raise UserError(
-            f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
-            "Type `aplsmear mend`, then the same command again."
-        )
+    if _dvc() is not None:
+        mine = Path() if "DVC_EXP_NAME" in os.environ else None
+        with suppress(GitError):
+            refuse_leftovers(top, mine, {each.pid for each in _above()})
 
 
 def check_data_root() -> None:

@@ -156,10 +156,8 @@ class Tracker:
         """Log something; a failure is a warning. Only `files` may be missing in a run that goes on."""
         if not self._is_reachable:
             return
-        failures: tuple[type[Exception], ...] = (
-            OSError,
-            ValueError,
-        )  # ValueError: of a bad MLFLOW_* variable
+        # A bad MLFLOW_* variable gives a ValueError.
+        failures: tuple[type[Exception], ...] = (OSError, ValueError)
         try:
             from mlflow.exceptions import MlflowException
             from sqlalchemy.exc import SQLAlchemyError

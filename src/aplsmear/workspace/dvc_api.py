@@ -18,7 +18,7 @@ import pandas as pd
 
 from aplsmear.errors import UserError
 from aplsmear.params import flat
-from aplsmear.runs.mend import leftovers, running_dvc
+from aplsmear.runs.mend import refuse_leftovers
 from aplsmear.tables import read_table
 from aplsmear.words import nearest
 from aplsmear.workspace import remote as share
@@ -205,11 +205,7 @@ def _table(folder: Path, revision: str, path: str) -> pd.DataFrame:
 def check_repository(folder: Path) -> None:
     """Raise UserError if a folder lies in no repository, or a killed `dvc exp run` left it in disorder."""
     with _repository(folder):
-        if (left := list(leftovers(folder))) and not list(running_dvc(folder)):
-            raise UserError(
-                f"A `dvc exp run` was killed here: {'; '.join(left)}.\n"
-                "Type `aplsmear mend`, then the same command again."
-            )
+        refuse_leftovers(folder)
 
 
 def run_experiment(
