@@ -1,13 +1,13 @@
 """Copies of a picture or of a cell are found, and pictures that differ are left alone."""
 
 import csv
-import io
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from changed_copies import CHANGES, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,38 +24,6 @@ from aplsmear.images.reading import read_image
 DEMO = Path(__file__).parents[2] / "demo" / "wsi"
 PICTURES = [read_image(path) for path in sorted(DEMO.iterdir())[:10]]
 ONE = PICTURES[3]
-MARK = np.zeros(ONE.shape[:2], bool)
-MARK[-50:-20, -200:-20] = True
-
-
-def compressed(rgb: np.ndarray, quality: int) -> np.ndarray:
-    file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "JPEG", quality=quality)
-    return np.asarray(Image.open(file))
-
-
-CHANGES = {
-    "as it is": lambda rgb: rgb,
-    "compressed": lambda rgb: compressed(rgb, 30),
-    "half the size": lambda rgb: cv2.resize(rgb, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA),
-    "larger": lambda rgb: cv2.resize(rgb, (1000, 700), interpolation=cv2.INTER_CUBIC),
-    "cut by 3 %": lambda rgb: rgb[rgb.shape[0] // 33 :, rgb.shape[1] // 33 :],
-    "cut by 10 px": lambda rgb: rgb[10:, :-10],
-    "cut by 8 % of one side": lambda rgb: rgb[:, rgb.shape[1] // 12 :],
-    "cut by 10 % of the height": lambda rgb: rgb[: -rgb.shape[0] // 10],
-    "cut by 8 % of two sides": lambda rgb: rgb[rgb.shape[0] // 12 :, : -rgb.shape[1] // 12],
-    "cut by 8 % of four sides": lambda rgb: rgb[38:-38, 51:-51],
-    "cut at the left and right": lambda rgb: rgb[:, 40:-40],
-    "negative": lambda rgb: 255 - rgb,
-    "red and blue exchanged": lambda rgb: rgb[:, :, ::-1],
-    "with a scale bar": lambda rgb: np.where(MARK[:, :, None], 255, rgb).astype(np.uint8),
-    "brighter": lambda rgb: np.clip(rgb * 1.1 + 9, 0, 255).astype(np.uint8),
-    "grey": lambda rgb: np.repeat(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2),
-    "turned, cut, compressed": lambda rgb: compressed(np.ascontiguousarray(np.rot90(rgb[8:-4, 5:])), 60),
-} | {
-    f"turn {turn}": (lambda rgb, turn=turn: np.rot90(rgb[:, ::-1] if turn >= 4 else rgb, turn % 4))
-    for turn in range(1, 8)
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -105,7 +73,7 @@ def test_transforms_are_those_of_the_parts_of_a_picture():
 
 
 def test_many_copies_of_one_picture_are_one_group():
-    prints = [fingerprint(compressed(ONE, quality)) for quality in range(40, 90, 4)]
+    prints = [fingerprint(saved(ONE, "JPEG", quality=quality)) for quality in range(40, 90, 4)]
     assert len(set(groups(len(prints), same_pictures(prints)))) == 1
 
 
@@ -185,7 +153,7 @@ SMEARS = [(ONE, "P1", "{'healthy'}"), (PICTURES[0], "P2", "{'healthy'}")]
 
 
 def test_a_picture_under_two_patients_is_a_problem_until_it_is_declared_two(tmp_path):
-    smears = [*SMEARS, (compressed(ONE, 50)[6:], "P3", "{'healthy'}")]
+    smears = [*SMEARS, (saved(ONE, "JPEG", quality=50)[6:], "P3", "{'healthy'}")]
     found = problems(tmp_path, smears, CELL)
     assert [(one.row, one.column, one.value) for one in found] == [
         (2, "imgName", "wsi/0.png"),
