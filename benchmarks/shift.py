@@ -284,7 +284,7 @@ def called_positive(bench: Bench, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, margin in (("whole", 0.0), ("middle_70_percent", -0.3)):
         donors = with_margin(of_pictures(bench, files), margin)
-        fold = donors.items["cell"]["fold"].iloc[0]
+        fold = int(donors.items["cell"]["fold"].iloc[0])
         table = colour_table(stains_of(donors, None)["cell"].mean(0), home)
         features = scored_features(donors, None)
         both = with_moved(features, scored_features(donors, None, {"cell": {fold: table}}))
