@@ -35,6 +35,16 @@ def test_a_changed_copy_of_a_picture_is_found_and_no_other_picture(change):
     assert same_pictures(prints, [copy]) == [(3, 0)]
 
 
+@pytest.mark.parametrize(("smear", "top", "left"), [(7, 0, 420), (9, 180, 120)])
+def test_the_same_cells_cut_out_some_pixels_apart_are_copies(smear, top, left):
+    """As on page 71 of DeepAPL. Their magnitudes differ more than those of other changed copies."""
+    around = [
+        fingerprint(np.ascontiguousarray(PICTURES[smear][top : top + 160, start : start + 160]))
+        for start in (left, left + 12)
+    ]
+    assert same_pictures(around) == [(0, 1)]
+
+
 def test_pictures_without_details_are_not_compared_in_detail():
     empty = [fingerprint(np.full((48, 64, 3), shade, np.uint8)) for shade in (250, 251, 252)]
     assert same_pictures(empty) == []
