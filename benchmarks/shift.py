@@ -210,8 +210,11 @@ def measure(bench: Bench, part: str, donors: Path) -> dict[str, Any]:
     if part == "selections":
         home = scored_features(bench, None)
         return {name: losses(bench, [selected(bench, home, wanted)]) for name, wanted in SELECTIONS.items()}
-    made = {"more_laboratories": more_laboratories, "colours_moved": colours_moved}
-    made |= {"real_colours": with_real_colours}
+    made = {
+        "real_colours": with_real_colours,
+        "more_laboratories": more_laboratories,
+        "colours_moved": colours_moved,
+    }
     if part in made:
         return made[part](bench)
     if part == "donors":

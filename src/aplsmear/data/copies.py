@@ -40,7 +40,7 @@ _CUTS = np.array(  # px of the small version, from top, left, bottom and right: 
 )
 _LOW = 8  # cosine coefficients of each side that are kept
 _FOLDED = np.nonzero(np.triu(np.add.outer(range(_LOW), range(_LOW)) > 2))  # the lowest are those of any cell
-_NEAR = 1 - 0.42**2 / 2  # cosine of magnitudes: their distance is 0.40 at most in copies that were cut
+_NEAR = 1 - 0.42**2 / 2  # cosine of magnitudes: their distance is below 0.40 in the true pairs of real cells
 _BLOCK = 64  # pictures that are transformed, and compared with all others, at once
 _NEAREST = 5  # pictures that are compared in detail with each picture
 _FARTHEST = (
