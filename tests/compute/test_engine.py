@@ -14,7 +14,7 @@ import pytest
 from distributed import Client
 from test_predict import BACKBONE, KNOBS, SEED, Run, trained  # noqa: F401
 
-from aplsmear.compute.engine import ADDRESS_VARIABLE, EngineError, Here, engine_of
+from aplsmear.compute.engine import ADDRESS_VARIABLE, Cluster, EngineError, Here, Terms, engine_of
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.labels import tidy
 from aplsmear.ensembles.bundle import read_bundle
@@ -125,6 +125,37 @@ def test_results_are_those_of_this_machine_while_workers_are_killed_and_others_j
         judged = [first, *judging]
     assert repr(judged) == repr(expected)
     assert list(Path().iterdir()) == []
+
+
+class Slow:
+    """A result that cannot be fetched at first: its worker was killed, and another one computes it."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+        self.attempts = 0
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: float | None = None) -> str:
+        self.attempts += 1
+        assert timeout is None or self.attempts == 1 or self.status == "finished"
+        if self.status == "error":
+            raise TimeoutError("of the function" if self.attempts > 1 else "of the client")
+        if self.attempts == 1:
+            raise TimeoutError("of the client")
+        return "computed again"
+
+
+def test_a_finished_result_is_awaited_again_if_its_worker_was_killed_before_it_was_fetched() -> None:
+    class Scheduler:
+        def nthreads(self) -> dict[str, int]:
+            return {"another worker": 1}
+
+    cluster = Cluster(Scheduler(), Terms(Path(), "", {}, {}, networks=False))
+    assert cluster._result_of(Slow("finished")) == "computed again"
+    with pytest.raises(TimeoutError, match="of the function"):
+        cluster._result_of(Slow("error"))
 
 
 def test_workers_of_another_environment_are_named_before_the_work_and_refuse_if_they_join_later(

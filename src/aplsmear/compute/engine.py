@@ -159,8 +159,9 @@ class Cluster:
                 try:
                     return future.result(timeout=_PATIENCE)
                 except TimeoutError:
-                    if future.done():  # the function itself has raised it
-                        raise
+                    # A finished result may also take so long: its worker was killed, another one computes it.
+                    if future.status == "error":
+                        return future.result()  # raises the function's own error
                 if not printed and not self._workers():
                     print("no worker is left: waiting for one to join", file=sys.stderr)
                     printed = True
