@@ -331,7 +331,7 @@ def evaluated(trained, tmp_path_factory) -> Path:
     assert "left out: 6 patients with another diagnosis" in done.output
     for remark in (
         "but for the case of the ending, or the Unicode form: rows 2",
-        "The weights of the backbone file were trained on images of raabin",
+        "`trained_on` in params.yaml says that raabin trained the weights of the backbone file",
     ):
         assert remark in done.output
         assert remark in (out / "report.html").read_text(encoding="utf-8")
