@@ -125,7 +125,8 @@ def seen_by_backbones(backbones: Mapping[str, Mapping[str, Any]], root: Path) ->
     name = re.sub(r"[^a-z0-9]", "", root.resolve().name.lower())
     return [
         f"`trained_on` in params.yaml says that {each} trained the weights of the backbone {backbone}, and "
-        f"the folder {root.name} has this name. If so, these patients are not held out: the result is too good."
+        f"the folder {root.name} has this name. If so, its patients are not held out, and the result is too "
+        "good."
         for backbone, row in backbones.items()
         for each in row.get("trained_on", [])
         if each.replace("_", "") in name
