@@ -40,27 +40,30 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patien
     """Divide patients into folds with similar shares of every diagnosis (as far as whole sites allow).
 
     `patients` has rows with ``patient`` and ``diagnosis`` (and ``site``, if `by` is site), one or several for
-    each patient. If `by` is site and `folds` is the number of sites, each fold is one site. Returns
-    ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any order of the
-    rows.
+    each patient, who has one diagnosis. If `by` is site and `folds` is the number of sites, each fold is one
+    site. Returns ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any
+    order of the rows.
 
-    Raises SplitError with all problems: a diagnosis with fewer patients than folds, a patient with two
-    diagnoses, no patient; by site also a patient without a site or with two, fewer sites than folds, a fold
-    without a diagnosis.
+    Raises SplitError with all problems: no patient, a diagnosis with fewer patients than folds; by site also
+    a patient without a site or with two, fewer sites than folds, a fold without a diagnosis.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
-    problems = _unsplittable(unique, folds)
-    if by == "site":
-        problems += _unsplittable_sites(patients, folds)
+    problems = _too_few(unique, folds) + (_problems_of_sites(patients, folds) if by == "site" else [])
     if problems:
         raise SplitError("\n".join(problems))
+    site, splitter = None, StratifiedKFold
     if by == "site":
         site = unique["patient"].map(patients.drop_duplicates("patient").set_index("patient")["site"])
-        return unique.assign(fold=_folds_of_sites(unique["diagnosis"], site, folds, seed))
+        splitter = StratifiedGroupKFold
     fold = np.zeros(len(unique), dtype=np.int64)
-    splitter = StratifiedKFold(n_splits=folds, shuffle=True, random_state=seed)
-    for number, (_, held_out) in enumerate(splitter.split(unique["patient"], unique["diagnosis"])):
-        fold[held_out] = number
+    if site is not None and site.nunique() == folds:
+        fold[:] = site.astype("category").cat.codes
+    else:
+        parts = splitter(folds, shuffle=True, random_state=seed).split(unique, unique["diagnosis"], site)
+        for number, (_, held_out) in enumerate(parts):
+            fold[held_out] = number
+    if site is not None:
+        _check_diagnoses(unique["diagnosis"], site, fold)
     return unique.assign(fold=fold)
 
 
@@ -79,34 +82,24 @@ def tuning_sets(folds: int) -> list[HeldOut]:
     return [frozenset({first, second}) for first in range(folds) for second in range(first)]
 
 
-def _unsplittable(unique: pd.DataFrame, folds: int) -> list[str]:
-    """Reasons why these patients, one row for each patient and diagnosis, cannot be split."""
+def _too_few(unique: pd.DataFrame, folds: int) -> list[str]:
+    """Reasons why these patients, one row for each, cannot be split."""
     if unique.empty:
         return ["there is no patient to split: add smears to the data set"]
-    problems = []
-    for patient, theirs in unique.groupby("patient")["diagnosis"]:
-        if len(theirs) > 1:
-            problems.append(
-                f"patient {patient!r} has the diagnoses {', '.join(sorted(theirs))}: give all smears of the "
-                "patient the same diagnosis, or use two names for two patients"
-            )
     counts = unique["diagnosis"].value_counts().sort_index()
     scarce = counts[counts < folds]
-    if len(scarce):
-        few = ", ".join(f"{diagnosis}: {count}" for diagnosis, count in scarce.items())
-        least = int(scarce.min())
-        fewer = f"set split.folds in params.yaml to {least} or " if least >= FEWEST else ""
-        problems.append(
-            f"{folds} folds need at least {folds} patients of each diagnosis, but there are {few}: "
-            f"{fewer}add patients"
-        )
-    return problems
-
-
-def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
-    """Reasons why whole sites cannot be split."""
-    if patients.empty:
+    if scarce.empty:
         return []
+    few = ", ".join(f"{diagnosis}: {count}" for diagnosis, count in scarce.items())
+    fewer = f"set split.folds in params.yaml to {scarce.min()} or " if scarce.min() >= FEWEST else ""
+    return [
+        f"{folds} folds need at least {folds} patients of each diagnosis, but there are {few}: "
+        f"{fewer}add patients"
+    ]
+
+
+def _problems_of_sites(patients: pd.DataFrame, folds: int) -> list[str]:
+    """Reasons why whole sites cannot be split."""
     named = patients[patients["site"] != ""]
     if named.empty:
         return [
@@ -114,18 +107,16 @@ def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
             "or set split.by in params.yaml to patient"
         ]
     problems = []
-    nameless = sorted(set(patients["patient"]) - set(named["patient"]))
-    if nameless:
+    if nameless := sorted(set(patients["patient"]) - set(named["patient"])):
         problems.append(
             f"split.by is site, but {len(nameless)} patients have no site: {_some(nameless)}. Fill in the "
             "column `site` of wsi.csv"
         )
-    for patient, theirs in named.groupby("patient")["site"]:
-        places = sorted(set(theirs))
+    for patient, places in named.groupby("patient")["site"].unique().items():
         if len(places) > 1:
             problems.append(
-                f"patient {patient!r} has the sites {', '.join(places)}: correct the column `site` of "
-                "wsi.csv, give both sites one name, or use two names for two patients"
+                f"patient {patient!r} has the sites {', '.join(sorted(places))}: correct the column `site` "
+                "of wsi.csv, give both sites one name, or use two names for two patients"
             )
     sites = sorted(set(named["site"]))
     if len(sites) < folds:
@@ -137,32 +128,20 @@ def _unsplittable_sites(patients: pd.DataFrame, folds: int) -> list[str]:
     return problems
 
 
-def _folds_of_sites(diagnosis: pd.Series, site: pd.Series, folds: int, seed: int) -> np.ndarray:
-    """The fold of each patient, int64 (patients,); SplitError if a fold has no patient of some diagnosis."""
-    fold = np.zeros(len(site), dtype=np.int64)
-    if site.nunique() == folds:
-        fold[:] = site.astype("category").cat.codes
-    else:
-        splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
-        for number, (_, held_out) in enumerate(splitter.split(site, diagnosis, groups=site)):
-            fold[held_out] = number
+def _check_diagnoses(diagnosis: pd.Series, site: pd.Series, fold: np.ndarray) -> None:
+    """Raise SplitError if a fold of whole sites has no patient of some diagnosis."""
     problems = []
-    for number in range(folds):
-        absent = sorted(set(diagnosis) - set(diagnosis[fold == number]))
-        if absent:
-            here = sorted(set(site[fold == number]))
-            problems.append(
-                f"fold {number} (sites: {_some(here)}) would have no patient with {', '.join(absent)}"
-            )
+    for number, counts in pd.crosstab(fold, diagnosis).iterrows():
+        if absent := ", ".join(counts.index[counts == 0]):
+            here = _some(sorted(set(site[fold == number])))
+            problems.append(f"fold {number} (sites: {here}) would have no patient with {absent}")
     if problems:
         raise SplitError(
-            "\n".join(problems) + f"\nEach of {folds} folds of whole sites needs every diagnosis: lower "
-            "split.folds, give small sites a common name, or set split.by in params.yaml to patient"
+            "\n".join(problems) + f"\nEach of {len(set(fold))} folds of whole sites needs every diagnosis: "
+            "lower split.folds, give small sites a common name, or set split.by in params.yaml to patient"
         )
-    return fold
 
 
-def _some(names: list[str], shown: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+def _some(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
