@@ -11,7 +11,7 @@ from pathlib import Path
 from aplsmear.compute.runtime import start_tensorflow
 from aplsmear.files import hold
 from aplsmear.finetune.explain import examples, write_explanations
-from aplsmear.finetune.finetuning import Trained, build_models, finetune, finetune_key, with_weights
+from aplsmear.finetune.finetuning import Trained, build_trainers, finetune, finetune_key, with_weights
 from aplsmear.finetune.inputs import read_inputs, read_starts
 from aplsmear.finetune.results import conclude, log_runs
 from aplsmear.finetune.training import check_precision
@@ -38,19 +38,19 @@ def main() -> None:
     with hold(folder.with_suffix(".lock")):
         logged = {"seed": seed} | settings.model_dump()
         tracker = Tracker(home(), f"finetune {task}", key, origin("finetune", task), logged)
-        models = build_models(inputs, starts, folder)
-        running = progress(finetune(inputs, starts, models, folder), "epochs", note=note)
+        trainers = build_trainers(inputs, starts, folder)
+        running = progress(finetune(inputs, starts, trainers, folder), "epochs", note=note)
         trained = list({each.run: each for each in running}.values())
         log_runs(tracker, trained)
 
         frozen = read_table(tuned / "predictions.csv")
-        results = conclude(inputs, models, trained, task, frozen, params.combine.resamples)
-        model = with_weights(models, trained[-1]).trainer.network.whole
+        results = conclude(inputs, trainers, trained, task, frozen, params.combine.resamples)
+        model = with_weights(trainers, trained[-1]).network.whole
         results.write(out, model)
         if settings.log_model:
             tracker.log_model(model)
         chosen = examples(results.predictions, settings.pictures)
-        write_explanations(models, trained, chosen, inputs.views, out / "explanations", task)
+        write_explanations(trainers, trained, chosen, inputs.views, out / "explanations", task)
         if settings.log_images:
             tracker.log_pictures(out / "explanations")
         tracker.close({}, {name: results.metrics[name]["value"] for name in ("auroc", "difference")})

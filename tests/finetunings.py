@@ -10,7 +10,7 @@ from networks import keras_network
 
 from aplsmear.features.store import Features
 from aplsmear.finetune.cache import cache_views
-from aplsmear.finetune.finetuning import Trained, build_models, finetune
+from aplsmear.finetune.finetuning import Trained, build_trainers, finetune
 from aplsmear.finetune.inputs import Inputs, Start
 from aplsmear.finetune.network import HeadDesign, build_network
 from aplsmear.finetune.sampling import Run, TrainingSet
@@ -105,12 +105,16 @@ def train(
     run = Run("inner_0_1", recipe, frozenset({0, 1}), 1, settings.epochs)
     for last in (kills, settings.epochs) if kills else (settings.epochs,):
         trainer = Trainer(
-            lambda: build_network(BACKBONE, "cell", design, settings.blocks, 5), settings, 0.1, strategy
+            lambda: build_network(BACKBONE, "cell", design, settings.blocks, 5),
+            lambda network: cache_views(
+                folder, [views()], np.ones(48, bool), network, features(), online=settings.online
+            ),
+            data,
+            settings,
+            0.1,
+            strategy,
         )
-        cache = cache_views(
-            folder, [views()], np.ones(48, bool), trainer.network, features(), online=settings.online
-        )
-        for history in trainer.train(run, head(), data, cache, folder / "run.npz"):
+        for history in trainer.train(run, head(), folder / "run.npz"):
             if len(history.loss) == last:
                 break
     return history, trainer.weights()
@@ -151,5 +155,5 @@ def inputs(folder: Path, outer_folds: Sequence[int] = (0,), **changed: Any) -> t
 def trained(folder: Path, **changed: Any) -> list[Trained]:
     """All runs of the finetuning of `inputs`, after their last epoch."""
     made, starts = inputs(folder, **changed)
-    models = build_models(made, starts, folder)
-    return list({each.run: each for each in finetune(made, starts, models, folder)}.values())
+    trainers = build_trainers(made, starts, folder)
+    return list({each.run: each for each in finetune(made, starts, trainers, folder)}.values())

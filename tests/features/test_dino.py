@@ -11,7 +11,7 @@ from aplsmear.dino_variants import VARIANTS, layers_of, variant_of
 from aplsmear.features.backbones import BackboneError, cut_network
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import PIXELS, read_graph
-from aplsmear.finetune.finetuning import build_models, finetune, with_weights
+from aplsmear.finetune.finetuning import build_trainers, finetune, with_weights
 from aplsmear.finetune.network import HeadDesign, block_ends, build_network, set_head
 from aplsmear.heads.head import Head, Recipe
 from aplsmear.params import Backbone
@@ -124,9 +124,9 @@ def test_the_uppermost_block_trains_and_the_others_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(finetunings, "LAYER", layer)
     monkeypatch.setattr(finetunings, "RECIPE", replace(finetunings.RECIPE, features=f"net/{layer}"))
     made, starts = finetunings.inputs(tmp_path, epochs=3, rate=0.001, head_rate=0.01)
-    models = build_models(made, starts, tmp_path)
-    *_, last = finetune(made, starts, models, tmp_path)
-    trainer = with_weights(models, last).trainer
+    trainers = build_trainers(made, starts, tmp_path)
+    *_, last = finetune(made, starts, trainers, tmp_path)
+    trainer = with_weights(trainers, last)
     blocks = trainer.network.backbone.blocks
     fresh = build_network(backbone, "cell", trainer.network.design, 1, made.seed).backbone.blocks
     moved = {

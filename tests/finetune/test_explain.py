@@ -90,7 +90,7 @@ def test_all_pictures_have_one_scale_and_name_task_patient_and_fold(
     maps = iter([(found, 2 * found), (found / 20, found / 9)])
     trainer = SimpleNamespace(network=SimpleNamespace(whole=SimpleNamespace(input=image[None])))
     monkeypatch.setattr(explain_module, "plain_views", lambda *words: dict.fromkeys(words[1], b""))
-    monkeypatch.setattr(explain_module, "with_weights", lambda *_: SimpleNamespace(trainer=trainer))
+    monkeypatch.setattr(explain_module, "with_weights", lambda *_: trainer)
     monkeypatch.setattr(explain_module, "decode", lambda _: image)
     monkeypatch.setattr(explain_module, "explain", lambda *_: next(maps))
     monkeypatch.setattr(explain_module, "draw", lambda *words: seen.append(words))

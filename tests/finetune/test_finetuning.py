@@ -11,16 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from aplsmear.evaluation.auroc import auroc
-from aplsmear.finetune.finetuning import best_epoch, build_models, finetune, with_weights
-from aplsmear.finetune.inputs import Start, check_backbones, choose_starts, read_inputs
+from aplsmear.finetune.finetuning import best_epoch, build_trainers, finetune, with_weights
+from aplsmear.finetune.inputs import Start, check_backbones, read_inputs, read_starts
 from aplsmear.finetune.results import conclude
 from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.finetune.training import History
+from aplsmear.heads.head import write_heads
 from aplsmear.images.reading import decode
 from aplsmear.params import read_params
-from finetunings import RECIPE, head, inputs, views
+from aplsmear.tables import write_table
+from finetunings import RECIPE, SETTINGS, head, inputs, views
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,30 +35,36 @@ def test_inner_folds_choose_the_number_of_epochs_together() -> None:
     assert best_epoch([]) == 0
 
 
-def test_a_trial_picked_by_hand_serves_the_final_model_only() -> None:
+def test_a_trial_picked_by_hand_serves_the_final_model_only(tmp_path: Path) -> None:
     """Otherwise scores of held-out patients would depend on a choice by a person who had seen them."""
     best = {"trial": "1", "chosen_without_fold": {0: "1", 1: "0"}}
     row = {field: str(getattr(RECIPE, field)) for field in RECIPE.__dataclass_fields__}
     trials = pd.DataFrame(
         [row | {"trial": n, "failure": "loss" if n == 2 else "", "trained_epochs": "4"} for n in range(3)]
     )
-    heads = [head() for _ in range(3)]
-    assert [start.trial for start in choose_starts(best, trials, heads, "tuned")] == [1, 0, 1]
-    picked = choose_starts(best, trials, heads, 0)
+    write_table(tmp_path / "trials.csv", trials)
+    (tmp_path / "best.yaml").write_text(yaml.safe_dump(best), encoding="utf-8")
+    write_heads(tmp_path / "heads.npz", [head() for _ in range(3)])
+
+    def starts(picked: int | str) -> list[Start]:
+        return read_starts(tmp_path, SETTINGS.model_copy(update={"trial": picked, "folds": 0}))
+
+    assert [start.trial for start in starts("tuned")] == [1, 0, 1]
+    picked = starts(0)
     assert [start.trial for start in picked] == [1, 0, 0]
     assert picked[0].recipe == RECIPE
     assert [start.head is None for start in picked] == [False, False, True]
     for number in (2, 7):  # failed; not there
         with pytest.raises(FinetuneError, match="there are: 0, 1"):
-            choose_starts(best, trials, heads, number)
+            starts(number)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras writes weights
 def test_each_fold_is_scored_by_its_outer_model_and_the_final_model_is_kept(tmp_path: Path) -> None:
     """The networks share memory: drawing an outer model must not change the final one that is written."""
     made, starts = inputs(tmp_path, (0, 1), epochs=2, inner_folds=2, rate=0.01, head_rate=0.1)
-    models = build_models(made, starts, tmp_path)
-    trained = list({each.run: each for each in finetune(made, starts, models, tmp_path)}.values())
+    trainers = build_trainers(made, starts, tmp_path)
+    trained = list({each.run: each for each in finetune(made, starts, trainers, tmp_path)}.values())
     names = [each.run.name for each in trained]
     assert names == ["inner_0_1", "inner_0_2", "outer_0", "inner_1_2", "inner_1_0", "outer_1", "final"]
     for each in trained:
@@ -63,13 +72,13 @@ def test_each_fold_is_scored_by_its_outer_model_and_the_final_model_is_kept(tmp_
             assert len(each.history.loss) == each.run.epochs <= 2
 
     frozen = pd.DataFrame({"item": np.arange(24).astype(str), "probability": np.linspace(0, 1, 24)})
-    results = conclude(made, models, trained, "blast", frozen, 100)
+    results = conclude(made, trainers, trained, "blast", frozen, 100)
     assert sorted(results.predictions["fold"].unique()) == [0, 1]  # two outer folds were asked for
     seen = np.stack([decode(view.image) for view in views()])
     for fold, rows in results.predictions.groupby("fold"):
-        network = with_weights(models, trained[names.index(f"outer_{fold}")]).trainer
+        network = with_weights(trainers, trained[names.index(f"outer_{fold}")])
         shown = 2 * rows["item"].astype(int).to_numpy()
-        each = [network.probabilities(seen[shown + view]) for view in range(2)]
+        each = [network.score_images(seen[shown + view]) for view in range(2)]
         np.testing.assert_allclose(
             rows["probability"], np.mean(each, axis=0), atol=1e-3
         )  # cached in half precision
@@ -78,13 +87,13 @@ def test_each_fold_is_scored_by_its_outer_model_and_the_final_model_is_kept(tmp_
     )
     assert results.metrics["folds"] == 2
 
-    final = with_weights(models, trained[-1]).trainer
+    final = with_weights(trainers, trained[-1])
     results.write(tmp_path / "out", final.network.whole)
-    expected = final.probabilities(seen[:4])
-    with_weights(models, trained[2])
-    assert (final.probabilities(seen[:4]) != expected).any()
+    expected = final.score_images(seen[:4])
+    with_weights(trainers, trained[2])
+    assert (final.score_images(seen[:4]) != expected).any()
     final.network.whole.load_weights(tmp_path / "out" / "model.weights.h5")
-    np.testing.assert_array_equal(final.probabilities(seen[:4]), expected)
+    np.testing.assert_array_equal(final.score_images(seen[:4]), expected)
 
 
 def test_finetuning_starts_anew_when_a_module_that_it_uses_changes(tmp_path: Path) -> None:

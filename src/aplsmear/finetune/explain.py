@@ -20,7 +20,7 @@ import pandas as pd
 
 from aplsmear.evaluation.operating_points import operating_points
 from aplsmear.files import whole
-from aplsmear.finetune.finetuning import Model, Trained, with_weights
+from aplsmear.finetune.finetuning import Trained, with_weights
 from aplsmear.finetune.training import Trainer
 from aplsmear.heads.head import Recipe
 from aplsmear.images.reading import decode, fitting
@@ -57,7 +57,7 @@ def examples(predictions: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def write_explanations(
-    models: Mapping[Recipe, Model],
+    trainers: Mapping[Recipe, Trainer],
     trained: Sequence[Trained],
     chosen: pd.DataFrame,
     views: Path,
@@ -77,7 +77,7 @@ def write_explanations(
     number = chosen.groupby("outcome").cumcount() + 1
     drawn = []
     for row, place in zip(chosen.to_dict("records"), number, strict=True):
-        trainer = with_weights(models, outer[int(row["fold"])]).trainer
+        trainer = with_weights(trainers, outer[int(row["fold"])])
         size = trainer.network.whole.input.shape[1]
         image = fitting(decode(pictures[row["item"]]), size)
         outcome, name = row["outcome"].replace("_", " "), f"{row['outcome']}_{place}.png"
@@ -102,7 +102,7 @@ def explain(trainer: Trainer, image: np.ndarray) -> tuple[Map, Map]:
     def maps(images: Any) -> Any:
         return backbone.blocks(backbone.trunk(images, training=False), training=False)
 
-    occluded = occlusion(trainer.probabilities, image, patch, patch // 2)
+    occluded = occlusion(trainer.score_images, image, patch, patch // 2)
     return occluded, grad_cam(maps, trainer.network.heads.judge, image)
 
 

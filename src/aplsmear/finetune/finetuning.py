@@ -25,7 +25,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from scipy.special import expit
 
 from aplsmear.evaluation.splits import outer_set
 from aplsmear.finetune.cache import ViewCache, cache_views
@@ -44,18 +43,6 @@ BATCH = 64  # views of one forward pass of the frozen part
 
 
 @dataclass(frozen=True)
-class Model:
-    """A network for heads of one recipe, and what it reads."""
-
-    trainer: Trainer
-    views: ViewCache
-
-    def probabilities(self, views: np.ndarray) -> np.ndarray:
-        """Probabilities of the positive class for some views: float64 (views,)."""
-        return np.asarray(expit(self.trainer.logits(views, self.views).astype(np.float64)))
-
-
-@dataclass(frozen=True)
 class Trained:
     """A run, during training and after it."""
 
@@ -69,7 +56,7 @@ class Trained:
         return None if self.run.judged is not None else next(iter(self.run.held_out), None)
 
 
-def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[Recipe, Model]:
+def build_trainers(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[Recipe, Trainer]:
     """Build a network for the recipe of each start, and cache the views that it reads.
 
     The folder keeps what was computed, for networks on the same features and after a kill.
@@ -80,11 +67,11 @@ def build_models(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dict[
     """
     check_backbones(inputs, starts)
     recipes = dict.fromkeys(start.recipe for start in starts)
-    return {recipe: _build_model(inputs, recipe, folder / recipe.features) for recipe in recipes}
+    return {recipe: _build_trainer(inputs, recipe, folder / recipe.features) for recipe in recipes}
 
 
 def finetune(
-    inputs: Inputs, starts: Sequence[Start], models: Mapping[Recipe, Model], folder: Path
+    inputs: Inputs, starts: Sequence[Start], trainers: Mapping[Recipe, Trainer], folder: Path
 ) -> Iterator[Trained]:
     """Train all models: of each outer fold the inner ones and the outer one, and then the final one.
 
@@ -101,9 +88,9 @@ def finetune(
     heads = _start_heads(inputs, plan, final, folder / "heads.npz")
 
     def train(run: Run, head: Head) -> Generator[Trained, None, History]:
-        model, checkpoint = models[run.recipe], folder / f"{run.name}.npz"
-        for history in model.trainer.train(run, head, inputs.training_set, model.views, checkpoint):
-            yield Trained(run, history, model.trainer.weights() if run.judged is None else [])
+        trainer = trainers[run.recipe]
+        for history in trainer.train(run, head, folder / f"{run.name}.npz"):
+            yield Trained(run, history, trainer.weights() if run.judged is None else [])
         return history
 
     epochs = []
@@ -142,11 +129,11 @@ def best_epoch(histories: Sequence[History]) -> int:
     return int(np.argmax(np.mean(padded, axis=0))) if padded else 0
 
 
-def with_weights(models: Mapping[Recipe, Model], trained: Trained) -> Model:
-    """The model of a run, with the weights of this run. A later call may change them."""
-    model = models[trained.run.recipe]
-    model.trainer.set_weights(trained.weights)
-    return model
+def with_weights(trainers: Mapping[Recipe, Trainer], trained: Trained) -> Trainer:
+    """The network of a run, with the weights of this run. A later call may change them."""
+    trainer = trainers[trained.run.recipe]
+    trainer.set_weights(trained.weights)
+    return trainer
 
 
 def finetune_key(inputs: Inputs, starts: Sequence[Start], threads: int) -> str:
@@ -165,8 +152,8 @@ def finetune_key(inputs: Inputs, starts: Sequence[Start], threads: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build_model(inputs: Inputs, recipe: Recipe, folder: Path) -> Model:
-    """See `build_models`."""
+def _build_trainer(inputs: Inputs, recipe: Recipe, folder: Path) -> Trainer:
+    """See `build_trainers`."""
     settings, head, task_data = inputs.settings, inputs.settings.head, inputs.task_data
     features = task_data.features[recipe.features].values
     # Heads of several restarts are averaged, which is one head with the units of all.
@@ -178,10 +165,11 @@ def _build_model(inputs: Inputs, recipe: Recipe, folder: Path) -> Model:
     def build() -> Network:
         return build_network(backbone, inputs.level, design, settings.blocks, inputs.seed)
 
-    trainer = Trainer(build, settings, inputs.brightness)
-    batches, wanted = read_views(inputs.views, BATCH), _wanted_views(inputs)
-    views = cache_views(folder, batches, wanted, trainer.network, features, online=settings.online)
-    return Model(trainer, views)
+    def cache(network: Network) -> ViewCache:
+        batches, wanted = read_views(inputs.views, BATCH), _wanted_views(inputs)
+        return cache_views(folder, batches, wanted, network, features, online=settings.online)
+
+    return Trainer(build, cache, inputs.training_set, settings, inputs.brightness)
 
 
 def _wanted_views(inputs: Inputs) -> np.ndarray:

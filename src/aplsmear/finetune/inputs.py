@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,6 @@ from aplsmear.heads.head import Head, Recipe, read_heads
 from aplsmear.heads.task_data import TaskData, read_task_data
 from aplsmear.params import Backbone, Finetune, Level, Task, Tune, of_backbones
 from aplsmear.tables import read_table
-
-TUNED = "tuned"  # in place of the number of a trial
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,27 @@ def read_inputs(
 
 
 def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
-    """The starts of `finetune.folds` outer folds and of the final model, from the folder of `tune`."""
+    """The starts of `finetune.folds` outer folds and of the final model, from the folder of `tune`.
+
+    A trial picked by hand serves the final model alone. Outer folds keep the trial that was chosen without
+    their held-out patients, because the hand may have been guided by the scores of all patients.
+
+    Raises:
+        FinetuneError: there is no such trial, or it failed.
+    """
     best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
-    heads = read_heads(tuned / "heads.npz")
-    *outer_folds, final = choose_starts(best, read_table(tuned / "trials.csv"), heads, settings.trial)
+    trials = read_table(tuned / "trials.csv").to_dict("records")
+    rows = {row["trial"]: row for row in trials if not row["failure"]}
+    *of_folds, tuned_head = read_heads(tuned / "heads.npz")
+    last = int(best["trial"] if settings.trial == "tuned" else settings.trial)
+    if last not in rows:
+        known = ", ".join(map(str, rows))
+        raise FinetuneError(f"finetune.trial: there is no trial {last} with scores; there are: {known}")
+    numbers = [*(int(best["chosen_without_fold"][fold]) for fold in range(len(of_folds))), last]
+    recipes = [TypeAdapter(Recipe).validate_python(rows[trial]) for trial in numbers]
+    epochs = [int(rows[trial]["trained_epochs"]) for trial in numbers]
+    heads = [*of_folds, tuned_head if last == int(best["trial"]) else None]
+    *outer_folds, final = map(Start, range(len(numbers)), numbers, recipes, epochs, heads)
     return [*outer_folds[: settings.folds or None], final]
 
 
@@ -110,33 +124,3 @@ def check_backbones(inputs: Inputs, starts: Sequence[Start]) -> None:
                 f"These backbones can: {', '.join(trainable) or 'none in params.yaml'}. Name layers of one "
                 "of them in the row of the task in `overrides` (`space: {features: [...]}`), then `dvc repro`"
             )
-
-
-def choose_starts(
-    best: Mapping[str, Any], trials: pd.DataFrame, heads: Sequence[Head], picked: int | str
-) -> list[Start]:
-    """The start of each outer fold, and then that of the final model.
-
-    A trial picked by hand serves the final model alone. Outer folds keep the trial that was chosen without
-    their held-out patients, because the hand may have been guided by the scores of all patients.
-
-    Args:
-        best: content of ``best.yaml``.
-        trials: content of ``trials.csv``.
-        heads: of each outer fold, and of the final model.
-        picked: ``tuned``, or the number of a trial.
-
-    Raises:
-        FinetuneError: there is no such trial, or it failed.
-    """
-    rows = {row["trial"]: row for row in trials.to_dict("records") if not row["failure"]}
-    *of_folds, tuned = heads
-    last = int(best["trial"] if picked == TUNED else picked)
-    if last not in rows:
-        known = ", ".join(map(str, rows))
-        raise FinetuneError(f"finetune.trial: there is no trial {picked} with scores; there are: {known}")
-    numbers = [*(int(best["chosen_without_fold"][fold]) for fold in range(len(of_folds))), last]
-    recipes = [TypeAdapter(Recipe).validate_python(rows[trial]) for trial in numbers]
-    epochs = [int(rows[trial]["trained_epochs"]) for trial in numbers]
-    trained = [*of_folds, tuned if last == int(best["trial"]) else None]
-    return list(map(Start, range(len(numbers)), numbers, recipes, epochs, trained))

@@ -15,9 +15,10 @@ from aplsmear.evaluation.auroc import auroc, average_precision
 from aplsmear.evaluation.curves import roc_curve_table
 from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.files import whole, write_json
-from aplsmear.finetune.finetuning import Model, Trained, with_weights
+from aplsmear.finetune.finetuning import Trained, with_weights
 from aplsmear.finetune.inputs import Inputs
 from aplsmear.finetune.sampling import FinetuneError
+from aplsmear.finetune.training import Trainer
 from aplsmear.heads.head import Recipe, mean_over_views
 from aplsmear.runs.tracking import Tracker
 from aplsmear.tables import write_table
@@ -63,14 +64,14 @@ class Results:
 
 def conclude(
     inputs: Inputs,
-    models: Mapping[Recipe, Model],
+    trainers: Mapping[Recipe, Trainer],
     trained: Sequence[Trained],
     task: str,
     frozen: pd.DataFrame,
     resamples: int,
 ) -> Results:
     """Score held-out items and compare with the frozen model (`frozen`: ``predictions.csv`` of `tune`)."""
-    predictions = predict_held_out(inputs, models, trained)
+    predictions = predict_held_out(inputs, trainers, trained)
     outer = [each.run.epochs for each in trained if each.outer_fold is not None]
     counts = {"epochs": trained[-1].run.epochs, "folds": len(outer), "folds_left_frozen": outer.count(0)}
     measured = measure(predictions, frozen, resamples, inputs.seed)
@@ -78,7 +79,7 @@ def conclude(
 
 
 def predict_held_out(
-    inputs: Inputs, models: Mapping[Recipe, Model], trained: Sequence[Trained]
+    inputs: Inputs, trainers: Mapping[Recipe, Trainer], trained: Sequence[Trained]
 ) -> pd.DataFrame:
     """``item, patient, fold, label, probability`` of the labelled items of the outer folds.
 
@@ -90,7 +91,7 @@ def predict_held_out(
     for each in trained:
         if each.outer_fold is not None:
             here = np.flatnonzero((task_data.label >= 0) & (fold == each.outer_fold))
-            score = with_weights(models, each).probabilities
+            score = with_weights(trainers, each).score
             rows = task_data.row[here], task_data.views[here]
             probability[here] = mean_over_views(score, *rows, inputs.tune.average)
     scored = np.flatnonzero(~np.isnan(probability))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.files import write_arrays
@@ -48,25 +49,28 @@ class History:
 
 
 class Trainer:
-    """A network that trains, one run after another."""
+    """A network for heads of one recipe, which trains one run after another, and what it reads."""
 
     def __init__(
         self,
         network: Callable[[], Network],
+        cache: Callable[[Network], ViewCache],
+        data: TrainingSet,
         settings: Finetune,
         brightness: float = 0.0,
         strategy: Any = None,
     ) -> None:
         """Build the network by a call of `network`, within the scope of the strategy, and compile it.
 
-        `brightness` is its largest relative change in online augmentation. The strategy is one of
-        tf.distribute; None: all GPUs, each with a part of a batch, or the CPU.
+        `cache` returns what the network reads of the views. `brightness` is its largest relative change in
+        online augmentation. The strategy is one of tf.distribute; None: all GPUs, each with a part of a
+        batch, or the CPU.
         """
         import tensorflow as tf
         from keras import Model
         from keras.utils import clear_session
 
-        self.settings, self.brightness = settings, brightness
+        self.data, self.settings, self.brightness = data, settings, brightness
         if strategy is None and len(tf.config.list_logical_devices("GPU")) > 1:
             strategy = tf.distribute.MirroredStrategy()
         clear_session()  # the names of layers must not depend on what was built before
@@ -81,10 +85,9 @@ class Trainer:
         self._fresh = [each.numpy() for each in [*self._state(), *self._state_of_extra_heads()]]
         self._whole = tf.function(lambda images: self.network.whole(images, training=False))
         self._forward = tf.function(lambda given: scorer(given, training=False))
+        self.views = cache(self.network)
 
-    def train(
-        self, run: Run, head: Head, data: TrainingSet, views: ViewCache, checkpoint: Path
-    ) -> Iterator[History]:
+    def train(self, run: Run, head: Head, checkpoint: Path) -> Iterator[History]:
         """Train the frozen model with this head, or continue from a checkpoint. Both give the same bits.
 
         The items outside the held-out folds of the run train. The checkpoint is a file that gets, after each
@@ -96,24 +99,24 @@ class Trainer:
         Raises:
             FinetuneError: loss or scores are not finite, or only one class is left to train on.
         """
-        items = data.items
+        items = self.data.items
         seen = np.sort(items.row[~np.isin(items.fold, sorted(run.held_out))])
         _assign([*self._state(), *self._state_of_extra_heads()], self._fresh)
-        set_head(self.network, head, *views.standardisation(seen))
-        history = self._resume(checkpoint) or History([], self._judge(run, data, views), 0.0)
+        set_head(self.network, head, *self.views.standardisation(seen))
+        history = self._resume(checkpoint) or History([], self._judge(run), 0.0)
         yield history
         while len(history.loss) < run.epochs:
             if history.auroc and len(history.auroc) - 1 - history.best_epoch >= self.settings.patience > 0:
                 break
             started = time.perf_counter()
             if not history.loss and self.settings.head.epochs:
-                loss = self._train_extra_heads(run, head, data, views)
+                loss = self._train_extra_heads(run, head)
             else:
-                loss = self._train_epoch(run, data, views, len(history.loss))
+                loss = self._train_epoch(run, len(history.loss))
             _check_finite("the loss", loss)
             history = History(
                 [*history.loss, loss],
-                [*history.auroc, *self._judge(run, data, views)],
+                [*history.auroc, *self._judge(run)],
                 history.seconds + time.perf_counter() - started,
             )
             self._keep(checkpoint, history)
@@ -127,18 +130,15 @@ class Trainer:
         """Set what `weights` returned."""
         self.network.top.set_weights(weights)
 
-    def logits(self, views: np.ndarray, cache: ViewCache) -> np.ndarray:
-        """Logits of the positive class for some views: float32 (views,).
+    def score(self, views: np.ndarray) -> np.ndarray:
+        """Probabilities of the positive class for some views: float64 (views,).
 
         Raises:
             FinetuneError: a logit is not finite.
         """
-        chunks = cache.forward(self._forward, views)
-        logits = np.concatenate([np.zeros(0, np.float32), *(each[:, 0] for each in chunks)])
-        _check_finite("a score", logits)
-        return logits
+        return np.asarray(expit(self._logits(views).astype(np.float64)))
 
-    def probabilities(self, images: np.ndarray) -> np.ndarray:
+    def score_images(self, images: np.ndarray) -> np.ndarray:
         """Probabilities of the positive class for uint8 (batch, size, size, 3): float32 (batch,)."""
         return np.asarray(self._whole(images).numpy()[:, 0])
 
@@ -162,22 +162,29 @@ class Trainer:
                 model.compile(each, loss, jit_compile=False)
                 model.optimizer.build(model.trainable_variables)
 
-    def _judge(self, run: Run, data: TrainingSet, views: ViewCache) -> list[float]:
+    def _logits(self, views: np.ndarray) -> np.ndarray:
+        chunks = self.views.forward(self._forward, views)
+        logits = np.concatenate([np.zeros(0, np.float32), *(each[:, 0] for each in chunks)])
+        _check_finite("a score", logits)
+        return logits
+
+    def _judge(self, run: Run) -> list[float]:
         if run.judged is None:
             return []
-        here = np.flatnonzero(data.items.fold == run.judged)
-        return [auroc(data.items.label[here], self.logits(data.items.row[here], views))]
+        items = self.data.items
+        here = np.flatnonzero(items.fold == run.judged)
+        return [auroc(items.label[here], self._logits(items.row[here]))]
 
-    def _train_extra_heads(self, run: Run, head: Head, data: TrainingSet, views: ViewCache) -> float:
+    def _train_extra_heads(self, run: Run, head: Head) -> float:
         """Train the extra heads on features and join them with a head; the mean loss of the last pass."""
         extra, settings, batch = self.network.heads.extras, self.settings.head, self.settings.batch
         for epoch in range(settings.epochs):
-            view, target, weight = epoch_items(run, data, self.settings, EXTRA + epoch)
+            view, target, weight = epoch_items(run, self.data, self.settings, EXTRA + epoch)
             pace = (1 + np.cos(np.pi * epoch / settings.epochs)) / 2
             extra.optimizer.learning_rate = settings.rate * pace
             shown = len(view) - len(view) % batch or len(view)
             fitted = extra.fit(
-                views.extra_features(view[:shown]).astype(np.float32),
+                self.views.extra_features(view[:shown]).astype(np.float32),
                 np.repeat(target[:shown, None], settings.members, axis=1),
                 sample_weight=np.repeat(weight[:shown, None], settings.members, axis=1),
                 batch_size=batch,
@@ -187,25 +194,25 @@ class Trainer:
         join_heads(self.network, head)
         return float(fitted.history["loss"][0])
 
-    def _train_epoch(self, run: Run, data: TrainingSet, views: ViewCache, epoch: int) -> float:
+    def _train_epoch(self, run: Run, epoch: int) -> float:
         """Train for one epoch; the mean loss."""
         import tensorflow as tf
 
-        view, target, weight = epoch_items(run, data, self.settings, epoch)
+        view, target, weight = epoch_items(run, self.data, self.settings, epoch)
         batch = min(self.settings.batch, len(view))
         steps = len(view) // batch
 
         def batches() -> Iterator[Any]:
             # The generator is made here: with several devices, TensorFlow starts this more than once.
-            rng = rng_of(1, run, data.seed, epoch)
+            rng = rng_of(1, run, self.data.seed, epoch)
             for step in range(steps):
                 here = slice(step * batch, (step + 1) * batch)
-                given = views.read(view[here])
+                given = self.views.read(view[here])
                 if self.settings.online:
                     given = (augment_online(given[0], self.brightness, rng),)
                 yield bare(given), target[here], weight[here]
 
-        given = [tf.TensorSpec(each.shape, each.dtype) for each in views.read(view[:batch])]
+        given = [tf.TensorSpec(each.shape, each.dtype) for each in self.views.read(view[:batch])]
         rows = tf.TensorSpec((batch, target.shape[1]), tf.float32), tf.TensorSpec((batch,), tf.float32)
         dataset = tf.data.Dataset.from_generator(batches, output_signature=(bare(given), *rows))
         fitted = self.model.fit(dataset.prefetch(2), steps_per_epoch=steps, shuffle=False, verbose=0)
