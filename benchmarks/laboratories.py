@@ -19,7 +19,6 @@ import numpy as np
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 from aplsmear.images.reading import decode, encode_jpeg
-from aplsmear.images.stains import as_image, remixed
 
 KINDS = ("stain", "white_balance", "gamma", "blur", "resolution", "jpeg")
 STRENGTHS: Mapping[str, float] = {"mild": 0.5, "medium": 1.0, "strong": 2.0}
@@ -32,6 +31,7 @@ BLUR = 2.0  # px of the smear: radius of the disk of a point that is out of focu
 RESOLUTION = 0.5  # relative: increase of the size of pixels
 JPEG = 40  # of 100: loss of quality
 _LOWEST_QUALITY = 20
+_LEAST_LIGHT = 1 / 255  # replaces 0, whose optical density would be infinite
 
 # Mean and standard deviation of L*, a* and b* over all pixels of published images of two laboratories.
 Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -116,11 +116,26 @@ def recoloured(image: np.ndarray, home: Colours, there: Colours) -> np.ndarray:
     """An image (uint8 RGB) whose colours have been moved from mean and spread at home to those there."""
     gain = np.array(there[1]) / np.array(home[1])
     moved = ((_lab(image) - np.array(home[0])) * gain + np.array(there[0])).astype(np.float32)
-    return as_image(cv2.cvtColor(moved, cv2.COLOR_LAB2RGB))
+    return _as_image(cv2.cvtColor(moved, cv2.COLOR_LAB2RGB))
 
 
 def _lab(image: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB))
+
+
+def _remixed(image: np.ndarray, mix: np.ndarray) -> np.ndarray:
+    """Multiply the optical densities of each pixel (R, G, B as a row vector) by a matrix, float64 (3, 3).
+
+    Returns the light of the uint8 RGB image, float32 of its shape; 1 is white, larger values are possible.
+    """
+    density = -np.log(np.maximum(np.arange(256) / 255, _LEAST_LIGHT)).astype(np.float32)
+    mixed = cv2.transform(cv2.LUT(image, density), mix.T.astype(np.float32))
+    return np.asarray(np.exp(-mixed))
+
+
+def _as_image(light: np.ndarray) -> np.ndarray:
+    """Light as uint8: 0 to 1 becomes 0 to 255; other values are clipped."""
+    return np.asarray(np.rint(255 * np.clip(light, 0, 1)), dtype=np.uint8)
 
 
 def _disk(radius: float) -> np.ndarray:
@@ -141,5 +156,5 @@ def _coloured(image: np.ndarray, laboratory: Laboratory, strength: float, kinds:
     if "white_balance" in kinds:
         gain[[0, 2]] += strength * WHITE_BALANCE * np.array(laboratory.white_balance)
     exponent = np.exp(strength * GAMMA * laboratory.gamma) if "gamma" in kinds else 1.0
-    light = remixed(image, mix) * gain.astype(np.float32)
-    return as_image(np.clip(light, 0, 1) ** np.float32(exponent))
+    light = _remixed(image, mix) * gain.astype(np.float32)
+    return _as_image(np.clip(light, 0, 1) ** np.float32(exponent))

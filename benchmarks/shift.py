@@ -50,11 +50,11 @@ from aplsmear.features.forward import FeatureRequest, batch_of, features_of
 from aplsmear.files import write_arrays, write_json
 from aplsmear.heads.bags import attend
 from aplsmear.heads.head import Head, read_average, read_heads, score
-from aplsmear.images import stains, views
+from aplsmear.images import views
 from aplsmear.images.augmentation import Pyramid, source_factor
 from aplsmear.images.reading import decode, read_image
 from aplsmear.images.view_store import View
-from aplsmear.images.views import cell_views, prepared, smear_views
+from aplsmear.images.views import cell_views, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
 from aplsmear.prediction.recalibration import adapted
 from aplsmear.progress import progress
@@ -70,7 +70,7 @@ LOTS = 10  # of each division
 TRIALS = 2  # of each task, when changes of training are compared
 RIM = 16  # px around what is cut out of a smear: more than the radius of any blur
 JPEG_BLOCK = 16  # px
-SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, stains, views)]
+SOURCES = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (laboratories, views)]
 COLOUR = {"hue": 0, "saturation": 0, "brightness": 0.0, "blur": 0.0, "noise": 0.0}
 
 MARGINS = (-0.2, 0.2)  # of the cells; 0.2 more shows the rims of neighbours on the pages of DeepAPL
@@ -107,8 +107,6 @@ MEASURES: dict[str, dict[str, Any]] = {
         "brightness": 0.2,
         "blur": 1.5,
     },
-    "reinhard": {"normalise": "reinhard"},
-    "macenko": {"normalise": "macenko"},
     "averaging_a_view_more": {"tune": {"average": 1}},
 }
 
@@ -707,17 +705,17 @@ def all_shown(
     count = max(bench.averages.values()) if count is None else count
     for smear, rows in items.groupby("smear", sort=False):
         image = read_image(bench.pictures[smear])
-        whole_smear = (0, 0, *image.shape[:2])
         shown: dict[tuple[int, ...], Pyramid] = {}
         for row in rows.itertuples(index=False):
             box = (row.y0, row.x0, row.y1, row.x1) if level == "cell" else None
-            alone = box is not None and params.augment.normalise == "none"
-            y0, x0, y1, x1 = seen = surroundings(box, params, image.shape) if alone else whole_smear
+            y0, x0, y1, x1 = seen = (
+                surroundings(box, params, image.shape) if box else (0, 0, *image.shape[:2])
+            )
             if seen not in shown:
                 part = under(image[y0:y1, x0:x1], condition, params)
                 if tables:
                     part = cv2.LUT(np.ascontiguousarray(part), tables[level][row.fold])
-                shown[seen] = Pyramid(prepared(part, params.augment, smear))
+                shown[seen] = Pyramid(part)
             found[row.item] = list(
                 cell_views(
                     shown[seen],

@@ -60,6 +60,7 @@ RENAMED: dict[str, str] = {
     "tune.generation": "was removed: a trial trains alone, as fast. Delete this line.",
     "combine.standardise": "was removed: it brought no gain in another laboratory. Delete this line.",
     "augment.more": "augment.extra_views",
+    "augment.normalise": "was removed: it gained nothing on real smears. Delete this line.",
     "augment.stain": "was removed: it gained nothing on real cells. Delete this line.",
 }
 _NOW = "is now called "
@@ -184,7 +185,6 @@ class Augment(Strict):
     """Plain and augmented views of cells and smears."""
 
     size: Sides
-    normalise: Literal["none", "reinhard", "macenko"]
     margin: float = Field(ge=-0.9, le=2)
     views: int = Field(ge=0, le=50)
     extra_views: dict[str, Annotated[int, Field(ge=1, le=50)]]

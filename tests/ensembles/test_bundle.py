@@ -35,10 +35,7 @@ LEVELS = {"m0": "cell", "m1": "smear", "m2": "cell", "gate": "cell"}
 def augment() -> Augment:
     """Every setting at 0."""
     off = {name: 0 if field.annotation is int else 0.0 for name, field in Augment.model_fields.items()}
-    return Augment(
-        **off
-        | {"size": {"cell": 32, "smear": 48}, "views": 1, "extra_views": {"apl": 2}, "normalise": "none"}
-    )
+    return Augment(**off | {"size": {"cell": 32, "smear": 48}, "views": 1, "extra_views": {"apl": 2}})
 
 
 def make(folder: Path) -> Path:

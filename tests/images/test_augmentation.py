@@ -20,7 +20,7 @@ from aplsmear.images.views import cell_views, cut, smear_views
 from aplsmear.params import Augment
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0, "normalise": "none", "views": 2, "extra_views": {}}
+OFF |= {"blur": 0.0, "noise": 0.0, "views": 2, "extra_views": {}}
 OFF |= {"size": {"cell": 40, "smear": 48}}
 GEOMETRY = {"rotate": 180.0, "scale": 0.2, "shift": 0.1}
 COLOURS = {"hue": 20, "saturation": 60, "brightness": 0.4, "blur": 2.0, "noise": 20.0}

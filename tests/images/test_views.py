@@ -9,8 +9,7 @@ from PIL import Image
 from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.images.augmentation import Pyramid
-from aplsmear.images.reading import decode, encode_jpeg, read_image
-from aplsmear.images.stains import normalised
+from aplsmear.images.reading import decode, encode_jpeg
 from aplsmear.images.views import (
     ViewError,
     cell_views,
@@ -25,7 +24,7 @@ from aplsmear.params import Augment
 from made_views import all_views
 
 OFF = {"margin": 0.0, "rotate": 0.0, "scale": 0.0, "shift": 0.0, "hue": 0, "saturation": 0, "brightness": 0.0}
-OFF |= {"blur": 0.0, "noise": 0.0, "normalise": "none"}
+OFF |= {"blur": 0.0, "noise": 0.0}
 KNOBS = {"rotate": 45.0, "scale": 0.3, "shift": 0.2, "hue": 20, "saturation": 60, "brightness": 0.4}
 KNOBS |= {"blur": 2.0, "noise": 20.0}
 PINK, PURPLE = (230, 200, 205), (90, 40, 130)
@@ -213,7 +212,6 @@ def test_one_process_and_two_give_the_same_bytes(folder):
 import sys
 from pathlib import Path
 from aplsmear.params import Augment
-from aplsmear.images.stains import normalised
 from aplsmear.images.view_store import view_writer
 from aplsmear.tables import read_table
 from aplsmear.images.views import parts_of, views_of_parts
@@ -229,24 +227,6 @@ with view_writer({{level: Path(sys.argv[2]) / level for level in ("cell", "smear
         output_of(code, str(folder), str(folder / count), LOKY_MAX_CPU_COUNT=count)
         written.append([(folder / count / level).read_bytes() for level in ("cell", "smear")])
     assert written[0] == written[1]
-
-
-def test_cells_are_cut_from_the_smear_in_its_normalised_colours(folder, monkeypatch):
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    settings = knobs(views=0, normalise="reinhard")
-    first = next(iter(all_views(folder, SMEARS, CELLS, settings, 1)))
-    common = normalised(read_image(folder / "a.png"), "reinhard")
-    assert first["smear"] == list(smear_views(Pyramid(common), "1", 0, settings, 1))
-    assert first["cell"][0] == next(cell_views(Pyramid(common), BOX, "1", 0, settings, 1))
-
-
-def test_a_smear_without_colours_to_normalise_is_named(folder, monkeypatch):
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    Image.new("RGB", (160, 120), (250, 250, 250)).save(folder / "a.png")
-    with pytest.raises(
-        ViewError, match=r"a\.png: its colours cannot be normalised .* or set augment\.normalise"
-    ):
-        list(all_views(folder, SMEARS, CELLS, knobs(normalise="macenko"), 1))
 
 
 ALL_CHANGES = """

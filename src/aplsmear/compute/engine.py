@@ -41,7 +41,7 @@ from aplsmear.params import Params
 ADDRESS_VARIABLE = "DASK_SCHEDULER_ADDRESS"  # Dask's own; it overrides params.yaml
 LIBRARIES = (
     "dask", "distributed", "h5py", "imgaug", "keras", "numpy", "opencv-python-headless", "pandas", "pillow",
-    "onnxruntime", "pyarrow", "scikit-image", "scipy", "tensorflow", "torchstain",
+    "onnxruntime", "pyarrow", "scikit-image", "scipy", "tensorflow",
 )  # fmt: skip
 AHEAD = 3  # partitions per worker that are submitted before the first result is taken
 _ANSWER = 5  # seconds in which a scheduler must answer

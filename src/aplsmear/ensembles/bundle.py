@@ -40,7 +40,7 @@ from aplsmear.images.view_store import View
 from aplsmear.params import Augment, Backbone, Level, Strict, TaskLevel, of_backbones
 from aplsmear.words import nearest
 
-VERSION = 6  # of the format
+VERSION = 7  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"

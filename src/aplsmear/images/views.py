@@ -22,7 +22,6 @@ from aplsmear.compute.engine import HERE, Engine
 from aplsmear.errors import UserError
 from aplsmear.images.augmentation import Pyramid, draw_change, recoloured, view_matrix
 from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize
-from aplsmear.images.stains import StainError, normalised
 from aplsmear.images.view_store import View
 from aplsmear.params import LEVELS, Augment, Level
 from aplsmear.progress import progress
@@ -77,26 +76,12 @@ def view_seed(seed: int, item: str, view: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def prepared(image: np.ndarray, settings: Augment, name: str) -> np.ndarray:
-    """A picture in normalised colours (`settings.normalise`), before views are cut from it.
-
-    A ViewError, with the name of the picture, if its colours cannot be normalised.
-    """
-    try:
-        return normalised(image, settings.normalise)
-    except StainError as error:
-        raise ViewError(
-            f"{name}: its colours cannot be normalised ({error}): remove the row of this picture from "
-            "the data set, or set augment.normalise in params.yaml to none"
-        ) from None
-
-
 def cell_views(
     smear: Pyramid, box: tuple[int, int, int, int], name: str, count: int, settings: Augment, seed: int
 ) -> Iterator[View]:
     """Make the views of one cell: the plain view, then `count` augmented views.
 
-    `smear` is in normalised colours, `box` is y0, x0, y1, x1 in px, end exclusive.
+    `box` is y0, x0, y1, x1 in px, end exclusive.
     """
     size = settings.size["cell"]
     side = max(box[2] - box[0], box[3] - box[1]) * (1 + settings.margin)
@@ -234,18 +219,18 @@ def _views_of_part(
     found: dict[Level, list[View]] = {"smear": [], "cell": []}
     cells = part.cells if "cell" in levels else []
     whole = part.smear if part.smear and ("smear" in levels or cells) else None
-    pyramid = _pyramid(whole, settings) if whole else None
+    pyramid = _pyramid(whole) if whole else None
     if pyramid and part.smear and "smear" in levels:
         found["smear"] += smear_views(pyramid, part.smear.name, part.smear.views, settings, seed)
     for cell in cells:
-        shown = pyramid or _pyramid(cell, settings)
+        shown = pyramid or _pyramid(cell)
         found["cell"] += cell_views(shown, cell.box, cell.name, cell.views, settings, seed)
     return found
 
 
-def _pyramid(item: Item, settings: Augment) -> Pyramid:
-    """The picture of an item in normalised colours; messages name it as the data set does."""
+def _pyramid(item: Item) -> Pyramid:
+    """The picture of an item; messages name it as the data set does."""
     try:
-        return Pyramid(prepared(read_image(item.path), settings, item.image))
+        return Pyramid(read_image(item.path))
     except ImageError as error:
         raise ImageError(item.image, error.what, error.fix) from None
