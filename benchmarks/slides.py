@@ -96,10 +96,10 @@ def quality(folder: Path, sources: list[Rgb], blur: float) -> dict[str, float]:
     mpp = MICROMETRES / red if red else 0.25
     kinds = regions(40, 48, 4, SEED)
     write_slide(folder / "slide.tif", pool(sources, blur, SEED), kinds, mpp)
-    slide = open_slide(folder / "slide.tif")
-    start = time.process_time()
-    fields = choose_fields(slide, FIELDS, slide.mpp or mpp, SIZE).fields
-    seconds = time.process_time() - start
+    with open_slide(folder / "slide.tif") as slide:
+        start = time.process_time()
+        fields = choose_fields(slide, FIELDS, slide.mpp or mpp, SIZE).fields
+        seconds = time.process_time() - start
     good = np.kron(kinds == KINDS.index("one layer"), np.ones((TILE // 8, TILE // 8)))
 
     def hits(corners: Iterable[tuple[int, int]]) -> float:

@@ -17,7 +17,8 @@ import pandas as pd
 
 from aplsmear.files import whole
 
-INTEGERS = ("y0", "x0", "y1", "x1", "width", "height", "fold", "label", "view", "trial")
+BOX = ("y0", "x0", "y1", "x1")  # in px, end exclusive
+INTEGERS = (*BOX, "width", "height", "fold", "label", "view", "trial")
 FLOATS = ("probability", "low", "high")
 
 SEPARATOR = "|"  # joins several labels of one item

@@ -217,8 +217,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_slide_that_cannot_be_read_says_its_format_and_the_way_round(name, tmp_path) -> None:
     make, said = REFUSED[name]
-    with pytest.raises(SlideError, match=said):
-        open_slide(make(tmp_path / name))
+    with pytest.raises(SlideError, match=said), open_slide(make(tmp_path / name)):
+        pass
 
 
 def test_all_slides_are_looked_at_before_the_work(slide, tmp_path) -> None:
@@ -240,5 +240,5 @@ def test_all_slides_are_looked_at_before_the_work(slide, tmp_path) -> None:
 
 def test_without_the_extra_the_command_names_it(slide, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "openslide", None)
-    with pytest.raises(SlideError, match=r"aplsmear\[slides\]"):
-        open_slide(slide[0])
+    with pytest.raises(SlideError, match=r"aplsmear\[slides\]"), open_slide(slide[0]):
+        pass

@@ -154,7 +154,7 @@ def _judge(
     _print_notes()
     with _new_patients(panel.bundles, data, geojson is not None) as (found, engine):
         each = panel.judge(data, found.smears, found.cells, engine)
-        judged: list[Any] = keep_pictures(each, CARDS if report else 0)
+        judged = keep_pictures(each, CARDS if report else 0)
     panel = panel.adapted(judged)
     table, left_out = panel.table(judged), found.report["left_out"]
     remarks = [*panel.remarks, *found.report["remarks"]]

@@ -58,24 +58,24 @@ _SAME_BOX = 0.7  # intersection over union; real neighbours: 0.5 at most
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of a picture to compare it with others: 4 KB.
+    """What is kept of a picture to compare it with others: 4 KB."""
 
-    Attributes:
-        pixels: SHA-256 of size and pixels.
-        small: the picture in grey, uint8, shape (64, 64).
-    """
+    pixels: str  # `pixel_hash`
+    small: Grey  # the picture in grey, uint8, shape (64, 64)
 
-    pixels: str
-    small: Grey
+
+def pixel_hash(rgb: Rgb) -> str:
+    """SHA-256 of size and pixels of a picture: uint8, shape (height, width, 3)."""
+    digest = hashlib.sha256(f"{rgb.shape}".encode())
+    digest.update(np.ascontiguousarray(rgb).data)
+    return digest.hexdigest()
 
 
 def fingerprint(rgb: Rgb) -> Fingerprint:
     """The fingerprint of a picture: uint8, shape (height, width, 3)."""
-    pixels = hashlib.sha256(f"{rgb.shape}".encode())
-    pixels.update(np.ascontiguousarray(rgb).data)
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA)
-    return Fingerprint(pixels.hexdigest(), np.asarray(small, dtype=np.uint8))
+    return Fingerprint(pixel_hash(rgb), np.asarray(small, dtype=np.uint8))
 
 
 def _part(picture: Grey, cut: npt.NDArray[np.int64]) -> Grey:
@@ -201,10 +201,7 @@ def _is_flat(one: Fingerprint) -> bool:
 def _copied(one: Fingerprint, other: Fingerprint, bits: npt.NDArray[np.uint8]) -> bool:
     """Whether a picture shows the same as another one, or a part of it: in the turn and cut of the hashes.
 
-    Args:
-        one: a picture.
-        other: another picture.
-        bits: that differ between the hash of each part of `one` and of each turn of `other`: shape (120,).
+    `bits`, shape (120,), differ between the hash of each part of `one` and of each turn of `other`.
     """
     best = int(np.minimum(bits, 64 - bits).argmin())
     cut, turn = divmod(best, 8)
@@ -248,10 +245,7 @@ def _similar_details(whole: Grey, part: Grey, moved: Grey) -> bool:
 def _same_details(fixed: Grey, moved: Grey, cut: npt.NDArray[np.int64]) -> bool:
     """Whether details agree after one picture was laid over the other (Evangelidis & Psarakis 2008).
 
-    Args:
-        fixed: a picture.
-        moved: another picture, which may be `fixed` without its edges.
-        cut: where the search for its place begins: a row of `_CUTS`.
+    `moved` may be `fixed` without its edges; the search for its place begins at `cut`, a row of `_CUTS`.
     """
     stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 30, 1e-4)
     top, left, bottom, right = cut.tolist()
@@ -289,14 +283,8 @@ def groups(count: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
 def same_boxes(boxes: np.ndarray, smear: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs of nearly the same box in one smear: more than 0.7 of what both cover is in both.
 
-    Each box is compared with the four that are nearest to it.
-
-    Args:
-        boxes: y0, x0, y1, x1 in px, shape (n, 4).
-        smear: of each box.
-
-    Returns:
-        Positions, sorted.
+    `boxes` are y0, x0, y1, x1 in px, shape (n, 4), `smear` is that of each. Each box is compared with the
+    four that are nearest to it. Returns positions, sorted.
     """
     if len(boxes) < 2:
         return []

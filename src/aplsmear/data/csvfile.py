@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from aplsmear.data.problems import Problem
+from aplsmear.data.problems import DataSetError, Problem
 from aplsmear.tables import unguarded
 from aplsmear.words import misspelt
 
@@ -94,6 +94,15 @@ def read_csv(
     index = pd.Index(list(rows), dtype=np.int64)
     table = pd.DataFrame(list(rows.values()), columns=list(places), index=index, dtype=object)
     table.attrs["unread"] = [title for title in header if title not in places]
+    return table
+
+
+def read_all(path: Path, wanted: Mapping[str, bool | str] | None = None) -> pd.DataFrame:
+    """As `read_csv`; DataSetError with all problems of the file."""
+    problems: list[Problem] = []
+    table = read_csv(path, wanted, problems, [])
+    if table is None or problems:
+        raise DataSetError(problems)
     return table
 
 

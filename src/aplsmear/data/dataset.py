@@ -22,21 +22,13 @@ from aplsmear.data.copies import same_pictures
 from aplsmear.data.csvfile import is_there, read_csv
 from aplsmear.data.names import declaration, image_path, look_alikes, name_problems, read_distinct
 from aplsmear.data.notes import Notes, listed, sorted_ids
-from aplsmear.data.pictures import (
-    BOX_COLUMNS,
-    as_cells,
-    boxes_of,
-    on_disk,
-    with_boxes,
-    with_images,
-    without_copies,
-)
+from aplsmear.data.pictures import as_cells, boxes_of, on_disk, with_boxes, with_images, without_copies
 from aplsmear.data.problems import DataSetError, Problem, print_problems, render_problems
 from aplsmear.data.pseudonyms import Pseudonyms
 from aplsmear.data.schema import CELLS_FILE, LABELS_OF_CELLS, SINGLE_CELL, SMEAR, SMEARS_FILE, Shown
 from aplsmear.data.tasks import ANY, patient_rows, task_items, task_labels
 from aplsmear.params import Task
-from aplsmear.tables import SEPARATOR
+from aplsmear.tables import BOX, SEPARATOR
 from aplsmear.words import misspelt
 
 __all__ = [
@@ -46,7 +38,7 @@ __all__ = [
 
 SMEAR_COLUMNS = ("smear", "image", "patient", "site", "diagnosis", "fab", "labels", "width", "height")
 CELL_LABELS = tuple(column for column, _ in LABELS_OF_CELLS.values())
-CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX_COLUMNS)
+CELL_COLUMNS = ("cell", "smear", "patient", "diagnosis", "fab", *CELL_LABELS, *BOX)
 SINGLE_COLUMNS = ("image", "site")  # of cells, only if some have pictures of their own
 
 _Hide = Callable[[str, str], str]  # kind of name, name -> pseudonym

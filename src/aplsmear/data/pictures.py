@@ -24,9 +24,9 @@ from aplsmear.data.quality import Quality, doubts, measured
 from aplsmear.data.schema import CELLS_FILE, SINGLE_CELL, Shown, leaves_folder
 from aplsmear.images import reading as images
 from aplsmear.progress import progress
+from aplsmear.tables import BOX
 from aplsmear.words import named
 
-BOX_COLUMNS = ("y0", "x0", "y1", "x1")
 _NAMED = 5  # most rows named in one message
 _FEW_IMAGES = 8  # checked faster in this process than by new ones
 
@@ -242,7 +242,7 @@ def with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: N
     sizes = smears.set_index("smear")[["height", "width"]].reindex(cells["smear"])
     seen = sizes["height"].notna().to_numpy()
     if _check_order(cells[seen], numbers[seen], sizes[seen].to_numpy(np.float64), smears["darkness"], notes):
-        return cells.iloc[:0].assign(**dict.fromkeys(BOX_COLUMNS, 0))
+        return cells.iloc[:0].assign(**dict.fromkeys(BOX, 0))
     whole = (numbers == np.rint(numbers)).all(axis=1)  # the others are noted already
     cells, box, seen = cells[whole], numbers[whole].astype(np.int64), seen[whole]
     start, end = box[:, :2], box[:, 2:]
@@ -266,7 +266,7 @@ def with_boxes(cells: pd.DataFrame, smears: pd.DataFrame, min_box: int, notes: N
     fine = ~swapped & ~outside
     notes.left_out["cells_with_box_under_min_box"] = listed(cells["cell"][small & fine])
     notes.changed["boxes_clipped"] = listed(cells["cell"][(inside != box).any(axis=1) & fine & ~small])
-    clipped = pd.DataFrame(inside, index=cells.index, columns=list(BOX_COLUMNS))
+    clipped = pd.DataFrame(inside, index=cells.index, columns=list(BOX))
     cells = pd.concat([cells, clipped], axis=1).iloc[np.flatnonzero(fine & ~small)]
     _check_same_cells(cells, notes)
     return cells
@@ -300,7 +300,7 @@ def _check_order(
 def _check_same_cells(cells: pd.DataFrame, notes: Notes) -> None:
     """Note cells with nearly the same box: a problem if their types differ, else a remark."""
     rows, types, ids = cells.index.tolist(), cells["cell_type"].tolist(), cells["cell"].tolist()
-    same = same_boxes(cells[list(BOX_COLUMNS)].to_numpy(), cells["smear"].tolist())
+    same = same_boxes(cells[list(BOX)].to_numpy(), cells["smear"].tolist())
     for first, second in same:
         if "" != types[first] != types[second] != "":
             expected = f"one type for one cell; row {rows[first]} has the box {cells['bbox'].iloc[first]}"

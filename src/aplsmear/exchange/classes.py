@@ -12,8 +12,8 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import NamedTuple
 
+from aplsmear.data.csvfile import read_all
 from aplsmear.exchange.found import ExchangeError
-from aplsmear.exchange.readers import read_all
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import named
 

@@ -18,11 +18,11 @@ from uuid import NAMESPACE_OID, uuid5
 import yaml
 
 from aplsmear.data.boxes import numbers_of
+from aplsmear.data.csvfile import read_all
 from aplsmear.data.labels import LabelError, parse_labels
 from aplsmear.data.names import image_path
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, leaves_folder
 from aplsmear.exchange.found import CELL_LABELS, ExchangeError, exported_class, size_of
-from aplsmear.exchange.readers import read_all
 from aplsmear.files import refuse_taken, write_json
 from aplsmear.tables import SEPARATOR
 from aplsmear.words import named

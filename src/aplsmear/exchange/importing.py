@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,14 +15,16 @@ import pandas as pd
 
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.boxes import numbers_of, overlaps
+from aplsmear.data.copies import pixel_hash
+from aplsmear.data.csvfile import read_all
 from aplsmear.data.labels import parse_labels
 from aplsmear.data.schema import CELL_FOLDER, CELLS_FILE, IMAGE_FOLDER, SMEARS_FILE, Facts
 from aplsmear.errors import brief
 from aplsmear.exchange.classes import Meaning, diagnosis_literal, literal, meaning_of
 from aplsmear.exchange.found import CELL_LABELS, Cell, ExchangeError, Found, exported_class
-from aplsmear.exchange.readers import columns_of, read_all
+from aplsmear.exchange.readers import columns_of
 from aplsmear.files import whole_folder
-from aplsmear.images.reading import ImageError, image_bytes, read_picture
+from aplsmear.images.reading import ImageError, read_image
 from aplsmear.progress import progress
 from aplsmear.tables import SEPARATOR, write_table
 from aplsmear.words import named
@@ -267,12 +268,11 @@ def _with_ids(of: Mapping[str, Facts], names: Mapping[str, str]) -> dict[str, Fa
 
 
 def _content(path: Path) -> str:
-    """A hash of the pixels of a picture; '' if it cannot be read."""
+    """The hash of the pixels of a picture; '' if it cannot be read."""
     try:
-        rgb = read_picture(image_bytes(path)).pixels
+        return pixel_hash(read_image(path))
     except ImageError:
         return ""
-    return hashlib.sha256(f"{rgb.shape}".encode() + np.ascontiguousarray(rgb).tobytes()).hexdigest()
 
 
 def _usable(

@@ -15,14 +15,12 @@ from typing import Annotated, Any, Literal
 from xml.etree.ElementTree import Element, ParseError
 
 import numpy as np
-import pandas as pd
 import yaml
 from defusedxml.common import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter
 
-from aplsmear.data.csvfile import read_csv
-from aplsmear.data.problems import DataSetError, Problem
+from aplsmear.data.csvfile import read_all
 from aplsmear.errors import brief
 from aplsmear.exchange.found import (
     ATTRIBUTES,
@@ -472,15 +470,6 @@ def text_kind(path: Path) -> str:
 
 
 # --- CSV ------------------------------------------------------------------------------------------
-
-
-def read_all(path: Path) -> pd.DataFrame:
-    """All columns of a CSV file as text; DataSetError if it cannot be read."""
-    problems: list[Problem] = []
-    table = read_csv(path, None, problems, [])
-    if table is None or problems:
-        raise DataSetError(problems)
-    return table
 
 
 def columns_of(titles: Sequence[str], given: Mapping[str, str], path: Path) -> dict[str, str]:

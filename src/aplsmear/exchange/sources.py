@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from aplsmear.data.csvfile import read_all
 from aplsmear.data.schema import CELLS_FILE, SMEARS_FILE
 from aplsmear.exchange.classes import Meaning, plain
 from aplsmear.exchange.found import Cell, ExchangeError, Found, Pictures, json_of
-from aplsmear.exchange.readers import READERS, Request, columns_of, form_of, read_all, text_kind
+from aplsmear.exchange.readers import READERS, Request, columns_of, form_of, text_kind
 from aplsmear.words import named
 
 ClassFrom = Literal["folder", "above", "name", "none"]

@@ -25,11 +25,10 @@ from aplsmear.images.reading import ImageError, encode_jpeg, read_image, resize
 from aplsmear.images.view_store import View
 from aplsmear.params import LEVELS, Augment, Level
 from aplsmear.progress import progress
-from aplsmear.tables import SEPARATOR
+from aplsmear.tables import BOX, SEPARATOR
 from aplsmear.words import misspelt
 
 LABEL_COLUMNS = ("cell_type", "special_characteristics", "object_type", "diagnosis", "fab")
-BOX = ("y0", "x0", "y1", "x1")
 
 _TOGETHER = 64  # single cells of one part: one group of rows in the view store
 _SIMILAR = 0.85  # of 1; "Auer rod" is similar to "Auer rods" (0.94), "aml" is not similar to "apl" (0.67)

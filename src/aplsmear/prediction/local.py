@@ -26,9 +26,8 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 from aplsmear.compute.engine import HERE, Engine
-from aplsmear.data.csvfile import read_csv
+from aplsmear.data.csvfile import read_all
 from aplsmear.data.dataset import DataSet
-from aplsmear.data.problems import DataSetError, Problem
 from aplsmear.ensembles.bundle import Bundle, write_changed
 from aplsmear.ensembles.combination import Combination, as_json, operating_points_of
 from aplsmear.errors import UserError
@@ -89,13 +88,7 @@ class Local:
     @property
     def record(self) -> dict[str, object]:
         """For model.json."""
-        losses = {"log_loss": asdict(self.log_loss), "brier": asdict(self.brier)}
-        return {
-            "patients": self.patients,
-            "positive": self.positive,
-            "line": asdict(self.line),
-            "p": self.p,
-        } | losses
+        return {name: value for name, value in asdict(self).items() if name != "combination"}
 
 
 def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
@@ -232,11 +225,7 @@ def read_labels(path: Path) -> dict[str, str]:
 
     Raises DataSetError if the file has problems, LocalError if a patient has two diagnoses.
     """
-    problems: list[Problem] = []
-    table = read_csv(path, {"patient": True, "diagnosis": True}, problems, [])
-    if problems or table is None:
-        raise DataSetError(problems)
-    table = table.drop_duplicates()[["patient", "diagnosis"]]
+    table = read_all(path, {"patient": True, "diagnosis": True}).drop_duplicates()
     table["diagnosis"] = table["diagnosis"].str.lower()
     twice = table["patient"][table["patient"].duplicated()].unique()
     if len(twice):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, tee
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -63,23 +63,6 @@ class Picture(NamedTuple):
 
 
 Pictures = tuple[list[Picture], list[Picture]]  # most evidence for the positive diagnosis; most against it
-
-
-class HasPictures(Protocol):
-    """A dataclass about a patient with pictures of cells: a `Verdict`, or the one answer."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def probability(self) -> float:
-        """Of the positive diagnosis, or of APL."""
-
-    @property
-    def pictures(self) -> Pictures:
-        """Cells."""
-
-
-Pictured = TypeVar("Pictured", bound=HasPictures)
 
 
 @dataclass(frozen=True)
@@ -411,9 +394,9 @@ def _verdicts(several: Sequence[Models], patient: str, records: Sequence[_Record
     return [models.verdict(patient, record) for models, record in zip(several, records, strict=True)]
 
 
-def keep_pictures(verdicts: Iterable[Pictured], count: int) -> list[Pictured]:
-    """All of them, but pictures only of the `count` with the highest probabilities: this limits memory."""
-    kept: list[Pictured] = []
+def keep_pictures(verdicts: Iterable[Any], count: int) -> list[Any]:
+    """Verdicts or answers, with pictures only of the `count` highest probabilities: this limits memory."""
+    kept: list[Any] = []
     pictured: list[tuple[float, int]] = []
     for place, each in enumerate(verdicts):
         kept.append(each)

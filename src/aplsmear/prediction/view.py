@@ -22,10 +22,10 @@ from PIL import Image
 from aplsmear.ensembles.evidence import ATTENTION, EVIDENCE, PLACE, SCORE
 from aplsmear.errors import UserError
 from aplsmear.images.reading import read_image
-from aplsmear.images.views import BOX, cut
+from aplsmear.images.views import cut
 from aplsmear.progress import progress
 from aplsmear.reports import pages
-from aplsmear.tables import read_table
+from aplsmear.tables import BOX, read_table
 from aplsmear.words import nearest
 
 _NUMBERS = (EVIDENCE, SCORE, ATTENTION)

@@ -34,10 +34,9 @@ from skimage.segmentation import watershed
 from aplsmear.data.schema import MEASURES
 from aplsmear.errors import UserError
 from aplsmear.images.reading import scaling
+from aplsmear.tables import BOX
 
 MIN_SIZE = 10.0  # px of a typical cell; in smaller ones nuclei cannot be distinguished
-
-BOX = ("y0", "x0", "y1", "x1")
 
 # Lengths in px of the scaled picture.
 _TYPICAL = 40  # diameter of a typical cell; then a nucleus has at least 15 px

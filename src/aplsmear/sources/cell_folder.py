@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from skimage.util import montage
 
-from aplsmear.compute.engine import Here
+from aplsmear.compute.engine import HERE
 from aplsmear.data.csvfile import read_csv
 from aplsmear.data.dataset import read_data_set
 from aplsmear.data.schema import CELLS_FILE, IMAGE_FOLDER, KAGGLE_CELL_COLUMNS, MEASURES, SMEARS_FILE
@@ -27,9 +27,9 @@ from aplsmear.errors import UserError
 from aplsmear.files import whole
 from aplsmear.images.reading import SLIDES, is_picture_name, read_image
 from aplsmear.progress import progress
-from aplsmear.sources.cell_finder import BOX, check_size, find_cells, scaled
+from aplsmear.sources.cell_finder import check_size, find_cells, scaled
 from aplsmear.sources.cell_size import Estimate, boxes_at, choose, ladder, lengths
-from aplsmear.tables import write_table
+from aplsmear.tables import BOX, write_table
 
 TYPICAL_MICROMETRES = 14.0  # diameter of nucleated marrow cells: lymphocytes 10, promyelocytes 16 to 20
 CANDIDATES = "_sizes"  # added to the name of the contact sheet that shows boxes of several sizes
@@ -55,24 +55,22 @@ class Search:
     estimate: Estimate | None  # how the size was found; None if it was given
 
 
-def find_all(root: Path, smears: pd.DataFrame, size: float | None = None, workers: int = -1) -> Search:
+def find_all(root: Path, smears: pd.DataFrame, size: float | None = None) -> Search:
     """The cells of every smear. Each image is decoded once, or three times if the size is estimated from it.
 
     Args:
         root: the column `image` of `smears` has paths below this folder.
         smears: with `smear` and `image`; all at one magnification.
         size: diameter of a typical cell in px; None: it is estimated on up to 24 smears, evenly spread.
-        workers: number of processes, -1: one for each core; does not change the result.
 
     Raises:
         UserError: `size` is below `MIN_SIZE`.
         ImageError: an image cannot be read.
     """
     paths = [root / image for image in smears["image"]]
-    engine = Here(workers)
 
     def each(look: Callable[[npt.NDArray[np.uint8]], Seen], paths: Sequence[Path], title: str) -> list[Seen]:
-        return list(progress(engine.map(partial(_of_file, look=look), paths), title, len(paths)))
+        return list(progress(HERE.map(partial(_of_file, look=look), paths), title, len(paths)))
 
     estimate = None
     if size is None:

@@ -25,7 +25,8 @@ from scipy.optimize import linear_sum_assignment
 from skimage.feature import peak_local_max
 
 from aplsmear.data.boxes import overlaps
-from aplsmear.sources.cell_finder import BOX, MIN_SIZE, find_cells, nucleated_parts, scaled
+from aplsmear.sources.cell_finder import MIN_SIZE, find_cells, nucleated_parts, scaled
+from aplsmear.tables import BOX
 
 _OVERVIEW = 1024  # px of the longer side on which the first lengths are measured
 _STEP = 1.2  # ratio of two sizes that follow each other on the ladder

@@ -65,15 +65,6 @@ class Slide:
     pixels: Callable[
         [int, int, int, int, int], Rgb
     ]  # reads (level, column, row, width, height), px of the level
-    files: ExitStack  # closes the open files
-
-    def __enter__(self) -> Slide:
-        """The slide itself; its files are closed at the end of the block."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close its files."""
-        self.files.close()
 
     def region(self, x: int, y: int, width: int, height: int, shape: tuple[int, int]) -> tuple[Rgb, int]:
         """A part of the slide, from the coarsest level that has enough pixels; SlideError if it is damaged.
@@ -109,8 +100,9 @@ class Slide:
         return as_rgb(rgb, self.profile)[0]
 
 
-def open_slide(path: Path, mpp: float | None = None) -> Slide:
-    """Open a slide; only its description is read. Of several files (.mrxs, .vms), name the main one.
+@contextmanager
+def open_slide(path: Path, mpp: float | None = None) -> Iterator[Slide]:
+    """An open slide, until the end of the block. Of several files (.mrxs, .vms), name the main one.
 
     `mpp` is in micrometres per pixel, for a file that names none or a wrong one.
 
@@ -120,26 +112,18 @@ def open_slide(path: Path, mpp: float | None = None) -> Slide:
     """
     if not path.is_file():
         raise SlideError(f"{path}: no such file. Name the file of a slide.")
-    name = path.name.lower()
-    if name.endswith((".ome.tif", ".ome.tiff", ".ome.btf")):
-        slide = _read(path, "OME-TIFF", _ome)
-    elif name.endswith(".czi"):
-        slide = _read(path, "CZI of Zeiss", _czi)
-    elif path.suffix.lower() in _CLOSED:
+    if path.suffix.lower() in _CLOSED:
         raise SlideError(f"{path}: no library here reads {_CLOSED[path.suffix.lower()]}. {_CONVERT}.")
-    else:
-        slide = _read(path, "slide", _openslide)
-    slide = replace(slide, mpp=mpp) if mpp else slide
-    if not _MPP[0] <= slide.mpp <= _MPP[1]:
-        slide.files.close()
-        named = (
-            "names no resolution" if math.isnan(slide.mpp) else f"names {slide.mpp:.4g} micrometres per pixel"
-        )
-        raise SlideError(
-            f"{path}: this {slide.kind} {named}. Give its micrometres per pixel with --slide-mpp: often 0.25 "
-            "with a 40x objective and 0.5 with 20x; the scanner's program shows it."
-        )
-    return slide
+    with ExitStack() as files:
+        slide = _read(path, files)
+        slide = replace(slide, mpp=mpp) if mpp else slide
+        if not _MPP[0] <= slide.mpp <= _MPP[1]:
+            named = "no resolution" if math.isnan(slide.mpp) else f"{slide.mpp:.4g} micrometres per pixel"
+            raise SlideError(
+                f"{path}: this {slide.kind} names {named}. Give its micrometres per pixel with --slide-mpp: "
+                "often 0.25 with a 40x objective and 0.5 with 20x; the scanner's program shows it."
+            )
+        yield slide
 
 
 @contextmanager
@@ -161,10 +145,15 @@ def opened(paths: Sequence[Path], mpp: float | None = None) -> Iterator[list[Sli
         yield slides
 
 
-def _read(path: Path, kind: str, opener: Callable[[Path, ExitStack], Slide]) -> Slide:
+def _read(path: Path, files: ExitStack) -> Slide:
+    """The description of a slide; what is opened is closed with `files`."""
+    kind, opener = "slide", _openslide
+    if path.name.lower().endswith((".ome.tif", ".ome.tiff", ".ome.btf")):
+        kind, opener = "OME-TIFF", _ome
+    elif path.suffix.lower() == ".czi":
+        kind, opener = "CZI of Zeiss", _czi
     try:
-        with ExitStack() as files:
-            return opener(path, files)
+        return opener(path, files)
     except SlideError:
         raise
     except ImportError as error:
@@ -212,7 +201,7 @@ def _openslide(path: Path, files: ExitStack) -> Slide:
     profile = file.color_profile.tobytes() if file.color_profile else None
     kind = f"slide ({facts['vendor']})"
     mean = math.prod(mpp) ** 0.5 if len(mpp) == 2 else math.nan
-    return Slide(path, kind, origin, size, scales, mean, profile, pixels, files.pop_all())
+    return Slide(path, kind, origin, size, scales, mean, profile, pixels)
 
 
 # --- CZI ----------------------------------------------------------------------------------------------
@@ -244,7 +233,7 @@ def _czi(path: Path, files: ExitStack) -> Slide:
 
     mpp = math.prod(metres) ** 0.5 * 1e6 if len(metres) == 2 else math.nan
     origin, size = (box.x, box.y), (box.w, box.h)
-    return Slide(path, "CZI of Zeiss", origin, size, tuple(scales), mpp, None, pixels, files.pop_all())
+    return Slide(path, "CZI of Zeiss", origin, size, tuple(scales), mpp, None, pixels)
 
 
 # --- OME-TIFF -----------------------------------------------------------------------------------------
@@ -272,7 +261,7 @@ def _ome(path: Path, files: ExitStack) -> Slide:
     scales = tuple(key.imagelength / level.keyframe.imagelength for level in series.levels)
     return Slide(
         path, "OME-TIFF", (0, 0), (key.imagewidth, key.imagelength), scales, _ome_mpp(file), key.iccprofile,
-        lambda level, *part: levels[level].read(*part), files.pop_all(),
+        lambda level, *part: levels[level].read(*part),
     )  # fmt: skip
 
 

@@ -27,15 +27,7 @@ from aplsmear.workspace.experiments import WORKSPACE, Experiment
 from aplsmear.workspace.paired import gain
 
 # Parts of the names of DVC's settings whose values must not be in a file that git shares.
-_SECRETS = (
-    "secret",
-    "password",
-    "token",
-    "account_key",
-    "connection_string",
-    "customer_key",
-    "access_key_id",
-)
+_SECRETS = re.compile("secret|password|token|account_key|connection_string|customer_key|access_key_id")
 
 
 @contextmanager
@@ -81,7 +73,7 @@ def _check_remote(repo: Any, asked: str | None) -> list[str]:
     url = urlsplit(str(known[name]["url"]))
     place = share.Place(name, url._replace(netloc=url.netloc.rpartition("@")[2]).geturl())
     shared = repo.config.read("repo").get("remote", {}).get(name, {})
-    secrets = [key for key in shared if any(part in key for part in _SECRETS)]
+    secrets = list(filter(_SECRETS.search, shared))
     if secrets or urlsplit(str(shared.get("url", ""))).password:
         raise place.error(
             f"{' and '.join(secrets) or 'a password in its url'} stands in .dvc/config, which git shares.",
