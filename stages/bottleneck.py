@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aplsmear.compute.engine import engine_of
 from aplsmear.compute.runtime import device_note, start_tensorflow
-from aplsmear.features.backbones import weight_files, write_graph
+from aplsmear.features.backbones import UNTRAINED, weight_files, write_graph
 from aplsmear.features.forward import FeatureRequest, batch_of, features_of_file, partition
 from aplsmear.features.store import write_features
 from aplsmear.files import sha256
@@ -26,6 +26,12 @@ def main(name: str) -> None:
         start_tensorflow(gpus=False)
     if device_note():
         print(device_note(), file=sys.stderr)
+    if backbone.source != "onnx" and backbone.weights == UNTRAINED:
+        print(
+            f"{name} is untrained (`weights: none`): its filters are random. For real smears set `weights` "
+            "in params.yaml to imagenet or to a file.",
+            file=sys.stderr,
+        )
     for file in filter(Path.is_file, weight_files(backbone)):
         if not backbone.sha256:
             print(

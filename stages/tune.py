@@ -36,7 +36,8 @@ def main(name: str, role: str = "") -> None:
     study = open_study(key, journal, url)
     print(f"study {key}", file=sys.stderr)
     running = run_study(task_data, settings, seed, study)
-    finished = progress(running, "trials", settings.trials, best_so_far(task_data.folds))
+    final_model = task_data.folds  # its number as an outer fold (aplsmear.evaluation.splits)
+    finished = progress(running, "trials", settings.trials, best_so_far(final_model))
     if role == "--worker":
         for _ in finished:
             pass
@@ -53,7 +54,7 @@ def main(name: str, role: str = "") -> None:
 
 
 def best_so_far(outer_fold: int) -> Callable[[Trial], str]:
-    """The remark beside the progress bar."""
+    """A note for the progress bar: the best inner AUROC in this outer fold so far."""
     best = 0.0
 
     def note(trial: Trial) -> str:

@@ -45,11 +45,11 @@ def answer_summary(metrics: dict[str, Any]) -> str:
     return _text(
         f"Healthy, other AML or APL? {metrics['n_patients']} patients, one answer of three ensembles",
         {
-            "the right one is the most probable": metrics["accuracy"],
+            "accuracy of the most probable one": metrics["accuracy"],
             "APL or not: AUROC": metrics["of"]["apl"]["auroc"],
             "unsure": metrics["unsure"],
             **(
-                {"right where it is sure": metrics["accuracy_of_calls"]}
+                {"accuracy where it is not unsure": metrics["accuracy_of_calls"]}
                 if "accuracy_of_calls" in metrics
                 else {}
             ),

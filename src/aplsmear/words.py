@@ -1,11 +1,18 @@
-"""Unknown words, and the known ones that were probably meant."""
+"""Words of messages: unknown ones and those that were probably meant; what was left out of a data set."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 _LONGEST = 120  # characters of one name in a message
+_LEFT_OUT = {  # in dataset/report.json -> in words, where the underscores are not enough
+    "cells_without_box": "cells without a box",
+    "cells_with_box_under_min_box": "cells with a box smaller than dataset.min_box",
+    "cells_with_picture_under_min_box": "cells with a picture smaller than dataset.min_box",
+    "cells_of_left_out_smears": "cells of smears that were left out",
+}
 
 
 def misspelt(word: str, known: Iterable[str], likeness: float = 0.6) -> str | None:
@@ -41,3 +48,12 @@ def visible(text: str, kept: str = "") -> str:
 def no_such(lead: str, name: str, known: Collection[str]) -> str:
     """The message about an unknown name: `lead` (``there is no profile``), the name, the known names."""
     return f"{lead} {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
+
+
+def left_out(parts: Mapping[str, Any]) -> list[str]:
+    """What was left out of a data set, such as ``cells without a box: 3``; `parts`: what -> ``count``."""
+    return [
+        f"{_LEFT_OUT.get(what, what.replace('_', ' '))}: {part['count']:,}"
+        for what, part in parts.items()
+        if part["count"]
+    ]

@@ -328,7 +328,7 @@ def evaluated(trained, tmp_path_factory) -> Path:
     done = CliRunner().invoke(app, ["evaluate", *asked])
     assert done.exit_code == 0, done.output
     assert "12 patients (6 aml, 6 apl): AUROC" in done.output
-    assert "left out: 6 patients with another diagnosis" in done.output
+    assert "left out: patients with another diagnosis: 6" in done.output
     for remark in (
         "but for the case of the ending, or the Unicode form: rows 2",
         "`trained_on` in params.yaml says that raabin trained the weights of the backbone file",

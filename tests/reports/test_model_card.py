@@ -52,7 +52,7 @@ def test_the_card_says_what_was_left_out_and_how_many_patients_a_study_needs() -
     rows = dict(line.strip("| ").split(" | ", 1) for line in card.splitlines() if line.count("|") == 4)
     n = len(found.verdicts.table)
     assert f"{n} patients, {n} smears, {n} cells, 1 site." in rows["data"]  # no cell of another patient
-    assert "Left out of the whole data set: 4 cells without box." in rows["missing data"]
+    assert "Left out of the whole data set: cells without a box: 4." in rows["missing data"]
     assert "2 patients without a score of some member" in rows["missing data"]
     caught = found.measured["sensitivity"]
     assert (

@@ -103,10 +103,11 @@ def test_every_parameter_belongs_to_a_stage_except_task_and_engine() -> None:
     assert set(PARAMS) - declared - matrices - {"task", "engine"} == set()
 
 
-def test_twin_stages_differ_in_the_name_of_the_ensemble_only() -> None:
-    """dvc.yaml repeats the deps of the two ensembles, because DVC accepts no list inside a list."""
-    healthy, aml = STAGES["ensemble_apl_healthy"], STAGES["ensemble_apl_aml"]
-    assert [dep.replace("apl_healthy", "apl_aml") for dep in healthy["deps"]] == aml["deps"]
+@pytest.mark.parametrize("name", sorted(PARAMS["ensembles"]))
+def test_stages_of_ensembles_differ_in_the_name_of_the_ensemble_only(name: str) -> None:
+    """dvc.yaml repeats the deps of each ensemble, because DVC accepts no list inside a list."""
+    first, other = STAGES["ensemble_apl_healthy"], STAGES[f"ensemble_{name}"]
+    assert [dep.replace("apl_healthy", name) for dep in first["deps"]] == other["deps"]
 
 
 def test_no_stage_reads_what_finetune_writes() -> None:

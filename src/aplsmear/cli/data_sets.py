@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from aplsmear import words
 from aplsmear.cli.base import MIN_BOX, app, file_to_write, folder_to_write, params_if_any
 from aplsmear.errors import UserError
 
@@ -51,15 +52,15 @@ def check(
 def summary(report: Mapping[str, Any]) -> Table:
     """What a data set holds and what was left out."""
     table = Table(title="A valid data set", title_justify="left", show_header=False, box=None)
-    table.add_row("smears", f"{report['smears']:,} of {report['patients']:,} patients")
+    table.add_row("patients", f"{report['patients']:,}")
+    table.add_row("smears", f"{report['smears']:,}")
     table.add_row("cells", f"{report['cells']:,}, {report['cells_with_type']:,} of them with a type")
     for diagnosis, counts in report["by_diagnosis"].items():
         table.add_row(diagnosis, ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     for task, counts in report["tasks"].items():
         table.add_row(f"task {task}", f"{counts['positive']:,} positive, {counts['negative']:,} negative")
-    for what, left in report["left_out"].items():
-        if left["count"]:
-            table.add_row("left out", f"{left['count']:,} {what.replace('_', ' ')}")
+    for line in words.left_out(report["left_out"]):
+        table.add_row("left out", line)
     clipped = report["changed"]["boxes_clipped"]["count"]
     if clipped:
         table.add_row("changed", f"{clipped:,} boxes cut at the edge of their image")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aplsmear import cpu
+from aplsmear import cpu, words
 from aplsmear.cli.base import PARAMS, app, file_to_write, folder_to_write, params_if_any
 from aplsmear.compute.runtime import device_note
 from aplsmear.errors import UserError
@@ -109,7 +109,7 @@ def predict(
     """
     files = [path for path in (out, report, cells) if path]
     if len(set(files)) < len(files):
-        raise UserError("CSV and HTML have the same name")
+        raise UserError("--out, --report and --cells must be three different files: change one")
     _refuse_to_replace(*files, geojson, overwrite=overwrite)
     panel = _panel(ensemble or [], answer, prevalence, fold, adapt, bool(report or cells or geojson))
     _judge(panel, data, out, report, cells, geojson, fold)
@@ -440,11 +440,8 @@ def _print_notes() -> None:
 
 def _print_remarks(left_out: Mapping[str, Any], remarks: Sequence[str]) -> None:
     """Print how much of the data set was left out, and the remarks."""
-    for what, left in left_out.items():
-        if left["count"]:
-            typer.echo(f"left out: {left['count']:,} {what.replace('_', ' ')}")
-    for remark in remarks:
-        typer.echo(remark)
+    for line in (*(f"left out: {each}" for each in words.left_out(left_out)), *remarks):
+        typer.echo(line)
 
 
 def _refuse_to_replace(*paths: Path | None, overwrite: bool) -> None:
@@ -467,7 +464,7 @@ def null_check(
     the scores of the members.
 
     There is a leak if the mean AUROC within folds is more than 0.03 above or below 0.5, or the mean AUROC of
-    all pairs more than 0.03 above it, and farther than chance takes it in 997 of 1000 checks. With too few
+    all pairs more than 0.03 above it, and chance alone goes as far in at most 3 of 1000 checks. With too few
     permutations there is no verdict, and the command says how many are needed. Exit code 1 for a leak and
     without a verdict.
 

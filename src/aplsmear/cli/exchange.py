@@ -32,7 +32,7 @@ def _pairs(texts: Sequence[str]) -> dict[str, str]:
 _ClassFrom = Annotated[
     Literal["folder", "above", "name", "none"] | None,
     typer.Option(
-        help="The part of the path of a single cell that is its class. Default: where classes are known."
+        help="The part of the path of a single cell that is its class. Default: that with most known classes."
     ),
 ]
 _Column = Annotated[

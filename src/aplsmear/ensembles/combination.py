@@ -432,8 +432,8 @@ class NullVerdict:
 def null_verdict(values: Sequence[float], *, within_folds: bool) -> NullVerdict:
     """Decide by the AUROC of each permutation whether there is a leak.
 
-    A leak: the mean lies further from 0.5 than `_NULL_MARGIN`, and further than chance takes it in 997 of
-    1000 checks. Over all pairs only a mean above 0.5 shows a leak (see `null_check`). Chance has to stay
+    A leak: the mean lies further from 0.5 than `_NULL_MARGIN`, and chance alone goes as far in at most 3
+    of 1000 checks. Over all pairs only a mean above 0.5 shows a leak (see `null_check`). Chance has to stay
     within the margin for a verdict that there is no leak.
     """
     count, mean, deviation = len(values), float(np.mean(values)), float(np.std(values, ddof=1))

@@ -252,7 +252,8 @@ def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -
         sound = {trial.number: trial for trial in trials if not trial.failure}
         if picked not in sound:
             raise TuneError(
-                f"pick: there is no trial {picked} with scores; there are: {', '.join(map(str, sound))}"
+                f"`pick` of this task in params.yaml: trial {picked} does not exist or failed. Choose one of "
+                f"{', '.join(map(str, sound))}"
             )
         own = choices[-1].trial.number
         choices[-1] = Choice(sound[picked], f"picked by the user; the study would have chosen trial {own}")

@@ -231,7 +231,7 @@ def _check_classes(task_data: TaskData) -> None:
         return
     positive, negative = (", ".join(f"fold {f}: {n}" for f, n in enumerate(each)) for each in counts)
     raise TuneError(
-        "at least three folds must have positive items, three negative ones, and two both. Positive items, "
-        f"{positive}; negative items, {negative}. "
+        "Positive items must be in at least three folds, negative items in at least three, and both together "
+        f"in at least two. Positive items: {positive}. Negative items: {negative}. "
         "Add labelled items, lower split.folds, or remove the task from `tasks` and `ensembles`."
     )

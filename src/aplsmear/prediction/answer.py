@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aplsmear import words
 from aplsmear.answer.coupling import DIAGNOSES, Answers, calls, check_manifests, probabilities, shifted
 from aplsmear.answer.measures import UNSURE, predictive_values
 from aplsmear.answer.report import names_of
@@ -159,8 +160,8 @@ class Panel:
                 "{:.2f} ({:.2f} to {:.2f})".format(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
                 for name in ("ppv", "npv")
             )
-            right = "there is none" if math.isnan(row["ppv"]) else f"right in {ppv}"
-            lines.append(f"  called {row['diagnosis']}: {right}; not called so: right in {npv}")
+            ppv = "none (no patient is called so)" if math.isnan(row["ppv"]) else ppv
+            lines.append(f"  {row['diagnosis']}: PPV {ppv}, NPV {npv}")
         counts = table["answer"].value_counts()
         return [*lines, ", ".join(f"{counts.get(name, 0)} {name}" for name in (*DIAGNOSES, "unsure"))]
 
@@ -197,6 +198,6 @@ class Panel:
             cards=CARDS,
             panel=self,
             values=pages.records(self.values),
-            left_out=left_out,
+            left_out=words.left_out(left_out),
             remarks=remarks,
         )

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from aplsmear import words
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.data.dataset import DataSet, DataSetError, in_both, read_data_set
 from aplsmear.data.pseudonyms import Pseudonyms
@@ -108,8 +109,8 @@ def evaluate(
         | {"patients_with_another_diagnosis": {"count": len(others), "examples": others[:5]}},
         remarks=[
             *found.report["remarks"],
-            f"Adapted: all logits are {in_words(models.combination, shifted, 'the patients')} "
-            "No diagnosis was used for this.",
+            "For the second result, `adapted`, all logits are "
+            f"{in_words(models.combination, shifted, 'the patients')} No diagnosis was used for this.",
             *([] if trained_on else [_NOT_COMPARED]),
             *seen_by_backbones(model.backbones, root),
         ],
@@ -227,7 +228,7 @@ def page(found: Evaluation) -> str:
         patients=pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
         thresholds=found.bundle.combinations[-1].thresholds,
         alarm=found.bundle.combinations[-1].alarm,
-        left_out=found.left_out,
+        left_out=words.left_out(found.left_out),
         remarks=found.remarks,
         inputs=model.inputs,
         **pages.curve_content(table, found.curves, found.measured),

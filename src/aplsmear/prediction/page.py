@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aplsmear import words
 from aplsmear.compute.engine import HERE, Engine
 from aplsmear.ensembles.bundle import Bundle
 from aplsmear.prediction.predict import CARDS, Models, Verdict, judge_patients, verdict_table
@@ -89,7 +90,7 @@ class Alone:
             negative=self.negative,
             patients=sorted(patients, key=lambda row: (-row["probability"], row["patient"])),
             cards=CARDS,
-            left_out=left_out,
+            left_out=words.left_out(left_out),
             remarks=remarks,
             model=bundle.model,
             summary=self.combination.summary,

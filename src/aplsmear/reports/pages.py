@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from aplsmear import __version__
+from aplsmear import __version__, words
 from aplsmear.evaluation.operating_points import wilson_interval
 from aplsmear.files import whole
 
@@ -102,13 +102,12 @@ def study_content(
     NaN where there is none.
     """
     smears, cells = (each[each["patient"].isin(set(patients))] for each in (smears, cells))
-    counts = {what.replace("_", " "): int(left["count"]) for what, left in left_out.items()}
     return {
         "patients": len(patients),
         "smears": len(smears),
         "cells": len(cells),
         "sites": len({*smears["site"], *cells.get("site", ())} - {""}),
-        "left_out": [f"{count:,} {what}" for what, count in counts.items() if count],
+        "left_out": words.left_out(left_out),
         "incomplete": int(np.isnan(logits).any(axis=1).sum()),
     }
 

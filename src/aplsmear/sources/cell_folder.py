@@ -151,10 +151,10 @@ def next_steps(root: Path) -> list[str]:
     table = read_csv(root / SMEARS_FILE, {"label": False}, [], [])
     labels = table["label"] if table is not None and "label" in table else pd.Series([""])
     unlabelled = int((labels == "").sum())
-    predict = f"aplsmear predict --ensemble ensembles/NAME --data {root} --out predictions.csv"
+    predict = f"aplsmear predict --data {root} --out predictions.csv"
     if unlabelled == len(labels):
         return [
-            f"For the verdict of a trained ensemble (no labels are needed): {predict}",
+            f"To judge these patients (no labels are needed): {predict}",
             f"To train on them: fill in the labels in {root / SMEARS_FILE}, then: aplsmear check {root}",
         ]
     if unlabelled:
