@@ -125,7 +125,8 @@ def test_a_download_is_put_in_place_counted_and_its_progress_shown(
     obtained = fetch(folder)
     assert holds(folder) == FILES
     assert list(folder.parent.iterdir()) == [folder]
-    assert obtained == Obtained(OWNER, SLUG, 3, 4, sum(map(len, FILES.values())))
+    size = sum(map(len, FILES.values()))
+    assert obtained == Obtained(owner=OWNER, slug=SLUG, version=3, files=4, bytes=size)
     assert "100%" in capfd.readouterr().err
 
 

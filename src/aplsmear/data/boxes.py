@@ -160,12 +160,8 @@ def other_readings(numbers: Numbers, sizes: Numbers, dark: Darkness | None) -> l
     """The readings that fit a table better than y0, x0, y1, x1 in px; empty if this one may be right.
 
     A reading must fit nearly all boxes. If most boxes fit as y0, x0, y1, x1, too, only the right reading may
-    show boxes that are darker than what is around them.
-
-    Args:
-        numbers: of all boxes, shape (n, 4).
-        sizes: height and width of the picture of each box, shape (n, 2).
-        dark: the sum over all pictures; None if they were not decoded, and then nothing is told.
+    show boxes that are darker than what is around them. `numbers` and `sizes` are as of `as_read`; `dark` is
+    the sum over all pictures. If they were not decoded, it is None, and nothing is told.
     """
     if len(numbers) < _FEWEST or dark is None:
         return []

@@ -43,9 +43,7 @@ _FOLDED = np.nonzero(np.triu(np.add.outer(range(_LOW), range(_LOW)) > 2))  # the
 _NEAR = 1 - 0.42**2 / 2  # cosine of magnitudes: their distance is below 0.40 in the true pairs of real cells
 _BLOCK = 64  # pictures that are transformed, and compared with all others, at once
 _NEAREST = 5  # pictures that are compared in detail with each picture
-_FARTHEST = (
-    14  # of 64 bits; copies that were cut: 12 at most; other pictures: 14 or fewer in 1 to 5 of 100 pairs
-)
+_FARTHEST = 14  # of 64 bits; copies that were cut: 12 at most; 1 to 5 of 100 other pairs: 14 or fewer
 _LIKE, _SHIFT = 0.4, 4  # correlation at a shift of so many px of 32; copies: 0.46 and more; most others: less
 _SIMILAR_DETAILS = 0.45  # correlation at the best shift; copies: 0.58 and more; 95 of 100 other cells: less
 _SAME_DETAILS = 0.75  # correlation; copies: 0.94 and more, with a frame 0.78; other pictures: 0.70 at most

@@ -107,12 +107,9 @@ def name_problems(
 ) -> list[Problem]:
     """Names of one kind that may mean the same as another one, or that a spreadsheet has changed.
 
-    Args:
-        file: the table.
-        kind: ``patient`` or ``site``, also the name of the column.
-        names: as in the table, tidied; the index is the row number.
-        hide: kind and name -> the text that a message may show.
-        distinct: what the user has declared.
+    `file` is the table; `kind`, ``patient`` or ``site``, is also the name of the column. `names` are tidied;
+    their index is the row number. `hide` gives the text that a message may show for a kind and a name.
+    `distinct` is what the user has declared.
     """
     rows = {name: row for row, name in zip(names.index[::-1], names.iloc[::-1], strict=True)}
     found = []

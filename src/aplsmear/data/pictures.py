@@ -115,18 +115,11 @@ def with_images(
     shown: Shown,
     numbers: Mapping[str, boxes.Numbers],
 ) -> pd.DataFrame:
-    """Add width, height and content; an item with a bad image is a problem, or left out and listed.
+    """Add width, height and content to smears or single cells; problems and remarks go to `notes`.
 
-    Args:
-        root: folder of the data set.
-        engine: decodes the images.
-        whole: decode them completely. False: read only their size.
-        skip_bad: leave out items with a bad image.
-        labelled: whether the data set is for training, which decides what a message advises.
-        notes: get problems, remarks and what was left out.
-        items: smears or single cells.
-        shown: which of both.
-        numbers: boxes in each smear, of `boxes_of`.
+    An image is decoded as a `whole`, or only its size is read. An item with a bad image is a problem; with
+    `skip_bad` it is left out and listed. What a message advises depends on whether the data set is `labelled`.
+    `numbers` are the boxes in each smear, of `boxes_of`.
     """
     none, names = np.empty((0, 4)), items[shown.item].tolist()
     parts = [(root / file, numbers.get(name, none)) for name, file in zip(names, items["file"], strict=True)]

@@ -25,21 +25,13 @@ _ROUNDING = 20 / 12  # variance of the Laplacian of rounding to whole levels
 
 
 class Quality(NamedTuple):
-    """What one picture shows, measured when its longer side is reduced to 640 px.
+    """What one picture shows, measured when its longer side is reduced to 640 px."""
 
-    Attributes:
-        bright: level of 255 that a quarter of the pixels exceed: the empty field is bright.
-        contrast: levels between the darkest and the brightest, without 1 pixel in 1,000 at each end.
-        clipped: share of the pixels that are white or black in all channels.
-        stained: share of the pixels that are purple or pink.
-        sharpness: variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) over the variance of brightness.
-    """
-
-    bright: int
-    contrast: int
-    clipped: float
-    stained: float
-    sharpness: float
+    bright: int  # level of 255 that a quarter of the pixels exceed: the empty field is bright
+    contrast: int  # levels between the darkest and the brightest, without 1 pixel in 1,000 at each end
+    clipped: float  # share of the pixels that are white or black in all channels
+    stained: float  # share of the pixels that are purple or pink
+    sharpness: float  # variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) over that of brightness
 
 
 def measured(rgb: Rgb) -> Quality:

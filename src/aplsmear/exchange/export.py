@@ -225,14 +225,10 @@ WRITERS: dict[str, Callable[[list[Shot], Path], None]] = {
 def export(
     folder: Path, kind: str, to: Path, scores: Mapping[str, float] | None = None, column: str = "probability"
 ) -> list[Shot]:
-    """Write the boxes of a data set; returns the pictures and cells that were written.
+    """Write the boxes of a data set, the `folder`; returns the pictures and cells that were written.
 
-    Args:
-        folder: the data set.
-        kind: a key of `WRITERS`.
-        to: a file for coco and label-studio, a folder for geojson and yolo; nothing may be there.
-        scores: id of a cell -> score.
-        column: what the scores are.
+    The `kind` is a key of `WRITERS`. `to` becomes a file for coco and label-studio, a folder for geojson and
+    yolo. `scores` are by the id of a cell; `column` says what they are.
 
     Raises:
         ExchangeError: the data set has no boxes, or no cell has one of the scores.

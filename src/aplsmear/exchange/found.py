@@ -47,12 +47,8 @@ class Cell(NamedTuple):
 
     picture: str  # path below the folder of the pictures, with `/`
     label: str  # the class
-    box: tuple[float, float, float, float] | None = (
-        None  # y0, x0, y1, x1 in px, end exclusive; None: all of it
-    )
-    attributes: Mapping[
-        str, str
-    ] = {}  # `ATTRIBUTES` that an export of this program wrote; labels joined by `|`
+    box: tuple[float, float, float, float] | None = None  # y0, x0, y1, x1 in px, end exclusive; None: all
+    attributes: Mapping[str, str] = {}  # `ATTRIBUTES` that an export wrote; labels joined by `|`
     patient: str = ""
     diagnosis: str = ""
 
@@ -62,9 +58,7 @@ class Found:
     """The annotations of a source."""
 
     what: str  # the source, for a message
-    pictures: list[str] = field(
-        default_factory=list
-    )  # annotated ones, with and without cells; paths as in `Cell`
+    pictures: list[str] = field(default_factory=list)  # annotated ones, also without cells; as in `Cell`
     cells: list[Cell] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # what and why -> names
 

@@ -44,9 +44,7 @@ class Plan:
     pictures: dict[str, str]  # name in that folder -> path below `root`
     smears: pd.DataFrame  # the table wsi.csv; empty for pictures of single cells
     cells: pd.DataFrame  # the table labeled_cells.csv
-    classes: dict[
-        str, tuple[Meaning | None, int]
-    ]  # of the source -> meaning (None: unknown), number of cells
+    classes: dict[str, tuple[Meaning | None, int]]  # -> meaning (None: unknown), number of cells
     left_out: dict[str, list[str]]  # what was left out and why -> names
 
 

@@ -58,10 +58,8 @@ class Search:
 def find_all(root: Path, smears: pd.DataFrame, size: float | None = None) -> Search:
     """The cells of every smear. Each image is decoded once, or three times if the size is estimated from it.
 
-    Args:
-        root: the column `image` of `smears` has paths below this folder.
-        smears: with `smear` and `image`; all at one magnification.
-        size: diameter of a typical cell in px; None: it is estimated on up to 24 smears, evenly spread.
+    `smears`, all at one magnification, have the columns `smear` and `image`, a path below `root`. `size` is
+    the diameter of a typical cell in px; None: it is estimated on up to 24 smears, evenly spread.
 
     Raises:
         UserError: `size` is below `MIN_SIZE`.

@@ -10,14 +10,13 @@ Errors of the client and of the network can contain keys and signed addresses. T
 
 from __future__ import annotations
 
-import json
 import shutil
 import struct
 import time
 import zipfile
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -41,13 +40,9 @@ class KaggleError(UserError):
     """The data set could not be downloaded; the message says what happened and what to do."""
 
 
-@dataclass(frozen=True)
-class Obtained:
+class Obtained(Kaggle):
     """The data set in the folder, its version, and how many files and bytes it has (without `MARKER`)."""
 
-    owner: str
-    slug: str
-    version: int
     files: int
     bytes: int
 
@@ -71,8 +66,7 @@ def obtain(wanted: Kaggle, folder: Path, *, attempts: int = 5, pause: float = 2.
     """
     folder = folder.resolve()
     work = folder.with_name(folder.name + ".kaggle.part")
-    present = _present(wanted, folder)
-    if present is None or present.version != wanted.version:
+    if (present := _present(wanted, folder)) is None:
         work.mkdir(parents=True, exist_ok=True)
         for name in ("files", "replaced"):  # of a run that was killed
             shutil.rmtree(work / name, ignore_errors=True)
@@ -101,9 +95,8 @@ def borrow(wanted: Kaggle, folder: Path, lender: Path) -> Obtained | None:
         present = _present(wanted, lender.resolve())
     except KaggleError:
         return None
-    if present is None or present.version != wanted.version:
-        return None
-    folder.symlink_to(lender.resolve(), target_is_directory=True)
+    if present:
+        folder.symlink_to(lender.resolve(), target_is_directory=True)
     return present
 
 
@@ -119,7 +112,7 @@ def _error(wanted: Kaggle, happened: str, to_do: str) -> KaggleError:
 
 
 def _present(wanted: Kaggle, folder: Path) -> Obtained | None:
-    """The earlier download in the folder; None if the folder does not exist or is empty.
+    """The earlier download in the folder; None if it is empty, not there, or of another version.
 
     Raises:
         KaggleError: the folder holds something else, or the download was changed.
@@ -128,8 +121,8 @@ def _present(wanted: Kaggle, folder: Path) -> Obtained | None:
         return None
     move = f"move or rename {folder}, then run the same command again."
     try:
-        present = Obtained(**json.loads((folder / MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        present = Obtained.model_validate_json((folder / MARKER).read_bytes())
+    except (OSError, ValueError):
         raise _error(wanted, f"this program did not download {folder}.", move) from None
     if (present.owner, present.slug) != (wanted.owner, wanted.slug):
         raise _error(wanted, f"{folder} holds another data set: {present.owner}/{present.slug}.", move)
@@ -142,7 +135,7 @@ def _present(wanted: Kaggle, folder: Path) -> Obtained | None:
             "to keep your changes, move the folder; in params.yaml, set dataset.root to its new place and "
             f"dataset.source to folder. To download it again, delete {folder}. Then run again.",
         )
-    return present
+    return present if present.version == wanted.version else None
 
 
 def _count(folder: Path) -> tuple[int, int]:
@@ -330,6 +323,7 @@ def _unpack(wanted: Kaggle, archive: Path, files: Path) -> tuple[Obtained, Path]
             f"check {_NAME}. A data set needs wsi.csv and the folder wsi.",
         )
     top = tables[0].parent  # folders may be around everything
-    obtained = Obtained(wanted.owner, wanted.slug, wanted.version, *_count(top))
-    (top / MARKER).write_text(json.dumps(asdict(obtained), indent=2) + "\n", encoding="utf-8")
+    count, size = _count(top)
+    obtained = Obtained(**wanted.model_dump(), files=count, bytes=size)
+    (top / MARKER).write_text(obtained.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return obtained, top

@@ -62,9 +62,7 @@ class Slide:
     scales: tuple[float, ...]  # px of level 0 that one px of each level has, ascending from 1
     mpp: float  # micrometres per pixel of level 0; NaN: the file does not name it
     profile: bytes | None  # ICC profile of the scanner; None: the file has none
-    pixels: Callable[
-        [int, int, int, int, int], Rgb
-    ]  # reads (level, column, row, width, height), px of the level
+    pixels: Callable[[int, int, int, int, int], Rgb]  # of level, column, row, width, height (px of the level)
 
     def region(self, x: int, y: int, width: int, height: int, shape: tuple[int, int]) -> tuple[Rgb, int]:
         """A part of the slide, from the coarsest level that has enough pixels; SlideError if it is damaged.
