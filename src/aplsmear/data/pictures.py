@@ -118,7 +118,7 @@ def with_images(
     """Add width, height and content to smears or single cells; problems and remarks go to `notes`.
 
     An image is decoded as a `whole`, or only its size is read. An item with a bad image is a problem; with
-    `skip_bad` it is left out and listed. What a message advises depends on whether the data set is `labelled`.
+    `skip_bad` it is left out and listed. What a message advises depends on `labelled` (data for training).
     `numbers` are the boxes in each smear, of `boxes_of`.
     """
     none, names = np.empty((0, 4)), items[shown.item].tolist()
