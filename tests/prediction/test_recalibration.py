@@ -94,6 +94,14 @@ def test_more_patients_give_a_larger_shift():
     assert many < few < 0
 
 
+def test_a_cohort_whose_probabilities_are_all_near_1_is_shifted_back():
+    """A strong change of colours gave 16 patients a mean probability of 1.00; they were shifted by -0.2."""
+    _, logit = cohort(16, 1)
+    shifts = [shift_of(logit + far, SHARE) for far in (8.0, 9.0, 10.0, 11.0)]
+    assert np.all(np.diff(shifts) < 0), "a cohort that is further away is shifted further"
+    assert shifts[-1] < -8
+
+
 def test_the_order_of_patients_and_the_operating_points_do_not_change():
     _, logit = cohort(20, 3)
     before, after = combination(), adapted(combination(), logit[:, None] - 1.5)

@@ -10,6 +10,7 @@ instead of labels. It is shrunk: a small cohort, or one with another share of po
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import brentq
@@ -20,6 +21,7 @@ from aplsmear.ensembles.combination import Combination
 TRUST = 50.0  # patients: the expected share is taken as if it had been counted among that many
 SPREAD = 2.0  # standard deviation of the shifts of laboratories, in logits
 _FARTHEST = 50.0
+_STEPS = 201  # between no shift and the full one: a quarter of a logit at most
 
 
 def adapted(combination: Combination, logits: np.ndarray) -> Combination:
@@ -46,7 +48,7 @@ def shift_of(logit: np.ndarray, share: float) -> float:
 
     The most probable shift, if the mean probability is normal around `share` (between 0 and 1), with the
     variance of a share among these patients plus that among `TRUST` patients, and the shift itself is normal
-    around 0.
+    around 0. If all probabilities are near 0 or 1, a shift near 0 may be a local optimum: all are compared.
     """
     variance = share * (1 - share) * (1 / len(logit) + 1 / TRUST)
 
@@ -55,6 +57,10 @@ def shift_of(logit: np.ndarray, share: float) -> float:
         pull = (probability.mean() - share) * (probability * (1 - probability)).mean() / variance
         return float(pull + shift / SPREAD**2)
 
+    def cost(shift: float) -> float:
+        return float((expit(logit + shift).mean() - share) ** 2 / variance + (shift / SPREAD) ** 2)
+
     full = brentq(lambda shift: float(expit(logit + shift).mean() - share), -_FARTHEST, _FARTHEST)
-    low, high = sorted((0.0, full))
-    return float(brentq(slope, low, high)) if slope(low) * slope(high) < 0 else 0.0
+    steps = np.linspace(0.0, full, _STEPS).tolist()
+    optima = [float(brentq(slope, *two)) for two in pairwise(steps) if slope(two[0]) * slope(two[1]) < 0]
+    return min([0.0, *optima], key=cost)
