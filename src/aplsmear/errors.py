@@ -6,8 +6,9 @@ from __future__ import annotations
 class UserError(Exception):
     """Something in the data, params.yaml or the surroundings must change; the message says what, and how.
 
-    A stage that ends with it shows the message alone (`aplsmear.runs.stage`). Any other exception is a fault
-    of this repository and shows its traceback.
+    A new subclass is for a caller that treats this error in another way. A stage that ends with an error of
+    this kind shows the message alone (`aplsmear.runs.stage`). Any other exception is a fault of this
+    repository and shows its traceback.
     """
 
 

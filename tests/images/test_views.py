@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from processors import INSTALL, can_emulate, output_of
 
+from aplsmear.errors import UserError
 from aplsmear.images.augmentation import Pyramid
 from aplsmear.images.reading import decode, encode_jpeg
 from aplsmear.images.views import (
-    ViewError,
     cell_views,
     cut,
     resize,
@@ -140,7 +140,7 @@ def test_rare_items_get_as_many_copies_as_their_most_wanted_label_says():
 
 def test_a_misspelt_rare_label_is_an_error_and_an_absent_one_is_named():
     assert unused_labels({"Auer rods": 3, "Mitosis": 2, "apl": 2}, [SMEARS, CELLS]) == ["Mitosis"]
-    with pytest.raises(ViewError, match=r"'Auer rods'\?\)\n.*'APL' .*'apl'\?"):
+    with pytest.raises(UserError, match=r"'Auer rods'\?\)\n.*'APL' .*'apl'\?"):
         unused_labels({"Auer rod": 3, "APL": 2}, [SMEARS, CELLS])
     assert unused_labels({"apl": 2}, [SMEARS[1:], CELLS[2:]]) == ["apl"]  # no aml was meant
 

@@ -11,15 +11,7 @@ from test_recalibration import combination
 from aplsmear.ensembles.bundle import read_bundle
 from aplsmear.ensembles.combination import Combination
 from aplsmear.errors import UserError
-from aplsmear.prediction.local import (
-    ENOUGH,
-    Local,
-    LocalError,
-    fit_line,
-    read_labels,
-    recalibrated,
-    write_adapted,
-)
+from aplsmear.prediction.local import ENOUGH, Local, fit_line, read_labels, recalibrated, write_adapted
 
 WANTED = (0.1, 0.9)
 
@@ -89,7 +81,7 @@ def test_no_patient_changes_the_line_that_judges_the_same_patient(seed, n) -> No
 @pytest.mark.parametrize("label", [[0, 1, 1, 0], [0, 0, 0, 0, 0, 1], [1] * 8])
 def test_too_few_patients_are_refused(label) -> None:
     logit = np.linspace(-1, 1, len(label))[:, None]
-    with pytest.raises(LocalError, match="label more patients"):
+    with pytest.raises(UserError, match="label more patients"):
         recalibrated(combination(), logit, np.array(label), WANTED)
 
 

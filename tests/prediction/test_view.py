@@ -11,7 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from aplsmear.cli import app
-from aplsmear.prediction.view import ViewPageError, cells_of, read_cells, view_page
+from aplsmear.errors import UserError
+from aplsmear.prediction.view import cells_of, read_cells, view_page
 from aplsmear.tables import write_table
 from browser import EVIL, browse, needs_browser, read
 
@@ -97,10 +98,10 @@ def test_a_click_on_a_cell_shows_its_scores_and_keys_go_through_the_cells(root, 
 
 
 def test_a_patient_who_is_not_there_is_named_and_a_table_without_evidence_is_refused(tmp_path) -> None:
-    with pytest.raises(ViewPageError, match=r"no patient P2.*such as P1"):
+    with pytest.raises(UserError, match=r"no patient P2.*such as P1"):
         cells_of(cells(), "P2")
     write_table(tmp_path / "cells.csv", cells().drop(columns="evidence_apl_aml"))
-    with pytest.raises(ViewPageError, match="no column evidence_ENSEMBLE"):
+    with pytest.raises(UserError, match="no column evidence_ENSEMBLE"):
         read_cells(tmp_path / "cells.csv")
     assert CliRunner().invoke(app, ["view", "P1", "--ensemble", str(tmp_path)]).exit_code == 1
 

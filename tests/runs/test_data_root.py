@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from aplsmear.runs.data_root import DataRootError, check_root
+from aplsmear.errors import UserError
+from aplsmear.runs.data_root import check_root
 from aplsmear.runs.stage import check_data_root
 from clones import ROOT, run
 
@@ -45,14 +46,14 @@ def test_git_sees_no_file_of_a_data_set_that_lies_in_the_repository(place: Path,
 def test_a_data_set_whose_files_git_would_store_is_refused(place: Path) -> None:
     (data_set(place / "docs" / "smears") / "remarks.md").write_text("a patient")
     for root in (Path("docs/smears"), Path("docs/../docs/smears"), place / "docs" / "smears", Path()):
-        with pytest.raises(DataRootError, match="Move the data set out of the repository"):
+        with pytest.raises(UserError, match="Move the data set out of the repository"):
             check_root(root, place)
 
 
 def test_a_data_set_that_git_has_already_is_refused(place: Path) -> None:
     data_set(place / "our_smears")
     run(place, "git", "add", "--force", "our_smears/wsi.csv")
-    with pytest.raises(DataRootError, match=r"our_smears/wsi\.csv"):
+    with pytest.raises(UserError, match=r"our_smears/wsi\.csv"):
         check_root(Path("our_smears"), place)
 
 
@@ -60,7 +61,7 @@ def test_exclusions_that_an_experiment_in_another_folder_does_not_have_do_not_co
     (place / ".gitignore").unlink()
     (place / ".git" / "info" / "exclude").write_text("our_smears\n")
     data_set(place / "our_smears")
-    with pytest.raises(DataRootError):
+    with pytest.raises(UserError):
         check_root(Path("our_smears"), place)
 
 
@@ -74,7 +75,7 @@ def test_a_link_in_the_repository_to_a_data_set_elsewhere_counts_as_in_the_repos
     if ignored:
         check_root(Path("linked"), place)
     else:
-        with pytest.raises(DataRootError):
+        with pytest.raises(UserError):
             check_root(Path("linked"), place)
 
 
@@ -97,5 +98,5 @@ def test_a_cohort_of_external_in_the_repository_is_refused(place: Path) -> None:
     (place / ".gitignore").unlink()
     text = "dataset: {root: ../outside}\nexternal: {dresden: {ensemble: apl_aml, root: docs}}\n"
     (place / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(DataRootError, match=r"external\.dresden\.root is docs"):
+    with pytest.raises(UserError, match=r"external\.dresden\.root is docs"):
         check_data_root()

@@ -184,12 +184,11 @@ def test_errors_that_a_user_can_correct_have_one_base():
     from aplsmear.features.store import FeaturesError
     from aplsmear.heads.task_data import TuneError
     from aplsmear.images.reading import ImageError
-    from aplsmear.images.views import ViewError
     from aplsmear.sources.kaggle import KaggleError
 
     for error in (
         BackboneError, DataSetError, FeaturesError, ImageError, KaggleError, ParamsError, SplitError,
-        TuneError, ViewError,
+        TuneError, UserError,
     ):  # fmt: skip
         assert issubclass(error, UserError)
 

@@ -207,7 +207,7 @@ def answered(code: str) -> Exception:
 )
 def test_every_failure_has_a_message_without_keys(files: Mock, message: str) -> None:
     place = share.Place("lab", f"s3://{BUCKET}/apl", "https://s3.example.org", "~/.aws")
-    with pytest.raises(share.ShareError, match=message) as caught:
+    with pytest.raises(share.UserError, match=message) as caught:
         share.try_out(place, files, f"{BUCKET}/apl")
     assert "What to do: " in str(caught.value)
     assert SECRET not in str(caught.value)

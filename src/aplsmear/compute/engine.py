@@ -103,13 +103,6 @@ class _Work:
     part: Any
 
 
-@dataclass(frozen=True)
-class _Failure:
-    """An error that the user must correct: to try again would not help."""
-
-    error: UserError
-
-
 class Cluster:
     """The workers of a Dask scheduler."""
 
@@ -136,8 +129,8 @@ class Cluster:
                 if not submitted:
                     return
                 result = self._result_of(submitted.popleft())
-                if isinstance(result, _Failure):
-                    raise result.error
+                if isinstance(result, UserError):
+                    raise result
                 yield result
         finally:
             if self._client.status == "running":
@@ -360,7 +353,10 @@ async def _answer(terms: Terms, dask_worker: Any) -> _Answer:
 
 
 def _done(work: _Work) -> Any:
-    """The function of a part, in the folder of the client; a `_Failure` if this worker must not."""
+    """The function of a part, in the folder of the client.
+
+    An error that the user must correct is returned: Dask would try again after one that is raised.
+    """
     from distributed import get_worker
 
     terms = work.terms
@@ -368,13 +364,13 @@ def _done(work: _Work) -> Any:
         worker = get_worker()
         if problems := list(_problems(terms, worker)):
             where = f"{worker.address} on {platform.node()}, which joined"
-            return _Failure(EngineError(_unfit({problem: [where] for problem in problems})))
+            return EngineError(_unfit({problem: [where] for problem in problems}))
         _met.add(terms.token)
     try:
         with chdir(terms.folder):
             return work.function(work.part)
     except UserError as error:
-        return _Failure(error)
+        return error
 
 
 def _problems(terms: Terms, worker: Any) -> Iterator[str]:

@@ -34,10 +34,6 @@ _TOGETHER = 64  # single cells of one part: one group of rows in the view store
 _SIMILAR = 0.85  # of 1; "Auer rod" is similar to "Auer rods" (0.94), "aml" is not similar to "apl" (0.67)
 
 
-class ViewError(UserError, ValueError):
-    """Views cannot be made with the settings of params.yaml."""
-
-
 def view_multipliers(items: pd.DataFrame, extra_views: Mapping[str, int]) -> np.ndarray:
     """The multiplier of the number of augmented views of each item: the largest one of its labels, or 1.
 
@@ -112,7 +108,7 @@ def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]
     """The labels of `extra_views` that no item in `tables` has.
 
     Raises:
-        ViewError: such a label is similar to a label of the tables, so it is probably misspelt.
+        UserError: such a label is similar to a label of the tables, so it is probably misspelt.
     """
     columns = [table[column] for table in tables for column in LABEL_COLUMNS if column in table]
     texts = {text for column in columns for text in column.unique()}
@@ -124,7 +120,7 @@ def unused_labels(extra_views: Mapping[str, int], tables: Iterable[pd.DataFrame]
         if (found := misspelt(label, carried, _SIMILAR))
     ]
     if problems:
-        raise ViewError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return unused
 
 

@@ -9,17 +9,17 @@ import pandas as pd
 from aplsmear.data.dataset import DataSet
 from aplsmear.data.schema import IMAGE_FOLDER
 from aplsmear.ensembles.evidence import EVIDENCE, PLACE
+from aplsmear.errors import UserError
 from aplsmear.exchange.export import Shot, Shown, geojson
 from aplsmear.exchange.found import NO_TYPE
-from aplsmear.prediction.predict import PredictError
 
 _FOR, _AGAINST = [168, 50, 107], [43, 111, 148]  # the colours of the pages, as QuPath reads them
 
 
 def check_boxes(found: DataSet) -> None:
-    """Check that there are boxes for QuPath; PredictError: all cells have a picture each."""
+    """Check that there are boxes for QuPath; UserError: all cells have a picture each."""
     if found.smears.empty:
-        raise PredictError(
+        raise UserError(
             "These cells have a picture each, so there are no boxes in smears for --geojson. Use --cells: "
             "its table names the picture of each cell."
         )

@@ -45,10 +45,6 @@ _NOT_COMPARED = (
 _ADAPTED = {"probability": "adapted", "verdict": "adapted_verdict", "sensitive": "adapted_sensitive"}
 
 
-class CohortError(UserError, ValueError):
-    """An ensemble cannot be evaluated with these data."""
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The verdicts of an ensemble on a labelled cohort, and its measures."""
@@ -77,8 +73,8 @@ def evaluate(
     `root` is the folder of the data set, with diagnoses. Pseudonyms replace the names of patients, smears and
     cells. `trained_on` is the folder of the training data set; None: it is not compared, and a remark says
     so. Raises DataSetError if the data set has problems, or shares patients or pictures with the training
-    data set; CohortError if there are too few patients of a diagnosis; PredictError if members need cells and
-    there are none.
+    data set; UserError if there are too few patients of a diagnosis, or members need cells and there
+    are none.
     """
     model = bundle.model
     found = _read(root, model.min_box, engine, pseudonyms, trained_on)
@@ -261,7 +257,7 @@ def _check_diagnoses(patients: pd.DataFrame, bundle: Bundle, root: Path) -> None
     wanted = (bundle.model.positive, bundle.model.negative)
     if any(counts.get(diagnosis, 0) < _FEWEST for diagnosis in wanted):
         has = " and ".join(f"{counts.get(diagnosis, 0)} with {diagnosis}" for diagnosis in wanted)
-        raise CohortError(
+        raise UserError(
             f"{root}: an evaluation of the ensemble {bundle.model.name} needs at least {_FEWEST} patients of "
             f"each diagnosis, but there are {has}. Add patients, or use `aplsmear predict`, which needs no "
             "diagnoses."

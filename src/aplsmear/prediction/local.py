@@ -42,10 +42,6 @@ SLOPES = 0.5  # standard deviation of the log slopes of hospitals
 _DRAWS = 10_000  # of the diagnoses of all patients, for the test
 
 
-class LocalError(UserError, ValueError):
-    """An ensemble cannot be recalibrated by these labels, or nothing is gained by it."""
-
-
 @dataclass(frozen=True)
 class Line:
     """What recalibration does to calibrated logits: new = slope * old + intercept."""
@@ -131,7 +127,7 @@ def recalibrated(
     """A calibrated combination, recalibrated to local patients, and what that gained.
 
     `logits` are float64 (patients, members), as for `Weights.logit`; `label` is 0 or 1, (patients,); `wanted`
-    is the miss rate and the confidence of the alarm. Raises LocalError for too few patients.
+    is the miss rate and the confidence of the alarm. Raises UserError for too few patients.
     """
     n, positive = len(label), int(label.sum())
     _check_number(positive, n - positive)
@@ -161,13 +157,13 @@ def adapt(
     """Judge the labelled patients of a data set and recalibrate the ensemble to them.
 
     `labels` are diagnoses by patient; patients with another diagnosis than the two of the ensemble are left
-    out. Raises LocalError if a patient is not in the data set, there are too few, or nothing is gained;
-    PredictError if members need cells and there are none.
+    out. Raises UserError if a patient is not in the data set, there are too few, nothing is gained, or
+    members need cells and there are none.
     """
     model = bundle.model
     known = set(found.smears["patient"]) | set(found.cells["patient"])
     if strangers := sorted(set(labels) - known):
-        raise LocalError(
+        raise UserError(
             f"{root} has no patients with these names: {', '.join(strangers[:5])}. Correct the labels."
         )
     asked = {name for name, diagnosis in labels.items() if diagnosis in (model.positive, model.negative)}
@@ -182,7 +178,7 @@ def adapt(
     logits = np.array([each.logits for each in verdicts]).reshape(len(verdicts), -1)
     local = recalibrated(models.combination, logits, label, (alarm.wanted, alarm.confidence))
     if not local.is_gain:
-        raise LocalError(
+        raise UserError(
             f"Nothing was written: with {local.patients} labelled patients, the gain may be chance "
             f"({in_words(local)}). Use the ensemble as it is, or label more patients."
         )
@@ -192,7 +188,7 @@ def adapt(
 def _check_number(positive: int, negative: int) -> None:
     """Refuse too few labelled patients."""
     if positive + negative < FEWEST or min(positive, negative) < FEWEST_EACH:
-        raise LocalError(
+        raise UserError(
             f"{positive} labelled patients have the positive diagnosis, {negative} the negative one. At "
             f"least {FEWEST} are needed, with {FEWEST_EACH} of each diagnosis: label more patients."
         )
@@ -223,13 +219,13 @@ def write_adapted(out: Path, bundle: Bundle, local: Local) -> None:
 def read_labels(path: Path) -> dict[str, str]:
     """Patient -> diagnosis, of the columns ``patient`` and ``diagnosis`` of a CSV file.
 
-    Raises DataSetError if the file has problems, LocalError if a patient has two diagnoses.
+    Raises DataSetError if the file has problems, UserError if a patient has two diagnoses.
     """
     table = read_all(path, {"patient": True, "diagnosis": True}).drop_duplicates()
     table["diagnosis"] = table["diagnosis"].str.lower()
     twice = table["patient"][table["patient"].duplicated()].unique()
     if len(twice):
-        raise LocalError(f"{path} has two diagnoses of {', '.join(twice[:5])}: keep one of each.")
+        raise UserError(f"{path} has two diagnoses of {', '.join(twice[:5])}: keep one of each.")
     return dict(zip(table["patient"], table["diagnosis"], strict=True))
 
 

@@ -31,7 +31,7 @@ class EnsembleModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         needed.
 
         Returns a row for each patient of each folder: ``folder``, then the columns of `verdict_table`. Raises
-        DataSetError if a folder is no valid data set, PredictError if it does not have what the ensemble
+        DataSetError if a folder is no valid data set, UserError if it does not have what the ensemble
         needs.
         """
         models = Models(self._bundle, self._bundle.outer_fold_of(None))

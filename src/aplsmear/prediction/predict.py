@@ -49,10 +49,6 @@ Views = Mapping[Level, Sequence[View]]
 _Piece = tuple[str, int, Views]  # patient, number of smears, views of these smears and of cells
 
 
-class PredictError(UserError, ValueError):
-    """New patients cannot be judged with these data."""
-
-
 class Picture(NamedTuple):
     """A cell that a page shows."""
 
@@ -289,19 +285,19 @@ class Models:
 
 
 def check_input(bundle: Bundle, smears: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> None:
-    """Raise PredictError if members need cells or smears, and the data set of a folder has none."""
+    """Raise UserError if members need cells or smears, and the data set of a folder has none."""
     of_smears, of_cells = (
         [scorer.task for scorer in bundle.members if scorer.member.images == level]
         for level in ("smear", "cell")
     )
     if of_smears and smears.empty:
-        raise PredictError(
+        raise UserError(
             f"{folder} has pictures of single cells and no smears, but the members {', '.join(of_smears)} "
             "need smears: train an ensemble without them (`aplsmear profile crops`), or give the smears"
         )
     if of_cells and cells.empty:
         what = "no cell has a usable box in" if (folder / CELLS_FILE).exists() else "there is no"
-        raise PredictError(
+        raise UserError(
             f"{folder}: {what} {CELLS_FILE}, but the members {', '.join(of_cells)} need cells: "
             f"`aplsmear cells {folder}` finds the cells of the smears and writes this file"
         )

@@ -37,16 +37,12 @@ _LEAST_SIDE = 32
 _QUALITY = 78  # of JPEG
 
 
-class ViewPageError(UserError, ValueError):
-    """A patient cannot be shown."""
-
-
 def read_cells(path: Path) -> pd.DataFrame:
-    """The table of cells that `predict --cells` or an ensemble's stage writes; else ViewPageError."""
+    """The table of cells that `predict --cells` or an ensemble's stage writes; else UserError."""
     table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
     missing = [name for name in PLACE if name not in table]
     if missing or not _starting(table, EVIDENCE):
-        raise ViewPageError(
+        raise UserError(
             f"{path} has no column {(missing or [f'{EVIDENCE}ENSEMBLE'])[0]}: `aplsmear predict --cells` "
             "writes such a table."
         )
@@ -59,11 +55,11 @@ def _starting(table: pd.DataFrame, *starts: str) -> list[str]:
 
 
 def cells_of(table: pd.DataFrame, patient: str) -> pd.DataFrame:
-    """The rows of one patient; ViewPageError if there are none."""
+    """The rows of one patient; UserError if there are none."""
     mine = table[table["patient"] == patient]
     if mine.empty:
         known = table["patient"].unique().tolist()
-        raise ViewPageError(
+        raise UserError(
             f"there is no patient {patient}{nearest(patient, known)}. The table of cells has {len(known)} "
             f"patients, such as {', '.join(known[:3])}."
         )
@@ -73,12 +69,12 @@ def cells_of(table: pd.DataFrame, patient: str) -> pd.DataFrame:
 def view_page(cells: pd.DataFrame, root: Path, ensemble: str, positive: str) -> str:
     """The page of a patient, with the cells of `cells_of` and pictures below the folder `root`.
 
-    The evidence of `ensemble`, for its diagnosis `positive`, colours the boxes. Raises ViewPageError if the
+    The evidence of `ensemble`, for its diagnosis `positive`, colours the boxes. Raises UserError if the
     table has none of this ensemble, ImageError if a picture cannot be read.
     """
     if (evidence := EVIDENCE + ensemble) not in cells:
         there = [name.removeprefix(EVIDENCE) for name in _starting(cells, EVIDENCE)]
-        raise ViewPageError(f"there is no evidence of the ensemble {ensemble}, but of {', '.join(there)}.")
+        raise UserError(f"there is no evidence of the ensemble {ensemble}, but of {', '.join(there)}.")
     columns = [evidence, *(name for name in _starting(cells, *_NUMBERS) if name != evidence)]
     data: dict[str, Any] = {
         "columns": [f"evidence {ensemble}", *(each.replace("_", " ", 1) for each in columns[1:])]

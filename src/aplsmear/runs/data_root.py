@@ -13,10 +13,6 @@ from aplsmear.errors import UserError
 from aplsmear.runs.git import git
 
 
-class DataRootError(UserError):
-    """The data set lies where git would store it."""
-
-
 def check_root(root: Path, top: Path, name: str = "dataset.root") -> None:
     """Check that git stores no file of a data set; `name` is the parameter that names its folder.
 
@@ -24,7 +20,7 @@ def check_root(root: Path, top: Path, name: str = "dataset.root") -> None:
     not read `.git/info/exclude` in a worktree, and the folder of `dvc exp run --temp` does not have it.
 
     Raises:
-        DataRootError: git has files of the data set, or would store them with `git add`.
+        UserError: git has files of the data set, or would store them with `git add`.
         GitError: git does not work here.
     """
     if not (top / ".git").exists():
@@ -36,7 +32,7 @@ def check_root(root: Path, top: Path, name: str = "dataset.root") -> None:
         place = "" if path == here else path.relative_to(here).as_posix()
         listing = ("ls-files", "-z", "--cached", "--others", "--exclude-per-directory=.gitignore")
         if stored := git(here, *listing, "--", f":(top,literal){place}"):
-            raise DataRootError(
+            raise UserError(
                 f"{name} is {root}, a folder in this repository, and git stores its files, such as "
                 f"{stored.partition(chr(0))[0]}. They would be sent with `dvc exp push` or `git push`.\n"
                 f"Move the data set out of the repository, and set {name} to the full path of its new place."

@@ -83,10 +83,6 @@ _MEANINGS = (
 T = TypeVar("T")
 
 
-class ShareError(UserError):
-    """A remote cannot be used; the message says why, and how to fix it."""
-
-
 @dataclass(frozen=True)
 class Place:
     """A remote, as messages name it."""
@@ -101,10 +97,10 @@ class Place:
         """The command that sets another address."""
         return f"`dvc remote modify {self.name} url URL`"
 
-    def error(self, happened: str, fix: str) -> ShareError:
+    def error(self, happened: str, fix: str) -> UserError:
         """The error with its fix."""
         where = f"{self.url} at {self.endpoint}" if self.endpoint else self.url
-        return ShareError(f"Remote {self.name} ({where}): {happened}\n  What to do: {fix}")
+        return UserError(f"Remote {self.name} ({where}): {happened}\n  What to do: {fix}")
 
 
 def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
@@ -128,7 +124,7 @@ def within(act: Callable[[], T], seconds: float = PATIENCE) -> T:
 def look_for_folder(place: Place, folder: Path) -> bool:
     """Whether the folder of a remote exists. If it does not, the first `dvc push` can make it.
 
-    Raises ShareError if the disk is missing or refuses to write, or the folder is a file.
+    Raises UserError if the disk is missing or refuses to write, or the folder is a file.
     """
     try:
         if within(folder.is_dir):
@@ -154,7 +150,7 @@ def look_for_server(place: Place, verify: bool | str = True) -> None:
     """Check that the server at `place.endpoint` answers and that this machine's clock is right.
 
     `verify`: whether to check the server's certificate, or a file of certificates to check it against. Raises
-    ShareError if there is no answer, or the clocks differ by more than `SKEW`.
+    UserError if there is no answer, or the clocks differ by more than `SKEW`.
     """
     address = "check the network (VPN, proxy, firewall) and the address: "
     address += f"`dvc remote modify {place.name} endpointurl URL`."
@@ -182,7 +178,7 @@ def try_out(place: Place, files: Any, folder: str) -> None:
     """Write a small object of a new name into a folder, read it back, compare it and delete it.
 
     `files` is the file system (fsspec), signed in; `folder` is the path of the remote in it. Raises
-    ShareError if one of these steps failed; the message follows from the error code.
+    UserError if one of these steps failed; the message follows from the error code.
     """
     path = f"{folder.rstrip('/')}/.share-check-{uuid.uuid4().hex}"
     try:
@@ -212,7 +208,7 @@ def _readable(files: Any, folder: str) -> bool:
     return True
 
 
-def explained(place: Place, error: Exception, *, readable: bool = False) -> ShareError:
+def explained(place: Place, error: Exception, *, readable: bool = False) -> UserError:
     """The error that explains an exception of a remote's file system; `readable`: it can be read, not
     written.
     """
