@@ -12,7 +12,7 @@ from aplsmear.ensembles.bundle import MANIFEST
 from aplsmear.ensembles.run import judge_and_compare, read_inputs, write_model, write_results
 from aplsmear.params import flat, read_params
 from aplsmear.reports import pages
-from aplsmear.reports.ensemble import model_card, page, with_pictures
+from aplsmear.reports.ensemble import model_card, page, read_pictures
 from aplsmear.runs.checksums import md5
 from aplsmear.runs.stage import home, origin, run
 from aplsmear.runs.tracking import Tracker
@@ -22,13 +22,13 @@ def main(name: str) -> None:
     params = read_params(Path("params.yaml"))
     inputs = read_inputs(name, params.ensembles, params.tasks, params.backbones)
     results = judge_and_compare(inputs, params.combine, params.seed)
-    findings = with_pictures(results, Path("augmented/cell/views.parquet"))
+    pictures = read_pictures(results, Path("augmented/cell/views.parquet"))
 
     out = Path(f"ensembles/{name}")
     write_results(out, results)
     write_model(out / "model", results, params.backbones, params.augment, params.dataset.min_box, params.seed)
-    pages.write(out / "report.html", page(findings))
-    pages.write(out / "model_card.md", model_card(findings))
+    pages.write(out / "report.html", page(results, pictures))
+    pages.write(out / "model_card.md", model_card(results))
     log(name, out, params.combine.model_dump() | {"seed": params.seed})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 _LONGEST = 120  # characters of one name in a message
@@ -38,6 +39,29 @@ def named(names: Iterable[object], count: int = 5) -> str:
     ]
     more = f" and {len(listed) - count:,} more" if len(listed) > count else ""
     return ", ".join(listed[:count]) + more
+
+
+def unlike_params(
+    folder: Path, what: str, there: Collection[str], wanted: Collection[str], stage: str
+) -> str:
+    """What to do about a folder of ``members`` or ``backbones`` (`what`) that params.yaml does not describe.
+
+    It has some that are not wanted (DVC would take them for inputs), or lacks some. Empty: it has all of them
+    and no other. `stage` is the stage of dvc.yaml that fills the folder.
+    """
+    strange, absent = (", ".join(sorted({*a} - {*b})) for a, b in ((there, wanted), (wanted, there)))
+    problems = []
+    if strange:
+        problems.append(
+            f"{folder} has {what} that params.yaml does not name: {strange}. `aplsmear tidy` removes them "
+            "(DVC keeps them in its cache)."
+        )
+    if absent:
+        problems.append(
+            f"{folder} lacks the {what} {absent}: `dvc pull {stage}` gets them if they were pushed, "
+            "`dvc repro` makes them."
+        )
+    return " ".join(problems)
 
 
 def visible(text: str, kept: str = "") -> str:

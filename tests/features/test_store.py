@@ -77,5 +77,5 @@ def test_no_views_give_an_index_of_no_rows_and_no_features(tmp_path):
 
 def test_features_of_a_backbone_that_is_no_longer_named_or_not_there_are_an_error(tmp_path):
     write_features(tmp_path / "old", INDEX, ["early", "late"], batches(3))
-    with pytest.raises(FeaturesError, match=r"does not name: old\..* has no features of net: .*`dvc pull"):
+    with pytest.raises(FeaturesError, match=r"does not name: old\..* lacks the backbones net: .*`dvc pull"):
         read_features(tmp_path, ["net"])

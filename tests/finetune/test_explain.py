@@ -139,7 +139,7 @@ def test_on_drawn_cells_the_maps_lie_on_auer_rods_more_than_expected_by_chance()
     for place in np.flatnonzero(~train & label)[:12]:
         occluded = occlusion(lambda x: network.whole(x).numpy()[:, 0], images[place], 10, 5)
         cam = grad_cam(
-            lambda x: network.backbone.blocks(network.backbone.trunk(x)), network.heads.judge, images[place]
+            lambda x: network.backbone.blocks(network.backbone.trunk(x)), network.judge, images[place]
         )
         ratios.append([mass_on(occluded, cells[place][1]), mass_on(cam, cells[place][1])])
     measured = np.mean(ratios, axis=0)

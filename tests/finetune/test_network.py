@@ -65,12 +65,12 @@ def test_joined_heads_are_the_mean_of_the_tuned_head_and_the_extra_heads(depth: 
     network = build(1, (2, 1), 3, 5, crop, recipe=replace(RECIPE, depth=depth))
     shown = random.normal(2, 3, (6, CHANNELS * (2 if crop < 1 else 1))).astype(np.float32)
     set_head(network, tuned, shown.mean(axis=0), shown.std(axis=0) + 0.1)
-    extra = network.heads.extras(shown[:, -CHANNELS:]).numpy()
-    each = [network.heads.head(shown).numpy(), *np.moveaxis(extra, 1, 0)]
+    extra = network.extras(shown[:, -CHANNELS:]).numpy()
+    each = [network.head(shown).numpy(), *np.moveaxis(extra, 1, 0)]
     positive = score(tuned, shown[:, :CHANNELS].astype(np.float16), np.arange(6))
     np.testing.assert_allclose(softmax(each[0], axis=1)[:, 2], positive, atol=2e-2)  # features in float16
     join_heads(network, tuned)
-    np.testing.assert_allclose(network.heads.head(shown).numpy(), np.mean(each, axis=0), atol=1e-4)
+    np.testing.assert_allclose(network.head(shown).numpy(), np.mean(each, axis=0), atol=1e-4)
     assert min(np.abs(a - b).max() for a in each for b in each if a is not b) > 0.01
 
 

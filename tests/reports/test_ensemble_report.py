@@ -14,15 +14,17 @@ from test_combination import NETWORK, RIDGE, cohort
 from aplsmear.ensembles.baselines import Baselines, compare
 from aplsmear.ensembles.cell_curve import cell_curve
 from aplsmear.ensembles.combination import importance, judge, measure, measure_alarm
-from aplsmear.ensembles.run import Inputs
+from aplsmear.ensembles.run import Inputs, Results
 from aplsmear.evaluation.curves import curve_tables
 from aplsmear.params import Ensemble
 from aplsmear.reports import pages
-from aplsmear.reports.ensemble import Findings, page, wanted_cells
+from aplsmear.reports.ensemble import cards, page
 from browser import EVIL, browse, needs_browser, read
 
+PICTURES = {f"cell{n}": b"jpeg%d" % n for n in range(200)}
 
-def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, each: int = 6) -> Findings:
+
+def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, each: int = 6) -> Results:
     patients, members = cohort(n=each, folds=3, strength=2.0)
     name = {"apl000": patient}
     patients = patients.replace({"patient": name}).sort_values("patient", ignore_index=True)
@@ -52,7 +54,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         md5={"splits/folds.csv": "0123abcd"},
         left_out={"cells_without_box": {"count": 4}, "smears_with_bad_image": {"count": 0}},
     )
-    return Findings(
+    return Results(
         inputs=inputs,
         verdicts=verdicts,
         logits=patients,
@@ -62,7 +64,6 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
         importance=importance(verdicts, 5, 1),
         cells=cell_curve(verdicts, {}, np.array([]), 1, draws=5),
         curves=curve_tables(label, probability, 100, 1),
-        pictures={f"cell{n}": b"jpeg%d" % n for n in range(200)} if pictured else {},
         evidence=evidence if pictured else evidence[["patient", "cell"]],
         settings={"seed": 1, "combine": {"space": {"C": [0.1, 1.0]}}},
     )
@@ -70,7 +71,7 @@ def findings(candidates=RIDGE, patient: str = "apl000", pictured: bool = True, e
 
 @pytest.fixture(scope="module")
 def html() -> str:
-    return page(findings())
+    return page(findings(), PICTURES)
 
 
 def test_the_page_has_every_section_number_and_patient(html) -> None:
@@ -148,13 +149,13 @@ def test_a_name_that_a_template_lacks_is_an_error() -> None:
 
 
 def test_the_page_has_the_same_bytes_every_time_and_no_date(html, tmp_path) -> None:
-    pages.write(tmp_path / "report.html", page(findings()))
+    pages.write(tmp_path / "report.html", page(findings(), PICTURES))
     assert (tmp_path / "report.html").read_bytes() == html.encode()
     assert re.search(r"20\d\d-\d\d|\d\d:\d\d", html) is None
 
 
 def test_patient_names_are_escaped() -> None:
-    html = page(findings(patient=EVIL))
+    html = page(findings(patient=EVIL), PICTURES)
     reader = read(html)
     assert "script" not in {name for name, _ in reader.tags}
     assert "<script" not in html
@@ -166,21 +167,21 @@ def test_the_page_can_show_a_network_and_a_member_without_scores() -> None:
     logits = found.verdicts.logits.copy()
     logits[:, 0] = np.nan
     incomplete = dataclasses.replace(found, verdicts=dataclasses.replace(found.verdicts, logits=logits))
-    text = " ".join(read(page(incomplete)).texts)
+    text = " ".join(read(page(incomplete, PICTURES)).texts)
     assert "no cell or smear" in text
     assert "2 hidden units" in text
 
 
 def test_a_card_shows_the_cells_that_count_most_for_and_against_the_diagnosis(html) -> None:
     found = findings()
-    wanted = wanted_cells(found)
+    wanted = [(each["most"], each["least"]) for shown in cards(found).values() for each in shown]
     evidence = found.evidence.set_index("cell")["evidence_apl_aml"]
-    for most, least in wanted.values():
+    for most, least in wanted:
         assert evidence[most].tolist() == [5, 3, 1]
         assert evidence[least].tolist() == [-5, -3, -1]
     shown = [each["alt"] for name, each in read(html).tags if name == "img"]
-    assert {f"cell {cell}" for ends in wanted.values() for end in ends for cell in end} == set(shown)
-    assert "img" not in {name for name, _ in read(page(findings(pictured=False))).tags}
+    assert {f"cell {cell}" for ends in wanted for end in ends for cell in end} == set(shown)
+    assert "img" not in {name for name, _ in read(page(findings(pictured=False), PICTURES)).tags}
 
 
 # --- in a browser -----------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def test_a_long_list_of_patients_is_printed_whole(tmp_path: Path) -> None:
     """On a screen the list scrolls in its own box; on paper, hidden rows would be lost."""
     pages = {}
     for each in (6, 60):
-        (tmp_path / "report.html").write_text(page(findings(each=each)), encoding="utf-8")
+        (tmp_path / "report.html").write_text(page(findings(each=each), PICTURES), encoding="utf-8")
         pdf = tmp_path / f"{each}.pdf"
         browse(tmp_path, f"--print-to-pdf={pdf}", (tmp_path / "report.html").as_uri())
         pages[each] = len(re.findall(rb"/Type /Page\b", pdf.read_bytes()))

@@ -46,6 +46,7 @@ from aplsmear.evaluation.intervals import summary
 from aplsmear.evaluation.operating_points import operating_points, rates, wilson_interval
 from aplsmear.params import Combine, Promise, TaskLevel
 from aplsmear.tables import as_written, read_scores
+from aplsmear.words import unlike_params
 
 MODELS = ("average", "logistic", "network")  # the simplest first
 # C of the calibration line on standardised logits: enough that separated classes get no endless slope.
@@ -140,14 +141,12 @@ class Combination:
         And ``alarm``, str: "no alarm" below the threshold of the alarm, "alarm" from the balanced point on,
         "look again" between them.
         """
-        points = {"verdict": "balanced", "sensitive": "sensitive"}
-        found = {
-            column: (probability >= self.thresholds[at]).astype(np.int64) for column, at in points.items()
-        }
-        above = np.where(found["verdict"] == 1, "alarm", "look again")
-        return found | {
-            "alarm": np.where(probability < self.alarm.threshold, "no alarm", above).astype(object)
-        }
+        positive, sensitive = (
+            (probability >= self.thresholds[point]).astype(np.int64) for point in ("balanced", "sensitive")
+        )
+        alarm = np.where(positive == 1, "alarm", "look again").astype(object)
+        alarm[probability < self.alarm.threshold] = "no alarm"
+        return {"verdict": positive, "sensitive": sensitive, "alarm": alarm}
 
 
 @dataclass(frozen=True)
@@ -219,22 +218,9 @@ def read_members(
     Raises EnsembleError if the folder lacks a member, or has one that is not named (DVC would take it for an
     input).
     """
-    there = sorted(path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}"))
-    strangers = [name for name in there if name not in levels]
-    absent = [name for name in levels if name not in there]
-    problems = []
-    if strangers:
-        problems.append(
-            f"{folder} has members that params.yaml does not name: {', '.join(strangers)}. "
-            "`aplsmear tidy` removes them (DVC keeps them in its cache)."
-        )
-    if absent:
-        problems.append(
-            f"{folder} lacks the members {', '.join(absent)}: `dvc pull member_{folder.name}` gets them if "
-            "they were pushed, `dvc repro` makes them."
-        )
-    if problems:
-        raise EnsembleError(" ".join(problems))
+    there = [path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}")]
+    if problem := unlike_params(folder, "members", there, levels, f"member_{folder.name}"):
+        raise EnsembleError(problem)
     return {
         name: rounded_summaries(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
         for name, level in levels.items()
@@ -289,20 +275,15 @@ def judge(
             candidates, inner_logits, label[inside], fold[inside], tuple(members), seed, promise
         )
         mine = logits[candidate.summary]
-        refitted = tuple(_refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold]))
+        refitted = _refitted(candidate, mine[inside], label[inside], refits, [seed, outer_fold])
+        with_refits = replace(combination, refits=tuple(refitted))
         chosen.append(candidate)
-        if len(outside):
-            combinations.append(combination)
-            used[outside] = mine[outside]
-            probability = combination.probability(mine[outside])
-            columns = {"probability": probability, "low": probability, "high": probability}
-            if refits:
-                ends = replace(combination, refits=refitted).interval(mine[outside])
-                columns |= dict(zip(("low", "high"), ends, strict=True))
-            columns |= combination.calls(probability)
-            table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
-        else:  # the last one, for new patients
-            combinations.append(replace(combination, refits=refitted))
+        combinations.append(combination if len(outside) else with_refits)  # the last is for new patients
+        used[outside] = mine[outside]
+        probability = combination.probability(mine[outside])
+        low, high = with_refits.interval(mine[outside]) if refits else (probability, probability)
+        columns = {"probability": probability, "low": low, "high": high} | combination.calls(probability)
+        table.loc[outside, list(columns)] = pd.DataFrame(columns, outside)
     return Verdicts(table, used, combinations, chosen)
 
 
@@ -322,7 +303,13 @@ def combined(
     """
     candidate, inner = _choose(candidates, logits, label, fold, seed)
     fitted = _fit(candidate, logits[candidate.summary], label, seed)
-    return candidate, _calibrated(fitted, label, inner, candidate, members, promise)
+    # Calibration (Platt 1999), thresholds and alarm come from the logits that were held out on inner folds.
+    line = LogisticRegression(C=_CALIBRATION_C, tol=1e-6, max_iter=1000)
+    spread = max(float(inner.std()), _MIN_SCALE)
+    line.fit(inner[:, None] / spread, label)
+    slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])
+    points = operating_points_of(label, expit(slope * inner + offset), promise.miss_rate, promise.confidence)
+    return candidate, Combination(members, candidate.summary, fitted, slope, offset, *points)
 
 
 def logits_of_all(
@@ -581,33 +568,22 @@ def standardised(values: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarr
     return mean, scale, centred / scale
 
 
-def _calibrated(
-    fitted: Weights,
-    label: np.ndarray,
-    inner: np.ndarray,
-    candidate: Candidate,
-    members: tuple[str, ...],
-    promise: Promise,
-) -> Combination:
-    """Weights that were fitted on all inner folds, with calibration (Platt 1999), thresholds and alarm.
-
-    All come from `inner`, the logits held out on the inner folds.
-    """
-    line = LogisticRegression(C=_CALIBRATION_C, tol=1e-6, max_iter=1000)
-    spread = max(float(inner.std()), _MIN_SCALE)
-    line.fit(inner[:, None] / spread, label)
-    slope, offset = float(line.coef_[0, 0] / spread), float(line.intercept_[0])
-    calls = operating_points_of(label, expit(slope * inner + offset), promise.miss_rate, promise.confidence)
-    return Combination(members, candidate.summary, fitted, slope, offset, *calls)
-
-
 def operating_points_of(
     label: np.ndarray, probability: np.ndarray, miss_rate: float, confidence: float
 ) -> tuple[dict[str, float], Alarm]:
-    """The operating points and the alarm, on calibrated probabilities of patients who were held out."""
-    thresholds = _thresholds(label, probability)
+    """The operating points and the alarm, on calibrated probabilities of patients who were held out.
+
+    ``balanced`` is the share of positives. If probabilities are calibrated, sensitivity + specificity is
+    highest there. On few patients that is far more stable than a search for the best threshold (simulated, 16
+    + 16 patients, AUROC 0.88: balanced accuracy on new patients 0.794 +/- 0.007, against 0.779 +/- 0.023 by
+    Youden's index). ``sensitive`` is that of `operating_points`, but never above ``balanced``: a patient who
+    is positive at the balanced point is also positive at the sensitive point.
+    """
+    balanced = float(label.mean())
+    sensitive = min(operating_points(label, probability)["sensitive"], balanced)
     found = alarm(probability[label == 1], miss_rate, confidence)
-    return thresholds, replace(found, threshold=min(found.threshold, thresholds["balanced"]))
+    thresholds = {"balanced": balanced, "sensitive": sensitive}
+    return thresholds, replace(found, threshold=min(found.threshold, balanced))
 
 
 def measure_alarm(table: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -620,20 +596,6 @@ def measure_alarm(table: pd.DataFrame) -> dict[str, dict[str, float]]:
     shares = {"missed": call[label == 1] == "no alarm", "cleared": call[label == 0] == "no alarm"}
     shares["look_again"] = call == "look again"
     return {name: wilson_interval(int(each.sum()), len(each))._asdict() for name, each in shares.items()}
-
-
-def _thresholds(label: np.ndarray, probability: np.ndarray) -> dict[str, float]:
-    """The operating points on calibrated probabilities.
-
-    ``balanced`` is the share of positives. If probabilities are calibrated, sensitivity + specificity is
-    highest there. On few patients that is far more stable than a search for the best threshold (simulated, 16
-    + 16 patients, AUROC 0.88: balanced accuracy on new patients 0.794 +/- 0.007, against 0.779 +/- 0.023 by
-    Youden's index). ``sensitive`` is that of `operating_points`, but never above ``balanced``: a patient who
-    is positive at the balanced point is also positive at the sensitive point.
-    """
-    balanced = float(label.mean())
-    sensitive = operating_points(label, probability)["sensitive"]
-    return {"balanced": balanced, "sensitive": min(sensitive, balanced)}
 
 
 def _refitted(

@@ -25,6 +25,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from aplsmear.errors import UserError
+from aplsmear.words import named
 
 HeldOut = frozenset[int]
 Unit = Literal["patient", "site"]
@@ -100,29 +101,29 @@ def _too_few(unique: pd.DataFrame, folds: int) -> list[str]:
 
 def _problems_of_sites(patients: pd.DataFrame, folds: int) -> list[str]:
     """Reasons why whole sites cannot be split."""
-    named = patients[patients["site"] != ""]
-    if named.empty:
+    given = patients[patients["site"] != ""]
+    if given.empty:
         return [
             "split.by is site, but no smear has a site: add a column `site` (hospital or cohort) to wsi.csv, "
             "or set split.by in params.yaml to patient"
         ]
     problems = []
-    if nameless := sorted(set(patients["patient"]) - set(named["patient"])):
+    if nameless := sorted(set(patients["patient"]) - set(given["patient"])):
         problems.append(
-            f"split.by is site, but {len(nameless)} patients have no site: {_some(nameless)}. Fill in the "
+            f"split.by is site, but {len(nameless)} patients have no site: {named(nameless)}. Fill in the "
             "column `site` of wsi.csv"
         )
-    for patient, places in named.groupby("patient")["site"].unique().items():
+    for patient, places in given.groupby("patient")["site"].unique().items():
         if len(places) > 1:
             problems.append(
                 f"patient {patient!r} has the sites {', '.join(sorted(places))}: correct the column `site` "
                 "of wsi.csv, give both sites one name, or use two names for two patients"
             )
-    sites = sorted(set(named["site"]))
+    sites = sorted(set(given["site"]))
     if len(sites) < folds:
         fewer = f"set split.folds to {len(sites)}, " if len(sites) >= FEWEST else ""
         problems.append(
-            f"{folds} folds need at least {folds} sites, but there are {len(sites)}: {_some(sites)}. "
+            f"{folds} folds need at least {folds} sites, but there are {len(sites)}: {named(sites)}. "
             f"In params.yaml {fewer}or set split.by to patient"
         )
     return problems
@@ -133,15 +134,10 @@ def _check_diagnoses(diagnosis: pd.Series, site: pd.Series, fold: np.ndarray) ->
     problems = []
     for number, counts in pd.crosstab(fold, diagnosis).iterrows():
         if absent := ", ".join(counts.index[counts == 0]):
-            here = _some(sorted(set(site[fold == number])))
+            here = named(sorted(set(site[fold == number])))
             problems.append(f"fold {number} (sites: {here}) would have no patient with {absent}")
     if problems:
         raise SplitError(
             "\n".join(problems) + f"\nEach of {len(set(fold))} folds of whole sites needs every diagnosis: "
             "lower split.folds, give small sites a common name, or set split.by in params.yaml to patient"
         )
-
-
-def _some(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

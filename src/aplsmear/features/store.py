@@ -14,6 +14,7 @@ from aplsmear.errors import UserError
 from aplsmear.files import rows_of, write_rows
 from aplsmear.params import of_backbones
 from aplsmear.tables import read_table, write_table
+from aplsmear.words import unlike_params
 
 INDEX = "index.csv"
 
@@ -97,20 +98,8 @@ def read_features(folder: Path, backbones: Collection[str]) -> FeatureTable:
             or lacks one.
     """
     there = {path.parent.name for path in folder.glob(f"*/{INDEX}")}
-    unnamed, absent = sorted(there - set(backbones)), sorted(set(backbones) - there)
-    problems = []
-    if unnamed:
-        problems.append(
-            f"{folder} has features of backbones that params.yaml does not name: {', '.join(unnamed)}. "
-            "Run `aplsmear tidy` to remove them (DVC keeps them in its cache)."
-        )
-    if absent:
-        problems.append(
-            f"{folder} has no features of {', '.join(absent)}: get them with `dvc pull bottleneck` if they "
-            "were pushed, or compute them with `dvc repro`."
-        )
-    if problems:
-        raise FeaturesError(" ".join(problems))
+    if problem := unlike_params(folder, "backbones", there, backbones, "bottleneck"):
+        raise FeaturesError(problem)
     indices = {name: read_table(folder / name / INDEX) for name in sorted(there)}
     found = FeatureTable()
     for path in sorted(folder.glob("*/*.npy")):

@@ -103,7 +103,7 @@ def explain(trainer: Trainer, image: np.ndarray) -> tuple[Map, Map]:
         return backbone.blocks(backbone.trunk(images, training=False), training=False)
 
     occluded = occlusion(trainer.score_images, image, patch, patch // 2)
-    return occluded, grad_cam(maps, trainer.network.heads.judge, image)
+    return occluded, grad_cam(maps, trainer.network.judge, image)
 
 
 def occlusion(score: Callable[[np.ndarray], np.ndarray], image: np.ndarray, patch: int, stride: int) -> Map:

@@ -51,63 +51,64 @@ class DividedBackbone:
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What reads the outputs of the blocks. All logits are float32."""
-
-    classify: Any  # keras.Model: outputs of the blocks -> logits (batch, subclasses)
-    judge: Any  # keras.Model: outputs of the blocks -> logit of the positive class (batch, 1)
-    centre: Any  # keras.Model: outputs of the blocks -> features of the centre crop; None: there is no crop
-    head: Any  # keras.Model: features, and those of the centre crop -> logits (batch, subclasses)
-    extras: Any  # keras.Model: features -> logits (batch, extra heads, subclasses); None: no extra heads
-
-
-@dataclass(frozen=True)
 class Network:
-    """A backbone with its heads, as models that share their weights."""
+    """A backbone with its heads, as models that share their weights. All logits are float32."""
 
     backbone: DividedBackbone
-    heads: Heads
     design: HeadDesign
-    top: Any  # keras.Model: outputs of the trunk -> logit of the positive class (batch, 1); trains
-    classifier: Any  # keras.Model: outputs of the trunk -> logits (batch, subclasses); the same weights
+    head: Any  # keras.Model: features, and those of the centre crop -> logits (batch, subclasses)
+    extras: Any  # keras.Model: features -> logits (batch, extra heads, subclasses); None: no extra heads
+    judge: Any  # keras.Model: outputs of the blocks -> logit of the positive class (batch, 1)
+    top: Any  # keras.Model: outputs of the trunk -> the same; trains
+    classifier: Any  # keras.Model: outputs of the trunk -> logits (batch, subclasses)
     whole: Any  # keras.Model: uint8 (batch, size, size, 3) -> probability (batch, 1)
     centre: Any  # keras.Model: outputs of the trunk -> features of the centre crop; None: there is no crop
 
     @property
     def extra_heads(self) -> list[Any]:
         """Each extra head: keras.Model, features -> logits (batch, subclasses)."""
-        return [each for each in self.heads.extras.layers if each.weights] if self.heads.extras else []
+        return [each for each in self.extras.layers if each.weights] if self.extras else []
 
 
 def build_network(settings: Backbone, level: Level, design: HeadDesign, blocks: int, seed: int) -> Network:
     """Put a head on its backbone and divide the network below the uppermost blocks.
 
     The head separates subclasses. The odds of the positive class are those of all its subclasses together
-    against all others.
+    against all others. `level` sets the input size. So many `blocks` train, at least 1; all if there are
+    fewer. The seed is that of untrained filters, of extra heads and of dropout.
 
-    Args:
-        settings: of the backbone.
-        level: of the images; it sets the input size.
-        design: of the head; its recipe names the layers that it reads.
-        blocks: number of blocks that train, 1 or more; all if there are fewer.
-        seed: of untrained filters, of extra heads and of dropout.
-
-    Raises:
-        BackboneError: see `aplsmear.features.backbones.cut_network`.
+    Raises BackboneError as `aplsmear.features.backbones.cut_network`.
     """
     import keras
 
     layers = design.recipe.features.split("/")[1].split(JOINT)
     backbone = _divide_backbone(settings, level, layers, blocks, design.centre_crop, seed)
-    heads = _build_heads(backbone, layers, design, seed)
+    found = [keras.Input(each.shape[1:], dtype=each.dtype) for each in backbone.blocks.outputs]
+    deepest = _means(found[0], design.centre_crop)
+    features = dict(zip(backbone.layers, [deepest, *found[1:]], strict=True))
+    has_crop = design.centre_crop < 1
+    pairs = [keras.ops.split(features[each], 2, axis=1) if has_crop else [features[each]] for each in layers]
+    joined = [_joined(each) for each in zip(*pairs, strict=True)]  # of the whole map; of the centre crop
+    vector = _joined(joined)
+
+    negative, positive = design.subclasses
+    wide = replace(design.recipe, width=design.recipe.width + design.extra_heads * design.extra_units)
+    head = _build_head(wide, design.channels * len(joined), negative + positive, seed, "head")
+    extras = _build_extra_heads(design, negative + positive, seed) if design.extra_heads else None
+    lower, upper = keras.ops.split(head(vector), [negative], axis=1)
+    odds = [keras.ops.logsumexp(each, axis=1, keepdims=True) for each in (upper, lower)]
+    judge = keras.Model(_bare(found), odds[0] - odds[1], name="judge")
+    classify = keras.Model(_bare(found), head(vector))
+    crop = keras.Model(_bare(found), joined[-1]) if has_crop else None
+
     given = _bare(backbone.blocks.inputs)
-    found = backbone.blocks(given)
-    top = keras.Model(given, heads.judge(found))
-    classifier = keras.Model(given, heads.classify(found))
+    maps = backbone.blocks(given)
+    top = keras.Model(given, judge(maps))
+    classifier = keras.Model(given, classify(maps))
     image = backbone.trunk.input
     whole = keras.Model(image, keras.ops.sigmoid(top(backbone.trunk(image, training=False), training=False)))
-    centre = keras.Model(given, heads.centre(found)) if heads.centre else None
-    return Network(backbone, heads, design, top, classifier, whole, centre)
+    centre = keras.Model(given, crop(maps)) if crop else None
+    return Network(backbone, design, head, extras, judge, top, classifier, whole, centre)
 
 
 def block_ends(network: Any) -> list[str]:
@@ -157,7 +158,7 @@ def set_head(network: Network, head: Head, mean: np.ndarray, scale: np.ndarray) 
         mean: float32 (channels,), of the features, and then of those of the centre crop.
         scale: float32 (channels,), above 0: their standard deviations.
     """
-    norm, *products = (layer for layer in network.heads.head.layers if layer.weights)
+    norm, *products = (layer for layer in network.head.layers if layer.weights)
     norm.set_weights([mean, scale**2])
     head = _with_subclasses(head, network.design.subclasses)
     rows = len(head.kernels[0])
@@ -178,7 +179,7 @@ def set_head(network: Network, head: Head, mean: np.ndarray, scale: np.ndarray) 
 
 def join_heads(network: Network, head: Head) -> None:
     """Replace the head that `set_head` gave to a network by the mean, as logits, of it and extra heads."""
-    mean, variance = network.heads.head.get_layer("standardise").get_weights()
+    mean, variance = network.head.get_layer("standardise").get_weights()
     scale = np.sqrt(variance)
     # Without a crop all heads read the same features; with one the tuned head reads the first half of them,
     # the extra heads the second half.
@@ -243,34 +244,6 @@ def _order(network: Any) -> dict[str, int]:
         if isinstance(each, Part):
             order[each.name] = order[each.input._keras_history.operation.name]
     return order
-
-
-def _build_heads(backbone: DividedBackbone, layers: Sequence[str], design: HeadDesign, seed: int) -> Heads:
-    """The heads on a divided backbone. They read the features of these layers, in this order."""
-    import keras
-
-    found = [keras.Input(each.shape[1:], dtype=each.dtype) for each in backbone.blocks.outputs]
-    deepest = _means(found[0], design.centre_crop)
-    features = dict(zip(backbone.layers, [deepest, *found[1:]], strict=True))
-    pairs = [
-        keras.ops.split(features[layer], 2, axis=1) if design.centre_crop < 1 else [features[layer]]
-        for layer in layers
-    ]
-    joined = [_joined(each) for each in zip(*pairs, strict=True)]  # of the whole map; of the centre crop
-    vector = _joined(joined)
-
-    negative, positive = design.subclasses
-    outputs = negative + positive
-    width = design.recipe.width + design.extra_heads * design.extra_units
-    wide = replace(design.recipe, width=width)
-    head = _build_head(wide, design.channels * len(joined), outputs, seed, "head")
-    extra = _build_extra_heads(design, outputs, seed) if design.extra_heads else None
-    lower, upper = keras.ops.split(head(vector), [negative], axis=1)
-    odds = [keras.ops.logsumexp(each, axis=1, keepdims=True) for each in (upper, lower)]
-    judge = keras.Model(_bare(found), odds[0] - odds[1], name="judge")
-    classify = keras.Model(_bare(found), head(vector))
-    centre = keras.Model(_bare(found), joined[-1]) if design.centre_crop < 1 else None
-    return Heads(classify, judge, centre, head, extra)
 
 
 def _build_head(recipe: Recipe, channels: int, outputs: int, seed: int, name: str) -> Any:

@@ -146,18 +146,18 @@ class Trainer:
         """Give the network an optimiser with a rate for each block, and the extra heads one of their own."""
         from keras import losses, optimizers
 
-        settings, backbone, heads = self.settings, self.network.backbone, self.network.heads
+        settings, network = self.settings, self.network
         of_block = {
             block: optimizers.Adam(settings.rate * settings.rate_decay**block)
-            for block in sorted(set(backbone.depth.values()))
+            for block in sorted(set(network.backbone.depth.values()))
         }
         of_head = optimizers.Adam(settings.head_rate)
-        mine = {each.path: of_head for each in heads.head.trainable_variables}
-        mine |= {path: of_block[block] for path, block in backbone.depth.items()}
+        mine = {each.path: of_head for each in network.head.trainable_variables}
+        mine |= {path: of_block[block] for path, block in network.backbone.depth.items()}
         optimizer = optimizers.MultiOptimizer(lambda weight: mine[weight.path])
         extra = optimizers.AdamW(settings.head.rate, weight_decay=settings.head.weight_decay)
         loss = losses.CategoricalCrossentropy(from_logits=True)
-        for model, each in ((self.model, optimizer), (heads.extras, extra)):
+        for model, each in ((self.model, optimizer), (network.extras, extra)):
             if model is not None:
                 model.compile(each, loss, jit_compile=False)
                 model.optimizer.build(model.trainable_variables)
@@ -177,7 +177,7 @@ class Trainer:
 
     def _train_extra_heads(self, run: Run, head: Head) -> float:
         """Train the extra heads on features and join them with a head; the mean loss of the last pass."""
-        extra, settings, batch = self.network.heads.extras, self.settings.head, self.settings.batch
+        extra, settings, batch = self.network.extras, self.settings.head, self.settings.batch
         for epoch in range(settings.epochs):
             view, target, weight = epoch_items(run, self.data, self.settings, EXTRA + epoch)
             pace = (1 + np.cos(np.pi * epoch / settings.epochs)) / 2
@@ -224,7 +224,7 @@ class Trainer:
 
     def _state_of_extra_heads(self) -> list[Any]:
         """The same of the extra heads. Epochs after the first do not need it."""
-        extra = self.network.heads.extras
+        extra = self.network.extras
         return [*extra.variables, *extra.optimizer.variables] if extra is not None else []
 
     def _resume(self, checkpoint: Path) -> History | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,58 +20,72 @@ _CARDS = 3  # patients that get a card, for each reason
 _SHOWN = 4  # cells on a card for the positive diagnosis, and against it
 
 
-@dataclass(frozen=True)
-class Findings(Results):
-    """The results of an ensemble, and the pictures of the cells that the page shows."""
+def page(results: Results, pictures: Mapping[str, bytes]) -> str:
+    """The report as HTML, which opens offline; `pictures` are the JPEGs of the cells that it shows."""
 
-    pictures: Mapping[str, bytes]  # cell -> JPEG
+    def pictured(cells: Sequence[str]) -> list[tuple[str, bytes]]:
+        return [(cell, pictures[cell]) for cell in cells if cell in pictures]
+
+    shown = {
+        reason: [each | {"most": pictured(each["most"]), "least": pictured(each["least"])} for each in found]
+        for reason, found in cards(results).items()
+    }
+    return pages.render("reports/templates/ensemble.html.j2", **content(results), **shown)
 
 
-def page(found: Findings) -> str:
-    """The report as HTML, which opens offline."""
-    return pages.render("reports/templates/ensemble.html.j2", **content(found))
-
-
-def model_card(found: Findings) -> str:
+def model_card(results: Results) -> str:
     """What the model is for, how good it is and its limits, as Markdown without a patient's name."""
-    seed, thresholds = found.settings["seed"], found.verdicts.combinations[-1].thresholds
-    shown = content(found) | {"seed": seed, "thresholds": thresholds}
+    shown = content(results) | {"seed": results.settings["seed"]}
+    shown["thresholds"] = results.verdicts.combinations[-1].thresholds
     return pages.render("reports/templates/model_card.md.j2", **shown)
 
 
-def with_pictures(results: Results, views: Path) -> Findings:
-    """The results, with the pictures of the cells that `page` shows, from the file of their views."""
-    cells = {cell for ends in wanted_cells(results).values() for end in ends for cell in end}
-    return Findings(**vars(results), pictures=plain_views(views, cells) if cells else {})
+def read_pictures(results: Results, views: Path) -> dict[str, bytes]:
+    """The JPEGs of the cells that `page` shows, by cell, from the file of their views."""
+    cells = {
+        cell for found in cards(results).values() for each in found for cell in each["most"] + each["least"]
+    }
+    return plain_views(views, cells) if cells else {}
 
 
-def wanted_cells(results: Results) -> dict[str, tuple[list[str], list[str]]]:
-    """The cells on the cards: patient -> cells with the most evidence for and against the positive diagnosis.
+def cards(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The patients who get a card, by the reason: ``certain``, ``uncertain`` and ``wrong``.
 
-    Patients without cells are left out. If no member reads cells, there is nobody.
+    Each is a row of the verdicts with the ``scores`` of the members, and with the cells that have the
+    ``most`` evidence for the positive diagnosis and the ``least``. There are none if no member reads cells.
     """
-    column, table = EVIDENCE + results.inputs.name, results.verdicts.table
-    places = {place for shown in _patients_with_a_card(table).values() for place in shown}
-    cells = results.evidence[results.evidence["patient"].isin(table["patient"].iloc[sorted(places)])]
-    if column not in cells:
-        return {}
-    found = {}
-    for patient, mine in cells.groupby("patient"):
-        most, least = most_evidence(mine[column].to_numpy(), _SHOWN)
-        found[str(patient)] = (mine["cell"].iloc[most].tolist(), mine["cell"].iloc[least].tolist())
-    return found
+    table, cells, column = results.verdicts.table, results.evidence, EVIDENCE + results.inputs.name
+    certainty = (table["probability"] - 0.5).abs()
+    reasons = {
+        "certain": certainty,
+        "uncertain": table["high"] - table["low"],
+        "wrong": certainty[table["verdict"] != table["label"]],
+    }
+    rows, members = pages.records(table), results.verdicts.combinations[-1].members
+
+    def card(place: int) -> dict[str, Any]:
+        mine = cells[cells["patient"] == rows[place]["patient"]] if column in cells else cells[:0]
+        ends = most_evidence(mine[column].to_numpy(), _SHOWN) if len(mine) else ([], [])
+        most, least = (mine["cell"].iloc[end].tolist() for end in ends)
+        scores = pages.member_scores(members, results.verdicts.logits[place])
+        return {**rows[place], "most": most, "least": least, "scores": scores}
+
+    return {
+        reason: [card(place) for place in key.sort_values(ascending=False, kind="stable").index[:_CARDS]]
+        for reason, key in reasons.items()
+    }
 
 
-def content(found: Findings) -> dict[str, Any]:
+def content(results: Results) -> dict[str, Any]:
     """What the templates of the report and of the model card show, as plain data."""
-    table, measured, last = found.verdicts.table, found.measured, found.verdicts.combinations[-1]
-    items = found.inputs.items
+    table, measured, last = results.verdicts.table, results.measured, results.verdicts.combinations[-1]
+    items = results.inputs.items
     positive, negative = map(
-        pages.diagnosis, (found.inputs.ensemble.positive, found.inputs.ensemble.negative)
+        pages.diagnosis, (results.inputs.ensemble.positive, results.inputs.ensemble.negative)
     )
     folds = sorted(table["fold"].unique())
     return {
-        "name": found.inputs.name,
+        "name": results.inputs.name,
         "positive": positive,
         "negative": negative,
         "folds": [str(fold) for fold in folds],
@@ -86,55 +99,22 @@ def content(found: Findings) -> dict[str, Any]:
         ],
         "measured": measured,
         "study": pages.study_content(
-            table["patient"], items["smear"], items["cell"], found.inputs.left_out, found.verdicts.logits
+            table["patient"], items["smear"], items["cell"], results.inputs.left_out, results.verdicts.logits
         ),
-        **pages.curve_content(table, found.curves, measured),
+        **pages.curve_content(table, results.curves, measured),
         "patients": pages.records(table.sort_values(["probability", "patient"], ascending=[False, True])),
-        "thresholds_of": {fold: found.verdicts.combinations[fold].thresholds for fold in folds},
-        **_cards(found),
-        **_importance(found.importance),
+        "thresholds_of": {fold: results.verdicts.combinations[fold].thresholds for fold in folds},
+        **_importance(results.importance),
         "linear": not last.fitted.hidden.shape[1],
-        "members": list(_members(found)),
-        "comparison": pages.records(found.comparison),
-        "cells": pages.records(found.cells.table),
+        "members": list(_members(results)),
+        "comparison": pages.records(results.comparison),
+        "cells": pages.records(results.cells.table),
         "alarm": last.alarm,
         "balanced": last.thresholds["balanced"],
         "allowed": [(each, smallest_miss_rate(last.alarm.patients, each)) for each in _CONFIDENCES],
-        "chosen": found.verdicts.chosen,
-        "inputs": found.inputs.md5,
-        "settings": list(flat(found.settings)),
-    }
-
-
-def _patients_with_a_card(table: pd.DataFrame) -> dict[str, list[int]]:
-    """Rows of the patients who get a card, by the reason."""
-    certainty = (table["probability"] - 0.5).abs()
-    reasons = {
-        "certain": certainty,
-        "uncertain": table["high"] - table["low"],
-        "wrong": certainty[table["verdict"] != table["label"]],
-    }
-    return {
-        reason: [int(place) for place in key.sort_values(ascending=False, kind="stable").index[:_CARDS]]
-        for reason, key in reasons.items()
-    }
-
-
-def _cards(found: Findings) -> dict[str, list[dict[str, Any]]]:
-    verdicts, cells = found.verdicts, wanted_cells(found)
-    members, rows = verdicts.combinations[-1].members, pages.records(verdicts.table)
-
-    def card(place: int) -> dict[str, Any]:
-        ends = cells.get(str(rows[place]["patient"]), ([], []))
-        most, least = (
-            [(cell, found.pictures[cell]) for cell in end if cell in found.pictures] for end in ends
-        )
-        scores = pages.member_scores(members, verdicts.logits[place])
-        return {**rows[place], "most": most, "least": least, "scores": scores}
-
-    return {
-        reason: [card(place) for place in places]
-        for reason, places in _patients_with_a_card(verdicts.table).items()
+        "chosen": results.verdicts.chosen,
+        "inputs": results.inputs.md5,
+        "settings": list(flat(results.settings)),
     }
 
 
@@ -150,14 +130,14 @@ def _importance(table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _members(found: Findings) -> Iterator[dict[str, Any]]:
+def _members(results: Results) -> Iterator[dict[str, Any]]:
     """Each member with its patients, the median of their items, and its weight in the last model.
 
     A network has weights of hidden units, and none of members.
     """
-    fitted = found.verdicts.combinations[-1].fitted
-    weights = [None] * len(found.inputs.members) if fitted.hidden.shape[1] else fitted.weights.tolist()
-    patients = found.verdicts.table["patient"]
-    for place, (name, table) in enumerate(found.inputs.members.items()):
+    fitted = results.verdicts.combinations[-1].fitted
+    weights = [None] * len(results.inputs.members) if fitted.hidden.shape[1] else fitted.weights.tolist()
+    patients = results.verdicts.table["patient"]
+    for place, (name, table) in enumerate(results.inputs.members.items()):
         counts = table[(table["outer_fold"] == 0) & table["patient"].isin(patients)]["items"]
         yield {"name": name, "patients": len(counts), "median": counts.median(), "weight": weights[place]}
