@@ -58,7 +58,7 @@ from aplsmear.images.views import cell_views, smear_views
 from aplsmear.params import LEVELS, Combine, Level, Params, named, read_params
 from aplsmear.prediction.recalibration import adapted
 from aplsmear.progress import progress
-from aplsmear.tables import read_scores, read_table, write_table
+from aplsmear.tables import read_table, write_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "shift.json"
@@ -340,7 +340,7 @@ def open_bench(folder: Path, ensemble: str, cells: int, kept: Path) -> Bench:
     folds = read_table(folder / "splits" / "folds.csv")
     patients = patients_of(folds, asked.positive, asked.negative)
     tasks = list(dict.fromkeys([*asked.members, asked.weigh_by]))
-    scores = {task: read_scores(folder / "tuned" / task / "scores.parquet") for task in tasks}
+    scores = {task: pd.read_parquet(folder / "tuned" / task / "scores.parquet") for task in tasks}
     members = {task: summary_of(scores, task, asked.weigh_by, params) for task in asked.members}
     plain = [name for name in SUMMARIES if name != "blend"]
     verdicts, chosen = (

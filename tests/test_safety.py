@@ -26,7 +26,6 @@ from aplsmear.heads.head import read_average, read_heads
 from aplsmear.heads.study import StudyError, open_study
 from aplsmear.params import Backbone, ParamsError, read_params
 from aplsmear.secrets import HIDDEN, without_secrets
-from aplsmear.tables import read_scores
 from aplsmear.workspace.profiles import with_settings
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +127,7 @@ def test_a_parquet_file_with_a_pickled_type_is_harmless(untouched):
     }
     column = pa.field("outer_0", pa.float32(), metadata=trap)
     pq.write_table(pa.table([pa.array([0.5], pa.float32())], schema=pa.schema([column])), "scores.parquet")
-    assert read_scores(untouched / "scores.parquet")["outer_0"].tolist() == [0.5]
+    assert pd.read_parquet(untouched / "scores.parquet")["outer_0"].tolist() == [0.5]
 
 
 START = {"op_code": 0, "worker_id": "x", "study_name": "s", "directions": [2]}

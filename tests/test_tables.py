@@ -7,7 +7,7 @@ import pandas as pd
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aplsmear.tables import read_scores, read_table, write_table
+from aplsmear.tables import read_table, write_table
 
 
 def test_a_long_table_is_read_back_as_it_was_written(tmp_path):
@@ -73,9 +73,3 @@ def test_an_empty_table_keeps_its_columns(tmp_path):
     again = read_table(tmp_path / "a.csv")
     assert list(again.columns) == ["cell", "y0"]
     assert len(again) == 0
-
-
-def test_scores_keep_every_bit(tmp_path):
-    scores = pd.DataFrame({"item": ["1"], "outer_0": np.array([1 / 3], dtype=np.float32)})
-    scores.to_parquet(tmp_path / "scores.parquet", index=False)
-    pd.testing.assert_frame_equal(read_scores(tmp_path / "scores.parquet"), scores)

@@ -71,8 +71,3 @@ def _mapped(column: pd.Series, change: Callable[[str], str]) -> pd.Series:
 def as_written(value: float) -> float:
     """A number as it is read back from a table of `write_table`."""
     return float(_FLOAT % value)
-
-
-def read_scores(path: Path) -> pd.DataFrame:
-    """Read the scores that the stage `tune` writes (parquet, at full precision)."""
-    return pd.read_parquet(path)

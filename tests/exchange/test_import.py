@@ -1,6 +1,7 @@
 """Annotations of other programs become a data set with the same boxes and classes."""
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -38,7 +39,7 @@ def test_boxes_of_each_program_are_found_out_and_read(kind, tmp_path):
     said = run(kind(tmp_path / "source"), "--to", tmp_path / "to")
     assert cells(tmp_path / "to") == sorted(EXPECTED)
     assert "Promyelocyte" in said
-    assert "2 of 2 patients" in said
+    assert re.search(r"patients +2 ", said)
 
 
 def test_columns_of_any_title_are_named(tmp_path):

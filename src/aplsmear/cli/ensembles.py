@@ -470,16 +470,18 @@ def null_check(
 
     Example: `aplsmear null-check --ensemble apl_healthy`
     """
+    import pandas as pd
+
     from aplsmear.ensembles import combination as ensembles
     from aplsmear.params import named, read_params
     from aplsmear.progress import progress
-    from aplsmear.tables import read_scores, read_table
+    from aplsmear.tables import read_table
 
     params = read_params(PARAMS, "seed", "tasks", "ensembles", "combine")
     asked = named(params.ensembles, ensemble, "ensembles")
     folds = _made(Path("splits/folds.csv"))
     level = {task: each.level for task, each in params.tasks.items()}
-    weights = read_scores(_made(Path(f"tuned/{asked.weigh_by}/scores.parquet")))
+    weights = pd.read_parquet(_made(Path(f"tuned/{asked.weigh_by}/scores.parquet")))
     members = ensembles.read_members(
         _made(Path(f"members/{ensemble}")),
         {task: level[task] for task in asked.members},

@@ -45,7 +45,7 @@ from aplsmear.evaluation.auroc import auroc, auroc_standard_error, auroc_within_
 from aplsmear.evaluation.intervals import summary
 from aplsmear.evaluation.operating_points import operating_points, rates, wilson_interval
 from aplsmear.params import Combine, Promise, TaskLevel
-from aplsmear.tables import as_written, read_scores
+from aplsmear.tables import as_written
 from aplsmear.words import unlike_params
 
 MODELS = ("average", "logistic", "network")  # the simplest first
@@ -222,7 +222,7 @@ def read_members(
     if problem := unlike_params(folder, "members", there, levels, f"member_{folder.name}"):
         raise EnsembleError(problem)
     return {
-        name: rounded_summaries(read_scores(folder / f"{name}{_SCORES}"), weights.get(level))
+        name: rounded_summaries(pd.read_parquet(folder / f"{name}{_SCORES}"), weights.get(level))
         for name, level in levels.items()
     }
 

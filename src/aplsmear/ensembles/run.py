@@ -45,7 +45,7 @@ from aplsmear.heads.head import read_average, read_heads
 from aplsmear.images.view_store import read_views
 from aplsmear.params import LEVELS, Augment, Backbone, Combine, Ensemble, Level, Task, TaskLevel, named
 from aplsmear.runs.checksums import md5
-from aplsmear.tables import read_scores, read_table, write_table
+from aplsmear.tables import read_table, write_table
 
 _VIEWS = 256  # read at once
 
@@ -104,7 +104,7 @@ def read_inputs(
     folder, weighting = Path(f"members/{name}"), Path(f"tuned/{ensemble.weigh_by}")
     folds, tables = Path("splits/folds.csv"), {level: Path(f"dataset/{level}s.csv") for level in LEVELS}
     levels = {task: tasks[task].level for task in [ensemble.weigh_by, *ensemble.members]}
-    weights = read_scores(weighting / "scores.parquet")
+    weights = pd.read_parquet(weighting / "scores.parquet")
     everyone = read_table(folds)
     hashed = [folds, tables["cell"], *(folder / f"{task}.scores.parquet" for task in ensemble.members)]
     mine = {task: levels[task] for task in ensemble.members}
@@ -121,7 +121,7 @@ def read_inputs(
         features={level: read_features(Path(f"features/{level}"), backbones) for level in LEVELS},
         heads={ensemble.weigh_by: weighting / "heads.npz"}
         | {task: folder / f"{task}.heads.npz" for task in ensemble.members},
-        scores={task: read_scores(folder / f"{task}.scores.parquet") for task in ensemble.members}
+        scores={task: pd.read_parquet(folder / f"{task}.scores.parquet") for task in ensemble.members}
         | {ensemble.weigh_by: weights},
         md5={path.as_posix(): md5(path) for path in hashed},
         left_out=json.loads(Path("dataset/report.json").read_text(encoding="utf-8"))["left_out"],

@@ -21,7 +21,7 @@ from aplsmear.exchange.export import geojson, shots_of, task_of
 from aplsmear.exchange.found import NO_TYPE, ExchangeError
 from aplsmear.files import refuse_taken, write_json
 from aplsmear.params import Task
-from aplsmear.tables import SEPARATOR, read_scores, read_table, write_table
+from aplsmear.tables import SEPARATOR, read_table, write_table
 
 PER_PATIENT = 2  # cells of a patient, before more of each are taken
 NO_CELL = ("Smudge", "Artefact")  # answers about what is not a cell
@@ -77,7 +77,7 @@ def chosen_cells(name: str, task: Task, count: int) -> pd.DataFrame:
             f"There is no {path}: `dvc repro tune@{name}` trains the heads that choose cells."
         )
     cells = read_table(Path("dataset/cells.csv"))
-    items, scores = task_items(cells, task.level), read_scores(path)
+    items, scores = task_items(cells, task.level), pd.read_parquet(path)
     if items["item"].tolist() != scores["item"].tolist():
         raise ExchangeError(
             f"{path} is of other cells than dataset/cells.csv: `dvc repro tune@{name}` renews it."

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from aplsmear.compute.engine import HERE, Engine
+from aplsmear.compute.engine import HERE
 from aplsmear.data.boxes import numbers_of, overlaps
 from aplsmear.data.copies import pixel_hash
 from aplsmear.data.csvfile import read_all
@@ -59,13 +59,7 @@ class FactSources:
 
 
 def planned(
-    found: Found,
-    root: Path,
-    known: Mapping[str, Meaning],
-    facts: FactSources,
-    *,
-    keep_unknown: bool,
-    engine: Engine = HERE,
+    found: Found, root: Path, known: Mapping[str, Meaning], facts: FactSources, *, keep_unknown: bool
 ) -> Plan:
     """The data set that annotations become.
 
@@ -77,7 +71,6 @@ def planned(
         known: plain name of a class -> its labels.
         facts: where patients and diagnoses are from.
         keep_unknown: an unknown class becomes a type of cell of the same name.
-        engine: decodes the pictures; does not change the result.
 
     Raises:
         ExchangeError: patients or diagnoses are not found or unknown, or nothing is left.
@@ -87,7 +80,7 @@ def planned(
     single = bool(cells) and all(cell.box is None for cell in cells)
     of = facts_of(found, facts)
     if single:
-        cells = _usable(cells, of, root, left_out, engine)
+        cells = _usable(cells, of, root, left_out)
     if not (cells if single else found.pictures):
         why = "; ".join(f"{len(listed):,} {what}" for what, listed in left_out.items() if listed)
         raise ExchangeError(f"{found.what}: nothing is left to import. {why}")
@@ -274,11 +267,11 @@ def _content(path: Path) -> str:
 
 
 def _usable(
-    cells: list[Cell], of: Mapping[str, Facts], root: Path, left_out: dict[str, list[str]], engine: Engine
+    cells: list[Cell], of: Mapping[str, Facts], root: Path, left_out: dict[str, list[str]]
 ) -> list[Cell]:
     """Cells whose picture can be read and is there once, or the first of equal ones."""
     paths = [(root / cell.picture).absolute() for cell in cells]  # a worker may be in another folder
-    contents = list(progress(engine.map(_content, paths), "pictures", len(paths)))
+    contents = list(progress(HERE.map(_content, paths), "pictures", len(paths)))
     groups: dict[str, list[Cell]] = defaultdict(list)
     for cell, content in zip(cells, contents, strict=True):
         groups[content].append(cell)

@@ -34,6 +34,7 @@ from aplsmear.exchange.found import (
     text_of,
     validated,
 )
+from aplsmear.images.reading import SUFFIXES
 from aplsmear.words import named
 
 Box = tuple[float, float, float, float]
@@ -330,7 +331,8 @@ def label_studio(request: Request) -> Found:
     found = request.found("Label Studio")
     for path in request.files:
         for task in validated(_Tasks, {"tasks": json_of(path)}, path).tasks:
-            named = next((value for value in task.data.values() if _names_picture(value)), None)
+            texts = (value for value in task.data.values() if isinstance(value, str))
+            named = next((text for text in texts if text.lower().endswith(SUFFIXES)), None)
             if named is None:
                 raise ExchangeError(f"{path}: the data of a task name no picture. Export it as JSON.")
             picture = request.pictures.find(named)
@@ -343,10 +345,6 @@ def label_studio(request: Request) -> Found:
             for result in given[0].result if given else ():
                 _add_result(found, result, picture, request, path)
     return found
-
-
-def _names_picture(value: object) -> bool:
-    return isinstance(value, str) and value.lower().endswith((".png", ".jpg", ".jpeg", ".tif", ".tiff"))
 
 
 def _add_result(found: Found, result: _Result, picture: str, request: Request, path: Path) -> None:

@@ -81,11 +81,6 @@ class Local:
         """Whether something is gained, and not by chance."""
         return self.log_loss.gain > 0 and self.p <= 1 - LEVEL
 
-    @property
-    def record(self) -> dict[str, object]:
-        """For model.json."""
-        return {name: value for name, value in asdict(self).items() if name != "combination"}
-
 
 def fit_line(logit: np.ndarray, label: np.ndarray, sloped: bool) -> Line:
     """The most probable line for these patients; `sloped`: a slope is fitted, otherwise it is 1.
@@ -211,7 +206,7 @@ def write_adapted(out: Path, bundle: Bundle, local: Local) -> None:
         "cell_curve": curve.model_copy(
             update={"spread": [slope * each for each in curve.spread], "models": slope * curve.models}
         ),
-        "adapted": local.record,
+        "adapted": {name: value for name, value in asdict(local).items() if name != "combination"},
     }
     write_changed(out, bundle, bundle.model.model_copy(update=changed))
 

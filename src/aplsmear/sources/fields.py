@@ -35,7 +35,7 @@ from scipy import ndimage
 
 from aplsmear.data.schema import IMAGE_FOLDER, SMEARS_FILE, Facts
 from aplsmear.files import whole_folder
-from aplsmear.images.pixels import Rgb
+from aplsmear.images.pixels import Rgb, as_rgb
 from aplsmear.progress import progress
 from aplsmear.sources.cell_finder import nucleated_parts
 from aplsmear.sources.slide import Slide, SlideError
@@ -105,7 +105,9 @@ def choose_fields(slide: Slide, count: int, mpp: float, size: int) -> Choice:
             left_out[reason] += 1
         else:
             found.append({"x": column * side, "y": row * side, "side": side, "mpp": mpp, **scores})
-    table = _sharp(slide, _ranked(found), max(_JUDGED, 10 * count), size, left_out)
+    table = pd.DataFrame(found, columns=["x", "y", "side", "mpp", "cover", "clumped", "nuclei"])
+    table = table.sort_values(["nuclei", "y", "x"], ascending=[False, True, True], ignore_index=True)
+    table = _sharp(slide, table, max(_JUDGED, 10 * count), size, left_out)
     left_out["good, but not needed"] = max(len(table) - count, 0)
     fields = table.head(count).reset_index(drop=True)
     return Choice(fields, dict(left_out), _drawn(view, fields, small / side))
@@ -162,7 +164,7 @@ def _write_slide(slide: Slide, choice: Choice, folder: Path, facts: Facts, size:
     places = choice.fields[["x", "y", "side"]].itertuples(index=False)
     for name, (x, y, side) in progress(list(zip(ids, places, strict=True)), "fields written", len(ids)):
         rgb, _ = slide.region(x, y, side, side, (size, size))
-        Image.fromarray(slide.in_srgb(rgb)).save(folder / IMAGE_FOLDER / f"{name}.png", "PNG")
+        Image.fromarray(as_rgb(rgb, slide.profile)[0]).save(folder / IMAGE_FOLDER / f"{name}.png", "PNG")
     choice.thumbnail.save(folder / f"{facts.name}.png", "PNG")
     names = {"id": ids, "imgName": [f"{name}.png" for name in ids], "slide": slide.path.name}
     return choice.fields.assign(**names, label=facts.diagnosis, patient=facts.patient)
@@ -231,12 +233,6 @@ def _reason(scores: dict[str, float]) -> str:
     if scores["clumped"] > _CLUMPED:
         return "several layers"
     return "" if scores["nuclei"] else "no nuclei"
-
-
-def _ranked(found: Sequence[dict[str, float]]) -> pd.DataFrame:
-    """Squares as a table, most nuclei first, equal ones from top to bottom."""
-    table = pd.DataFrame(found, columns=["x", "y", "side", "mpp", "cover", "clumped", "nuclei"])
-    return table.sort_values(["nuclei", "y", "x"], ascending=[False, True, True], ignore_index=True)
 
 
 # --- focus --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import tifffile
 
 from aplsmear.errors import UserError, brief
-from aplsmear.images.pixels import Rgb, as_rgb
+from aplsmear.images.pixels import Rgb
 from aplsmear.images.tiff import channel_order
 
 EXTRA = "pip install 'aplsmear[slides]'"
@@ -92,10 +92,6 @@ class Slide:
         if rgb.shape[:2] != tuple(shape):
             rgb = np.asarray(cv2.resize(rgb, shape[::-1], interpolation=cv2.INTER_AREA), np.uint8)
         return rgb, level
-
-    def in_srgb(self, rgb: Rgb) -> Rgb:
-        """Pixels of this slide in the colours of the screen, by the scanner's profile."""
-        return as_rgb(rgb, self.profile)[0]
 
 
 @contextmanager
