@@ -1,7 +1,7 @@
 """The stage `download`, run as dvc runs it, and the command `aplsmear check`."""
 
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_check_shows_the_contents_of_a_folder(place):
     assert re.search(r"patients +3 ", done.output)
     for shown in (
         "task auer_rod",
-        "1 cells without box",
+        "cells without a box: 1",
         "1 boxes cut",
         "no patient column",
     ):
