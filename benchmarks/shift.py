@@ -9,11 +9,11 @@ pass through the networks, and get scores from the heads and the combination tha
 are compared with the same cells without changes. Where a cohort adapts (`aplsmear.prediction.recalibration`),
 it is the patients of one fold in one laboratory, without labels.
 
-The part `colours_moved` measures what is not built in: by tables of 256 values, without labels, mean and
-spread of the optical density of red, green and blue over the cells of a cohort become those of the training
-cells. Each cell is scored as it is and with moved colours, and the two scores are averaged. The part `donors`
-counts how many healthy donors are called positive with and without it. It needs --donors: a folder with a
-folder of pictures for each kind of cell.
+The part `components` shows which properties of strong laboratories cost most. The parts `colours_moved` and
+`colours_changed` measure what is not built in: tables of 256 values change the colours of the cells of a
+cohort, without labels (`RETOUCHES`). By some, scores of the cells as they are and with changed colours are
+averaged. The part `donors` counts how many healthy donors are called positive with and without them. It needs
+--donors: a folder with a folder of pictures for each kind of cell.
 
 With --measures, changes of training are compared, too, with heads of their own: the pipeline's stages train
 them in DIR/.shift on the same cells (at most N of a patient, drawn by a hash). Features are kept there, so
@@ -92,7 +92,17 @@ SELECTIONS: dict[str, Callable[[pd.DataFrame], pd.Series]] = {
 }
 
 PARTS = ("medium", "mild", "strong", "margins", "selections", "alone", "real_colours")  # by default
-EXTRA_PARTS = ("more_laboratories", "colours_moved", "donors")
+EXTRA_PARTS = ("more_laboratories", "components", "colours_changed", "colours_moved", "donors")
+
+# Properties that strong laboratories change, some at a time, and the laboratories.
+HARD = (6, 8, 9, 11)
+COMPONENTS: dict[str, tuple[tuple[str, ...], Sequence[int]]] = {
+    "all": (KINDS, range(MORE)),
+    "colour": (("stain", "white_balance", "gamma"), range(MORE)),
+    "focus_pixels_jpeg": (("blur", "resolution", "jpeg"), range(MORE)),
+    "all_hard": (KINDS, HARD),
+    **{f"{kind}_hard": ((kind,), HARD) for kind in KINDS},
+}
 
 # Changes of training: settings of `augment`, and of `tune`.
 MEASURES: dict[str, dict[str, Any]] = {
@@ -145,7 +155,8 @@ class Bench:
 
 Features = Mapping[str, list[np.ndarray]]  # of each view of all items, by level and layer
 Tables = Mapping[Level, Mapping[int, np.ndarray]]  # of colours, by level and fold
-MOVED = "moved/"  # in front of the level: features of the same items with moved colours
+DENSITY = np.repeat(-np.log10((np.arange(256)[:, None] + 1) / 256), 3, axis=1)  # optical density of bytes
+BACKGROUND = 95  # percent of the pixels of a view are darker
 
 
 def main() -> None:
@@ -211,6 +222,8 @@ def measure(bench: Bench, part: str, donors: Path) -> dict[str, Any]:
     made = {
         "real_colours": with_real_colours,
         "more_laboratories": more_laboratories,
+        "components": components,
+        "colours_changed": colours_changed,
         "colours_moved": colours_moved,
     }
     if part in made:
@@ -244,6 +257,38 @@ def more_laboratories(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def components(bench: Bench) -> dict[str, Any]:
+    """`compared`: the cells at home, not adapted; the same with `COMPONENTS` of strong laboratories."""
+    label = bench.patients["label"].to_numpy()
+    home = judged(bench, scored_features(bench, None), adapt=False)
+    found = {}
+    for name, (kinds, numbers) in COMPONENTS.items():
+        away = [judged(bench, scored_features(bench, Condition("strong", n, kinds))) for n in numbers]
+        each = {str(n): headline(label, one)["auroc"] for n, one in zip(numbers, away, strict=True)}
+        found[name] = compared(bench, [(home, one) for one in away]) | {"auroc_of_each": each}
+    return found
+
+
+def colours_changed(bench: Bench) -> dict[str, Any]:
+    """`compared`: adapted cohorts of strong laboratories as they are; with `RETOUCHES` that are not built in.
+
+    They were looked at on the first six, `white_point` on the first three alone. The better one was then
+    judged once on the next six.
+    """
+    strong: list[Condition | None] = [Condition("strong", n) for n in range(MORE)]
+    groups = {
+        "white_point": {"strong": strong[:LABORATORIES]},
+        "lighter_and_darker": {"home": [None], "strong": strong[:6], "fresh_strong": strong[6:]},
+    }
+    return {
+        how: {
+            name: compared(bench, [retouched(bench, one, how) for one in conditions])
+            for name, conditions in group.items()
+        }
+        for how, group in groups.items()
+    }
+
+
 def colours_moved(bench: Bench) -> dict[str, Any]:
     """`compared`: adapted cohorts as they are; the same with the scores of moved colours averaged in.
 
@@ -256,18 +301,20 @@ def colours_moved(bench: Bench) -> dict[str, Any]:
         for strength in ("medium", "strong")
     }
     groups |= {name: [condition] for name, condition in real_colours(bench).items()} | {"home": [None]}
-    home = stains_of(bench, None)
-    found = {}
-    for name, conditions in groups.items():
-        found[name] = []
-        for condition in conditions:
-            features = scored_features(bench, condition)
-            tables = tables_to(bench, home, stains_of(bench, condition))
-            moved = scored_features(bench, condition, tables)
-            found[name].append((judged(bench, features), judged(bench, with_moved(features, moved))))
+    found = {
+        name: [retouched(bench, one, "moved") for one in conditions] for name, conditions in groups.items()
+    }
     for new in numbers:
         found[f"{new}medium_and_strong"] = found[f"{new}medium"] + found[f"{new}strong"]
     return {name: compared(bench, pairs) for name, pairs in found.items()}
+
+
+def retouched(bench: Bench, condition: Condition | None, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """`judged` of adapted cohorts as they are, and with their colours changed by one of `RETOUCHES`."""
+    features = scored_features(bench, condition)
+    tables = tables_to(bench, stains_of(bench, None), stains_of(bench, condition), how)
+    shown = [scored_features(bench, condition, each) for each in tables]
+    return judged(bench, features), judged(bench, averaged(shown))
 
 
 def called_positive(bench: Bench, folder: Path) -> dict[str, Any]:
@@ -286,10 +333,12 @@ def called_positive(bench: Bench, folder: Path) -> dict[str, Any]:
     for name, margin in (("whole", 0.0), ("middle_70_percent", -0.3)):
         donors = with_margin(of_pictures(bench, files), margin)
         fold = int(donors.items["cell"]["fold"].iloc[0])
-        table = colour_table(stains_of(donors, None)["cell"].mean(0), home)
-        features = scored_features(donors, None)
-        both = with_moved(features, scored_features(donors, None, {"cell": {fold: table}}))
-        for arm, shown in (("as_they_are", features), ("averaged_with_moved", both)):
+        here = stains_of(donors, None)["cell"].mean(0)
+        arms = {"as_they_are": scored_features(donors, None)}
+        for how, tables in RETOUCHES.items():
+            one = [as_tables({("cell", fold): table}) for table in tables(here, home)]
+            arms[how] = averaged([scored_features(donors, None, each) for each in one])
+        for arm, shown in arms.items():
             for adapt in (False, True):
                 counts = []
                 for owner in divisions:
@@ -578,7 +627,8 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
     outer_folds = {}
     for outer_fold, head in enumerate(bench.heads[task]):
         used, name = bench.averages[task] + 1 if average else 1, f"{images}/{head.features}"
-        shown = features[name][:used] + features.get(f"{MOVED}{name}", [])[:used]
+        others = [views[:used] for key, views in features.items() if key.endswith(f":{name}")]
+        shown = sum(others, features[name][:used])
         each = [
             [attend(head, values[of_patient[patient]])[0] for patient in table["patient"]]
             if level == "patient"
@@ -591,35 +641,81 @@ def scores_of(bench: Bench, task: str, features: Features, average: bool) -> pd.
 
 
 def stains_of(bench: Bench, condition: Condition | None) -> dict[Level, np.ndarray]:
-    """`aplsmear.ensembles.familiarity.stain_of` the plain views of all items: float64 (items, 6)."""
+    """Optical densities of red, green and blue of the plain views of all items: float64 (items, 9).
+
+    `aplsmear.ensembles.familiarity.stain_of`, and those of the background.
+    """
     return {
-        level: np.array([stain_of(view) for view in all_shown(bench, level, items, condition, count=0)])
+        level: np.array(
+            [
+                [*stain_of(view), *background(decode(view.image))]
+                for view in all_shown(bench, level, items, condition, count=0)
+            ]
+        )
         for level, items in bench.items.items()
     }
 
 
-def tables_to(bench: Bench, home: Mapping[Level, np.ndarray], here: Mapping[Level, np.ndarray]) -> Tables:
-    """For each fold, the table from its own colours here to those of the other folds at home."""
-    found = {}
+def background(image: np.ndarray) -> np.ndarray:
+    return np.asarray(-np.log10((np.percentile(image.reshape(-1, 3), BACKGROUND, axis=0) + 1) / 256))
+
+
+def tables_to(
+    bench: Bench, home: Mapping[Level, np.ndarray], here: Mapping[Level, np.ndarray], how: str
+) -> list[Tables | None]:
+    """The tables of one of `RETOUCHES` for each fold, from its own colours here to those of the other folds.
+
+    Colours are those of `stains_of`. None: the cells as they are.
+    """
+    found: dict[tuple[Level, int], list[np.ndarray | None]] = {}
     for level, items in bench.items.items():
         fold = items["fold"].to_numpy()
-        found[level] = {
-            each: colour_table(here[level][fold == each].mean(0), home[level][fold != each].mean(0))
-            for each in np.unique(fold).tolist()
-        }
-    return found
+        for each in np.unique(fold).tolist():
+            colours = here[level][fold == each].mean(0), home[level][fold != each].mean(0)
+            found[level, each] = RETOUCHES[how](*colours)
+    every = list(zip(*found.values(), strict=True))
+    return [as_tables(dict(zip(found, each, strict=True))) for each in every]
 
 
-def colour_table(here: np.ndarray, there: np.ndarray) -> np.ndarray:
-    """A table for cv2.LUT, uint8 (1, 256, 3), that moves optical densities from one `stain_of` to another."""
-    density = -np.log10((np.arange(256)[:, None] + 1) / 256)
-    moved = (density - here[:3]) * there[3:] / here[3:] + there[:3]
-    return np.rint(np.clip(256 * 10**-moved - 1, 0, 255)).astype(np.uint8)[None]
+def as_tables(tables: Mapping[tuple[Level, int], np.ndarray | None]) -> Tables | None:
+    """Tables by level and fold; None if there are none."""
+    found: dict[Level, dict[int, np.ndarray]] = {}
+    for (level, fold), table in tables.items():
+        if table is not None:
+            found.setdefault(level, {})[fold] = table
+    return found or None
 
 
-def with_moved(features: Features, moved: Features) -> Features:
-    """Features of cohorts that are scored as they are and with moved colours; `scores_of` has the mean."""
-    return {**features, **{f"{MOVED}{name}": views for name, views in moved.items()}}
+def moved_to(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Move the mean and the spread of optical densities, of `stains_of`, from here to there."""
+    return as_table((DENSITY - here[:3]) * there[3:6] / here[3:6] + there[:3])
+
+
+def white_to(here: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Move the optical density of the background, of `stains_of`, from here to there."""
+    return as_table(DENSITY - here[6:] + there[6:])
+
+
+def as_table(density: np.ndarray) -> np.ndarray:
+    """A table for cv2.LUT, uint8 (1, 256, 3), to these optical densities (256, 3) instead of `DENSITY`."""
+    return np.rint(np.clip(256 * 10**-density - 1, 0, 255)).astype(np.uint8)[None]
+
+
+# Changes of the colours of a cohort before it is scored, from `stains_of` its cells and those of training,
+# as means over cells. The scores of several are averaged; None: the cells as they are.
+RETOUCHES: Mapping[str, Callable[[np.ndarray, np.ndarray], list[np.ndarray | None]]] = {
+    "moved": lambda here, there: [None, moved_to(here, there)],
+    "white_point": lambda here, there: [white_to(here, there)],
+    "lighter_and_darker": lambda *_: [None, *(as_table(DENSITY * factor) for factor in (0.8, 1.25))],
+}
+
+
+def averaged(shown: Sequence[Features]) -> Features:
+    """Features of the same items in several colours; `scores_of` has the mean of their scores."""
+    first, *others = shown
+    return {**first} | {
+        f"{n}:{name}": views for n, other in enumerate(others) for name, views in other.items()
+    }
 
 
 def scored_features(bench: Bench, condition: Condition | None, tables: Tables | None = None) -> Features:

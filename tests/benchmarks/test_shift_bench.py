@@ -91,10 +91,34 @@ def test_a_patient_of_whom_a_selection_leaves_no_cell_keeps_all_cells(shift) -> 
     assert kept[f"cell/{LAYER}"][0].ravel().tolist() == [0, 2, 3]
 
 
-def test_colours_moved_to_those_of_training_are_those_of_training(shift) -> None:
+@pytest.mark.parametrize(
+    ("gains", "gamma", "how"), [([0.9, 1, 0.8], 1.3, "moved"), ([0.9, 1, 0.8], 1, "white_point")]
+)
+def test_colours_moved_to_those_of_training_are_those_of_training(shift, gains, gamma, how) -> None:
     random = np.random.Generator(np.random.Philox(1))
     there = random.integers(80, 200, (64, 64, 3), dtype=np.uint8)
-    here = np.rint(256 * ((there + 1.0) / 256) ** 1.3 * [0.9, 1, 0.8] - 1).astype(np.uint8)
-    stains = [shift.stain_of(View("cell", 0, encode_jpeg(image))) for image in (here, there)]
-    moved = cv2.LUT(here, shift.colour_table(*stains)).astype(int)
+    here = np.rint(256 * ((there + 1.0) / 256) ** gamma * gains - 1).astype(np.uint8)
+    colours = [
+        np.array([*shift.stain_of(View("cell", 0, encode_jpeg(image))), *shift.background(image)])
+        for image in (here, there)
+    ]
+    moved = cv2.LUT(here, shift.RETOUCHES[how](*colours)[-1]).astype(int)
     assert np.abs(moved - there).mean() < 3 < np.abs(here.astype(int) - there).mean()
+
+
+def test_cells_in_two_colours_get_the_mean_of_both_scores(shift) -> None:
+    cells = pd.DataFrame({"cell": list("ab"), "item": list("ab"), "patient": list("pq"), "diagnosis": "apl"})
+    patients = pd.DataFrame({"patient": list("pq"), "fold": [0, 1]})
+    heads, averages = {"apl_aml_patient": [head(0)]}, {"apl_aml_patient": 0}
+    params = read_params(ROOT / "params.yaml")
+    level = ("cell", LAYER)
+    bench = shift.Bench(
+        params, {"cell": cells}, patients, heads, averages, [], "", None, None, {}, Path(), level
+    )
+    random = np.random.Generator(np.random.Philox(2))
+    colours = [{f"cell/{LAYER}": [random.normal(size=(2, 5)).astype(np.float16)]} for _ in range(3)]
+    scored = [
+        shift.scores_of(bench, "apl_aml_patient", each, True)["outer_0"].to_numpy()
+        for each in (*colours, shift.averaged(colours))
+    ]
+    assert scored[3] == pytest.approx(np.mean(scored[:3], axis=0))
