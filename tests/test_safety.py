@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aplsmear.features.backbones import BackboneError, cut_network
+from aplsmear.errors import UserError
+from aplsmear.features.backbones import cut_network
 from aplsmear.features.store import read_features
 from aplsmear.heads.head import read_average, read_heads
-from aplsmear.heads.study import StudyError, open_study
+from aplsmear.heads.study import open_study
 from aplsmear.params import Backbone, ParamsError, read_params
 from aplsmear.secrets import HIDDEN, without_secrets
 from aplsmear.workspace.profiles import with_settings
@@ -98,11 +99,11 @@ def test_weights_with_code_or_with_a_size_of_terabytes_are_refused_or_harmless(u
         file.create_dataset(
             names[0], (10**6, 10**6), "f4", chunks=(1000, 1000)
         )  # 4 TB, in a file of a kilobyte
-    with pytest.raises(BackboneError, match="it has 1,000,000,0"):
+    with pytest.raises(UserError, match="it has 1,000,000,0"):
         cut_network(network(good), "cell", 1)
     pickled = untouched / "pickled.weights.h5"
     pickled.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(BackboneError, match="do not fit"):
+    with pytest.raises(UserError, match="do not fit"):
         cut_network(network(pickled), "cell", 1)
 
 
@@ -153,7 +154,7 @@ TRIAL = {
 )
 def test_a_journal_of_trials_from_a_stranger_runs_nothing_and_is_named(untouched, content):
     (untouched / "s.journal").write_bytes(content)
-    with pytest.raises(StudyError, match=r"s\.journal is damaged"):
+    with pytest.raises(UserError, match=r"s\.journal is damaged"):
         open_study("s", untouched / "s.journal")
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from aplsmear.answer.coupling import (
     DIAGNOSES,
-    AnswerError,
     Fitted,
     calls,
     check_manifests,
@@ -24,6 +23,7 @@ from aplsmear.answer.coupling import (
 )
 from aplsmear.answer.measures import UNSURE, measure_diagnoses, predictive_values
 from aplsmear.answer.report import results_of, write_results
+from aplsmear.errors import UserError
 
 PAIRS = {"apl_healthy": ("apl", "healthy"), "apl_aml": ("apl", "aml"), "aml_healthy": ("aml", "healthy")}
 FOLDS = 4
@@ -218,7 +218,7 @@ def test_a_file_gives_the_answer_of_each_set_of_ensembles(written: Path) -> None
         probabilities(again.folds[-1], logits, pairs), probabilities(judged, logits, pairs), atol=1e-9
     )
     assert "apl00" not in (written / "answer.json").read_text(encoding="utf-8")
-    with pytest.raises(AnswerError, match="apl_healthy and apl_aml"):
+    with pytest.raises(UserError, match="apl_healthy and apl_aml"):
         answers.of(["apl_healthy", "other"])
 
 
@@ -227,24 +227,24 @@ def test_a_changed_file_or_another_ensemble_is_refused(written: Path) -> None:
     manifests = {name: written / "ensembles" / name / "model" / "manifest.json" for name in PAIRS}
     check_manifests(answers, manifests)
     manifests["apl_aml"].write_text("another", encoding="utf-8")
-    with pytest.raises(AnswerError, match="not the ensemble apl_aml"):
+    with pytest.raises(UserError, match="not the ensemble apl_aml"):
         check_manifests(answers, manifests)
     text = (written / "answer.json").read_text(encoding="utf-8")
     for wrong, why in ((text.replace('"sure": 0.7', '"sure": 0.6'), "changed"), ("{}", "version"), ("[", "")):
         (written / "answer.json").write_text(wrong, encoding="utf-8")
-        with pytest.raises(AnswerError, match=f"cannot be used.*{why}"):
+        with pytest.raises(UserError, match=f"cannot be used.*{why}"):
             read_answers(written / "answer.json")
-    with pytest.raises(AnswerError, match="dvc repro answer"):
+    with pytest.raises(UserError, match="dvc repro answer"):
         read_answers(written / "nothing.json")
 
 
 def test_a_diagnosis_without_patients_is_named() -> None:
     found = {name: table[table["diagnosis"] != "healthy"] for name, table in tables().items()}
-    with pytest.raises(AnswerError, match=r"no one answer.* no patients with healthy"):
+    with pytest.raises(UserError, match=r"no one answer.* no patients with healthy"):
         judge_all(found, PAIRS)
 
 
 def test_ensembles_that_do_not_compare_all_three_diagnoses_are_refused() -> None:
     found = {name: table for name, table in tables().items() if name == "apl_aml"}
-    with pytest.raises(AnswerError, match="do not compare"):
+    with pytest.raises(UserError, match="do not compare"):
         judge_all(found, {"apl_aml": PAIRS["apl_aml"]})

@@ -14,7 +14,7 @@ from PIL import Image
 
 from aplsmear.data.dataset import DataSetError, read_data_set
 from aplsmear.errors import UserError
-from aplsmear.evaluation.splits import SplitError, make_folds
+from aplsmear.evaluation.splits import make_folds
 from aplsmear.images.views import view_multipliers
 from aplsmear.params import Sides, read_params
 from made_views import all_views
@@ -86,8 +86,8 @@ def test_a_data_set_is_accepted_and_can_be_used_or_has_its_problems_reported(
         if isinstance(found, DataSetError):
             assert found.problems
             return
-        folds = outcome(lambda: make_folds(found.smears, 3, seed=1), SplitError)
-        if isinstance(folds, SplitError):
+        folds = outcome(lambda: make_folds(found.smears, 3, seed=1), UserError)
+        if isinstance(folds, UserError):
             assert "folds" in str(folds)
         else:
             assert set(folds["patient"]) == set(found.smears["patient"])

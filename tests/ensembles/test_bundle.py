@@ -12,7 +12,6 @@ from test_combination import RIDGE, cohort
 from aplsmear.ensembles.baselines import Pooled
 from aplsmear.ensembles.bundle import (
     VERSION,
-    BundleError,
     Member,
     Model,
     Reference,
@@ -23,6 +22,7 @@ from aplsmear.ensembles.bundle import (
 from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, as_json, judge
 from aplsmear.ensembles.familiarity import make_cloud
+from aplsmear.errors import UserError
 from aplsmear.heads.head import Head, write_heads
 from aplsmear.params import Augment, Backbone
 
@@ -134,7 +134,7 @@ def test_the_models_of_a_fold_or_the_final_model_can_judge(made) -> None:
     bundle = read_bundle(made)
     assert [bundle.outer_fold_of(fold) for fold in (0, 4, None)] == [0, 4, 5]
     for fold in (-1, 5):
-        with pytest.raises(BundleError, match=f"no fold {fold}.* had 5"):
+        with pytest.raises(UserError, match=f"no fold {fold}.* had 5"):
             bundle.outer_fold_of(fold)
 
 
@@ -144,7 +144,7 @@ def test_all_missing_and_changed_files_are_listed_together(copy) -> None:
     data = bytearray(path.read_bytes())
     data[3] ^= 1
     path.write_bytes(data)
-    with pytest.raises(BundleError) as error:
+    with pytest.raises(UserError) as error:
         read_bundle(copy)
     assert "heads/m1.npz is missing" in str(error.value)
     assert "backbones/net/cell.onnx has changed since" in str(error.value)
@@ -154,7 +154,7 @@ def test_all_missing_and_changed_files_are_listed_together(copy) -> None:
 def test_a_misspelt_ensemble_ends_with_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "apl_aml" / "model").mkdir(parents=True)
     (tmp_path / "apl_aml" / "model" / "manifest.json").touch()
-    with pytest.raises(BundleError, match=r"apl_amll has no manifest.json \(did you mean 'apl_aml'\?\)"):
+    with pytest.raises(UserError, match=r"apl_amll has no manifest.json \(did you mean 'apl_aml'\?\)"):
         read_bundle(tmp_path / "apl_amll")
 
 
@@ -162,7 +162,7 @@ def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None
     """Also if model.json has settings that this version does not have."""
     edited(copy / "model.json", standardise=0.0, upwards=True)
     edited(copy / "manifest.json", version=1, aplsmear="0.2.0")
-    with pytest.raises(BundleError, match=rf"version 1 .*reads {VERSION}.*0\.2\.0.*dvc repro") as error:
+    with pytest.raises(UserError, match=rf"version 1 .*reads {VERSION}.*0\.2\.0.*dvc repro") as error:
         read_bundle(copy)
     assert "standardise" not in str(error.value)
 
@@ -170,12 +170,12 @@ def test_an_older_bundle_is_refused_with_the_program_that_reads_it(copy) -> None
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "version": 3, "files": {}}', "\x00"])
 def test_an_invalid_manifest_is_refused(copy, text) -> None:
     (copy / "manifest.json").write_text(text)
-    with pytest.raises(BundleError, match=r"manifest\.json cannot be used"):
+    with pytest.raises(UserError, match=r"manifest\.json cannot be used"):
         read_bundle(copy)
 
 
 def test_for_a_folder_without_a_bundle_the_message_names_the_command_that_makes_one(tmp_path) -> None:
-    with pytest.raises(BundleError, match="dvc repro"):
+    with pytest.raises(UserError, match="dvc repro"):
         read_bundle(tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_paths_out_of_the_folder_are_refused(copy, name) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["files"][name] = hashlib.sha256(b"secret").hexdigest()
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BundleError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         read_bundle(copy)
 
 
@@ -193,7 +193,7 @@ def test_a_link_out_of_the_folder_is_refused(copy) -> None:
     path = copy / "heads" / "m0.npz"
     outside = path.rename(copy.parent / "m0.npz")
     path.symlink_to(outside)
-    with pytest.raises(BundleError, match="leads out of the folder"):
+    with pytest.raises(UserError, match="leads out of the folder"):
         read_bundle(copy)
 
 
@@ -210,7 +210,7 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
     with (copy / name).open("wb") as out:
         np.savez(out, **dict.fromkeys(arrays, np.array([Trap()], dtype=object)))
     signed(copy)
-    with pytest.raises(BundleError, match="do not fit together"):
+    with pytest.raises(UserError, match="do not fit together"):
         read_bundle(copy)
     assert not Path("sprung").exists()
 
@@ -230,7 +230,7 @@ def test_a_pickle_is_never_opened(copy, name, monkeypatch) -> None:
 def test_settings_that_do_not_fit_together_are_refused(copy, changed, message) -> None:
     edited(copy / "model.json", **changed)
     signed(copy)
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(UserError, match=message):
         read_bundle(copy)
 
 

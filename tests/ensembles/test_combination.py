@@ -10,7 +10,6 @@ import pytest
 from aplsmear.ensembles.combination import (
     MODELS,
     Candidate,
-    EnsembleError,
     as_json,
     combination_of,
     draw_candidates,
@@ -24,6 +23,7 @@ from aplsmear.ensembles.combination import (
     read_members,
 )
 from aplsmear.ensembles.pooling import SUMMARIES, summarise_patients
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.files import write_json
 from aplsmear.params import Combine, CombineSpace
@@ -347,7 +347,7 @@ def test_a_combination_in_a_file_gives_the_same_probabilities(tmp_path, candidat
 def test_an_invalid_combination_is_refused(wrong) -> None:
     patients, members = cohort()
     made = as_json(judge(patients, members, RIDGE, 0, 1).combinations[-1])
-    with pytest.raises(EnsembleError, match="no combination"):
+    with pytest.raises(UserError, match="no combination"):
         combination_of(made | wrong)
 
 
@@ -380,14 +380,14 @@ def test_a_fold_keeps_its_patients_when_diagnoses_are_permuted(monkeypatch) -> N
 
 def test_a_diagnosis_without_patients_is_named() -> None:
     whole = people(3, 3).query("diagnosis != 'apl'")
-    with pytest.raises(EnsembleError, match=r"of both, but there are 3 aml, 3 healthy\. Add patients .* apl"):
+    with pytest.raises(UserError, match=r"of both, but there are 3 aml, 3 healthy\. Add patients .* apl"):
         patients_of(whole, "apl", "healthy")
 
 
 def test_a_member_that_scored_no_patient_is_named() -> None:
     patients, members = cohort()
     members["m1"] = members["m1"].assign(patient="somebody else")
-    with pytest.raises(EnsembleError, match=r"members m1 have scored none of the 20 patients"):
+    with pytest.raises(UserError, match=r"members m1 have scored none of the 20 patients"):
         judge(patients, members, RIDGE, 0, 1)
 
 
@@ -395,7 +395,7 @@ def test_members_on_disk_are_those_of_params(tmp_path) -> None:
     scores = scores_of(people(2, 2), 1, strength=1.0)
     for name in ("blast", "old"):
         scores.to_parquet(tmp_path / f"{name}.scores.parquet", index=False)
-    with pytest.raises(EnsembleError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
+    with pytest.raises(UserError, match=r"does not name: old.*lacks the members faggot: `dvc pull"):
         read_members(tmp_path, {"blast": "cell", "faggot": "cell"}, {})
     halved = scores.assign(**{name: 0.5 for name in scores if name.startswith("outer_fold")})
     found = read_members(tmp_path, {"blast": "cell", "old": "smear"}, {"cell": halved})

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aplsmear.evaluation.splits import SplitError, inner_sets, make_folds, outer_set, tuning_sets
+from aplsmear.errors import UserError
+from aplsmear.evaluation.splits import inner_sets, make_folds, outer_set, tuning_sets
 
 few = settings(max_examples=25, deadline=None)
 
@@ -99,16 +100,16 @@ def test_folds_of_six_patients():
 
 
 def test_too_few_patients_are_an_error_that_names_them_and_the_remedy():
-    with pytest.raises(SplitError, match=r"apl: 4, healthy: 3: set split\.folds in params\.yaml to 3 or add"):
+    with pytest.raises(UserError, match=r"apl: 4, healthy: 3: set split\.folds in params\.yaml to 3 or add"):
         make_folds(patients(apl=4, aml=5, healthy=3), 5, 1)
-    with pytest.raises(SplitError, match=r"apl: 2: add patients$"):  # two folds would not do
+    with pytest.raises(UserError, match=r"apl: 2: add patients$"):  # two folds would not do
         make_folds(patients(apl=2, aml=5), 5, 1)
 
 
 def test_a_data_set_without_patients_is_an_error():
-    with pytest.raises(SplitError, match="no patient"):
+    with pytest.raises(UserError, match="no patient"):
         make_folds(patients(apl=1)[:0], 5, 1)
-    with pytest.raises(SplitError, match="no patient"):
+    with pytest.raises(UserError, match="no patient"):
         make_folds(of_sites("a")[:0], 5, 1, by="site")
 
 
@@ -160,20 +161,20 @@ def test_with_as_many_folds_as_sites_one_site_is_left_out_at_a_time():
 
 
 def test_sites_that_cannot_be_split_are_an_error_with_the_remedy():
-    with pytest.raises(SplitError, match=r"no smear has a site: add a column `site`"):
+    with pytest.raises(UserError, match=r"no smear has a site: add a column `site`"):
         make_folds(of_sites("", "", "", ""), 3, 1, by="site")
     with pytest.raises(
-        SplitError, match=r"need at least 5 sites, but there are 3: a, b, c\. .* split\.folds to 3"
+        UserError, match=r"need at least 5 sites, but there are 3: a, b, c\. .* split\.folds to 3"
     ):
         make_folds(of_sites("a", "b", "c", "c", "b"), 5, 1, by="site")
     table = of_sites("a", "b", "c", "")
     table.loc[len(table)] = ["apl0", "apl", "b"]
-    with pytest.raises(SplitError) as error:
+    with pytest.raises(UserError) as error:
         make_folds(table, 3, 1, by="site")
     assert "2 patients have no site: aml3, apl3" in str(error.value)
     assert "patient 'apl0' has the sites a, b: correct the column `site`" in str(error.value)
     lopsided = of_sites("a", "b", "c", "c")[lambda each: ~each["patient"].isin(["apl1"])]
     with pytest.raises(
-        SplitError, match=r"fold 1 \(sites: b\) would have no patient with apl\nEach of 3 folds"
+        UserError, match=r"fold 1 \(sites: b\) would have no patient with apl\nEach of 3 folds"
     ):
         make_folds(lopsided, 3, 1, by="site")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aplsmear.features.backbones import BackboneError, cut_network
+from aplsmear.errors import UserError
+from aplsmear.features.backbones import cut_network
 from aplsmear.images.reading import decode
 from backbone_graphs import features, mobilenet, views
 
@@ -58,7 +59,7 @@ def test_weights_of_the_network_up_to_the_deepest_layer_are_loaded(keras, tmp_pa
     # Another file in its place is no longer the one that params.yaml means.
     held = hashlib.sha256((tmp_path / "cut.weights.h5").read_bytes()).hexdigest()
     cut_network(settings.model_copy(update={"sha256": held}), "cell", 1)
-    with pytest.raises(BackboneError, match=rf"another SHA-256 .*\(0000.*sha256: {held}`"):
+    with pytest.raises(UserError, match=rf"another SHA-256 .*\(0000.*sha256: {held}`"):
         cut_network(settings.model_copy(update={"sha256": "0" * 64}), "cell", 1)
 
 
@@ -95,7 +96,7 @@ def test_real_weights_of_a_whole_and_of_a_cut_network(keras, tmp_path):
     ],
 )
 def test_what_keras_does_not_have_is_said(changed, said):
-    with pytest.raises(BackboneError, match=said):
+    with pytest.raises(UserError, match=said):
         cut_network(mobilenet(**changed), "cell", 1)
 
 
@@ -115,5 +116,5 @@ def test_weights_that_do_not_fit_are_an_error(keras, tmp_path):
     shallow = keras.Model(full.input, full.get_layer("conv_pw_1_relu").output)
     shallow.save_weights(tmp_path / "shallow.weights.h5")
     for name, said in (("text", "do not fit"), ("wide", "do not fit"), ("shallow", "it has 15 tensors")):
-        with pytest.raises(BackboneError, match=said):
+        with pytest.raises(UserError, match=said):
             cut_network(mobilenet(weights=str(tmp_path / f"{name}.weights.h5")), "cell", 1)

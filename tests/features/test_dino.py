@@ -8,7 +8,8 @@ import pytest
 
 import finetunings
 from aplsmear.dino_variants import VARIANTS, layers_of, variant_of
-from aplsmear.features.backbones import BackboneError, cut_network
+from aplsmear.errors import UserError
+from aplsmear.features.backbones import cut_network
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import PIXELS, read_graph
 from aplsmear.finetune.finetuning import build_trainers, finetune, with_weights
@@ -77,7 +78,7 @@ def test_layers_are_known_without_keras(keras):
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changed, said):
-    with pytest.raises(BackboneError, match=said):
+    with pytest.raises(UserError, match=said):
         cut_network(tiny(**changed), "cell", 1)
 
 

@@ -10,7 +10,8 @@ import pytest
 from networks import keras_network
 from processors import INSTALL, can_emulate, output_of
 
-from aplsmear.features.forward import FeatureRequest, ForwardError, Network, batch_of, features_of
+from aplsmear.errors import UserError
+from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.onnx_graph import GraphError
 from aplsmear.images.reading import decode, resize
 from backbone_graphs import features, mobilenet, pictures, request_of, views
@@ -142,7 +143,7 @@ def test_too_little_memory_is_an_error_that_names_the_batch(kind, monkeypatch, t
         raise getattr(onnxruntime.capi.onnxruntime_pybind11_state, kind)("no memory for 7 bytes\nand more")
 
     monkeypatch.setattr(network, "_session", SimpleNamespace(run=run))
-    with pytest.raises(ForwardError, match=r"2 images of 32 px .*\(no memory for 7 bytes\): lower `batch`"):
+    with pytest.raises(UserError, match=r"2 images of 32 px .*\(no memory for 7 bytes\): lower `batch`"):
         network.features(pictures(2, 32))
 
 
@@ -153,5 +154,5 @@ def test_features_that_float16_cannot_hold_are_an_error(keras, tmp_path):
     layer.set_weights([gamma, beta + 1e9, *moving])
     full.save_weights(tmp_path / "huge.weights.h5")
     settings = mobilenet(weights=str(tmp_path / "huge.weights.h5"), layer=["conv_pw_1_bn"])
-    with pytest.raises(ForwardError, match="'conv_pw_1_bn' gives features beyond float16"):
+    with pytest.raises(UserError, match="'conv_pw_1_bn' gives features beyond float16"):
         features(settings, views(1), tmp_path)

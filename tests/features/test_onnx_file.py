@@ -11,7 +11,8 @@ from onnx import TensorProto, helper
 from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.compute.runtime import start_tensorflow
-from aplsmear.features.backbones import BackboneError, cut_network, write_graph
+from aplsmear.errors import UserError
+from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.forward import Network
 from aplsmear.features.onnx_graph import is_portable, read_graph
 from aplsmear.files import sha256
@@ -146,7 +147,7 @@ def test_a_file_that_cannot_be_used_is_refused_with_what_to_change(tmp_path, cha
     path = convolutions(tmp_path / "own.onnx")
     if change:
         changed(path, change)
-    with pytest.raises(BackboneError, match=message):
+    with pytest.raises(UserError, match=message):
         write_graph(tmp_path / "cell.onnx", backbone(path, **row), "cell", 1)
     assert not (tmp_path / "cell.onnx").exists()
 
@@ -163,7 +164,7 @@ def test_a_damaged_file_ends_with_a_message(tmp_path):
         path.write_bytes(damaged)
         try:
             write_graph(tmp_path / "cell.onnx", backbone(path, pooling="class"), "cell", 1)
-        except BackboneError:  # another error would be a mistake of the program
+        except UserError:  # another error would be a mistake of the program
             refused += 1
     assert refused > 20
 
@@ -175,13 +176,13 @@ def test_other_sizes_and_tokens_than_those_of_the_file_are_refused(tmp_path):
         ({"tokens": 5}, "17 tokens; without 5 they are no square of patches: write `tokens: 1`"),
         ({"tokens": 0, "pooling": "class"}, "17 tokens; without 0"),
     ):
-        with pytest.raises(BackboneError, match=message):
+        with pytest.raises(UserError, match=message):
             write_graph(tmp_path / "cell.onnx", backbone(path, **{"pooling": "patches"} | row), "cell", 1)
 
 
 def test_a_file_is_no_network_to_train(tmp_path):
     path = transformer(tmp_path / "own.onnx")
-    with pytest.raises(BackboneError, match=r"frozen and cannot be trained: .*`source: keras\.applications`"):
+    with pytest.raises(UserError, match=r"frozen and cannot be trained: .*`source: keras\.applications`"):
         cut_network(backbone(path), "cell", 1)
 
 

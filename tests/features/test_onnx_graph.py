@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from processors import INSTALL, can_emulate, output_of
 
 from aplsmear.cpu import cpuinfo
-from aplsmear.features.backbones import BackboneError, cut_network, write_graph
+from aplsmear.errors import UserError
+from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.export import as_graph
 from aplsmear.features.onnx_graph import OPERATIONS, PIXELS, GraphError, only, read_graph
 from backbone_graphs import mobilenet, pictures
@@ -338,6 +339,6 @@ def test_a_convolution_whose_bits_depend_on_the_processor_is_refused(shape, open
 
 
 def test_an_unknown_application_is_an_error_before_anything_is_written(tmp_path):
-    with pytest.raises(BackboneError, match=r"no network 'MobilNet' \(did you mean 'MobileNet'\?\)"):
+    with pytest.raises(UserError, match=r"no network 'MobilNet' \(did you mean 'MobileNet'\?\)"):
         write_graph(tmp_path / "graph", mobilenet(application="MobilNet"), "cell", 1)
     assert not (tmp_path / "graph").exists()

@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from aplsmear.features.store import FeaturesError, read_features, write_features
+from aplsmear.errors import UserError
+from aplsmear.features.store import read_features, write_features
 from aplsmear.files import rows_of
 
 INDEX = pd.DataFrame({"item": ["a", "a", "007"], "view": [0, 1, 0]})
@@ -51,7 +52,7 @@ def test_features_of_several_backbones_stand_behind_one_another(tmp_path):
         with pytest.raises(KeyError, match=name[:8]):
             found[name]
     write_features(tmp_path / "own", INDEX[:2], ["early", "late"], batches(2))
-    with pytest.raises(FeaturesError, match=r"net/early\+own/early are of other views"):
+    with pytest.raises(UserError, match=r"net/early\+own/early are of other views"):
         read_features(tmp_path, ["net", "own"])["net/early+own/early"]
 
 
@@ -77,5 +78,5 @@ def test_no_views_give_an_index_of_no_rows_and_no_features(tmp_path):
 
 def test_features_of_a_backbone_that_is_no_longer_named_or_not_there_are_an_error(tmp_path):
     write_features(tmp_path / "old", INDEX, ["early", "late"], batches(3))
-    with pytest.raises(FeaturesError, match=r"does not name: old\..* lacks the backbones net: .*`dvc pull"):
+    with pytest.raises(UserError, match=r"does not name: old\..* lacks the backbones net: .*`dvc pull"):
         read_features(tmp_path, ["net"])

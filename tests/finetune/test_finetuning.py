@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 import yaml
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.finetune.finetuning import best_epoch, build_trainers, finetune, with_weights
 from aplsmear.finetune.inputs import Start, check_backbones, read_inputs, read_starts
 from aplsmear.finetune.results import conclude
-from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.finetune.training import History
 from aplsmear.heads.head import write_heads
 from aplsmear.images.reading import decode
@@ -55,7 +55,7 @@ def test_a_trial_picked_by_hand_serves_the_final_model_only(tmp_path: Path) -> N
     assert picked[0].recipe == RECIPE
     assert [start.head is None for start in picked] == [False, False, True]
     for number in (2, 7):  # failed; not there
-        with pytest.raises(FinetuneError, match="there are: 0, 1"):
+        with pytest.raises(UserError, match="there are: 0, 1"):
             starts(number)
 
 
@@ -138,7 +138,7 @@ def test_features_that_cannot_be_trained_are_refused_with_the_backbones_that_can
     backbones = {"net": net, "file": net.model_copy(update={"source": "onnx"})}
     start = Start(0, 0, replace(RECIPE, features=features), 1, None)
     inputs = SimpleNamespace(backbones=backbones)
-    with pytest.raises(FinetuneError, match=message):
+    with pytest.raises(UserError, match=message):
         check_backbones(inputs, [start])
     check_backbones(inputs, [replace(start, recipe=replace(RECIPE, features="net/x+y"))])
 
@@ -146,5 +146,5 @@ def test_features_that_cannot_be_trained_are_refused_with_the_backbones_that_can
 def test_a_task_of_patients_is_refused_with_what_to_choose() -> None:
     params = read_params(ROOT / "params.yaml")
     task = next(task for task in params.tasks.values() if task.level == "patient")
-    with pytest.raises(FinetuneError, match="to a task of cells or smears"):
+    with pytest.raises(UserError, match="to a task of cells or smears"):
         read_inputs(task, params.finetune, params.tune, params.backbones, 0.0, 1)

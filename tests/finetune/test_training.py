@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aplsmear.errors import UserError
 from aplsmear.finetune.network import HeadDesign, build_network
-from aplsmear.finetune.sampling import FinetuneError, Run, augment_online, epoch_items
+from aplsmear.finetune.sampling import Run, augment_online, epoch_items
 from finetunings import BACKBONE, CHANNELS, RECIPE, SETTINGS, images, train, training_set
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def test_lower_blocks_learn_slower_and_batch_statistics_stay(tmp_path: Path) -> 
 
 
 def test_training_that_diverges_names_the_rates_to_lower(tmp_path: Path) -> None:
-    with pytest.raises(FinetuneError, match=r"lower finetune\.rate and finetune\.head_rate"):
+    with pytest.raises(UserError, match=r"lower finetune\.rate and finetune\.head_rate"):
         train(tmp_path, head_rate=1e30, rate=1e30)
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc_within_folds
 from aplsmear.features.store import Features, FeatureTable
 from aplsmear.heads import search
@@ -36,7 +37,7 @@ from aplsmear.heads.search import (
 )
 from aplsmear.heads.stack import Material, train_heads
 from aplsmear.heads.study import open_study
-from aplsmear.heads.task_data import TuneError, make_task_data
+from aplsmear.heads.task_data import make_task_data
 from studies import FOLDS, ROOT, outcome, quick_judge, settings, task_data
 
 RECIPE = draw_candidates(settings(), ["net/good", "net/poor"], 1)[0][0]
@@ -108,7 +109,7 @@ def test_the_trial_that_a_user_picks_is_for_the_final_model_alone() -> None:
     choices = choose_all(trials, FOLDS, 1)
     assert [choice.trial.number for choice in choices] == [0, 0, 0, 0, 1]
     assert "picked by the user" in choices[-1].why
-    with pytest.raises(TuneError, match=r"trial 7 does not exist or failed\. Choose one of 0, 1"):
+    with pytest.raises(UserError, match=r"trial 7 does not exist or failed\. Choose one of 0, 1"):
         choose_all(trials, FOLDS, 7)
 
 
@@ -118,7 +119,7 @@ def test_candidates_come_from_seed_and_number_alone() -> None:
     assert few == many[:5]
     assert len(set(many)) == 12
     assert not set(many) & set(draw_candidates(settings(trials=12), names, 4)[0])
-    with pytest.raises(TuneError, match=r"'net/god' \(did you mean 'net/good'\?\)"):
+    with pytest.raises(UserError, match=r"'net/god' \(did you mean 'net/good'\?\)"):
         draw_candidates(settings({"features": ["net/god"]}), names, 3)
 
 
@@ -158,7 +159,7 @@ def test_a_task_with_too_few_labels_is_refused_with_their_counts() -> None:
     whole = task_data()
     label = np.where(whole.table["fold"] > 1, 0, whole.label).astype(np.int8)
     folds = whole.table[["patient", "fold"]].drop_duplicates()
-    with pytest.raises(TuneError, match=r"at least three folds.*fold 2: 0, fold 3: 0. Negative"):
+    with pytest.raises(UserError, match=r"at least three folds.*fold 2: 0, fold 3: 0. Negative"):
         make_task_data(whole.table[["item", "patient"]], label, folds, whole.features)
 
 
@@ -166,12 +167,12 @@ def test_features_of_other_items_are_refused() -> None:
     whole = task_data()
     folds = whole.table[["patient", "fold"]].drop_duplicates()
     items = whole.table[["item", "patient"]]
-    with pytest.raises(TuneError, match="no features"):
+    with pytest.raises(UserError, match="no features"):
         make_task_data(items, whole.label, folds, {})
-    with pytest.raises(TuneError, match="not those of this data set"):
+    with pytest.raises(UserError, match="not those of this data set"):
         make_task_data(items.assign(item=items["item"] + "x"), whole.label, folds, whole.features)
     one, two = whole.features.values()
-    with pytest.raises(TuneError, match="other views"):
+    with pytest.raises(UserError, match="other views"):
         make_task_data(items, whole.label, folds, {"a": one, "b": replace(two, index=two.index[::-1])})
 
 
@@ -228,7 +229,7 @@ def test_all_trials_failing_is_an_error_with_the_reasons(tmp_path: Path) -> None
             for judged in quick_judge(jobs, material, patience)
         ]
 
-    with pytest.raises(TuneError, match=r"all trials failed:\n  trial 0: no luck\n  trial 1: no luck"):
+    with pytest.raises(UserError, match=r"all trials failed:\n  trial 0: no luck\n  trial 1: no luck"):
         list(run_study(task_data(), settings(), 5, open_study("s", tmp_path / "j"), judge))
 
 

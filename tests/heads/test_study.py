@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aplsmear.errors import UserError
 from aplsmear.heads.search import run_study
-from aplsmear.heads.study import StudyError, open_study
+from aplsmear.heads.study import open_study
 from studies import outcome, quick_judge, settings, task_data, work
 
 
@@ -218,7 +219,7 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
         time.sleep(0.002)
     server.cleanup()
     message = cut.communicate()[1]
-    assert "StudyError: the storage of the study" in message
+    assert "UserError: the storage of the study" in message
     assert "Finished trials are kept" in message
     server = server_of(tmp_path / "pg", cleanup_mode="stop")
     again = begin()
@@ -232,7 +233,7 @@ def test_a_database_that_stops_in_mid_run_is_named_and_the_next_run_ends_the_sam
 def test_a_database_that_does_not_answer_is_named_without_its_password(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     url = "postgresql+psycopg://somebody:geheim@127.0.0.1:1/study"
-    with pytest.raises(StudyError, match="storage of the study") as caught:
+    with pytest.raises(UserError, match="storage of the study") as caught:
         open_study("s", tmp_path / "j", url)
     assert "geheim" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -37,10 +37,11 @@ from aplsmear.ensembles.bundle import Member, Model, make_reference, read_bundle
 from aplsmear.ensembles.cell_curve import CellCurve
 from aplsmear.ensembles.combination import Candidate, Verdicts, as_json, judge, logits_of_all, patients_of
 from aplsmear.ensembles.pooling import summarise_patients
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.exchange.classes import known_classes
 from aplsmear.exchange.sources import read_source
-from aplsmear.features.backbones import BackboneError, cut_network, write_graph
+from aplsmear.features.backbones import cut_network, write_graph
 from aplsmear.features.forward import FeatureRequest, Network, batch_of, features_of
 from aplsmear.features.store import Features, read_features, write_features
 from aplsmear.heads.bags import attend
@@ -839,7 +840,7 @@ def test_a_fold_that_does_not_exist_is_refused(trained, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["Lambda", "layers.Lambda", "custom>Lambda", "os.system"])
 def test_only_networks_of_keras_applications_are_built(name) -> None:
-    with pytest.raises(BackboneError, match="has no"):
+    with pytest.raises(UserError, match="has no"):
         cut_network(BACKBONE.model_copy(update={"application": name}), "cell", 1)
 
 
@@ -852,7 +853,7 @@ def test_weights_that_link_to_another_file_are_refused(tmp_path) -> None:
         shape, kind = file[names[0]].shape, file[names[0]].dtype
         del file[names[0]]
         file.create_dataset(names[0], shape, kind, external=[("/etc/hostname", 0, h5py.h5f.UNLIMITED)])
-    with pytest.raises(BackboneError, match="another file"):
+    with pytest.raises(UserError, match="another file"):
         cut_network(BACKBONE.model_copy(update={"weights": str(path)}), "cell", 1)
 
 

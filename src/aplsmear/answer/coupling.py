@@ -53,10 +53,6 @@ _DIGITS = 12  # decimals of numbers in answer.json
 Pair = tuple[str, str]  # of an ensemble: positive and negative diagnosis
 
 
-class AnswerError(UserError, ValueError):
-    """There is no one answer, or it cannot be used; the message gives the reason and what to do."""
-
-
 class Fitted(Strict):
     """The three fitted numbers of an outer fold, and its priors."""
 
@@ -92,12 +88,12 @@ class Answers(Strict):
     checksum: str = ""  # of all the rest
 
     def of(self, names: Sequence[str]) -> Answer:
-        """The answer of a set of ensembles; AnswerError if there is none."""
+        """The answer of a set of ensembles; UserError if there is none."""
         for each in self.answers:
             if set(each.ensembles) == set(names):
                 return each
         known = "; ".join(" and ".join(each.ensembles) for each in self.answers)
-        raise AnswerError(
+        raise UserError(
             f"There is no one answer of {' and '.join(names)}. It needs ensembles that together compare "
             f"healthy, other AML and APL, one of: {known}. Or give one --ensemble alone."
         )
@@ -183,26 +179,26 @@ def fit(logits: np.ndarray, pairs: Sequence[Pair], label: np.ndarray) -> Fitted:
 def prevalence_of(text: str) -> list[float]:
     """The prevalence of `DIAGNOSES` from a text such as ``apl=0.05,aml=0.15``; the third is the rest.
 
-    Raises AnswerError if it is no such text, or the numbers are no shares that add to 1.
+    Raises UserError if it is no such text, or the numbers are no shares that add to 1.
     """
     parts = [part.partition("=")[::2] for part in text.split(",")]
     names = [name.strip() for name, _ in parts]
     example = f"--prevalence {text}: write for example apl=0.05,aml=0.15"
     strangers = [no_such("there is no diagnosis", name, DIAGNOSES) for name in names if name not in DIAGNOSES]
     if lines := strangers or [f"{name} is there twice" for name in DIAGNOSES if names.count(name) > 1]:
-        raise AnswerError(f"{example}. {'; '.join(lines)}")
+        raise UserError(f"{example}. {'; '.join(lines)}")
     try:
         found = {name: float(value) for name, (_, value) in zip(names, parts, strict=True)}
     except ValueError:
-        raise AnswerError(f"{example}. Each diagnosis needs a number.") from None
+        raise UserError(f"{example}. Each diagnosis needs a number.") from None
     if len(found) < len(DIAGNOSES) - 1:
-        raise AnswerError(f"{example}. Two of {', '.join(DIAGNOSES)} are needed; the third is the rest.")
+        raise UserError(f"{example}. Two of {', '.join(DIAGNOSES)} are needed; the third is the rest.")
     for name in DIAGNOSES:
         found.setdefault(name, 1 - sum(found.values()))
     inside = all(0 < value < 1 for value in found.values())
     if not inside or not math.isclose(sum(found.values()), 1, abs_tol=1e-6):
         shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-        raise AnswerError(f"{example}. All three must lie between 0 and 1 and add to 1; these are {shown}.")
+        raise UserError(f"{example}. All three must lie between 0 and 1 and add to 1; these are {shown}.")
     return [found[name] for name in DIAGNOSES]
 
 
@@ -212,13 +208,12 @@ def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> 
     Each ensemble has a table of `aplsmear.ensembles.combination.logits_of_all`; all have the same patients.
     The set of all ensembles comes first, then the others by falling number of ensembles.
 
-    Raises:
-        AnswerError: a diagnosis has no patients, or the ensembles do not compare all three.
+    Raises UserError: a diagnosis has no patients, or the ensembles do not compare all three.
     """
     first = next(iter(tables.values()))
     counts = first["diagnosis"].value_counts().reindex(DIAGNOSES, fill_value=0)
     if absent := [name for name in DIAGNOSES if not counts[name]]:
-        raise AnswerError(
+        raise UserError(
             "There is no one answer of several ensembles: the data set has no patients with "
             f"{' and '.join(absent)}. An ensemble of the other diagnoses can be used alone."
         )
@@ -241,7 +236,7 @@ def judge_all(tables: Mapping[str, pd.DataFrame], pairs: Mapping[str, Pair]) -> 
                 chances[outside] = probabilities(folds[-1], mine[outside, :, outer_fold], of)
         found.append(Judged(names, chances, folds))
     if not found:
-        raise AnswerError(
+        raise UserError(
             f"There is no one answer: the ensembles {', '.join(pairs)} do not compare healthy, aml and apl. "
             "Set `positive` and `negative` of an ensemble in params.yaml."
         )
@@ -279,7 +274,7 @@ def write_answers(
 
 
 def read_answers(path: Path) -> Answers:
-    """Read answer.json. AnswerError if it is not there, was changed, or has another version."""
+    """Read answer.json. UserError if it is not there, was changed, or has another version."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw.get("version") != VERSION:
@@ -288,22 +283,22 @@ def read_answers(path: Path) -> Answers:
             raise ValueError("it has changed since it was written")
         return Answers.model_validate_json(json.dumps(raw))
     except FileNotFoundError:
-        raise AnswerError(
+        raise UserError(
             f"There is no one answer: {path} is not there. `dvc repro answer` makes it, if the data set has "
             "healthy patients, patients with other AML and patients with APL. For the answer of one ensemble "
             "alone, add `--ensemble ensembles/NAME`."
         ) from None
     except (OSError, ValueError, AttributeError) as error:
-        raise AnswerError(
+        raise UserError(
             f"{path} cannot be used ({brief(error)}): copy it again, or run `dvc repro answer`"
         ) from None
 
 
 def check_manifests(answers: Answers, manifests: Mapping[str, Path]) -> None:
-    """Raise AnswerError unless the bundles of ensembles are those that the answers were fitted on."""
+    """Raise UserError unless the bundles of ensembles are those that the answers were fitted on."""
     for name, path in manifests.items():
         if answers.manifests[name] != sha256(path):
-            raise AnswerError(
+            raise UserError(
                 f"{path.parent} is not the ensemble {name} that the one answer was fitted on: take both from "
                 "the same run (`dvc repro answer`)"
             )

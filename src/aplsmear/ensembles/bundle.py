@@ -16,12 +16,12 @@ without safe mode: CVE-2025-1550, -8747, -9906.)
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -44,10 +44,6 @@ VERSION = 7  # of the format
 MANIFEST, MODEL, REFERENCE = "manifest.json", "model.json", "reference.npz"
 _DIGITS = 12  # decimals of numbers in model.json
 _AGAIN = "copy the folder again from its source, or make it with `dvc repro`"
-
-
-class BundleError(UserError, ValueError):
-    """A folder is no bundle, or a bundle cannot be used; the message gives the reason and what to do."""
 
 
 class Member(Strict):
@@ -135,11 +131,11 @@ class Bundle:
     def outer_fold_of(self, fold: int | None) -> int:
         """The outer fold whose models never saw this fold; None: the last one, for new patients.
 
-        Raises BundleError if there is no such fold.
+        Raises UserError if there is no such fold.
         """
         last = len(self.combinations) - 1
         if fold is not None and not 0 <= fold < last:
-            raise BundleError(f"there is no fold {fold}: the training run had {last}, from 0")
+            raise UserError(f"there is no fold {fold}: the training run had {last}, from 0")
         return last if fold is None else fold
 
     def backbone(self, name: str, level: Level, layers: Sequence[str]) -> FeatureRequest:
@@ -216,7 +212,7 @@ def write_changed(folder: Path, bundle: Bundle, model: Model) -> None:
 def read_bundle(folder: Path) -> Bundle:
     """Read and check a bundle, or the one in ``<folder>/model``.
 
-    Raises BundleError if there is none; it has another version; files are missing, changed, or lead out of
+    Raises UserError if there is none; it has another version; files are missing, changed, or lead out of
     the folder (all of them are named); or the contents do not fit together.
     """
     folder = next((each for each in (folder / "model", folder) if (each / MANIFEST).is_file()), folder)
@@ -244,8 +240,8 @@ def read_bundle(folder: Path) -> Bundle:
         )
         if problems := _misfits(bundle, listed):
             raise ValueError("; ".join(problems))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise BundleError(
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, BadZipFile, UserError) as error:
+        raise UserError(
             f"{folder}: its contents do not fit together ({_why(error)}). It was written by aplsmear "
             f"{manifest.aplsmear[:20]}, this is {aplsmear.__version__}: {_AGAIN}"
         ) from None
@@ -265,14 +261,14 @@ def _checked(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = [each.parent.parent.name for each in folder.parent.glob(f"*/model/{MANIFEST}")]
-        raise BundleError(
+        raise UserError(
             f"{folder} has no {MANIFEST}{nearest(folder.name, there)}: give the folder of an ensemble, such "
             "as ensembles/apl_aml (`dvc repro` makes it), or a copy of its folder `model`"
         ) from None
     except (OSError, ValueError) as error:
-        raise BundleError(f"{folder / MANIFEST} cannot be used ({_why(error)}); {_AGAIN}") from None
+        raise UserError(f"{folder / MANIFEST} cannot be used ({_why(error)}); {_AGAIN}") from None
     if manifest.version != VERSION:
-        raise BundleError(
+        raise UserError(
             f"{folder} has version {manifest.version} of the format, this program reads {VERSION}: "
             f"use the aplsmear that wrote it ({manifest.aplsmear[:20]}), or make the ensemble again with "
             "`dvc repro`"
@@ -288,7 +284,7 @@ def _checked(folder: Path) -> Manifest:
             problems.append(f"{name} has changed since the bundle was written")
     problems += [f"{name} is not in its manifest" for name in (MODEL, REFERENCE) if name not in sums]
     if problems:
-        raise BundleError("\n  ".join([f"{folder} cannot be used:", *problems, _AGAIN]))
+        raise UserError("\n  ".join([f"{folder} cannot be used:", *problems, _AGAIN]))
     return manifest
 
 

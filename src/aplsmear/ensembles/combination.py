@@ -58,10 +58,6 @@ _PROMISE = Promise()
 _NULL_MARGIN = 0.03  # the AUROC of `null_check` may differ from 0.5 by so much
 
 
-class EnsembleError(UserError, ValueError):
-    """An ensemble that cannot be made as asked."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A way to combine members.
@@ -191,13 +187,13 @@ def draw_candidates(combine: Combine, seed: int) -> list[Candidate]:
 def patients_of(folds: pd.DataFrame, positive: str, negative: str) -> pd.DataFrame:
     """The patients of an ensemble: ``patient, diagnosis, fold, label``, sorted by patient.
 
-    Raises EnsembleError if a diagnosis has no patients.
+    Raises UserError if a diagnosis has no patients.
     """
     counts = folds["diagnosis"].value_counts().sort_index()
     absent = [diagnosis for diagnosis in (positive, negative) if diagnosis not in counts]
     if absent:
         has = ", ".join(f"{count} {diagnosis}" for diagnosis, count in counts.items())
-        raise EnsembleError(
+        raise UserError(
             f"an ensemble of {positive} against {negative} needs patients of both, but there are {has}. "
             f"Add patients with the diagnosis {' and '.join(absent)}, or set `positive` and `negative` of "
             "the ensemble in params.yaml. Ensembles of the other diagnoses can be made alone (`dvc repro "
@@ -215,12 +211,12 @@ def read_members(
     The folder, ``members/<ensemble>``, has ``<task>.scores.parquet`` of each member. `weights` are the scores
     that weigh the items of a level; items of other levels have weight 1.
 
-    Raises EnsembleError if the folder lacks a member, or has one that is not named (DVC would take it for an
+    Raises UserError if the folder lacks a member, or has one that is not named (DVC would take it for an
     input).
     """
     there = [path.name.removesuffix(_SCORES) for path in folder.glob(f"*{_SCORES}")]
     if problem := unlike_params(folder, "members", there, levels, f"member_{folder.name}"):
-        raise EnsembleError(problem)
+        raise UserError(problem)
     return {
         name: rounded_summaries(pd.read_parquet(folder / f"{name}{_SCORES}"), weights.get(level))
         for name, level in levels.items()
@@ -252,13 +248,13 @@ def judge(
 
     The table has ``patient, diagnosis, fold, label, probability, low, high, verdict, sensitive, alarm``: the
     95 % interval of the probability over refits on resampled patients, and `Combination.calls`. Raises
-    EnsembleError if a member has scored none of the patients.
+    UserError if a member has scored none of the patients.
     """
     without = [
         name for name, table in members.items() if not patients["patient"].isin(table["patient"]).any()
     ]
     if without:
-        raise EnsembleError(
+        raise UserError(
             f"the members {', '.join(without)} have scored none of the {len(patients)} patients of this "
             "ensemble. Take them out of `members` in params.yaml, or add cells or smears of these patients."
         )
@@ -459,7 +455,7 @@ def as_json(combination: Combination) -> dict[str, Any]:
 def combination_of(model: Mapping[str, Any]) -> Combination:
     """The combination of an object of `as_json`, also after a trip through JSON.
 
-    Raises EnsembleError if something is missing or does not fit together.
+    Raises UserError if something is missing or does not fit together.
     """
     try:
         members = tuple(str(member) for member in model["members"])
@@ -474,7 +470,7 @@ def combination_of(model: Mapping[str, Any]) -> Combination:
             refits=tuple(_weights_of(each, len(members)) for each in model["refits"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise EnsembleError(f"this is no combination ({type(error).__name__}: {error})") from None
+        raise UserError(f"this is no combination ({type(error).__name__}: {error})") from None
 
 
 def _weights_of(model: Mapping[str, Any], members: int) -> Weights:

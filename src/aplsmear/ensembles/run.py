@@ -97,8 +97,8 @@ def read_inputs(
 ) -> Inputs:
     """Read what an ensemble of params.yaml is made from, below the current folder.
 
-    Raises ParamsError if there is no such ensemble; EnsembleError if a diagnosis has no patients, or a member
-    is missing or not named; FeaturesError if features of a backbone are missing or not named.
+    Raises ParamsError if there is no such ensemble; UserError if a diagnosis has no patients, or a member
+    or features of a backbone are missing or not named.
     """
     ensemble = named(ensembles, name, "ensembles")
     folder, weighting = Path(f"members/{name}"), Path(f"tuned/{ensemble.weigh_by}")

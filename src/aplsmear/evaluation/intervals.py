@@ -46,8 +46,7 @@ def bootstrap_interval(
         resamples: how many.
         seed: of the draws.
 
-    Raises:
-        ValueError: fewer than two patients of a class, or more than half of the resamples lack a class.
+    Raises ValueError: fewer than two patients of a class, or more than half of the resamples lack a class.
     """
     y, *scores = check_columns(label, score, *([] if minus is None else [minus]))
     unit = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -33,10 +33,6 @@ Unit = Literal["patient", "site"]
 FEWEST = 3  # folds: one held out, one for training, one for inner scores
 
 
-class SplitError(UserError, ValueError):
-    """The patients cannot be divided into the folds that params.yaml asks for."""
-
-
 def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patient") -> pd.DataFrame:
     """Divide patients into folds with similar shares of every diagnosis (as far as whole sites allow).
 
@@ -45,13 +41,13 @@ def make_folds(patients: pd.DataFrame, folds: int, seed: int, by: Unit = "patien
     site. Returns ``patient, diagnosis, fold``, one row for each patient, sorted by patient; the same for any
     order of the rows.
 
-    Raises SplitError with all problems: no patient, a diagnosis with fewer patients than folds; by site also
+    Raises UserError with all problems: no patient, a diagnosis with fewer patients than folds; by site also
     a patient without a site or with two, fewer sites than folds, a fold without a diagnosis.
     """
     unique = patients[["patient", "diagnosis"]].drop_duplicates().sort_values("patient", ignore_index=True)
     problems = _too_few(unique, folds) + (_problems_of_sites(patients, folds) if by == "site" else [])
     if problems:
-        raise SplitError("\n".join(problems))
+        raise UserError("\n".join(problems))
     site, splitter = None, StratifiedKFold
     if by == "site":
         site = unique["patient"].map(patients.drop_duplicates("patient").set_index("patient")["site"])
@@ -130,14 +126,14 @@ def _problems_of_sites(patients: pd.DataFrame, folds: int) -> list[str]:
 
 
 def _check_diagnoses(diagnosis: pd.Series, site: pd.Series, fold: np.ndarray) -> None:
-    """Raise SplitError if a fold of whole sites has no patient of some diagnosis."""
+    """Raise UserError if a fold of whole sites has no patient of some diagnosis."""
     problems = []
     for number, counts in pd.crosstab(fold, diagnosis).iterrows():
         if absent := ", ".join(counts.index[counts == 0]):
             here = named(sorted(set(site[fold == number])))
             problems.append(f"fold {number} (sites: {here}) would have no patient with {absent}")
     if problems:
-        raise SplitError(
+        raise UserError(
             "\n".join(problems) + f"\nEach of {len(set(fold))} folds of whole sites needs every diagnosis: "
             "lower split.folds, give small sites a common name, or set split.by in params.yaml to patient"
         )

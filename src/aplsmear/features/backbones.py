@@ -22,10 +22,6 @@ from aplsmear.words import nearest, no_such
 UNTRAINED, IMAGENET = "none", "imagenet"  # values of `weights` that are no path
 
 
-class BackboneError(UserError, ValueError):
-    """Keras refuses the settings of a backbone, or weights do not fit; the message says what to change."""
-
-
 def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Callable[[Any], Any]]:
     """Build the frozen network of `settings` up to its layers, for images of a level, and its preprocessing.
 
@@ -35,11 +31,10 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
         keras.Model: preprocessed float32 (batch, size, size, 3) -> {layer: its map}, each part of a joint
         layer by itself; and a function from float32 RGB, 0 to 255, to the input of this model.
 
-    Raises:
-        BackboneError: no such application, option, layer or file of weights, or weights that do not fit.
+    Raises UserError: no such application, option, layer or file of weights, or weights that do not fit.
     """
     if settings.source == "onnx":
-        raise BackboneError(
+        raise UserError(
             "an ONNX file is frozen and cannot be trained: choose a trial whose features are of a backbone "
             "with `source: keras.applications` (`finetune.trial`, or `tune.space.features` for the search)"
         )
@@ -57,7 +52,7 @@ def cut_network(settings: Backbone, level: Level, seed: int) -> tuple[Any, Calla
         if layer not in names
     ]
     if problems:
-        raise BackboneError("\n".join([*problems, f"it has: {', '.join(names)}"]))
+        raise UserError("\n".join([*problems, f"it has: {', '.join(names)}"]))
     cut = keras.Model(full.input, {layer: full.get_layer(layer).output for layer in wanted})
     for path in weight_files(settings):
         _check_content(path, settings.sha256)
@@ -80,7 +75,7 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool
         Whether the graph gives the same bits on every processor. Only that of an ONNX file may not.
 
     Raises:
-        BackboneError: as `cut_network`, or an ONNX file that cannot be used.
+        UserError: as `cut_network`, or an ONNX file that cannot be used.
         GraphError: a layer that cannot be written.
     """
     if settings.source == "onnx":
@@ -90,7 +85,7 @@ def write_graph(path: Path, settings: Backbone, level: Level, seed: int) -> bool
             graph = graph_of_file(file, settings, settings.input_size[level])
         except GraphError as error:
             where = f"the network in {str(file)!r} cannot be used for {level}s"
-            raise BackboneError(f"{where}:\n  {error}") from None
+            raise UserError(f"{where}:\n  {error}") from None
     else:
         import keras
 
@@ -112,7 +107,7 @@ def _application(name: str) -> tuple[Callable[..., Any], Callable[[Any], Any]]:
         return partial(_dino, name), dino.preprocess
     known = sorted([*(each for each in dir(keras.applications) if each[0].isupper()), *VARIANTS])
     if name not in known:
-        raise BackboneError(no_such("keras.applications has no network", name, known))
+        raise UserError(no_such("keras.applications has no network", name, known))
     builder = getattr(keras.applications, name)
     return builder, sys.modules[builder.__module__].preprocess_input
 
@@ -130,20 +125,20 @@ def _dino(name: str, *, weights: str | None, input_shape: Sequence[int], **optio
 
 
 def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) -> Any:
-    """The whole network without its top, or a BackboneError if Keras refuses the options or the size."""
+    """The whole network without its top, or a UserError if Keras refuses the options or the size."""
     weights = IMAGENET if settings.weights == IMAGENET else None
     fixed = {"include_top": False, "weights": weights, "input_shape": (size, size, 3)}
     taken = sorted(fixed.keys() & settings.options.keys())
     if taken:
-        raise BackboneError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline sets it")
+        raise UserError(f"`options` of a backbone cannot set {', '.join(taken)}: the pipeline sets it")
     try:
         return builder(**fixed, **settings.options)
     except (TypeError, ValueError) as error:
-        raise BackboneError(f"Keras cannot build {settings.application} so: {brief(error)}") from error
+        raise UserError(f"Keras cannot build {settings.application} so: {brief(error)}") from error
     except Exception as error:  # Keras raises this class where a download fails
         if settings.weights != IMAGENET:
             raise
-        raise BackboneError(
+        raise UserError(
             f"ImageNet weights of {settings.application} could not be downloaded ({brief(error)}): without "
             "a network, set `weights` in params.yaml to the path of a file, or to `none`."
         ) from error
@@ -151,11 +146,9 @@ def _full_network(builder: Callable[..., Any], settings: Backbone, size: int) ->
 
 def _check_content(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise BackboneError(
-            f"no weight file at {str(path)!r}: correct `weights` of the backbone in params.yaml"
-        )
+        raise UserError(f"no weight file at {str(path)!r}: correct `weights` of the backbone in params.yaml")
     if expected and (found := sha256(path)) != expected:
-        raise BackboneError(
+        raise UserError(
             f"{str(path)!r} has another SHA-256 than in params.yaml ({expected}). Put the right file there. "
             f"Or write `sha256: {found}` into params.yaml: all stages that use the weights then run again."
         )
@@ -164,7 +157,7 @@ def _check_content(path: Path, expected: str) -> None:
 def _load(path: Path, full: Any, cut: Any) -> None:
     """Load weights of the whole network without its top, or of the network up to the deepest layer used.
 
-    The number of its tensors tells which of the two a file has; a BackboneError: it has neither.
+    The number of its tensors tells which of the two a file has; a UserError: it has neither.
     """
     import h5py
 
@@ -190,7 +183,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
         if left_out:  # Keras only warns about filters that stay untrained
             raise ValueError(left_out[0])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BackboneError(
+        raise UserError(
             f"the weights in {str(path)!r} do not fit {full.name} with these options and layers: "
             f"{brief(error)}"
         ) from error
@@ -199,8 +192,7 @@ def _load(path: Path, full: Any, cut: Any) -> None:
 def _sizes_of_arrays(group: Any) -> Iterator[int]:
     """The size of each array in an open HDF5 file; single numbers are left out.
 
-    Raises:
-        ValueError: it refers to another file: a stranger's file could show any file of this machine.
+    Raises ValueError: it refers to another file: a stranger's file could show any file of this machine.
     """
     import h5py
 

@@ -24,8 +24,7 @@ def build(variant: Variant, size: int) -> keras.Model:
 
     The layers have the names of `aplsmear.dino_variants.layers_of`.
 
-    Raises:
-        ValueError: the size, in px, is no multiple of the side of a patch.
+    Raises ValueError: the size, in px, is no multiple of the side of a patch.
     """
     if size % variant.patch or size < variant.patch:
         raise ValueError(f"input_size {size} must be a multiple of {variant.patch}, the side of a patch")

@@ -43,8 +43,7 @@ def as_graph(network: Any, preprocess: Preprocess, size: int) -> onnx.ModelProto
         preprocess: as there: a factor and an offset for each channel, perhaps in another order.
         size: side of an image in px.
 
-    Raises:
-        GraphError: a layer or the preprocessing cannot be written.
+    Raises GraphError: a layer or the preprocessing cannot be written.
     """
     graph = GraphWriter()
     maps = {id(network.inputs[0]): graph.image(preprocess)}

@@ -31,10 +31,6 @@ _AT_ONCE = 2**16  # pixels of one call on a CPU: maps of more images do not fit 
 _KEPT = 8  # networks that a process keeps, because partition after partition needs them
 
 
-class ForwardError(UserError, ValueError):
-    """A forward pass that cannot be done here; the message says what to change."""
-
-
 class FeatureRequest(NamedTuple):
     """Which features of which backbone are wanted of the items of one level."""
 
@@ -116,8 +112,7 @@ class Network:
     def __init__(self, graph: Path, layers: Sequence[str]) -> None:
         """Read the file of a graph; the layer ``a+b`` has the features of two layers behind one another.
 
-        Raises:
-            GraphError: the file is no such graph, or lacks a layer.
+        Raises GraphError: the file is no such graph, or lacks a layer.
         """
         import onnxruntime
 
@@ -140,8 +135,7 @@ class Network:
     def __call__(self, views: Sequence[View]) -> list[np.ndarray]:
         """The features of encoded views: one float16 array (views, channels) per layer.
 
-        Raises:
-            ForwardError: a feature that float16 cannot hold, or too little memory.
+        Raises UserError: a feature that float16 cannot hold, or too little memory.
         """
         return self.features(self.pixels(views))
 
@@ -164,7 +158,7 @@ class Network:
                 for row in range(0, len(images), step)
             ]
         except (EPFail, Fail, RuntimeException) as error:  # in practice too little memory
-            raise ForwardError(
+            raise UserError(
                 f"{len(images)} images of {self.size} px could not be computed ({brief(error)}): lower "
                 "`batch` of the backbone in params.yaml"
             ) from error
@@ -187,7 +181,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 def _as_float16(values: np.ndarray, layer: Sequence[str]) -> np.ndarray:
     largest = np.abs(values).max(initial=0)
     if not largest <= np.finfo(np.float16).max:
-        raise ForwardError(
+        raise UserError(
             f"layer {JOINT.join(layer)!r} gives features beyond float16 (largest: {largest:.3g}): cut at "
             "another layer, or give other weights"
         )

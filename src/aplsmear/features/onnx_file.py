@@ -50,8 +50,7 @@ def graph_of_file(path: Path, settings: Backbone, size: int) -> onnx.ModelProto:
     The batch of the graph is free if each image then has the same features as alone; otherwise it takes one
     image. It is marked if its bits depend on the processor (`onnx_graph.is_portable`).
 
-    Raises:
-        GraphError: the file cannot be used; the message says why and what to change.
+    Raises GraphError: the file cannot be used; the message says why and what to change.
     """
     if settings.onnx is None:
         raise ValueError("the backbone has no table `onnx`")

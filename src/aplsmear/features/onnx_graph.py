@@ -37,8 +37,7 @@ class GraphError(UserError, ValueError):
 def only(model: onnx.ModelProto, layers: Sequence[str]) -> onnx.ModelProto:
     """The part of a graph of `aplsmear.features.export` that these outputs need; the rest is not computed.
 
-    Raises:
-        GraphError: the graph has no such output.
+    Raises GraphError: the graph has no such output.
     """
     outputs = {output.name: output for output in model.graph.output}
     if unknown := [layer for layer in layers if layer not in outputs]:
@@ -68,10 +67,9 @@ def needed_for(tensors: Sequence[str], graph: onnx.GraphProto) -> list[onnx.Node
 def read_graph(content: bytes) -> onnx.ModelProto:
     """Read a graph that may come from a stranger; nothing of it is run.
 
-    Raises:
-        GraphError: it is no graph, or does more than a graph of `aplsmear.features.export`: another
-            operation, a function, a convolution whose bits depend on the processor, weights in another file,
-            or a tensor that is too large for memory.
+    Raises GraphError: it is no graph, or does more than a graph of `aplsmear.features.export`: another
+    operation, a function, a convolution whose bits depend on the processor, weights in another file, or a
+    tensor that is too large for memory.
     """
     try:
         model = onnx.load_model_from_string(content)

@@ -19,10 +19,6 @@ from aplsmear.words import unlike_params
 INDEX = "index.csv"
 
 
-class FeaturesError(UserError, ValueError):
-    """The features on disk do not match the backbones of params.yaml."""
-
-
 @dataclass(frozen=True)
 class Features:
     """The features of one layer of one backbone at one level, or of several backbones behind one another.
@@ -62,14 +58,14 @@ class FeatureTable(dict[str, Features]):
 
         Raises:
             KeyError: one of the backbones or layers is not there.
-            FeaturesError: the backbones have seen different views.
+            UserError: the backbones have seen different views.
         """
         names = of_backbones(name)
         if len(names) == 1 or not self.keys() >= set(names):
             raise KeyError(name)
         parts = [self[each] for each in names]
         if any(not part.index.equals(parts[0].index) for part in parts):
-            raise FeaturesError(f"the features {name} are of other views; run `dvc repro bottleneck` again")
+            raise UserError(f"the features {name} are of other views; run `dvc repro bottleneck` again")
         return Features(name, parts[0].index, Columns([part.values for part in parts]))
 
 
@@ -80,8 +76,7 @@ def write_features(
 
     `index` has the columns `item` and `view`; a batch is one float16 array (views, channels) per layer.
 
-    Raises:
-        ValueError: the batches have more or fewer rows in total than `index`.
+    Raises ValueError: the batches have more or fewer rows in total than `index`.
     """
     there = layers if len(index) else []  # without views: an index without rows, and no array
     write_rows([folder / f"{layer}.npy" for layer in there], len(index), batches)
@@ -93,13 +88,12 @@ def read_features(folder: Path, backbones: Collection[str]) -> FeatureTable:
 
     `backbones` are those in params.yaml.
 
-    Raises:
-        FeaturesError: the folder has a backbone that is not in `backbones` (DVC would hash it as an input),
-            or lacks one.
+    Raises UserError: the folder has a backbone that is not in `backbones` (DVC would hash it as an input), or
+    lacks one.
     """
     there = {path.parent.name for path in folder.glob(f"*/{INDEX}")}
     if problem := unlike_params(folder, "backbones", there, backbones, "bottleneck"):
-        raise FeaturesError(problem)
+        raise UserError(problem)
     indices = {name: read_table(folder / name / INDEX) for name in sorted(there)}
     found = FeatureTable()
     for path in sorted(folder.glob("*/*.npy")):

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from aplsmear.errors import UserError
 from aplsmear.files import write_rows
 from aplsmear.finetune.network import Network
-from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.heads.head import padded_deviation
 from aplsmear.images.reading import decode, fitting
 from aplsmear.images.view_store import View
@@ -71,8 +71,7 @@ def cache_views(
     `wanted`, bool (views,), those to cache; `features` as in `ViewCache`. `online`: images are kept instead
     of outputs of the frozen part of the network, which must not be trained yet.
 
-    Raises:
-        FinetuneError: an output of the frozen part does not fit into float16.
+    Raises UserError: an output of the frozen part does not fit into float16.
     """
     import tensorflow as tf
 
@@ -121,7 +120,7 @@ def _outputs(
 
 def _float16(values: np.ndarray) -> np.ndarray:
     if not (np.abs(values) <= np.finfo(np.float16).max).all():
-        raise FinetuneError(
+        raise UserError(
             f"outputs of the frozen part are beyond float16 (largest: {np.abs(values).max():.3g}): choose "
             "another number of finetune.blocks"
         )

@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.splits import outer_set
 from aplsmear.finetune.cache import ViewCache, cache_views
 from aplsmear.finetune.inputs import Inputs, Start, check_backbones
 from aplsmear.finetune.network import HeadDesign, Network, build_network
-from aplsmear.finetune.sampling import FinetuneError, Run
+from aplsmear.finetune.sampling import Run
 from aplsmear.finetune.training import History, Trainer
 from aplsmear.heads.head import Head, Job, Recipe, read_heads, write_heads
 from aplsmear.heads.search import study_key
@@ -61,9 +62,7 @@ def build_trainers(inputs: Inputs, starts: Sequence[Start], folder: Path) -> dic
 
     The folder keeps what was computed, for networks on the same features and after a kill.
 
-    Raises:
-        BackboneError: of `cut_network`.
-        FinetuneError: of `cache_views`; or a start has features that cannot be trained.
+    Raises UserError as `cut_network` and `cache_views`, or if features of a start cannot be trained.
     """
     check_backbones(inputs, starts)
     recipes = dict.fromkeys(start.recipe for start in starts)
@@ -80,8 +79,7 @@ def finetune(
     Yields:
         The run that trains, at its start and after every epoch.
 
-    Raises:
-        FinetuneError: see `Trainer.train`; or heads cannot be trained.
+    Raises UserError as `Trainer.train`, or if heads cannot be trained.
     """
     *outer_folds, final = starts
     plan = [(start, inner_runs(inputs, start)) for start in outer_folds]
@@ -201,7 +199,7 @@ def _start_heads(
         judged = judge_heads(jobs, material, inputs.tune.patience)
         failures = [result.failure for result in judged if result.failure]
         if failures:
-            raise FinetuneError("heads cannot be trained:\n  " + "\n  ".join(failures))
+            raise UserError("heads cannot be trained:\n  " + "\n  ".join(failures))
         jobs = [
             replace(job, epochs=result.epoch[run.judged])
             for job, (_, run), result in zip(jobs, pairs, judged, strict=True)

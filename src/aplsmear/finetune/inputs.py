@@ -12,7 +12,8 @@ import pandas as pd
 import yaml
 from pydantic import TypeAdapter
 
-from aplsmear.finetune.sampling import FinetuneError, TrainingSet
+from aplsmear.errors import UserError
+from aplsmear.finetune.sampling import TrainingSet
 from aplsmear.heads.head import Head, Recipe, read_heads
 from aplsmear.heads.task_data import TaskData, read_task_data
 from aplsmear.params import Backbone, Finetune, Level, Task, Tune, of_backbones
@@ -72,12 +73,10 @@ def read_inputs(
 ) -> Inputs:
     """Read the data of a task from the working folder. Arguments as in `Inputs`.
 
-    Raises:
-        FinetuneError: the items of the task are patients.
-        TuneError: see `aplsmear.heads.task_data.make_task_data`.
+    Raises UserError if the items of the task are patients, and as `aplsmear.heads.task_data.make_task_data`.
     """
     if task.level == "patient":
-        raise FinetuneError(
+        raise UserError(
             "finetuning needs one image for each item, and the items of this task are patients: set `task` "
             "in params.yaml to a task of cells or smears"
         )
@@ -93,8 +92,7 @@ def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
     A trial picked by hand serves the final model alone. Outer folds keep the trial that was chosen without
     their held-out patients, because the hand may have been guided by the scores of all patients.
 
-    Raises:
-        FinetuneError: there is no such trial, or it failed.
+    Raises UserError: there is no such trial, or it failed.
     """
     best = yaml.safe_load((tuned / "best.yaml").read_text(encoding="utf-8"))
     trials = read_table(tuned / "trials.csv").to_dict("records")
@@ -103,7 +101,7 @@ def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
     last = int(best["trial"] if settings.trial == "tuned" else settings.trial)
     if last not in rows:
         known = ", ".join(map(str, rows))
-        raise FinetuneError(f"finetune.trial: there is no trial {last} with scores; there are: {known}")
+        raise UserError(f"finetune.trial: there is no trial {last} with scores; there are: {known}")
     numbers = [*(int(best["chosen_without_fold"][fold]) for fold in range(len(of_folds))), last]
     recipes = [TypeAdapter(Recipe).validate_python(rows[trial]) for trial in numbers]
     epochs = [int(rows[trial]["trained_epochs"]) for trial in numbers]
@@ -113,13 +111,13 @@ def read_starts(tuned: Path, settings: Finetune) -> list[Start]:
 
 
 def check_backbones(inputs: Inputs, starts: Sequence[Start]) -> None:
-    """Raise a FinetuneError unless the features of each start are of one backbone that can be trained."""
+    """Raise a UserError unless the features of each start are of one backbone that can be trained."""
     trainable = [name for name, each in inputs.backbones.items() if each.source != "onnx"]
     for features in sorted({start.recipe.features for start in starts}):
         names = [part.split("/")[0] for part in of_backbones(features)]
         if len(names) > 1 or names[0] not in trainable:
             why = "several backbones" if len(names) > 1 else "an ONNX file, which is frozen"
-            raise FinetuneError(
+            raise UserError(
                 f"the chosen trial has the features {features}, of {why}: they cannot be trained. "
                 f"These backbones can: {', '.join(trainable) or 'none in params.yaml'}. Name layers of one "
                 "of them in the row of the task in `overrides` (`space: {features: [...]}`), then `dvc repro`"

@@ -77,7 +77,7 @@ def build_network(settings: Backbone, level: Level, design: HeadDesign, blocks: 
     against all others. `level` sets the input size. So many `blocks` train, at least 1; all if there are
     fewer. The seed is that of untrained filters, of extra heads and of dropout.
 
-    Raises BackboneError as `aplsmear.features.backbones.cut_network`.
+    Raises UserError as `aplsmear.features.backbones.cut_network`.
     """
     import keras
 

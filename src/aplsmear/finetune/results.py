@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc, average_precision
 from aplsmear.evaluation.curves import roc_curve_table
 from aplsmear.evaluation.intervals import bootstrap_interval
 from aplsmear.files import whole, write_json
 from aplsmear.finetune.finetuning import Trained, with_weights
 from aplsmear.finetune.inputs import Inputs
-from aplsmear.finetune.sampling import FinetuneError
 from aplsmear.finetune.training import Trainer
 from aplsmear.heads.head import Recipe, mean_over_views
 from aplsmear.runs.tracking import Tracker
@@ -105,14 +105,11 @@ def measure(predictions: pd.DataFrame, frozen: pd.DataFrame, resamples: int, see
     Intervals are over resamples of patients; the difference is taken within each resample. `frozen` may have
     more items.
 
-    Raises:
-        FinetuneError: `frozen` lacks an item.
+    Raises UserError: `frozen` lacks an item.
     """
     paired = predictions.merge(frozen[["item", "probability"]], on="item", suffixes=("", "_frozen"))
     if len(paired) != len(predictions):
-        raise FinetuneError(
-            "tuned/ lacks the scores of some items: run `dvc repro` on the stage `tune` again"
-        )
+        raise UserError("tuned/ lacks the scores of some items: run `dvc repro` on the stage `tune` again")
     label, scores, before = (paired[name] for name in ("label", "probability", "probability_frozen"))
     drawn: dict[str, Any] = {"groups": paired["patient"], "resamples": resamples, "seed": seed}
     return {

@@ -14,10 +14,6 @@ from aplsmear.params import Finetune
 EXTRA = 10**6  # epochs of the extra heads count from here, so that they show other views than later epochs
 
 
-class FinetuneError(UserError, ValueError):
-    """A model that cannot be finetuned as asked."""
-
-
 @dataclass(frozen=True)
 class Run:
     """One model to train. It starts from a head that was trained on the same patients."""
@@ -52,14 +48,13 @@ def epoch_items(
         Rows of the views, int64 (shown,); targets, float32 (shown, subclasses); weights, float32 (shown,),
         with a mean of 1.
 
-    Raises:
-        FinetuneError: only one class is left to train on.
+    Raises UserError: only one class is left to train on.
     """
     items = data.items
     rng = rng_of(0, run, data.seed, epoch)
     inside = np.flatnonzero(~np.isin(items.fold, sorted(run.held_out)))
     if len(np.unique(items.label[inside])) < 2:
-        raise FinetuneError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
+        raise UserError(f"{run.name}: without folds {sorted(run.held_out)} only one class is left")
     shown = rng.permutation(np.repeat(inside, items.copies[inside]))
     seen = np.minimum(settings.views * items.copies[shown], items.views[shown])
     view = items.row[shown] + (rng.random(len(shown)) * (seen + 1)).astype(np.int64)

@@ -17,19 +17,12 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc
 from aplsmear.files import write_arrays
 from aplsmear.finetune.cache import ViewCache, bare
 from aplsmear.finetune.network import Network, join_heads, set_head
-from aplsmear.finetune.sampling import (
-    EXTRA,
-    FinetuneError,
-    Run,
-    TrainingSet,
-    augment_online,
-    epoch_items,
-    rng_of,
-)
+from aplsmear.finetune.sampling import EXTRA, Run, TrainingSet, augment_online, epoch_items, rng_of
 from aplsmear.heads.head import Head
 from aplsmear.params import Finetune, Precision
 
@@ -96,8 +89,7 @@ class Trainer:
         Yields:
             The history so far, at the start and after every epoch.
 
-        Raises:
-            FinetuneError: loss or scores are not finite, or only one class is left to train on.
+        Raises UserError: loss or scores are not finite, or only one class is left to train on.
         """
         items = self.data.items
         seen = np.sort(items.row[~np.isin(items.fold, sorted(run.held_out))])
@@ -133,8 +125,7 @@ class Trainer:
     def score(self, views: np.ndarray) -> np.ndarray:
         """Probabilities of the positive class for some views: float64 (views,).
 
-        Raises:
-            FinetuneError: a logit is not finite.
+        Raises UserError: a logit is not finite.
         """
         return np.asarray(expit(self._logits(views).astype(np.float64)))
 
@@ -241,11 +232,11 @@ class Trainer:
 
 
 def check_precision(precision: Precision) -> None:
-    """Raise a FinetuneError if half precision is asked for without a GPU; a CPU lacks kernels for it."""
+    """Raise a UserError if half precision is asked for without a GPU; a CPU lacks kernels for it."""
     import tensorflow as tf
 
     if precision == "on" and not tf.config.list_logical_devices("GPU"):
-        raise FinetuneError(
+        raise UserError(
             "finetune.precision: half precision needs a GPU, and TensorFlow finds none: set it to auto or off"
         )
 
@@ -267,7 +258,7 @@ def _precision(half: Precision) -> Iterator[None]:
 
 def _check_finite(name: str, values: Any) -> None:
     if not np.isfinite(values).all():
-        raise FinetuneError(
+        raise UserError(
             f"training diverged ({name} is not finite): lower finetune.rate and finetune.head_rate"
         )
 

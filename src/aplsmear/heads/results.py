@@ -64,8 +64,7 @@ def conclude(
 ) -> Results:
     """Choose trials of a finished study, train their heads and score all items.
 
-    Raises:
-        TuneError: the trial that the user `picked` for the final model does not exist, or failed.
+    Raises UserError: the trial that the user `picked` for the final model does not exist, or failed.
     """
     choices = choose_all(trials, task_data.folds, picked)
     scores, heads = held_out_scores(task_data, [choice.trial for choice in choices], settings, seed)

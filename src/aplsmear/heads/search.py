@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from aplsmear.errors import UserError
 from aplsmear.evaluation.auroc import auroc_within_folds
 from aplsmear.evaluation.splits import inner_sets, outer_set, tuning_sets
 from aplsmear.files import give_back
 from aplsmear.heads.head import Head, Job, Recipe
 from aplsmear.heads.stack import Judged, Material, judge_heads, train_heads
 from aplsmear.heads.study import Study
-from aplsmear.heads.task_data import TaskData, TuneError
+from aplsmear.heads.task_data import TaskData
 from aplsmear.params import ANY_FEATURES, Range, Tune, of_backbones
 from aplsmear.runs.imports import code_hash
 from aplsmear.words import no_such
@@ -113,15 +114,14 @@ def draw_candidates(
 ) -> tuple[list[Recipe], dict[str, Any]]:
     """The recipes of a study, each drawn from seed and number alone, and Optuna's distribution of parameters.
 
-    Raises:
-        TuneError: `settings.space.features` names features that do not exist.
+    Raises UserError: `settings.space.features` names features that do not exist.
     """
     import optuna
 
     wanted = list(features) if settings.space.features == [ANY_FEATURES] else settings.space.features
     for name in (part for joint in wanted for part in of_backbones(joint)):
         if name not in features:
-            raise TuneError(no_such("tune.space.features: there are no features", name, features))
+            raise UserError(no_such("tune.space.features: there are no features", name, features))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space: dict[str, Any] = {}
     for name, knob in settings.space:
@@ -147,8 +147,7 @@ def run_study(
         All trials by number, as soon as they and all before them are finished. They are the same, to the bit,
         with any number of workers, killed or not.
 
-    Raises:
-        TuneError: all trials failed.
+    Raises UserError: all trials failed.
     """
     recipes, space = draw_candidates(settings, sorted(task_data.features), seed)
     material = task_data.material(settings, seed)
@@ -178,7 +177,7 @@ def run_study(
         if passed < len(recipes) and not any(claims):
             time.sleep(POLL)  # other workers train the rest
     if len(failures) == settings.trials:
-        raise TuneError("all trials failed:\n  " + "\n  ".join(failures))
+        raise UserError("all trials failed:\n  " + "\n  ".join(failures))
 
 
 def _result(
@@ -244,14 +243,13 @@ def choose_all(trials: Sequence[Trial], folds: int, picked: int | None = None) -
     The user can pick the trial of the final model (`overrides.TASK.pick`). The outer folds still choose by
     their inner folds: the user has seen all patients, so the held-out scores would be biased.
 
-    Raises:
-        TuneError: `picked` is no trial, or one that failed.
+    Raises UserError: `picked` is no trial, or one that failed.
     """
     choices = [choose(trials, outer_fold) for outer_fold in range(folds + 1)]
     if picked is not None:
         sound = {trial.number: trial for trial in trials if not trial.failure}
         if picked not in sound:
-            raise TuneError(
+            raise UserError(
                 f"`pick` of this task in params.yaml: trial {picked} does not exist or failed. Choose one of "
                 f"{', '.join(map(str, sound))}"
             )

@@ -79,8 +79,7 @@ def judge_heads(jobs: Sequence[Job], material: Material, patience: int) -> list[
 
     A head whose loss is not finite, or that does not fit into memory, has a `failure` instead of results.
 
-    Raises:
-        ValueError: a job is left with one class only.
+    Raises ValueError: a job is left with one class only.
     """
 
     def judge(stack: Stack) -> list[Judged]:

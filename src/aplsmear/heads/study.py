@@ -25,13 +25,9 @@ STORAGE_VARIABLE = "APLSMEAR_STUDY_STORAGE"
 WRITING, QUEUEING, TRIALS = 0, 1, 2  # numbers of locks; that of trial t is TRIALS + t
 
 
-class StudyError(UserError):
-    """The storage of the study cannot be used."""
-
-
 @contextmanager
 def _storage_errors() -> Iterator[None]:
-    """Turn a database that does not answer into a StudyError; as a decorator too."""
+    """Turn a database that does not answer into a UserError; as a decorator too."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -40,7 +36,7 @@ def _storage_errors() -> Iterator[None]:
     except (StorageInternalError, SQLAlchemyError) as error:
         cause = error.__cause__ or error
         reason = str(getattr(cause, "orig", None) or type(cause).__name__).splitlines()[0]
-        raise StudyError(
+        raise UserError(
             f"the storage of the study (tune.storage or {STORAGE_VARIABLE}) cannot be used: {reason}. "
             "Finished trials are kept: start the same command again once it answers."
         ) from None
@@ -49,7 +45,7 @@ def _storage_errors() -> Iterator[None]:
 class Study:
     """The trials of one task, in a storage that survives a kill.
 
-    Each method raises StudyError if the database does not answer.
+    Each method raises UserError if the database does not answer.
     """
 
     def __init__(self, name: str, storage: Any, locks: _DatabaseLocks | _FileLocks) -> None:
@@ -121,8 +117,7 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
 
     The URL is that of a PostgreSQL database (``postgresql+psycopg://...``); it is written nowhere.
 
-    Raises:
-        StudyError: the database cannot be reached or the journal is damaged.
+    Raises UserError: the database cannot be reached or the journal is damaged.
     """
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -136,7 +131,7 @@ def open_study(name: str, journal: Path, url: str = "") -> Study:
     try:
         return Study(name, optuna.storages.JournalStorage(backend), locks)
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
-        raise StudyError(
+        raise UserError(
             f"{journal} is damaged, or not a journal of Optuna ({type(error).__name__}): move it away, and "
             "the search starts anew"
         ) from None
@@ -152,7 +147,7 @@ def _open_database(name: str, url: str) -> Study:
         study = Study(name, optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True}), locks)
         locks.give(WRITING)
     except (ImportError, ValueError) as error:
-        raise StudyError(
+        raise UserError(
             f"the storage of the study (tune.storage or {STORAGE_VARIABLE}) cannot be used: its URL must be "
             f"postgresql+psycopg://USER@HOST/DATABASE ({type(error).__name__})"
         ) from None

@@ -29,10 +29,6 @@ from aplsmear.tables import as_written, read_table
 _ATTENTION = {"cell": "str", "patient": "str", "fold": "int64", "attention": "float64", "score": "float64"}
 
 
-class TuneError(UserError, ValueError):
-    """The parameters or data do not allow this search."""
-
-
 @dataclass(frozen=True)
 class TaskData:
     """All items of a task's level, and what is known of them."""
@@ -152,9 +148,7 @@ class PatientTaskData(TaskData):
 def read_task_data(task: Task, backbones: Mapping[str, Any]) -> TaskData:
     """Read the data of a task from the outs of `download`, `split` and `bottleneck` in the working folder.
 
-    Raises:
-        FeaturesError: features are missing.
-        TuneError: of `make_task_data`.
+    Raises UserError if features are missing, and as `make_task_data`.
     """
     images = task_items(read_table(Path(f"dataset/{task.images}s.csv")), task.images)
     items = task_items(images, task.level)
@@ -176,8 +170,7 @@ def make_task_data(
     `items` are ``item, patient`` of every cell, smear or patient (with the same name in both columns);
     `cells` the same of every cell, if the items are patients.
 
-    Raises:
-        TuneError: features are missing or belong to other items, or too few folds have both classes.
+    Raises UserError: features are missing or belong to other items, or too few folds have both classes.
     """
     images = _images(items if cells is None else cells, features)
     bags: dict[str, Any] = {}
@@ -203,14 +196,14 @@ def make_task_data(
 def _images(items: pd.DataFrame, features: Mapping[str, Features]) -> pd.DataFrame:
     """``item, patient``, ``row`` of the plain view in the features, and number of ``views`` after it."""
     if not features:
-        raise TuneError("there are no features; `dvc repro bottleneck` makes them")
+        raise UserError("there are no features; `dvc repro bottleneck` makes them")
     index = next(iter(features.values())).index
     for other in features.values():
         if not other.index.equals(index):
-            raise TuneError(f"the features {other.name} are of other views; run `dvc repro bottleneck` again")
+            raise UserError(f"the features {other.name} are of other views; run `dvc repro bottleneck` again")
     plain = np.flatnonzero(index["view"] == 0)
     if index["item"].iloc[plain].tolist() != items["item"].tolist():
-        raise TuneError("the features are not those of this data set; run `dvc repro bottleneck` again")
+        raise UserError("the features are not those of this data set; run `dvc repro bottleneck` again")
     views = np.diff(plain, append=len(index)) - 1
     return items[["item", "patient"]].assign(row=plain, views=views)
 
@@ -230,7 +223,7 @@ def _check_classes(task_data: TaskData) -> None:
     if has.all(axis=0).sum() >= 2 and (has.sum(axis=1) >= 3).all():
         return
     positive, negative = (", ".join(f"fold {f}: {n}" for f, n in enumerate(each)) for each in counts)
-    raise TuneError(
+    raise UserError(
         "Positive items must be in at least three folds, negative items in at least three, and both together "
         f"in at least two. Positive items: {positive}. Negative items: {negative}. "
         "Add labelled items, lower split.folds, or remove the task from `tasks` and `ensembles`."
