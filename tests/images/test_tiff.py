@@ -321,6 +321,15 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
         decode(bytes(data))
 
 
+def test_a_picture_without_pixels_is_refused():
+    """`make fuzz` found such a file, and a traceback."""
+    data = bytearray(one(np.zeros((32, 20), np.uint8)))
+    tag = tifffile.TiffFile(io.BytesIO(bytes(data))).pages[0].tags["ImageWidth"]
+    data[tag.valueoffset : tag.valueoffset + 4] = bytes(4)
+    with pytest.raises(ImageError, match="without pixels"):
+        decode(bytes(data))
+
+
 def test_no_other_file_is_opened_that_the_description_names(tmp_path):
     described = tifffile.tiffcomment(io.BytesIO(READ["channels of OME"]))
     stolen = described.replace(

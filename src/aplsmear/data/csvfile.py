@@ -198,4 +198,5 @@ def _title(field: str) -> str:
 def _core(title: str) -> str:
     """The title of a column without capitals, signs and words such as ID: Patient-ID, patients -> patient."""
     text = "".join(filter(str.isalnum, unicodedata.normalize("NFKC", title).casefold()))
-    return re.sub(r"(?<=.)(id|s|no|nr|num|number|name|code)+$", "", text)
+    ends = re.match("(?:di|s|on|rn|mun|rebmun|eman|edoc)*(?=.)", text[::-1])  # backwards: time grows linearly
+    return text[: -ends.end()] if ends and ends.end() else text

@@ -45,7 +45,9 @@ class ImageError(UserError, ValueError):
 
 
 def check_area(pixels: float) -> None:
-    """Raise ImageError if a picture has more than `MAX_PIXELS`."""
+    """Raise ImageError if a picture has no pixels or more than `MAX_PIXELS`."""
+    if pixels < 1:
+        raise ImageError("", "a picture without pixels: a side of 0 px", "copy it again from its source")
     if pixels > MAX_PIXELS:
         raise ImageError("", f"more than {MAX_PIXELS // 10**6} million pixels", CUT)
 
