@@ -34,6 +34,7 @@ OURS = "|".join(
         r"\d+ of \d+ folds .*",
         r"Changed in params\.yaml since .*",
         r"The next experiment has these .*",
+        r"\w+ is untrained \(`weights: none`\): .*",
         r"The last digits of results differ .*",
     )
 )
