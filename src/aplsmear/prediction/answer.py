@@ -75,7 +75,7 @@ class Panel:
 
         `answers` are of `read_answers`, `fold` is as for `Bundle.outer_fold_of`, `prevalence` that of
         `DIAGNOSES` (None: of the training patients), `evidence` as for `Models`. Raises UserError if there
-        is no answer of these ensembles, or they are of another run; UserError if there is no such fold.
+        is no answer of these ensembles, they are of another run, or there is no such fold.
         """
         answer = answers.of([bundle.model.name for bundle in bundles])
         named = {bundle.model.name: bundle for bundle in bundles}
